@@ -10,18 +10,23 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap black
 TARGET_COLOUR, TRUTH_COLOUR = '#00c8ff', '#39d353'
 PREDICTION_TINT, TRUTH_TINT = (0.0, 0.78, 1.0), (0.22, 0.83, 0.33)
 DOTS_PER_INCH = 150
 FONT = {'title': 11, 'label': 9, 'caption': 10, 'heading': 13}
+SMOOTHING = 0.006  # of the longer side: sigma of the overlay's blur
+SPECK = 1e-4  # a region smaller than this share of the image cannot be seen by its outline
+WARNING_COLOUR = '#b00020'
 MAX_NAMED_IMAGES = 40  # in the batch figure; beyond that names would overlap
 
 
@@ -57,60 +62,67 @@ def clip_level(values: np.ndarray) -> float:
 
 def attribution_figure(view: View, statistics: dict) -> Figure:
     """Original, prediction, truth or baseline, heatmap, overlay and signed map of one image."""
-    fig, axes, outline_width = _grid(view, 6)
-    image, prediction, third, heat, overlay, signed = axes
-    _show(image, view, view.image, 'Image')
-    share = _percent(statistics['prediction_ratio'])
-    _show_mask(prediction, view, view.predicted_mask, PREDICTION_TINT, f'Prediction: {share} of it')
+    sheet = Sheet(view, statistics, panels=6, bars=(3, 4, 5))
+    image, prediction, third, heat, overlay, signed = sheet.axes
+    sheet.show(image, view.image, 'Image')
+    share = percent(statistics['prediction_ratio'])
+    sheet.show_mask(
+        prediction, view.predicted_mask, PREDICTION_TINT, f'Prediction: {share} of the image'
+    )
     if view.truth is not None:
-        dice = _number(statistics['dice'])
-        _show_mask(third, view, view.truth, TRUTH_TINT, f'Ground truth (Dice {dice})')
+        dice = number(statistics['dice'])
+        sheet.show_mask(third, view.truth, TRUTH_TINT, f'Ground truth (Dice {dice})')
     else:
-        _show(third, view, view.baseline, f'Baseline: {statistics["baseline"]}')
+        sheet.show(third, view.baseline, f'Baseline: {statistics["baseline"]}')
 
-    scale = Normalize(0, clip_level(view.magnitude))
-    drawn = _show(heat, view, view.magnitude, 'Attribution', cmap='hot', norm=scale)
-    _colorbar(fig, drawn, heat, '|attribution|, summed over channels', 'max')
+    level = clip_level(view.magnitude)
+    drawn = sheet.show(heat, view.magnitude, 'Attribution', cmap='hot', norm=Normalize(0, level))
+    sheet.bar(heat, drawn, '|attribution|, sum over channels', 'max')
 
+    sigma = SMOOTHING * max(view.magnitude.shape)
+    smooth = cv2.GaussianBlur(view.magnitude, (0, 0), sigma)
+    scale = Normalize(0, clip_level(smooth), clip=True)
     grey = np.repeat(view.image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
-    _show(overlay, view, grey, 'Attribution over the image')
-    strength = scale(np.minimum(view.magnitude, scale.vmax)).filled(0)
-    drawn = _show(overlay, view, view.magnitude, None, cmap='hot', norm=scale, alpha=strength**0.5)
-    drawn.set_interpolation('nearest')
-    _colorbar(fig, drawn, overlay, 'as left; transparent near zero', 'max')
+    sheet.show(overlay, grey, 'Attribution over the image')
+    drawn = sheet.show(overlay, smooth, cmap='hot', norm=scale, alpha=0.9 * scale(smooth) ** 0.75)
+    sheet.bar(
+        overlay, drawn, f'|attribution|, smoothed (sigma {sigma:.1f} px), transparent near 0', 'max'
+    )
 
     summed = view.attributions.sum(axis=0)
     norm = CenteredNorm(0, clip_level(summed))
-    drawn = _show(signed, view, summed, 'Signed: red raises the score', cmap='RdBu_r', norm=norm)
-    _colorbar(fig, drawn, signed, 'attribution, summed over channels', 'both')
+    drawn = sheet.show(signed, summed, 'Signed: red raises the score', cmap='RdBu_r', norm=norm)
+    sheet.bar(signed, drawn, 'attribution, sum over channels', 'both')
 
-    for axis, colour in ((overlay, TARGET_COLOUR), (signed, 'black'), (heat, TARGET_COLOUR)):
-        _outline(axis, view, view.region, colour, outline_width, 'solid')
+    for axis, colour in ((heat, TARGET_COLOUR), (overlay, TARGET_COLOUR), (signed, 'black')):
+        sheet.outline(axis, view.region, colour, 'solid')
+    legend = {f'target region ({statistics["target"]})': (TARGET_COLOUR, 'solid')}
     if view.truth is not None:
-        _outline(overlay, view, view.truth, TRUTH_COLOUR, outline_width, 'dashed')
-    _finish(fig, statistics, view.truth is not None)
-    return fig
+        sheet.outline(overlay, view.truth, TRUTH_COLOUR, 'dashed')
+        legend['ground truth'] = (TRUTH_COLOUR, 'dashed')
+    sheet.legend(legend)
+    return sheet.figure
 
 
 def channels_figure(view: View, statistics: dict) -> Figure:
     """The signed attributions of red, green and blue on one colour scale, and their sum."""
-    fig, axes, outline_width = _grid(view, 4)
-    norm = CenteredNorm(0, clip_level(view.attributions))
+    sheet = Sheet(view, statistics, panels=4, bars=range(4))
     shares = statistics['channel_shares'] or (None, None, None)
+    norm = CenteredNorm(0, clip_level(view.attributions))
     for axis, name, channel, share in zip(
-        axes, ('Red', 'Green', 'Blue'), view.attributions, shares, strict=False
+        sheet.axes, ('Red', 'Green', 'Blue'), view.attributions, shares, strict=False
     ):
-        title = f'{name}: {_percent(share)} of |attribution|'
-        drawn = _show(axis, view, channel, title, cmap='RdBu_r', norm=norm)
-        _colorbar(fig, drawn, axis, 'attribution, same scale', 'both')
+        title = f'{name}: {percent(share)} of |attribution|'
+        drawn = sheet.show(axis, channel, title, cmap='RdBu_r', norm=norm)
+        sheet.bar(axis, drawn, 'attribution, one scale for the three', 'both')
     summed = view.attributions.sum(axis=0)
     norm = CenteredNorm(0, clip_level(summed))
-    drawn = _show(axes[3], view, summed, 'All channels', cmap='RdBu_r', norm=norm)
-    _colorbar(fig, drawn, axes[3], 'attribution, own scale', 'both')
-    for axis in axes:
-        _outline(axis, view, view.region, 'black', outline_width, 'solid')
-    _finish(fig, statistics, False, 'black')
-    return fig
+    drawn = sheet.show(sheet.axes[3], summed, 'Sum of the channels', cmap='RdBu_r', norm=norm)
+    sheet.bar(sheet.axes[3], drawn, 'attribution, own scale', 'both')
+    for axis in sheet.axes:
+        sheet.outline(axis, view.region, 'black', 'solid')
+    sheet.legend({f'target region ({statistics["target"]})': ('black', 'solid')})
+    return sheet.figure
 
 
 def summary_figure(images: Sequence[dict], gap_tolerance: float) -> Figure:
@@ -183,91 +195,137 @@ def _ratio_scatter(axis: Axes, images: Sequence[dict]) -> None:
 # --------------------------------------------------------------------------- one image's panels
 
 
-def _grid(view: View, panels: int) -> tuple[Figure, list[Axes], float]:
-    """A figure whose panels have the image's shape: wide images in few columns, tall in many."""
-    height, width = view.original_size
-    aspect = width / height
-    columns = 2 if aspect > 1.8 else panels if aspect < 0.55 else panels if panels == 4 else 3
-    rows = -(-panels // columns)
-    panel_width = min(max(13 / columns, 2.4), 6.5)
-    panel_height = min(max(panel_width / aspect, 1.2), 9.0)
-    size = (columns * panel_width, rows * (panel_height + 0.95) + 1.6)
-    fig = Figure(figsize=size, dpi=DOTS_PER_INCH, layout='constrained')
-    axes = list(np.atleast_1d(fig.subplots(rows, columns)).flat)
-    return fig, axes, 1.2
+class Sheet:
+    """A page of panels that all have the image's shape, under a heading and over a caption.
+
+    Wide images stand in few columns, tall ones in many. Everything is placed in inches, so that
+    no text can run into another whatever the shape of the image.
+    """
+
+    TITLE, BAR, GAP, LINE = 0.5, 0.85, 0.25, 0.19  # inches
+
+    def __init__(self, view: View, statistics: dict, panels: int, bars: Sequence[int]) -> None:
+        self.view = view
+        height, width = view.original_size
+        aspect = width / height
+        columns = 2 if aspect > 1.8 else panels if aspect < 0.55 or panels == 4 else 3
+        self.panel_width = min(13 / columns, 6.0, 8.0 * aspect)
+        self.panel_height = min(self.panel_width / aspect, 8.0)
+        cell = max(self.panel_width, 2.0)
+        self.width = max(columns * (cell + self.GAP) + self.GAP, 9.0)
+
+        heading = wrap(statistics['image'], self.width, FONT['heading'])
+        caption = wrap(caption_text(statistics), self.width, FONT['caption'])
+        warning = wrap(gap_warning(statistics) or '', self.width, FONT['caption'])
+        lines = caption.count('\n') + 1 + (warning.count('\n') + 1 if warning else 0)
+        top = self.GAP + 1.3 * self.LINE * (heading.count('\n') + 1)
+        bottom = self.GAP + self.LINE * (lines + 2)
+        rows = [range(first, first + columns) for first in range(0, panels, columns)]
+        depths = [  # each row: titles, panels, and colour bars where one of them has any
+            self.TITLE + self.panel_height + (self.BAR if set(row) & set(bars) else 0.1)
+            for row in rows
+        ]
+        self.height = top + sum(depths) + bottom
+        self.figure = Figure(figsize=(self.width, self.height), dpi=DOTS_PER_INCH)
+
+        self.cell = cell
+        self.axes: list[Axes] = []
+        margin = (self.width - columns * (cell + self.GAP) + self.GAP) / 2
+        for number, row in enumerate(rows):
+            y = self.height - top - sum(depths[:number]) - self.TITLE - self.panel_height
+            for column in range(len(row)):
+                x = margin + column * (cell + self.GAP) + (cell - self.panel_width) / 2
+                self.axes.append(self._add(x, y, self.panel_width, self.panel_height))
+        for axis in self.axes:
+            axis.set_xticks([])
+            axis.set_yticks([])
+
+        self._write(heading, top - self.GAP / 2, FONT['heading'], from_top=True, weight='bold')
+        self._write(caption, bottom - self.LINE * 1.6, FONT['caption'])
+        below = bottom - self.LINE * (1.6 + caption.count('\n') + 1)
+        self._write(warning, below, FONT['caption'], color=WARNING_COLOUR, weight='bold')
+        self._legend_y = bottom
+
+    def _add(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes at a place in inches from the lower left corner."""
+        across, up = self.width, self.height
+        return self.figure.add_axes((x / across, y / up, width / across, height / up))
+
+    def _write(self, text: str, y: float, size: int, from_top: bool = False, **style) -> None:
+        """Centred text whose top edge lies y inches above the page's bottom."""
+        y = self.height - self.GAP / 2 if from_top else y
+        self.figure.text(0.5, y / self.height, text, ha='center', va='top', fontsize=size, **style)
+
+    def show(
+        self, axis: Axes, values: np.ndarray, title: str | None = None, **options
+    ) -> AxesImage:
+        """Draw an array over the whole image area, in original pixel coordinates."""
+        smooth = 'antialiased' if values.ndim == 3 else 'nearest'  # maps are shown as they are
+        drawn = axis.imshow(
+            values, extent=self.view.extent, interpolation=smooth, aspect='auto', **options
+        )
+        if title is not None:
+            axis.set_title(wrap(title, self.cell, FONT['title']), fontsize=FONT['title'])
+        return drawn
+
+    def show_mask(
+        self, axis: Axes, mask: np.ndarray, tint: tuple[float, float, float], title: str
+    ) -> None:
+        """The image with a mask laid over it, half transparent."""
+        self.show(axis, self.view.image, title)
+        layer = np.zeros((*mask.shape, 4))
+        layer[mask] = (*tint, 0.5)
+        axis.imshow(layer, extent=self.view.extent, interpolation='nearest', aspect='auto')
+
+    def outline(self, axis: Axes, mask: np.ndarray, colour: str, style: str) -> None:
+        """The outline of a mask; a speck too small to see also gets a ring around it."""
+        if not mask.any():
+            return
+        left, right, bottom, top = self.view.extent
+        rows, columns = mask.shape
+        x = left + (np.arange(columns + 2) - 0.5) * (right - left) / columns
+        y = top + (np.arange(rows + 2) - 0.5) * (bottom - top) / rows
+        padded = np.pad(mask, 1).astype(float)  # so that a mask at the edge is closed
+        axis.contour(x, y, padded, [0.5], colors=colour, linewidths=1.2, linestyles=style)
+        if mask.mean() < SPECK:
+            row, column = np.argwhere(mask).mean(axis=0).round().astype(int) + 1
+            axis.plot(x[column], y[row], 'o', ms=14, mfc='none', mec=colour)
+        axis.set_xlim(left, right)
+        axis.set_ylim(bottom, top)
+
+    def bar(self, axis: Axes, drawn: AxesImage, label: str, extend: str) -> None:
+        """A colour bar below a panel that says where the colours are clipped."""
+        box = axis.get_position()
+        x = (box.x0 + box.x1) / 2 * self.width - self.cell / 2
+        place = self._add(x + 0.1, box.y0 * self.height - 0.2, self.cell - 0.2, 0.1)
+        bar = self.figure.colorbar(
+            drawn, cax=place, orientation='horizontal', extend=extend, format='%.2g'
+        )
+        bar.locator = MaxNLocator(4 if self.cell > 3 else 2)
+        bar.solids.set_alpha(1)
+        bar.ax.tick_params(labelsize=8)
+        text = f'{label} (clipped at the {CLIP_PERCENTILE}th percentile)'
+        bar.set_label(wrap(text, self.cell, FONT['label']), fontsize=FONT['label'])
+
+    def legend(self, entries: dict[str, tuple[str, str]]) -> None:
+        """The meaning of the outlines: label -> (colour, line style)."""
+        lines = [
+            Line2D([], [], color=colour, linestyle=style, label=label)
+            for label, (colour, style) in entries.items()
+        ]
+        self.figure.legend(
+            handles=lines,
+            loc='center',
+            bbox_to_anchor=(0.5, (self._legend_y - self.LINE / 2) / self.height),
+            ncols=len(lines),
+            frameon=False,
+            fontsize=FONT['label'],
+        )
 
 
-def _show(axis: Axes, view: View, values: np.ndarray, title: str | None, **options) -> AxesImage:
-    """Draw an array over the whole image area, in original pixel coordinates."""
-    interpolation = options.pop('interpolation', 'nearest' if values.ndim == 2 else 'antialiased')
-    drawn = axis.imshow(values, extent=view.extent, interpolation=interpolation, **options)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    if title is not None:
-        columns = axis.get_figure().get_figwidth() / axis.get_subplotspec().get_gridspec().ncols
-        axis.set_title(textwrap.fill(title, int(columns * 9)), fontsize=FONT['title'])
-    return drawn
-
-
-def _show_mask(
-    axis: Axes, view: View, mask: np.ndarray, tint: tuple[float, float, float], title: str
-) -> None:
-    """The image with a mask laid over it, half transparent."""
-    _show(axis, view, view.image, title)
-    layer = np.zeros((*mask.shape, 4))
-    layer[mask] = (*tint, 0.5)
-    axis.imshow(layer, extent=view.extent, interpolation='nearest')
-
-
-def _outline(
-    axis: Axes, view: View, mask: np.ndarray, colour: str, width: float, style: str
-) -> None:
-    """The outline of a mask; a speck too small to see also gets a ring around it."""
-    if not mask.any():
-        return
-    left, right, bottom, top = view.extent
-    height, width_px = mask.shape
-    padded = np.pad(mask, 1).astype(float)  # so that a mask at the edge is closed
-    step_x, step_y = (right - left) / width_px, (bottom - top) / height
-    x = left + (np.arange(width_px + 2) - 0.5) * step_x
-    y = top + (np.arange(height + 2) - 0.5) * step_y
-    axis.contour(x, y, padded, [0.5], colors=colour, linewidths=width, linestyles=style)
-    if mask.mean() < 1e-4:
-        row, column = np.argwhere(mask).mean(axis=0) + 1
-        axis.plot(x[0] + column * step_x, y[0] + row * step_y, 'o', ms=14, mfc='none', mec=colour)
-    axis.set_xlim(left, right)
-    axis.set_ylim(bottom, top)
-
-
-def _colorbar(fig: Figure, drawn: AxesImage, axis: Axes, label: str, extend: str) -> None:
-    """A colour bar that says where the colours are clipped."""
-    bar = fig.colorbar(drawn, ax=axis, location='bottom', extend=extend, pad=0.02, aspect=30)
-    drawn_width = fig.get_figwidth() / axis.get_subplotspec().get_gridspec().ncols
-    text = f'{label} (clipped at the {CLIP_PERCENTILE}th percentile)'
-    bar.set_label(textwrap.fill(text, int(drawn_width * 11)), fontsize=FONT['label'])
-    bar.ax.tick_params(labelsize=8)
-    bar.ax.locator_params(nbins=4)
-    bar.formatter.set_powerlimits((-2, 3))
-    bar.solids.set_alpha(1)
-
-
-def _finish(fig: Figure, statistics: dict, truth: bool, colour: str = TARGET_COLOUR) -> None:
-    """Heading, legend and caption; a gap above the tolerance is written in red."""
-    width = fig.get_figwidth()
-    heading = textwrap.fill(statistics['image'], int(width * 8.5))
-    fig.suptitle(heading, fontsize=FONT['heading'], fontweight='bold')
-    lines = [Line2D([], [], color=colour, label=f'target region ({statistics["target"]})')]
-    if truth:
-        lines.append(Line2D([], [], color=TRUTH_COLOUR, linestyle='dashed', label='ground truth'))
-    fig.legend(
-        handles=lines, loc='outside lower center', ncols=2, frameon=False, fontsize=FONT['label']
-    )
-    caption = caption_text(statistics)
-    warning = gap_warning(statistics)
-    text = textwrap.fill(caption, int(width * 10.5))
-    if warning:
-        text += '\n' + textwrap.fill(warning, int(width * 10))
-    fig.supxlabel(text, fontsize=FONT['caption'], color='#b00020' if warning else 'black')
+def wrap(text: str, inches: float, size: int) -> str:
+    """Break text into lines that fit a width; names without spaces are broken too."""
+    return textwrap.fill(text, max(8, int(inches * 72 / (size * 0.56))))
 
 
 def caption_text(statistics: dict) -> str:
@@ -277,8 +335,8 @@ def caption_text(statistics: dict) -> str:
         f'({statistics["target_area"]:,} px) · baseline: {statistics["baseline"]} · '
         f'{statistics["rule"]} rule, {statistics["steps"]} steps · '
         f'F(x) = {statistics["score"]:.3g}, F(baseline) = {statistics["baseline_score"]:.3g} · '
-        f'completeness gap {_percent(statistics["completeness_gap"])} · '
-        f'attribution ratio {_number(statistics["attribution_ratio"])}'
+        f'completeness gap {percent(statistics["completeness_gap"])} · '
+        f'attribution ratio {number(statistics["attribution_ratio"])}'
     )
 
 
@@ -288,14 +346,14 @@ def gap_warning(statistics: dict) -> str | None:
     if gap is None or gap <= tolerance:
         return None
     return (
-        f'WARNING: the completeness gap of {_percent(gap)} is above the tolerance of '
-        f'{_percent(tolerance)}: use more steps (--num_steps) before you rely on this map.'
+        f'WARNING: the completeness gap of {percent(gap)} is above the tolerance of '
+        f'{percent(tolerance)}: use more steps (--num_steps) before you rely on this map.'
     )
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return 'n/a' if value is None else f'{100 * value:.3g} %'
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return 'n/a' if value is None else f'{value:.3g}'

@@ -72,7 +72,7 @@ SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
 BLUR_SIGMA = 0.05  # of the longer image side
 MAX_STEP_BATCH = 64  # beyond this a GPU gains nothing, and the allocator suffers
-CPU_STEP_BATCH_PIXELS = 128 * 128  # on a CPU batching pays only while images are small
+CPU_STEP_BATCH_PIXELS = 256 * 256  # on a CPU batching pays only while images are small
 DEGENERATE_RATIO = 0.95  # a mask covering more than this looks like wrong preprocessing
 
 
