@@ -12,7 +12,7 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -284,17 +284,14 @@ def guess_encoder(state: dict[str, torch.Tensor], near: str = '') -> str | None:
     Encoders whose names are close to `near` are tried first.
     """
     wanted = _shapes(state, encoder=True)
-    names = sorted(
-        smp.encoders.get_encoder_names(),
-        key=lambda name: -difflib.SequenceMatcher(None, near, name).ratio(),
-    )
-    for name in names:
-        try:
-            with torch.device('meta'):
-                candidate = smp.encoders.get_encoder(name, weights=None)
-        except Exception:  # a few encoders cannot be built without memory: leave them out
+    known = smp.encoders.get_encoder_names()
+    known.sort(key=lambda name: -difflib.SequenceMatcher(None, near, name).ratio())
+    for name in dict.fromkeys((near or known[0], *known)):  # `near` may be one of timm's own
+        candidate = _skeleton(lambda name=name: smp.encoders.get_encoder(name, weights=None))
+        if candidate is None:
             continue
-        if _shapes({f'encoder.{k}': v for k, v in candidate.state_dict().items()}, True) == wanted:
+        found = {f'encoder.{key}': value for key, value in candidate.state_dict().items()}
+        if _shapes(found, encoder=True) == wanted:
             return name
     return None
 
@@ -304,11 +301,16 @@ def guess_architecture(state: dict[str, torch.Tensor], encoder: str) -> str | No
     wanted = _shapes(state, encoder=False)
     classes = _count_classes(state, Path())
     for name in ARCHITECTURES:
-        try:
-            with torch.device('meta'):
-                candidate = create_model(name, encoder, classes)
-        except (InputError, NotImplementedError):  # not every pair exists
-            continue
-        if _shapes(candidate.state_dict(), encoder=False) == wanted:
+        candidate = _skeleton(lambda name=name: create_model(name, encoder, classes))
+        if candidate is not None and _shapes(candidate.state_dict(), encoder=False) == wanted:
             return name
+    return None
+
+
+def _skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
+    """A network for its names and shapes only: without memory where that works, which is fast.
+    None where it cannot be built: not every name and every pair exists."""
+    for device in ('meta', 'cpu'):
+        with contextlib.suppress(Exception), torch.device(device):
+            return build()
     return None

@@ -1,0 +1,467 @@
+"""The engine: closed forms, the axioms, an independent implementation, and good manners."""
+
+import subprocess
+import sys
+
+import captum.attr
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, relative_error
+from torch import nn
+
+import integrated_gradients as module
+from integrated_gradients import (
+    BASELINES,
+    Explanation,
+    InputError,
+    IntegratedGradients,
+    StepBatch,
+    Target,
+    is_out_of_memory,
+)
+
+
+class Function(nn.Module):
+    """A network (N, 3, H, W) -> (N, 1, 1, 1) from a formula of one image's values."""
+
+    def __init__(self, formula):
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, x):
+        return self.formula(x).reshape(len(x), 1, 1, 1)
+
+
+def explain(formula, x, baseline, **options) -> Explanation:
+    model = formula if isinstance(formula, nn.Module) else Function(formula)
+    ig = IntegratedGradients(model, 'cpu', step_batch=options.pop('step_batch', None))
+    return ig.explain(x, target='image', baseline_type=baseline, **options)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def baseline():
+    return torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def weights():
+    return torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
+
+
+# ------------------------------------------------------------------ closed forms
+
+
+@pytest.mark.parametrize('rule', ['midpoint', 'gauss-legendre'])
+def test_linear_function_is_exact_with_one_step(x, baseline, weights, rule):
+    result = explain(lambda v: (v * weights).sum((1, 2, 3)), x, baseline, num_steps=1, rule=rule)
+    torch.testing.assert_close(result.attributions, weights * (x - baseline))
+    assert result.completeness_gap < 1e-5
+
+
+def test_quadratic_function(x, baseline, weights):
+    result = explain(lambda v: (weights * v**2).sum((1, 2, 3)), x, baseline, num_steps=1)
+    torch.testing.assert_close(result.attributions, weights * (x**2 - baseline**2))
+    assert result.completeness_gap < 1e-4
+
+
+def test_product_shares_equally_between_its_factors(x):
+    def product(v):
+        return v[:, 0, 0, 0] * v[:, 1, 2, 3]
+
+    result = explain(product, x, torch.zeros_like(x), num_steps=1)
+    expected = torch.zeros_like(x)
+    expected[0, 0, 0, 0] = expected[0, 1, 2, 3] = x[0, 0, 0, 0] * x[0, 1, 2, 3] / 2
+    torch.testing.assert_close(result.attributions, expected)
+
+
+def test_cubic_function_is_exact_with_two_gauss_legendre_nodes_only(x, baseline):
+    exact = x**3 - baseline**3
+    for rule, good in (('gauss-legendre', True), ('midpoint', False)):
+        result = explain(lambda v: (v**3).sum((1, 2, 3)), x, baseline, num_steps=2, rule=rule)
+        assert torch.allclose(result.attributions, exact, atol=1e-4) == good
+
+
+def test_all_rules_agree_as_steps_grow(x, baseline):
+    maps = [
+        explain(lambda v: v.sin().sum((1, 2, 3)).tanh(), x, baseline, num_steps=400, rule=rule)
+        for rule in module.RULES
+    ]
+    for other in maps[1:]:
+        torch.testing.assert_close(other.attributions, maps[0].attributions, atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------------ axioms
+
+
+def test_completeness_on_a_trained_network(ig, brain):
+    few = ig.explain(brain, num_steps=16)
+    many = ig.explain(brain, num_steps=256)
+    change = many.score - many.baseline_score
+    assert abs(float(many.attributions.sum()) - change) / abs(change) < 0.05
+    assert many.completeness_gap < few.completeness_gap / 2
+    assert many.score > 0 > many.baseline_score  # it found the structure; black holds none
+
+
+def test_sensitivity_dummy_pixels_get_nothing_and_the_only_difference_gets_all(x):
+    baseline = x.clone()
+    baseline[0, 1, 2, 2] += 1
+    result = explain(lambda v: v[:, :, 2, 2].sum(1).exp(), x, baseline, num_steps=64)
+    only = result.attributions[0, 1, 2, 2]
+    assert abs(float(only)) == pytest.approx(abs(result.score - result.baseline_score), rel=1e-3)
+    assert result.attributions.abs().sum() == only.abs()
+    dummy = explain(lambda v: v[:, 0].sum((1, 2)) ** 2, x, torch.zeros_like(x), num_steps=4)
+    assert not dummy.attributions[:, 1:].any()
+
+
+def test_implementation_invariance_batch_norm_folded_or_not():
+    torch.manual_seed(3)
+    conv, norm, head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 1)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    norm.weight.data.uniform_(0.5, 2)
+    norm.bias.data.normal_()
+    plain = nn.Sequential(conv, norm, nn.ReLU(), head).eval()
+    folded = nn.Sequential(
+        nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), norm.eval()), nn.ReLU(), head
+    )
+    image = torch.randn(1, 3, 16, 16)
+    maps = [
+        IntegratedGradients(net, 'cpu').compute_integrated_gradients(image, 'mean', 20, 'image')
+        for net in (plain, folded)
+    ]
+    torch.testing.assert_close(maps[0], maps[1], atol=1e-6, rtol=1e-4)
+
+
+def test_linearity_in_the_target(exact_ig, brain):
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(2, 1, 128, 128, generator=generator) / 128**2
+    one, two, both = (
+        exact_ig.explain(brain, Target('t', weights), num_steps=5).attributions
+        for weights in (first, second, 2 * first - 3 * second)
+    )
+    assert relative_error(both, 2 * one - 3 * two) < 1e-5
+
+
+def test_exchanging_image_and_baseline_changes_the_sign(exact_ig, brain):
+    black = torch.full_like(brain, -1.0)
+    there = exact_ig.explain(brain, 'image', black, 6).attributions
+    back = exact_ig.explain(black, 'image', brain, 6).attributions
+    assert relative_error(there, -back) < 1e-5
+
+
+def test_image_equal_to_baseline_gives_zero_and_no_gap(ig, brain):
+    result = ig.explain(brain, baseline_type=brain, num_steps=3)
+    assert not result.attributions.any()
+    assert result.completeness_gap is None
+
+
+@pytest.mark.parametrize(
+    'total, score, low, gap',
+    [(9.0, 10.0, 0.0, 0.1), (-9.0, -10.0, 0.0, 0.1), (1.0, 5.0, 5.0, None), (0.0, 0.0, 0.0, None)],
+)
+def test_completeness_gap_by_hand(total, score, low, gap):
+    found = module.completeness_gap(total, score, low)
+    assert found == (None if gap is None else pytest.approx(gap))
+
+
+# ------------------------------------------------------------------ an independent implementation
+
+
+@pytest.mark.parametrize(
+    'rule, method', [('gauss-legendre', 'gausslegendre'), ('midpoint', 'riemann_middle')]
+)
+@pytest.mark.parametrize('baseline_type', ['zero', 'blur', 'mean'])
+def test_agreement_with_captum(exact_ig, brain, rule, method, baseline_type):
+    ours = exact_ig.explain(brain, baseline_type=baseline_type, num_steps=9, rule=rule)
+    pixels = BASELINES[baseline_type](exact_ig.preprocessing.to_pixels(brain), None)
+    region = ours.region
+
+    def mean_logit(images):
+        return exact_ig.model(images)[:, 0][:, region].mean(dim=1)
+
+    theirs = captum.attr.IntegratedGradients(mean_logit).attribute(
+        brain.double(),
+        exact_ig.preprocessing.normalise(pixels).double(),
+        n_steps=9,
+        method=method,
+        internal_batch_size=3,
+    )
+    assert relative_error(ours.attributions, theirs) < 1e-4
+
+
+# ------------------------------------------------------------------ steps, batches, memory
+
+
+@pytest.mark.parametrize('steps, batch', [(8, 4), (9, 4), (11, 4), (1, 4), (8, 8), (8, 9), (7, 1)])
+def test_step_batch_changes_nothing(exact_ig, brain, steps, batch):
+    one, many = (
+        IntegratedGradients(exact_ig.model, 'cpu', exact_ig.preprocessing, size).explain(
+            brain, num_steps=steps
+        )
+        for size in (1, batch)
+    )
+    assert one.gradient_evaluations == many.gradient_evaluations == steps
+    assert relative_error(many.attributions, one.attributions) < 1e-6
+
+
+def test_step_batch_in_single_precision_changes_only_what_rounding_does(ig, brain):
+    one, many = (
+        IntegratedGradients(ig.model, 'cpu', ig.preprocessing, size).explain(brain, num_steps=11)
+        for size in (1, 4)
+    )
+    assert relative_error(many.attributions, one.attributions) < 1e-3
+
+
+def test_a_batch_of_images_gives_what_each_gives_alone(ig, brain):
+    images = torch.cat([brain, brain.flip(3)])
+    together = ig.compute_integrated_gradients(images, num_steps=4)
+    assert together.shape == images.shape
+    for image, attributions in zip(images, together, strict=True):
+        alone = ig.compute_integrated_gradients(image, num_steps=4)  # (3, H, W) in and out
+        assert alone.shape == image.shape
+        torch.testing.assert_close(alone, attributions)
+
+
+class Hungry(nn.Module):
+    """Runs out of memory on more than `room` images at once; remembers the path it was shown."""
+
+    def __init__(self, room, error):
+        super().__init__()
+        self.room, self.error, self.seen = room, error, []
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise self.error
+        if torch.is_grad_enabled():
+            self.seen += x.detach()[:, 0, 0, 0].tolist()
+        return (x**3).sum((1, 2, 3)).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB'),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError('MPS backend out of memory'),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_halves_the_batch_and_loses_nothing(error):
+    x, baseline = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
+    model = Hungry(3, error)
+    result = explain(model, x, baseline, num_steps=13, step_batch=16)
+    assert result.step_batch == 2
+    assert sorted(model.seen) == pytest.approx([(i + 0.5) / 13 for i in range(13)])
+    expected = explain(lambda v: (v**3).sum((1, 2, 3)), x, baseline, num_steps=13)
+    torch.testing.assert_close(result.attributions, expected.attributions)
+
+
+def test_out_of_memory_on_one_step_is_one_sentence():
+    model = Hungry(1, torch.OutOfMemoryError('CUDA out of memory'))
+    model.forward = lambda x: (_ for _ in ()).throw(model.error) if x.requires_grad else x[:, :1]
+    with pytest.raises(InputError, match='smaller --image_size'):
+        explain(model, torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2))
+
+
+def test_other_errors_of_a_model_are_not_swallowed():
+    with pytest.raises(RuntimeError, match='broken layer'):
+        explain(Hungry(0, RuntimeError('broken layer')), torch.ones(1, 3, 2, 2), 'zero')
+    assert not is_out_of_memory(ValueError('out of memory'))
+
+
+def test_step_batch_on_a_gpu_is_what_four_fifths_of_its_free_memory_hold(monkeypatch):
+    gib = 2**30
+    answers = {
+        'memory_allocated': 1 * gib,
+        'max_memory_allocated': 3 * gib,  # one step took 2 GiB
+        'memory_reserved': 4 * gib,  # of which 3 GiB are idle in the allocator's cache
+        'mem_get_info': (17 * gib, 24 * gib),
+        'reset_peak_memory_stats': None,
+        'empty_cache': None,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    batch = StepBatch(torch.device('cuda'))
+    batch.start(640 * 640)
+    assert batch.size == 1  # the first step is the measurement
+    batch.adapt()
+    assert batch.size == 8  # 0.8 * (17 + 3) / 2
+    batch.halve()
+    batch.start(640 * 640)
+    assert batch.size == 4  # once it ran out, later images start lower
+    fixed = StepBatch(torch.device('cuda'), 5)
+    fixed.start(640 * 640)
+    fixed.adapt()
+    assert fixed.size == 5
+
+
+def test_step_batch_on_a_cpu_falls_with_the_image():
+    batch = StepBatch(torch.device('cpu'))
+    sizes = []
+    for side in (16, 64, 128, 256, 640):
+        batch.start(side * side)
+        sizes.append(batch.size)
+    assert sizes == [64, 16, 4, 1, 1]
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_steps():
+    script = (
+        'import sys, torch; from integrated_gradients import IntegratedGradients, load_model;'
+        f'm = load_model({str(ROOT / "demo" / "demo_model.pth")!r}, "cpu");'
+        'r = IntegratedGradients(m, "cpu", step_batch=4).explain('
+        'torch.zeros(3, 64, 64), "image", "white", int(sys.argv[1]));'
+        'print(r.peak_memory_bytes)'
+    )
+    few, many = (
+        int(subprocess.run([sys.executable, '-c', script, steps], capture_output=True,
+                           text=True, check=True, cwd=ROOT).stdout)
+        for steps in ('8', '256')
+    )  # fmt: skip
+    assert many < 1.05 * few
+
+
+# ------------------------------------------------------------------ seeds and baselines
+
+
+def test_random_baseline_same_seed_same_result_other_seed_another(ig, brain):
+    def run(seed):
+        return ig.compute_integrated_gradients(
+            brain, 'random', 3, 'image', seed=seed, baseline_draws=2
+        )
+
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert torch.equal(run(5), run(5))
+    assert not torch.equal(run(5), run(6))
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (np.random.get_state()[1] == state[1]).all()
+
+
+def test_random_baseline_is_the_mean_over_its_draws(ig, brain):
+    result = ig.explain(brain, 'image', 'random', 4, baseline_draws=3, seed=9)
+    pixels = ig.preprocessing.to_pixels(brain)
+    draws = module.build_baselines('random', pixels, ig.preprocessing, 3, 9)
+    alone = [ig.explain(brain, 'image', ig.preprocessing.normalise(d), 4) for d in draws]
+    mean = torch.stack([one.attributions for one in alone]).mean(dim=0)
+    assert relative_error(result.attributions, mean) < 1e-5
+    assert result.baseline_score == pytest.approx(np.mean([one.baseline_score for one in alone]))
+    assert result.gradient_evaluations == 12
+
+
+# ------------------------------------------------------------------ good manners
+
+
+def test_model_is_left_as_it_was_also_after_a_failure(ig, brain):
+    model = ig.model
+    model.train()
+    model.encoder.eval()  # a mixture must come back as a mixture
+    frozen = next(model.decoder.parameters())
+    frozen.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    wants = [p.requires_grad for p in model.parameters()]
+    try:
+        ig.explain(brain, num_steps=2)
+        with pytest.raises(InputError):
+            ig.explain(brain, target='pixel:99999,0', num_steps=2)
+        assert [m.training for m in model.modules()] == modes
+        assert [p.requires_grad for p in model.parameters()] == wants
+        assert all(p.grad is None for p in model.parameters())
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+    finally:
+        model.eval()
+        frozen.requires_grad_(True)
+
+
+def test_training_mode_is_not_used_for_the_gradients(ig, brain):
+    expected = ig.compute_integrated_gradients(brain, num_steps=2)
+    ig.model.train()
+    try:
+        assert torch.equal(ig.compute_integrated_gradients(brain, num_steps=2), expected)
+    finally:
+        ig.model.eval()
+
+
+def test_callers_autograd_mode_and_layout_do_not_matter(ig, brain):
+    expected = ig.compute_integrated_gradients(brain, num_steps=2)
+    assert not expected.requires_grad and expected.grad_fn is None
+    with torch.no_grad():
+        assert torch.equal(ig.compute_integrated_gradients(brain, num_steps=2), expected)
+    with torch.inference_mode():
+        assert torch.equal(ig.compute_integrated_gradients(brain.clone(), num_steps=2), expected)
+    strided = brain.to(memory_format=torch.channels_last).requires_grad_()
+    again = ig.compute_integrated_gradients(strided, num_steps=2)
+    assert relative_error(again, expected) < 1e-3
+    assert strided.grad is None
+
+
+def test_double_precision_model_agrees_with_single(brain):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 1)).eval()
+    single = IntegratedGradients(net, 'cpu').compute_integrated_gradients(brain, 'zero', 9, 'image')
+    double = IntegratedGradients(net.double(), 'cpu').compute_integrated_gradients(
+        brain, 'zero', 9, 'image'
+    )
+    torch.testing.assert_close(single, double, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize('wrapping', [lambda y: (y, 1), lambda y: [y], lambda y: {'out': y}])
+def test_outputs_in_a_tuple_or_dictionary(wrapping, x):
+    class Wrapped(nn.Module):
+        def forward(self, v):
+            return wrapping(v.sum(1, keepdim=True))
+
+    assert explain(Wrapped(), x, torch.zeros_like(x), num_steps=2).completeness_gap < 1e-4
+
+
+@pytest.mark.parametrize(
+    'tensor, said',
+    [
+        (torch.zeros(2, 3, 8, 8), r'\(3, H, W\)'),
+        (torch.zeros(1, 1, 8, 8), r'\(3, H, W\)'),
+        (torch.zeros(8, 8), r'\(3, H, W\)'),
+        (torch.full((3, 8, 8), float('nan')), 'not finite'),
+    ],
+)
+def test_bad_input_tensor(tensor, said):
+    with pytest.raises(InputError, match=said):
+        explain(lambda v: v.sum((1, 2, 3)), tensor, 'zero')
+
+
+def test_non_finite_logits_and_odd_outputs_are_told(x):
+    with pytest.raises(InputError, match='not finite'):
+        explain(lambda v: v.sum((1, 2, 3)) / 0, x, 'zero')
+    with pytest.raises(InputError, match='logit map'):
+        explain(nn.Flatten(), x, 'zero')
+    with pytest.raises(InputError, match='gradients are not finite'):
+        explain(lambda v: v.abs().sum((1, 2, 3)).sqrt(), torch.zeros_like(x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize('options', [{'num_steps': 0}, {'num_steps': -3}, {'rule': 'simpson'},
+                                     {'score': 'softmax'}, {'threshold': 1.5}])  # fmt: skip
+def test_bad_options(options, x):
+    with pytest.raises(InputError, match=next(iter(options))):
+        explain(lambda v: v.sum((1, 2, 3)), x, 'zero', **options)
+
+
+def test_unknown_device_and_absent_gpu():
+    with pytest.raises(InputError, match='unknown device "gpu"'):
+        module.resolve_device('gpu')
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match='no CUDA GPU'):
+            module.resolve_device('cuda')
+    assert module.resolve_device('cpu') == torch.device('cpu')
+
+
+def test_progress_goes_to_stderr(ig, brain, capsys):
+    ig.explain(brain, num_steps=2, progress=True)
+    seen = capsys.readouterr()
+    assert 'interpolation steps' in seen.err and not seen.out
