@@ -23,6 +23,7 @@ CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap b
 TARGET_COLOUR, TRUTH_COLOUR = '#00c8ff', '#39d353'
 PREDICTION_TINT, TRUTH_TINT = (0.0, 0.78, 1.0), (0.22, 0.83, 0.33)
 DOTS_PER_INCH = 150
+BOLD = 1.25  # how much wider bold type runs
 FONT = {'title': 11, 'label': 9, 'caption': 10, 'heading': 13}
 SMOOTHING = 0.006  # of the longer side: sigma of the overlay's blur
 SPECK = 1e-4  # a region smaller than this share of the image cannot be seen by its outline
@@ -202,7 +203,7 @@ class Sheet:
     no text can run into another whatever the shape of the image.
     """
 
-    TITLE, BAR, GAP, LINE = 0.5, 0.85, 0.25, 0.19  # inches
+    TITLE, BAR, GAP, LINE = 0.5, 0.85, 0.25, 0.19  # inches; narrow panels' bars need more
 
     def __init__(self, view: View, statistics: dict, panels: int, bars: Sequence[int]) -> None:
         self.view = view
@@ -214,16 +215,16 @@ class Sheet:
         cell = max(self.panel_width, 2.0)
         self.width = max(columns * (cell + self.GAP) + self.GAP, 9.0)
 
-        heading = wrap(statistics['image'], self.width, FONT['heading'])
+        heading = wrap(statistics['image'], self.width, FONT['heading'] * BOLD)
         caption = wrap(caption_text(statistics), self.width, FONT['caption'])
-        warning = wrap(gap_warning(statistics) or '', self.width, FONT['caption'])
+        warning = wrap(gap_warning(statistics) or '', self.width, FONT['caption'] * BOLD)
         lines = caption.count('\n') + 1 + (warning.count('\n') + 1 if warning else 0)
         top = self.GAP + 1.3 * self.LINE * (heading.count('\n') + 1)
         bottom = self.GAP + self.LINE * (lines + 2)
+        bar = self.BAR + (self.LINE if cell < 3 else 0)
         rows = [range(first, first + columns) for first in range(0, panels, columns)]
         depths = [  # each row: titles, panels, and colour bars where one of them has any
-            self.TITLE + self.panel_height + (self.BAR if set(row) & set(bars) else 0.1)
-            for row in rows
+            self.TITLE + self.panel_height + (bar if set(row) & set(bars) else 0.1) for row in rows
         ]
         self.height = top + sum(depths) + bottom
         self.figure = Figure(figsize=(self.width, self.height), dpi=DOTS_PER_INCH)
@@ -323,7 +324,7 @@ class Sheet:
         )
 
 
-def wrap(text: str, inches: float, size: int) -> str:
+def wrap(text: str, inches: float, size: float) -> str:
     """Break text into lines that fit a width; names without spaces are broken too."""
     return textwrap.fill(text, max(8, int(inches * 72 / (size * 0.56))))
 

@@ -134,7 +134,7 @@ class Explanation:
     Tensors are on the CPU, except `attributions`, which are where the input was.
     """
 
-    attributions: torch.Tensor  # shape and device of the input, float32, in units of the score
+    attributions: torch.Tensor  # shape and device of the input, in units of the score
     prediction: torch.Tensor  # (h, w) float32: probability of what is explained, 0-1
     predicted_mask: torch.Tensor  # (h, w) bool
     region: torch.Tensor  # (h, w) bool: the target region R
@@ -152,7 +152,7 @@ class Explanation:
     step_batch: int
     seed: int
     peak_memory_bytes: int | None
-    precision: str = 'float32'
+    precision: str  # what gradients were computed and accumulated in
 
     @property
     def completeness_gap(self) -> float | None:
@@ -627,6 +627,7 @@ class IntegratedGradients:
             step_batch=self.step_batch.size,
             seed=seed,
             peak_memory_bytes=peak_memory(self.device),
+            precision=str(x.dtype).removeprefix('torch.'),
         )
 
     def _path_gradient(
@@ -637,13 +638,13 @@ class IntegratedGradients:
         rule: Rule,
         on_steps: Callable[[int], object],
     ) -> torch.Tensor:
-        """The integral of dF/dx along the straight path, (1, 3, H, W) float32.
+        """The integral of dF/dx along the straight path, (1, 3, H, W).
 
         One accumulator image, whatever the number of steps. A chunk that does not fit into
         memory is tried again in halves; what was accumulated before stays.
         """
-        nodes = torch.as_tensor(rule.nodes, dtype=torch.float32, device=x.device)
-        weights = torch.as_tensor(rule.weights, dtype=torch.float32, device=x.device)
+        nodes = torch.as_tensor(rule.nodes, dtype=x.dtype, device=x.device)
+        weights = torch.as_tensor(rule.weights, dtype=x.dtype, device=x.device)
         total = torch.zeros_like(x)
         done = 0
         while done < len(nodes):
@@ -696,11 +697,13 @@ class IntegratedGradients:
         return logits
 
     def _check_input(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The input as (1, 3, H, W) float32 on the device, cut off from the caller's graph."""
+        """The input as (1, 3, H, W) on the device, cut off from the caller's graph: float32, in
+        which gradients then accumulate, or float64 for a double-precision model."""
         shape = tuple(tensor.shape)
         if not (len(shape) == 3 or (len(shape) == 4 and shape[0] == 1)) or shape[-3] != 3:
             raise InputError(f'input_tensor must be (3, H, W) or (1, 3, H, W), not {shape}')
-        x = tensor.detach().to(self.device, torch.float32).reshape(1, *shape[-3:])
+        working = torch.float64 if self.dtype == torch.float64 else torch.float32
+        x = tensor.detach().to(self.device, working).reshape(1, *shape[-3:])
         if not bool(torch.isfinite(x).all()):
             raise InputError('input_tensor holds values that are not finite')
         return x
@@ -715,7 +718,7 @@ class IntegratedGradients:
             return [kind.detach().to(x).reshape(x.shape)]
         pixels = self.preprocessing.to_pixels(x)
         built = build_baselines(kind, pixels, self.preprocessing, draws, seed)
-        return [self.preprocessing.normalise(baseline).to(self.device) for baseline in built]
+        return [self.preprocessing.normalise(baseline).to(x) for baseline in built]
 
     def _target(
         self,

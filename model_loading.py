@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,7 +162,8 @@ def _read_torch_file(path: Path) -> object:
     numbers = [scalar, (scalar, 'numpy.core.multiarray.scalar'), np.dtype, np.dtypes.Float64DType]
     numbers += [np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType]
     try:
-        with torch.serialization.safe_globals(numbers):
+        with torch.serialization.safe_globals(numbers), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of pickle protocols; the error says enough
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         if (

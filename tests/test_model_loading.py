@@ -1,0 +1,207 @@
+"""Every form of checkpoint, and every bad one."""
+
+import argparse
+import pickle
+
+import numpy as np
+import pytest
+import safetensors.torch
+import segmentation_models_pytorch as smp
+import torch
+from conftest import DEMO_MODEL
+
+from integrated_gradients import ARCHITECTURES, InputError, load_model
+from model_loading import create_model, guess_architecture, guess_encoder
+
+ENCODER = 'timm-mobilenetv3_small_minimal_100'
+
+
+@pytest.fixture(scope='module')
+def network():
+    torch.manual_seed(0)
+    return create_model('unetplusplus', ENCODER, 1).eval()
+
+
+def same(loaded, network) -> bool:
+    found, expected = loaded.state_dict(), network.state_dict()
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[k], expected[k]) for k in found
+    )
+
+
+@pytest.mark.parametrize('key', [None, 'model_state_dict', 'state_dict', 'model', 'net'])
+@pytest.mark.parametrize('prefix', ['', 'module.', 'model.', '_orig_mod.', 'module._orig_mod.'])
+def test_state_dict_forms(tmp_path, network, key, prefix):
+    state = {prefix + name: value for name, value in network.state_dict().items()}
+    torch.save(state if key is None else {key: state, 'epoch': 3}, tmp_path / 'm.pth')
+    loaded = load_model(tmp_path / 'm.pth', 'cpu', ENCODER)
+    assert same(loaded, network) and not loaded.training
+
+
+def test_safetensors(tmp_path, network):
+    safetensors.torch.save_file(network.state_dict(), tmp_path / 'm.safetensors')
+    assert same(load_model(tmp_path / 'm.safetensors', 'cpu', ENCODER), network)
+
+
+def test_save_pretrained_folder_brings_its_own_settings(tmp_path):
+    net = smp.Unet(ENCODER, encoder_weights=None, classes=4, decoder_channels=(32, 16, 16, 8, 8))
+    net.save_pretrained(tmp_path / 'saved')
+    loaded = load_model(tmp_path / 'saved', 'cpu')
+    assert same(loaded, net)
+    assert loaded.model_settings['architecture'] == 'unet'
+    assert loaded.model_settings['classes'] == 4
+
+
+def test_half_precision_comes_back_as_float32(tmp_path, network):
+    torch.save({k: v.half() for k, v in network.state_dict().items()}, tmp_path / 'm.pth')
+    loaded = load_model(tmp_path / 'm.pth', 'cpu', ENCODER)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_checkpoint_with_optimizer_and_numpy_numbers(tmp_path, network):
+    optimizer = torch.optim.AdamW(network.parameters())
+    extra = {
+        'optimizer': optimizer.state_dict(),
+        'best_dice': np.float64(0.9),
+        'epoch': np.int64(3),
+    }
+    torch.save({'model_state_dict': network.state_dict(), **extra}, tmp_path / 'm.pth')
+    assert same(load_model(tmp_path / 'm.pth', 'cpu', ENCODER), network)
+
+
+def test_own_settings_are_used_and_explicit_flags_win(tmp_path, network):
+    settings = {'architecture': 'unetplusplus', 'encoder': ENCODER, 'classes': 1, 'image_size': 96,
+                'mean': [0.5, 0.4, 0.3], 'std': [0.1, 0.2, 0.3]}  # fmt: skip
+    path = tmp_path / 'm.pth'
+    torch.save({'state_dict': network.state_dict(), 'settings': settings}, path)
+    loaded = load_model(path, 'cpu')
+    assert same(loaded, network)
+    assert loaded.preprocessing.image_size == 96
+    assert loaded.preprocessing.mean == (0.5, 0.4, 0.3)
+    settings['encoder'] = 'resnet18'  # wrong; the flag corrects it
+    torch.save({'state_dict': network.state_dict(), 'settings': settings}, path)
+    assert same(load_model(path, 'cpu', ENCODER), network)
+    with pytest.raises(InputError, match='does not fit unetplusplus with encoder resnet18'):
+        load_model(path, 'cpu')
+
+
+def test_demo_checkpoint_needs_no_flag():
+    loaded = load_model(DEMO_MODEL, 'cpu')
+    assert loaded.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert DEMO_MODEL.stat().st_size < 14e6
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_every_architecture_by_name(tmp_path, architecture):
+    encoder = 'tu-vit_tiny_patch16_224.augreg_in21k' if architecture == 'dpt' else ENCODER
+    net = create_model(architecture, encoder, 3)
+    torch.save(net.state_dict(), tmp_path / 'm.pth')
+    loaded = load_model(tmp_path / 'm.pth', 'cpu', encoder, architecture)
+    assert same(loaded, net)
+    assert loaded.model_settings['classes'] == 3
+
+
+# ------------------------------------------------------------------ bad checkpoints
+
+
+class Trap:
+    """Unpickling this would create the file `trapped`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+@pytest.mark.parametrize('writer', [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
+def test_pickled_code_is_refused_and_does_not_run(tmp_path, network, writer):
+    trapped = tmp_path / 'trapped'
+    writer({'state_dict': network.state_dict(), 'x': Trap(trapped)}, tmp_path / 'm.pth')
+    with pytest.raises(InputError, match=r'm\.pth was refused.*could run code'):
+        load_model(tmp_path / 'm.pth', 'cpu', ENCODER)
+    assert not trapped.exists()
+    pickle.loads(pickle.dumps(Trap(trapped)))  # the trap does work
+    assert trapped.exists()
+
+
+@pytest.mark.parametrize(
+    'content', [lambda net: net, lambda net: {'args': argparse.Namespace(a=1)}]
+)
+def test_whole_models_and_other_objects_are_refused(tmp_path, network, content):
+    torch.save(content(network), tmp_path / 'm.pth')
+    with pytest.raises(InputError, match='save only the weights'):
+        load_model(tmp_path / 'm.pth', 'cpu', ENCODER)
+
+
+def test_missing_empty_and_damaged_files(tmp_path, network):
+    torch.save(network.state_dict(), tmp_path / 'whole.pth')
+    whole = (tmp_path / 'whole.pth').read_bytes()
+    cases = {
+        'missing.pth': (None, 'not found'),
+        'empty.pth': (b'', r'empty \(0 bytes\)'),
+        'text.pth': (b'hello\n' * 100, 'damaged'),
+        'cut.pth': (whole[: len(whole) // 2], 'damaged'),
+        'text.safetensors': (b'hello\n' * 100, 'damaged'),
+    }
+    for name, (content, said) in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=said) as caught:
+            load_model(tmp_path / name, 'cpu')
+        assert name in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('content', [[1, 2], {'epoch': 3}, {}, {'model': {'a': 1}}])
+def test_files_without_a_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / 'm.pth')
+    with pytest.raises(InputError, match='holds no state dict'):
+        load_model(tmp_path / 'm.pth', 'cpu')
+
+
+def test_networks_of_another_library(tmp_path):
+    torch.save(torch.nn.Conv2d(3, 1, 3).state_dict(), tmp_path / 'm.pth')
+    with pytest.raises(InputError, match='no segmentation-models-pytorch checkpoint'):
+        load_model(tmp_path / 'm.pth', 'cpu')
+
+
+def test_wrong_encoder_or_architecture_says_what_the_file_looks_like(tmp_path):
+    torch.save(create_model('fpn', 'resnet18', 2).state_dict(), tmp_path / 'm.pth')
+    with pytest.raises(InputError, match='add --architecture fpn --encoder resnet18'):
+        load_model(tmp_path / 'm.pth', 'cpu')
+    with pytest.raises(InputError, match='looks like fpn with encoder resnet18'):
+        load_model(tmp_path / 'm.pth', 'cpu', 'resnet18', 'unet')
+
+
+def test_other_decoder_settings_and_timm_encoders_are_told(tmp_path):
+    net = smp.Unet(ENCODER, encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8))
+    torch.save(net.state_dict(), tmp_path / 'm.pth')
+    with pytest.raises(InputError, match='save_pretrained'):
+        load_model(tmp_path / 'm.pth', 'cpu', ENCODER, 'unet')
+    torch.save(smp.Unet('tu-resnet18', encoder_weights=None).state_dict(), tmp_path / 'm.pth')
+    with pytest.raises(InputError, match='timm encoder'):
+        load_model(tmp_path / 'm.pth', 'cpu', 'resnet18', 'unet')
+
+
+def test_unknown_names_are_told(tmp_path):
+    with pytest.raises(InputError, match='unknown architecture "unetx"'):
+        create_model('unetx', ENCODER, 1)
+    with pytest.raises(InputError, match='did you mean'):
+        create_model('unet', 'efficientnet_b5', 1)
+
+
+@pytest.mark.parametrize('config', [None, 'x{', '{}', '{"_model_class": "Odd"}'])
+def test_folders_that_save_pretrained_did_not_write(tmp_path, config):
+    if config is not None:
+        (tmp_path / 'config.json').write_text(config)
+        safetensors.torch.save_file({'a': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    with pytest.raises(InputError, match=r'save_pretrained|architecture'):
+        load_model(tmp_path, 'cpu')
+
+
+@pytest.mark.parametrize('pair', [('unet', 'mit_b0'), ('linknet', 'vgg11'), ('pan', 'resnet18')])
+def test_guesses(pair):
+    architecture, encoder = pair
+    state = create_model(architecture, encoder, 1).state_dict()
+    assert guess_encoder(state, encoder) == encoder
+    assert guess_architecture(state, encoder) == architecture

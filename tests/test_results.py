@@ -1,0 +1,276 @@
+"""Statistics worked out by hand, files, and figures of every shape."""
+
+import json
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from conftest import noise_image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+import integrated_gradients as module
+from attribution_figures import (
+    View,
+    attribution_figure,
+    channels_figure,
+    clip_level,
+    gap_warning,
+    summary_figure,
+)
+from integrated_gradients import (
+    Explanation,
+    OutputError,
+    explanation_statistics,
+    mask_scores,
+    statistics_text,
+    write_files,
+)
+
+MASK = torch.tensor([[True, False], [False, False]])
+
+
+def explanation(attributions, mask=MASK, score=10.0, baseline_score=0.0) -> Explanation:
+    attributions = torch.as_tensor(attributions, dtype=torch.float32)
+    return Explanation(
+        attributions=attributions,
+        prediction=mask.float(),
+        predicted_mask=mask,
+        region=mask,
+        baseline_pixels=np.zeros((2, 2, 3), np.float32),
+        target='predicted',
+        score_type='logit',
+        baseline='zero',
+        rule='midpoint',
+        steps=4,
+        gradient_evaluations=4,
+        score=score,
+        baseline_score=baseline_score,
+        attribution_sum=float(attributions.sum()),
+        seconds=1.0,
+        step_batch=1,
+        seed=0,
+        peak_memory_bytes=None,
+        precision='float32',
+    )
+
+
+HAND = [[[4.0, -1.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 0.0]], [[-1.0, 0.0], [2.0, 0.0]]]
+
+
+def test_statistics_by_hand():
+    truth = np.array([[True, True], [False, False]])
+    found = explanation_statistics(explanation(HAND), truth)
+    expected = {
+        'attribution_mean': 7 / 12,
+        'attribution_min': -1.0,
+        'attribution_max': 4.0,
+        'attribution_std': math.sqrt((16 + 1 + 1 + 4 + 1 + 4) / 12 - (7 / 12) ** 2),
+        'attribution_in_prediction': 7.0,
+        'attribution_in_background': 4 / 3,
+        'attribution_ratio': 21 / 4,
+        'share_in_prediction': 7 / 11,
+        'share_in_truth': 8 / 11,
+        'prediction_ratio': 0.25,
+        'prediction_area': 1,
+        'dice': 2 / 3,
+        'iou': 0.5,
+        'pixel_accuracy': 0.75,
+        'channel_shares': [6 / 11, 2 / 11, 3 / 11],
+        'completeness_gap': 0.3,
+        'attribution_sum': 7.0,
+        'score': 10.0,
+        'baseline_score': 0.0,
+        'target_area': 1,
+    }
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value), key
+
+
+@pytest.mark.parametrize(
+    'attributions, mask, none',
+    [
+        (HAND, torch.zeros(2, 2, dtype=torch.bool), ('attribution_ratio', 'share_in_prediction')),
+        (HAND, torch.ones(2, 2, dtype=torch.bool), ('attribution_ratio',)),
+        (np.zeros((3, 2, 2)), MASK, ('attribution_ratio', 'share_in_prediction', 'channel_shares')),
+    ],
+)
+def test_figures_that_do_not_apply_are_none_never_nan(attributions, mask, none):
+    found = explanation_statistics(
+        explanation(attributions, mask, score=0.0), np.zeros((2, 2), bool)
+    )
+    for key in (*none, 'completeness_gap', 'share_in_truth'):
+        assert found[key] is None, key
+    json.dumps(found, allow_nan=False)
+    assert 'n/a' in statistics_text({'image': 'x', **found})
+
+
+def test_background_without_attribution_gives_no_infinite_ratio():
+    inside_only = np.zeros((3, 2, 2))
+    inside_only[:, 0, 0] = 1
+    found = explanation_statistics(explanation(inside_only))
+    assert found['attribution_ratio'] is None and found['share_in_prediction'] == 1
+    assert found['dice'] is None
+
+
+def test_scores_of_empty_masks():
+    empty, full = np.zeros((2, 2), bool), np.ones((2, 2), bool)
+    assert mask_scores(empty, empty) == {'dice': 1.0, 'iou': 1.0, 'pixel_accuracy': 1.0}
+    assert mask_scores(empty, full) == {'dice': 0.0, 'iou': 0.0, 'pixel_accuracy': 0.0}
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_a_set_of_files_is_written_whole_or_not_at_all(tmp_path):
+    marker, data = tmp_path / 'done.json', tmp_path / 'data.bin'
+    write_files({data: lambda p: p.write_text('old'), marker: lambda p: p.write_text('old')})
+
+    def disk_full(path):
+        path.write_text('half')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(OutputError, match=r'done\.json: No space left on device'):
+        write_files({data: lambda p: p.write_text('new'), marker: disk_full})
+    assert data.read_text() == marker.read_text() == 'old'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['data.bin', 'done.json']
+
+
+def test_an_interruption_between_renames_leaves_no_marker(tmp_path, monkeypatch):
+    marker, data = tmp_path / 'done.json', tmp_path / 'data.bin'
+    write_files({data: lambda p: p.write_text('old'), marker: lambda p: p.write_text('old')})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_files({data: lambda p: p.write_text('new'), marker: lambda p: p.write_text('new')})
+    assert not marker.exists()
+
+
+# ------------------------------------------------------------------ figures
+
+
+def statistics_for_figures(**changes) -> dict:
+    found = explanation_statistics(explanation(HAND))
+    return {'image': 'scan', **found, 'settings': {'gap_tolerance': 0.05}, **changes}
+
+
+def view(height, width, side=64, truth=True, **changes) -> View:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((side, side), bool)
+    mask[side // 4 : side // 2, side // 4 : side // 2] = True
+    content = {
+        'image': noise_image(height, width),
+        'original_size': (height, width),
+        'attributions': rng.normal(size=(3, side, side)).astype(np.float32) ** 3,
+        'predicted_mask': mask,
+        'region': mask,
+        'truth': np.roll(mask, 3) if truth else None,
+        'baseline': np.zeros((side, side, 3), np.uint8),
+    }
+    return View(**content | changes)
+
+
+def texts_inside(figure) -> list[tuple[str, object]]:
+    """Every text of a figure with its box in pixels; none may reach beyond the page."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    page = figure.bbox
+    boxes = []
+    for text in figure.findobj(matplotlib.text.Text):
+        if text.get_visible() and text.get_text().strip():
+            box = text.get_window_extent(renderer)
+            tick = text.get_text().lstrip('−-').replace('.', '').isdecimal()
+            if tick and not (page.contains(*box.min) and page.contains(*box.max)):
+                continue  # matplotlib keeps, but does not draw, ticks beyond a colour bar's ends
+            assert box.x0 >= page.x0 and box.x1 <= page.x1, text.get_text()
+            assert box.y0 >= page.y0 and box.y1 <= page.y1, text.get_text()
+            boxes.append((text.get_text(), box))
+    return boxes
+
+
+SHAPES = [(64, 64), (320, 320), (200, 800), (800, 200), (90, 1000), (1000, 90), (600, 1024)]
+LONG = 'a_very_long_file_name_as_exported_by_annotation_tools_png.rf.' + '0123456789abcdef' * 6
+
+
+@pytest.mark.parametrize('draw', [attribution_figure, channels_figure])
+@pytest.mark.parametrize('size', SHAPES)
+@pytest.mark.parametrize('name', ['scan', LONG])
+def test_no_text_is_cut_off_or_overlaps_another(draw, size, name):
+    statistics = statistics_for_figures(image=name, target='pixel:100,200', dice=0.5)
+    boxes = texts_inside(draw(view(*size), statistics))
+    assert any('WARNING' in text for text, _ in boxes)  # the gap of 30 % must be seen
+    for number, (text, box) in enumerate(boxes):
+        for other, beside in boxes[number + 1 :]:
+            assert not box.padded(-1).overlaps(beside.padded(-1)), (text, other)
+
+
+@pytest.mark.parametrize('size', [(200, 800), (800, 200), (320, 320)])
+def test_panels_keep_the_shape_of_the_image(size):
+    figure = attribution_figure(view(*size), statistics_for_figures())
+    figure.canvas.draw()
+    for axis in figure.axes[:6]:
+        box = axis.get_window_extent()
+        assert box.width / box.height == pytest.approx(size[1] / size[0], rel=0.01)
+        assert axis.get_xlim() == (-0.5, size[1] - 0.5)
+
+
+@pytest.mark.parametrize('attributions', [np.zeros((3, 64, 64)), np.full((3, 64, 64), -1e-9)])
+@pytest.mark.parametrize('mask', [np.zeros((64, 64), bool), np.ones((64, 64), bool)])
+def test_constant_maps_and_extreme_masks_are_drawn(attributions, mask):
+    odd = view(64, 64, truth=False, attributions=attributions, predicted_mask=mask, region=mask)
+    statistics = statistics_for_figures(channel_shares=None, attribution_ratio=None)
+    for draw in (attribution_figure, channels_figure):
+        with np.errstate(all='raise'):
+            texts_inside(draw(odd, statistics))
+
+
+def test_heatmap_clips_at_the_99th_percentile_and_says_so():
+    values = np.arange(1001.0)
+    assert clip_level(values) == pytest.approx(990)
+    assert clip_level(-values) == pytest.approx(990)
+    single = np.zeros(1000)
+    single[3] = 7
+    assert clip_level(single) == 7 and clip_level(np.zeros(4)) == 1
+    shown = view(64, 64)
+    figure = attribution_figure(shown, statistics_for_figures())
+    heat, signed = figure.axes[3].images[0], figure.axes[5].images[0]
+    assert heat.norm.vmin == 0 and heat.norm.vmax == pytest.approx(clip_level(shown.magnitude))
+    assert signed.norm.vmin == pytest.approx(-signed.norm.vmax)
+    bars = [axis.get_xlabel().replace('\n', ' ') for axis in figure.axes[6:]]
+    assert len(bars) == 3 and all('99th percentile' in label for label in bars)
+
+
+def test_channels_share_one_scale():
+    figure = channels_figure(view(64, 64), statistics_for_figures())
+    limits = {axis.images[0].norm.vmax for axis in figure.axes[:3]}
+    assert len(limits) == 1
+
+
+@pytest.mark.parametrize('gap, warned', [(None, False), (0.05, False), (0.051, True)])
+def test_gap_warning(gap, warned):
+    assert bool(gap_warning(statistics_for_figures(completeness_gap=gap))) == warned
+
+
+@pytest.mark.parametrize('count', [1, 10, 200])
+@pytest.mark.parametrize('known', [True, False])
+def test_summary_figure(count, known):
+    entries = [
+        statistics_for_figures(image=f'{LONG}_{i}', dice=0.5 if known else None,
+                               attribution_ratio=None if i % 3 == 2 else i)
+        for i in range(count)
+    ]  # fmt: skip
+    assert len(texts_inside(summary_figure(entries, 0.05))) > 10
+
+
+def test_pictures_are_legible_when_printed(tmp_path):
+    path = tmp_path / 'a.png'
+    attribution_figure(view(320, 320), statistics_for_figures()).savefig(path)
+    picture = Image.open(path)
+    assert picture.info['dpi'][0] >= 149
+    assert 1500 < picture.width < 3000 and picture.height < 3000
