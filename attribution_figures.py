@@ -302,7 +302,9 @@ class Sheet:
         bar = self.figure.colorbar(
             drawn, cax=place, orientation='horizontal', extend=extend, format='%.2g'
         )
-        bar.locator = MaxNLocator(4 if self.cell > 3 else 2)
+        low, high = drawn.norm.vmin, drawn.norm.vmax
+        ticks = MaxNLocator(4 if self.cell > 3 else 2).tick_values(low, high)
+        bar.set_ticks([tick for tick in ticks if low <= tick <= high])
         bar.solids.set_alpha(1)
         bar.ax.tick_params(labelsize=8)
         text = f'{label} (clipped at the {CLIP_PERCENTILE}th percentile)'

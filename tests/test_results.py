@@ -175,19 +175,20 @@ def view(height, width, side=64, truth=True, **changes) -> View:
     return View(**content | changes)
 
 
-def texts_inside(figure) -> list[tuple[str, object]]:
-    """Every text of a figure with its box in pixels; none may reach beyond the page."""
+def texts_inside(figure, ticks_aside=False) -> list[tuple[str, object]]:
+    """Every text of a figure with its box in pixels; none may reach beyond the page.
+
+    ticks_aside: leave out numbers (plots keep, but do not draw, ticks beyond their range).
+    """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
     page = figure.bbox
     boxes = []
     for text in figure.findobj(matplotlib.text.Text):
-        if text.get_visible() and text.get_text().strip():
+        number = text.get_text().lstrip('−').replace('.', '').isdecimal()
+        if text.get_visible() and text.get_text().strip() and not (ticks_aside and number):
             box = text.get_window_extent(renderer)
-            tick = text.get_text().lstrip('−-').replace('.', '').isdecimal()
-            if tick and not (page.contains(*box.min) and page.contains(*box.max)):
-                continue  # matplotlib keeps, but does not draw, ticks beyond a colour bar's ends
             assert box.x0 >= page.x0 and box.x1 <= page.x1, text.get_text()
             assert box.y0 >= page.y0 and box.y1 <= page.y1, text.get_text()
             boxes.append((text.get_text(), box))
@@ -265,7 +266,7 @@ def test_summary_figure(count, known):
                                attribution_ratio=None if i % 3 == 2 else i)
         for i in range(count)
     ]  # fmt: skip
-    assert len(texts_inside(summary_figure(entries, 0.05))) > 10
+    assert len(texts_inside(summary_figure(entries, 0.05), ticks_aside=True)) > 10
 
 
 def test_pictures_are_legible_when_printed(tmp_path):
