@@ -1113,6 +1113,39 @@ def explain_image(
     return explanation, truth == int(number) if kind == 'class' else truth > 0
 
 
+def describe_image(
+    ig: IntegratedGradients,
+    name: str,
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    settings: Settings,
+    progress: bool = False,
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Explain an image: its statistics, and the arrays that its figures are drawn from.
+
+    Arguments and errors as for `explain_image`; the figures are
+    `attribution_figure(view_of(arrays), statistics)` and `channels_figure(...)`.
+    """
+    notes = []
+    if truth is not None and truth.shape != image.shape[:2]:
+        notes.append(
+            f'the mask is {truth.shape[1]}×{truth.shape[0]}, the image '
+            f'{image.shape[1]}×{image.shape[0]}: the mask was resized (nearest neighbour)'
+        )
+    explanation, truth = explain_image(ig, image, settings, truth, progress)
+    if explanation.target != settings.target:
+        notes.append(f'target "{settings.target}" was empty: the whole image was explained')
+    statistics = {
+        'image': name,
+        **explanation_statistics(explanation, truth),
+        'notes': notes,
+        'settings': settings_record(ig, settings),
+        'versions': versions(),
+    }
+    place = ig.preprocessing.place(image.shape[:2])
+    return statistics, display_arrays(explanation, image, truth, place)
+
+
 def analyse_sample(
     ig: IntegratedGradients,
     sample: Sample,
@@ -1126,32 +1159,13 @@ def analyse_sample(
     read back instead. Raises InputError for an unusable sample, OutputError if writing fails.
     """
     image, truth = sample.image(), sample.truth()
-    notes = []
-    if truth is not None and truth.shape != image.shape[:2]:
-        notes.append(
-            f'the mask is {truth.shape[1]}×{truth.shape[0]}, the image '
-            f'{image.shape[1]}×{image.shape[0]}: the mask was resized (nearest neighbour)'
-        )
-    record = settings_record(ig, settings)
-    key = resume_key(record, image, truth)
+    key = resume_key(settings_record(ig, settings), image, truth)
     files = image_files(output_dir / sample.name)
     done = finished_statistics(files, key)
     if done is not None:
         return done
-    explanation, truth = explain_image(ig, image, settings, truth, progress)
-    if explanation.target != settings.target:
-        notes.append(f'target "{settings.target}" was empty: the whole image was explained')
-    statistics = {
-        'image': sample.name,
-        'image_path': str(sample.image_path),
-        **explanation_statistics(explanation, truth),
-        'notes': notes,
-        'settings': record,
-        'versions': versions(),
-        'resume_key': key,
-    }
-    place = ig.preprocessing.place(image.shape[:2])
-    arrays = display_arrays(explanation, image, truth, place)
+    statistics, arrays = describe_image(ig, sample.name, image, truth, settings, progress)
+    statistics |= {'image_path': str(sample.image_path), 'resume_key': key}
     view = view_of(arrays)
     write_files(
         {

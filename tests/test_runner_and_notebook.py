@@ -1,0 +1,133 @@
+"""The prompting runner, answered through a pseudo-terminal, and the notebook."""
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import nbclient
+import nbformat
+import pytest
+from conftest import DEMO_DATA, DEMO_IMAGE, DEMO_MODEL, ROOT
+
+import run_integrated_gradients as runner
+
+FAST = ['--image_size', '128', '--device', 'cpu']
+COMMAND = [sys.executable, str(ROOT / 'run_integrated_gradients.py'), *FAST]
+NAME = DEMO_IMAGE.stem
+
+
+def converse(answers: list[tuple[str, str]], cwd) -> tuple[int, str]:
+    """Run the runner on a terminal; wait for each prompt and type its answer."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(COMMAND, cwd=cwd, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    seen, waiting, deadline = '', list(answers), time.time() + 120
+    since = 0  # the prompt is looked for only in what came after the last answer
+    while time.time() < deadline:
+        if waiting and waiting[0][0] in seen[since:]:
+            since = len(seen)
+            os.write(master, waiting.pop(0)[1].encode() + b'\n')
+        if select.select([master], [], [], 0.2)[0]:
+            try:
+                seen += os.read(master, 4096).decode(errors='replace')
+            except OSError:  # the other end is closed
+                break
+        elif process.poll() is not None:
+            break
+    os.close(master)
+    assert not waiting, f'never asked {waiting[0][0]!r}; saw: {seen}'
+    return process.wait(timeout=60), seen
+
+
+def test_enter_everywhere_runs_the_demo(tmp_path):
+    prompts = ['Run the bundled demo', '1 one image', 'Image [', 'Baseline', 'Interpolation steps']
+    answers = [(prompt, '') for prompt in prompts]
+    answers[-1] = ('Interpolation steps', '3')
+    status, seen = converse(answers, tmp_path)
+    assert status == 0, seen
+    assert 'No model found (models_20250609_105424/best_model.pth' in seen
+    results = tmp_path / 'integrated_gradients_results' / NAME
+    assert (results / f'{NAME}_attribution.png').is_file()
+    assert 'midpoint rule, 3 steps' in seen
+
+
+def test_a_batch_on_the_users_own_model_and_data(tmp_path):
+    model = tmp_path / 'models_20250609_105424' / 'best_model.pth'
+    model.parent.mkdir()
+    shutil.copy(DEMO_MODEL, model)
+    data = tmp_path / 'Dataset_no_preprocessing' / 'test'
+    data.mkdir(parents=True)
+    for name in (NAME, 'colin27_axial_081'):
+        shutil.copy(DEMO_DATA / 'test' / f'{name}.jpg', data)
+    answers = [('Data folder', ''), ('1 one image', '7'), ('Please answer', '2'),
+               ('How many', 'all'), ('Baseline', 'blur'), ('Interpolation steps', '2')]  # fmt: skip
+    status, seen = converse(answers, tmp_path)
+    assert status == 0, seen
+    assert 'Model: models_20250609_105424/best_model.pth' in seen
+    assert (tmp_path / 'integrated_gradients_results' / 'summary.csv').is_file()
+
+
+def test_declining_the_demo_and_bad_answers_are_one_sentence(tmp_path):
+    status, seen = converse([('Run the bundled demo', 'n')], tmp_path)
+    assert status == 2 and 'error: nothing to run' in seen and 'Traceback' not in seen
+    prompts = ['Run the bundled', '1 one image', 'Image [', 'Baseline']
+    answers = [*((prompt, '') for prompt in prompts), ('Interpolation steps', 'many')]
+    status, seen = converse(answers, tmp_path)
+    assert status == 2 and '"many" is not a whole number' in seen
+
+
+@pytest.mark.parametrize('flags', [['--yes'], []])
+def test_unattended(tmp_path, flags):
+    done = subprocess.run(
+        [*COMMAND, *flags, '--num_steps', '2'], cwd=tmp_path, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 'Attribution ratio' in done.stdout
+    assert (tmp_path / 'integrated_gradients_results' / NAME).is_dir()
+
+
+def test_missing_data_is_told(tmp_path):
+    model = tmp_path / 'models_a' / 'best_model.pth'
+    model.parent.mkdir()
+    shutil.copy(DEMO_MODEL, model)
+    done = subprocess.run([*COMMAND, '--yes'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert 'data folder not found: Dataset_no_preprocessing' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_newest_model_comes_first(tmp_path):
+    for age, name in enumerate(('models_c', 'models_a', 'models_b')):
+        path = tmp_path / name / 'best_model.pth'
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    found = [path.parent.name for path in runner.find_models(tmp_path)]
+    assert found == ['models_c', 'models_a', 'models_b']
+
+
+def test_help_names_the_documented_paths():
+    done = subprocess.run([*COMMAND, '--help'], capture_output=True, text=True, check=True)
+    assert 'models_*/best_model.pth' in done.stdout and '--yes' in done.stdout
+
+
+def test_notebook_is_committed_without_outputs_and_runs_top_to_bottom(monkeypatch):
+    notebook = nbformat.read(ROOT / 'integrated_gradients_interactive.ipynb', as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == 'code']
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    monkeypatch.setenv('IMAGE_SIZE', '128')
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, resources={'metadata': {'path': str(ROOT)}}
+    )
+    client.execute()
+    pictures = sum('image/png' in out.get('data', {}) for cell in code for out in cell.outputs)
+    assert pictures >= 4
+    assert any(
+        'application/vnd.jupyter.widget-view+json' in output.get('data', {})
+        for output in code[-1].outputs
+    )
