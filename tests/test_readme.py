@@ -11,7 +11,8 @@ import integrated_gradients
 from integrated_gradients import BASELINES, RULES, TARGETS, build_parser
 
 TEXT = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
-ROWS = dict(re.findall(r'^\| `(--\w+)[^`]*` \| (.*?) \|', TEXT, re.MULTILINE))
+FLAGS = TEXT[TEXT.index('## All flags') : TEXT.index('## What is computed')]
+ROWS = dict(re.findall(r'^\| `(--\w+)[^`]*` \| (.*?) \|', FLAGS, re.MULTILINE))
 
 
 def test_readme_is_a_link():
@@ -52,8 +53,9 @@ def test_linked_files_exist():
 
 
 def test_statistics_are_explained(tmp_path):
-    arguments = ['--image_size', '128', '--num_steps', '1', '--device', 'cpu', '--output_dir',
-                 str(tmp_path), *shlex.split(commands()[0].replace('demo/', f'{ROOT}/demo/'))[2:]]  # fmt: skip
+    single = shlex.split(commands()[0].replace('demo/', f'{ROOT}/demo/'))[2:]
+    quick = ['--image_size', '128', '--num_steps', '1', '--device', 'cpu']
+    arguments = [*single, *quick, '--output_dir', str(tmp_path)]
     assert integrated_gradients.main(arguments) == 0
     (path,) = tmp_path.glob('*/*_statistics.json')
     described = TEXT[TEXT.index('| statistic |') :].replace('`_', '`attribution_')
