@@ -1316,7 +1316,9 @@ def write_summary(result: BatchResult, settings: Settings, output_dir: Path) -> 
     for status, entries in (('skipped', result.skipped), ('failed', result.failed)):
         rows += [dict.fromkeys(columns, '') | entry | {'status': status} for entry in entries]
     writers = {output_dir / 'summary.csv': _csv_writer(rows)} if rows else {}
-    if result.images:
+    if not result.images:  # an earlier run's picture would not belong to this summary
+        (output_dir / 'summary.png').unlink(missing_ok=True)
+    else:
         figure = summary_figure(result.images, settings.gap_tolerance)
         writers[output_dir / 'summary.png'] = _figure_writer(figure)
     write_files(writers | {output_dir / 'summary.json': _json_writer(content)})
