@@ -1,0 +1,330 @@
+"""The integral along the path: where to evaluate the gradient, and how far off the result may be.
+
+Integrated Gradients is the integral over alpha in [0, 1] of the *density*
+
+    a(alpha) = (x - x') * dF/dx at x' + alpha (x - x')        (*: pixel by pixel)
+
+A *rule* says at which nodes the density is evaluated and with which weights it is summed:
+
+    fixed     nodes and weights known beforehand (`RULES`)
+    nested    the same, refined level by level until the error is small; nothing is computed twice
+    adaptive  intervals bisected where the density changes most, summed by the trapezoid rule
+
+The *error of the map* is estimated from the same densities, interval by interval. Two things are
+known about the trapezoid rule's error on an interval of length h with densities a, b at its ends:
+
+    bound       where a pixel rises or falls all the way: at most h/2 |b - a|
+    curvature   two neighbouring intervals against one that spans both: what the finer rule changed
+
+The smaller of the two stands for the interval (a jump keeps the bound small, a smooth stretch the
+curvature), and errors of different intervals are taken to be independent: their squares add up.
+
+Mathematics only: `evaluate` turns nodes into densities, whatever the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from segmentation_dataset import InputError
+
+ADAPTIVE = 'adaptive'
+FIRST_NODES = 5  # of the adaptive rule: both ends and three between
+BISECTED_SHARE = 4  # each round bisects a quarter of the intervals, so that a GPU gets batches
+MAX_OPEN_INTERVALS = 32  # each holds images; the least promising are no longer bisected
+
+# alphas -> the densities there, (targets, 3, H, W), one after the other
+Evaluate = Callable[[np.ndarray], Iterable[torch.Tensor]]
+
+
+# --------------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A quadrature rule on [0, 1]: integral of g ~ sum of weights * g(nodes)."""
+
+    name: str
+    nodes: np.ndarray  # (steps,) float64 in [0, 1], rising
+    weights: np.ndarray  # (steps,) float64, sum 1
+    degree: int  # polynomials up to this degree are integrated exactly
+
+
+def midpoint_rule(steps: int) -> Rule:
+    """Equal cells, evaluated at their centres."""
+    nodes = (np.arange(steps) + 0.5) / steps
+    return Rule('midpoint', nodes, np.full(steps, 1 / steps), degree=1)
+
+
+def trapezoid_rule(steps: int) -> Rule:
+    """Equal cells, evaluated at their ends; the two outermost nodes count half."""
+    _at_least_two(steps, 'trapezoid')
+    weights = np.full(steps, 1 / (steps - 1))
+    weights[[0, -1]] /= 2
+    return Rule('trapezoid', np.linspace(0, 1, steps), weights, degree=1)
+
+
+def gauss_legendre_rule(steps: int) -> Rule:
+    """Gauss-Legendre nodes, best for smooth integrands."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return Rule('gauss-legendre', (nodes + 1) / 2, weights / 2, degree=2 * steps - 1)
+
+
+def clenshaw_curtis_rule(steps: int) -> Rule:
+    """Chebyshev points, both ends included; 2^k + 1 of them are nested."""
+    _at_least_two(steps, 'clenshaw-curtis')
+    nodes = -np.cos(np.pi * np.arange(steps) / (steps - 1))
+    nodes[(steps - 1) // 2 : (steps + 1) // 2] *= steps % 2 == 0  # the centre is exactly 0
+    degree = steps - 1 if steps % 2 == 0 else steps
+    return Rule('clenshaw-curtis', (nodes + 1) / 2, _interpolatory_weights(nodes), degree)
+
+
+def gauss_kronrod_rule(steps: int) -> Rule:
+    """Gauss-Legendre with 3 nodes, extended by Kronrod and Patterson to 7, 15, 31, 63."""
+    counts = NESTED['gauss-kronrod']
+    if steps not in counts:
+        raise InputError(
+            f'the gauss-kronrod rule has {", ".join(map(str, counts))} steps, not {steps} '
+            '(use one of these for --num_steps)'
+        )
+    nodes = _patterson_nodes(counts.index(steps))
+    degree = 5 if steps == 3 else (3 * steps + 1) // 2
+    return Rule('gauss-kronrod', (nodes + 1) / 2, _interpolatory_weights(nodes), degree)
+
+
+def _at_least_two(steps: int, name: str) -> None:
+    if steps < 2:
+        raise InputError(f'the {name} rule needs at least 2 steps (use --num_steps 2 or more)')
+
+
+def _interpolatory_weights(nodes: np.ndarray) -> np.ndarray:
+    """Weights on nodes of [-1, 1], sum 1, that integrate Legendre polynomials P_0 .. P_(n-1)."""
+    basis = np.polynomial.legendre.legvander(nodes, len(nodes) - 1)  # (n, n)
+    return np.linalg.solve(basis.T, np.eye(len(nodes))[0])
+
+
+@cache
+def _patterson_nodes(extensions: int) -> np.ndarray:
+    """The 3 Gauss-Legendre nodes on [-1, 1] after that many optimal extensions of n by n + 1.
+
+    The new nodes are the roots of the polynomial E of degree n + 1 that is orthogonal, with the
+    old nodes' polynomial G as weight, to all of lower degree (Patterson, Math. Comp. 22, 1968).
+    """
+    if extensions == 0:
+        return np.polynomial.legendre.leggauss(3)[0]
+    old = _patterson_nodes(extensions - 1)
+    n = len(old)
+    points, weights = np.polynomial.legendre.leggauss(2 * n + 4)  # exact for G E P_k
+    old_polynomial = np.prod(2 * (points[:, None] - old), axis=1)  # G, scaled to stay near 1
+    basis = np.polynomial.legendre.legvander(points, n + 1)  # (points, n + 2)
+    products = basis[:, :-1].T @ (basis * (weights * old_polynomial)[:, None])  # (n + 1, n + 2)
+    coefficients = np.append(np.linalg.solve(products[:, :-1], -products[:, -1]), 1.0)
+    new = np.polynomial.legendre.legroots(coefficients).real
+    both = np.sort(np.concatenate([old, new]))
+    return (both - both[::-1]) / 2  # exactly symmetric
+
+
+RULES: dict[str, Callable[[int], Rule]] = {
+    'midpoint': midpoint_rule,
+    'trapezoid': trapezoid_rule,
+    'gauss-legendre': gauss_legendre_rule,
+    'clenshaw-curtis': clenshaw_curtis_rule,
+    'gauss-kronrod': gauss_kronrod_rule,
+}
+RULE_NAMES = (ADAPTIVE, *RULES)
+
+# Numbers of steps whose nodes contain those of the one before.
+NESTED: dict[str, tuple[int, ...]] = {
+    'midpoint': tuple(3**k for k in range(1, 9)),
+    'trapezoid': tuple(2**k + 1 for k in range(1, 14)),
+    'clenshaw-curtis': tuple(2**k + 1 for k in range(1, 11)),
+    'gauss-kronrod': (3, 7, 15, 31, 63),
+}
+
+
+def has_ends(rule: str) -> bool:
+    """Whether a rule evaluates at alpha = 0 and 1, whose forward passes are needed anyway."""
+    return rule in (ADAPTIVE, 'trapezoid', 'clenshaw-curtis')
+
+
+# --------------------------------------------------------------------------- integration
+
+
+@dataclass
+class PathIntegral:
+    """A running integral of the density: the attributions, and their estimated squared error."""
+
+    integral: torch.Tensor | float = 0.0  # (targets, 3, H, W)
+    variance: torch.Tensor | float = 0.0  # (targets, 3, H, W); stays 0.0 for a single node
+
+    def errors(self) -> torch.Tensor | None:
+        """Estimated relative L2 error of each target's map, (targets,); None for a single node."""
+        if isinstance(self.variance, float):
+            return None
+        return self.variance.clamp(min=0).sum(dim=(1, 2, 3)).sqrt() / norms(self.integral)
+
+
+def norms(maps: torch.Tensor) -> torch.Tensor:
+    """L2 norm of each map, (maps, 3, H, W) -> (maps,)."""
+    return maps.flatten(1).norm(dim=1)
+
+
+# Whether the integral is good enough, asked between rounds.
+Enough = Callable[[PathIntegral], bool]
+
+
+def integrate(
+    evaluate: Evaluate, rule: str, steps: int, enough: Enough | None = None
+) -> PathIntegral:
+    """The integral of the density over [0, 1] and its estimated error.
+
+    evaluate: nodes -> densities. rule: one of RULE_NAMES. steps: how often the density is
+    evaluated; with `enough` at most, and the rule is refined from few nodes until that is True.
+    Raises InputError: a number of steps the rule does not have, a rule that is not nested.
+    """
+    if rule == ADAPTIVE:
+        return integrate_adaptively(evaluate, steps, enough)
+    if enough is None:
+        return sum_rule(evaluate, RULES[rule](steps))
+    return _integrate_nested(evaluate, rule, steps, enough)
+
+
+def bound_and_variance(
+    lengths: Sequence[float], densities: Sequence[torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The error of neighbouring intervals: (bound's L2 norm (targets,), squared error an image).
+
+    Two intervals and the densities at their three ends; or one interval, which has no curvature.
+    """
+    bounds = [
+        (right - left).mul_(length / 2)
+        for length, (left, right) in zip(lengths, pairwise(densities), strict=True)
+    ]
+    sizes = [norms(bound) for bound in bounds]
+    squares = [bound.square_() for bound in bounds]
+    if len(lengths) == 2:
+        (a, m, b), (left, right) = densities, lengths
+        curvature = m * ((left + right) / 2) - a * (right / 2) - b * (left / 2)
+        share = norms(curvature) / 2**0.5  # of each of the two
+        curvature.square_().mul_(0.5)
+        squares = [
+            torch.where((size <= share).view(-1, 1, 1, 1), square, curvature)
+            for size, square in zip(sizes, squares, strict=True)
+        ]
+    return list(zip(sizes, squares, strict=True))
+
+
+def sum_rule(evaluate: Evaluate, rule: Rule) -> PathIntegral:
+    """The weighted sum of a fixed rule, in memory that does not grow with its steps."""
+    found = PathIntegral()
+    lengths = np.diff(rule.nodes)
+    if len(lengths):  # what lies outside the outermost nodes is as uncertain as what is beside it
+        lengths[0] += rule.nodes[0]
+        lengths[-1] += 1 - rule.nodes[-1]
+    recent: list[torch.Tensor] = []  # densities whose intervals are still to be judged
+    for number, density in enumerate(evaluate(rule.nodes)):
+        found.integral = found.integral + density * float(rule.weights[number])
+        recent.append(density)
+        if len(recent) == 3 or (len(recent) == 2 and number == len(lengths)):
+            between = lengths[number - len(recent) + 1 : number].tolist()
+            for _, variance in bound_and_variance(between, recent):
+                found.variance = found.variance + variance
+            recent = [density]
+    return found
+
+
+def _integrate_nested(evaluate: Evaluate, rule: str, steps: int, enough: Enough) -> PathIntegral:
+    """Levels of a nested rule, one after the other; all densities are kept between them."""
+    if rule not in NESTED:
+        raise InputError(
+            f'the {rule} rule cannot be refined to a tolerance, its nodes are not nested '
+            f'(use --rule {ADAPTIVE}, {", ".join(NESTED)}, or --num_steps)'
+        )
+    counts = [count for count in NESTED[rule] if count <= steps]
+    if not counts:
+        raise InputError(f'the {rule} rule needs at least {NESTED[rule][0]} steps (--max_steps)')
+    known: dict[float, torch.Tensor] = {}
+    for count in counts:
+        level = RULES[rule](count)
+        keys = [round(float(node), 12) for node in level.nodes]
+        fresh = [row for row, key in enumerate(keys) if key not in known]
+        for row, density in zip(fresh, evaluate(level.nodes[fresh]), strict=True):
+            known[keys[row]] = density
+        found = sum_rule(lambda _, keys=keys: (known[key] for key in keys), level)
+        if enough(found):
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A piece of the path between two evaluated nodes."""
+
+    left: float
+    right: float
+    densities: tuple[torch.Tensor, torch.Tensor]  # at its ends, (targets, 3, H, W) each
+    variance: torch.Tensor  # (targets, 3, H, W): its part of the squared error
+    priority: torch.Tensor  # (targets,): how much the map may still change here
+
+    @property
+    def middle(self) -> float:
+        return (self.left + self.right) / 2
+
+
+def neighbours(nodes: Sequence[float], densities: Sequence[torch.Tensor]) -> list[Interval]:
+    """The two intervals between three nodes, or the one between two."""
+    lengths = [b - a for a, b in pairwise(nodes)]
+    judged = bound_and_variance(lengths, densities)
+    return [
+        Interval(nodes[i], nodes[i + 1], (densities[i], densities[i + 1]), variance, bound)
+        for i, (bound, variance) in enumerate(judged)
+    ]
+
+
+def integrate_adaptively(
+    evaluate: Evaluate,
+    steps: int,
+    enough: Enough | None = None,
+    priority: Callable[[Interval], torch.Tensor] = lambda interval: interval.priority,
+) -> PathIntegral:
+    """Bisect where the map may still change most, until `steps` are spent or it is enough.
+
+    Of several targets the one with the largest relative error decides. What is bisected does not
+    depend on how many steps go through the network at once. A single step is the midpoint rule.
+    """
+    if steps == 1:
+        return sum_rule(evaluate, midpoint_rule(1))
+    first = trapezoid_rule(min(FIRST_NODES, steps))
+    nodes, densities = first.nodes.tolist(), list(evaluate(first.nodes))
+    found = sum_rule(lambda _: densities, first)
+    scale = norms(found.integral).clamp(min=torch.finfo(found.integral.dtype).tiny)
+    intervals = []
+    for start in range(0, len(nodes) - 1, 2):
+        intervals += neighbours(nodes[start : start + 3], densities[start : start + 3])
+    spent = len(nodes)
+    while spent < steps and not (enough and enough(found)):
+        sizes = torch.stack([(priority(interval) / scale).max() for interval in intervals])
+        order = sizes.argsort(descending=True, stable=True).tolist()[:MAX_OPEN_INTERVALS]
+        count = min(max(1, len(order) // BISECTED_SHARE), steps - spent)
+        cuts = [intervals[row] for row in order[:count]]
+        intervals = [intervals[row] for row in sorted(order[count:])]
+        for cut, density in zip(cuts, evaluate(np.array([c.middle for c in cuts])), strict=True):
+            intervals += _bisect(found, cut, density)
+        spent += count
+    return found
+
+
+def _bisect(found: PathIntegral, cut: Interval, density: torch.Tensor) -> list[Interval]:
+    """Replace an interval's part of the integral and of its error by that of its two halves."""
+    left, right = cut.densities
+    length = cut.right - cut.left
+    found.integral += density * (length / 2) - (left + right) * (length / 4)
+    halves = neighbours([cut.left, cut.middle, cut.right], [left, density, right])
+    found.variance += halves[0].variance + halves[1].variance - cut.variance
+    return halves
