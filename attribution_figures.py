@@ -217,7 +217,7 @@ class Sheet:
 
         heading = wrap(statistics['image'], self.width, FONT['heading'] * BOLD)
         caption = wrap(caption_text(statistics), self.width, FONT['caption'])
-        warning = wrap(gap_warning(statistics) or '', self.width, FONT['caption'] * BOLD)
+        warning = wrap(accuracy_warning(statistics) or '', self.width, FONT['caption'] * BOLD)
         lines = caption.count('\n') + 1 + (warning.count('\n') + 1 if warning else 0)
         top = self.GAP + 1.3 * self.LINE * (heading.count('\n') + 1)
         bottom = self.GAP + self.LINE * (lines + 2)
@@ -339,19 +339,36 @@ def caption_text(statistics: dict) -> str:
         f'{statistics["rule"]} rule, {statistics["steps"]} steps · '
         f'F(x) = {statistics["score"]:.3g}, F(baseline) = {statistics["baseline_score"]:.3g} · '
         f'completeness gap {percent(statistics["completeness_gap"])} · '
+        f'map error {percent(statistics["map_error"])} ({map_verdict(statistics["map_error"])}) · '
         f'attribution ratio {number(statistics["attribution_ratio"])}'
     )
 
 
-def gap_warning(statistics: dict) -> str | None:
-    """The sentence for a completeness gap above the tolerance; None where all is well."""
-    gap, tolerance = statistics['completeness_gap'], statistics['settings']['gap_tolerance']
-    if gap is None or gap <= tolerance:
+def accuracy_warning(statistics: dict) -> str | None:
+    """The sentence for a map that is less exact than was asked for; None where all is well."""
+    gap, allowed = statistics['completeness_gap'], statistics['settings']['gap_tolerance']
+    if statistics['within_tolerance'] is False:
+        return (
+            f'WARNING: the tolerance of {percent(statistics["settings"]["tolerance"])} was not '
+            f'reached in {statistics["steps"]} steps: map error '
+            f'{percent(statistics["map_error"])}, completeness gap {percent(gap)} '
+            '(allow more with --max_steps).'
+        )
+    if gap is None or gap <= allowed:
         return None
     return (
         f'WARNING: the completeness gap of {percent(gap)} is above the tolerance of '
-        f'{percent(tolerance)}: use more steps (--num_steps) before you rely on this map.'
+        f'{percent(allowed)}: use more steps (--num_steps) before you rely on this map.'
     )
+
+
+def map_verdict(error: float | None) -> str:
+    """What an estimated map error means, in words."""
+    if error is None:
+        return 'unknown'
+    if error <= 0.02:
+        return 'exact to the eye'
+    return 'settled, small details aside' if error <= 0.1 else 'only its broad features are settled'
 
 
 def percent(value: float | None) -> str:

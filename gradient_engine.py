@@ -11,21 +11,37 @@ of the network, in evaluation mode, that allows what training does not:
 Who follows whom is read off one forward pass, never off the order of a module's children. What
 cannot be improved runs as it is, and the user's network is not touched. Whether the copy computes
 the same is measured on the user's input (`measure_deviation`).
+
+On top of it: reduced precision by autocast, checked against float32 on every image; the number of
+interpolation steps that go through the network at once, measured; and `Path`, which turns nodes of
+the path into attribution densities of one or several targets that share the forward passes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from path_integral import norms
+from segmentation_dataset import InputError
+
+PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
+CHECKED_NODES = (0.25, 0.5)  # evaluated in float32 too, where precision is reduced
+MAX_STEP_BATCH = 64  # beyond this a GPU gains nothing, and the allocator suffers
+CPU_STEP_BATCH_PIXELS = 4 * 256 * 256  # on a CPU batching pays only while images are small
+WORTHWHILE = 0.95  # a larger step batch must take at most this share of the time per step
 EQUIVALENCE_TOLERANCE = 1e-4  # relative L2; beyond this the copy is not used
 EXACT_TOLERANCE = 1e-9  # the same in double precision, where rounding cannot excuse a difference
 _METADATA = {'size', 'dim', 'numel', 'stride', 'is_contiguous', 'is_floating_point', '__len__'}
@@ -39,34 +55,33 @@ _METADATA_PROPERTIES = {
 class Preparation:
     """What was done to a private copy of a network, and what it changed."""
 
-    network: nn.Module  # the copy, or the user's own where the copy was not good enough
+    network: nn.Module = field(repr=False)  # the copy, or the user's own where that deviated
     folded: int  # batch norms folded into convolutions
     transposed: int  # convolutions whose backward runs as a forward convolution
     logit_deviation: float  # relative L2 difference of the logits from the original's
     gradient_deviation: float  # of one gradient
     fell_back: bool  # the original is used, because the copy deviated too much
+    compiled: bool = False  # by torch.compile
+
+    def record(self) -> dict[str, object]:
+        """All of it but the network, for the statistics file."""
+        return {name: value for name, value in vars(self).items() if name != 'network'}
 
 
-def prepare(
-    model: nn.Module,
-    example: torch.Tensor,
-    score: Callable[[torch.Tensor], torch.Tensor],
-    logits_of: Callable[[object], torch.Tensor],
-) -> Preparation:
+def prepare(model: nn.Module, example: torch.Tensor) -> Preparation:
     """Prepare a private copy of a network in evaluation mode and compare it with the original.
 
-    example: an input (1, 3, H, W) in the network's precision. score: logits -> one number an image.
-    logits_of: the network's output -> logits.
+    example: an input (1, 3, H, W) in the network's precision.
     """
     network, folded, transposed = improved_copy(model, example)
-    deviations = measure_deviation(model, network, example, score, logits_of)
+    deviations = measure_deviation(model, network, example)
     fell_back = not max(deviations) <= EQUIVALENCE_TOLERANCE  # also where it is not a number
     if fell_back and example.device.type == 'cpu' and example.dtype == torch.float32:
         # Rounding alone can push a ReLU over its kink, most of all where an image is flat. In
         # double precision it cannot: what still differs there is a real difference.
         double = copy.deepcopy(model).double()
         improved = improved_copy(double, example.double())[0]
-        exact = measure_deviation(double, improved, example.double(), score, logits_of)
+        exact = measure_deviation(double, improved, example.double())
         fell_back = not max(exact) <= EXACT_TOLERANCE
     return Preparation(
         model if fell_back else network, folded, transposed, *deviations, fell_back=fell_back
@@ -261,20 +276,29 @@ def _padding_of(convolution: nn.Conv2d) -> tuple[int, int] | None:
 # --------------------------------------------------------------------------- equivalence
 
 
+def segmentation_logits(output: object) -> torch.Tensor:
+    """The logit map (N, C, h, w) in a model's output: itself, the first of a tuple (smp with an
+    auxiliary head), or under `out` (torchvision). Raises InputError for anything else."""
+    if isinstance(output, dict):
+        output = output.get('out')
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, torch.Tensor) or output.ndim != 4:
+        raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
+    return output
+
+
 def measure_deviation(
-    original: nn.Module,
-    network: nn.Module,
-    example: torch.Tensor,
-    score: Callable[[torch.Tensor], torch.Tensor],
-    logits_of: Callable[[object], torch.Tensor],
+    original: nn.Module, network: nn.Module, example: torch.Tensor
 ) -> tuple[float, float]:
-    """Relative L2 difference of the logits, and of one gradient, between two networks."""
+    """Relative L2 difference between two networks of the logits, and of the gradient of their
+    sum of squares, in which strong logits weigh most."""
     results = []
     for one in (original, network):
         x = example.detach().clone().requires_grad_()
         with torch.enable_grad():
-            logits = logits_of(one(x))
-            (gradient,) = torch.autograd.grad(score(logits).sum(), x)
+            logits = segmentation_logits(one(x))
+            (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
         results.append((logits.detach(), gradient))
     (logits, gradient), (other_logits, other_gradient) = results
     return relative_difference(other_logits, logits), relative_difference(other_gradient, gradient)
@@ -284,3 +308,353 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """L2 norm of the difference, relative to the expected; 0 where both are zero."""
     difference, size = float((found - expected).norm()), float(expected.norm())
     return difference / size if size else (0.0 if difference == 0 else float('inf'))
+
+
+# --------------------------------------------------------------------------- reduced precision
+
+
+def reduced_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type that convolutions run in under a precision setting; None for float32.
+
+    `auto` reduces only where the hardware multiplies in that type: bfloat16 on CPUs that have
+    its instructions and on GPUs from Ampere on.
+    """
+    if precision == 'auto':
+        if device.type == 'cuda':
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            native = device.type == 'cpu' and cpu_has_bfloat16()
+        return torch.bfloat16 if native else None
+    return None if precision == 'float32' else getattr(torch, precision)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (x86: AVX-512 or AMX; ARM)."""
+    if not hasattr(torch.cpu, 'get_capabilities'):  # torch before 2.10
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16'))
+
+
+def reduced_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy for autocast whose convolutions and linear layers hold their weights in that type,
+    so that they are not converted again in every pass."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, TransposedBackwardConv2d)):
+            module.to(dtype)
+    return network
+
+
+# --------------------------------------------------------------------------- step batch
+
+
+class StepBatch:
+    """How many interpolation steps go through the network at once.
+
+    A fixed size is kept. Without one, each shape of input is measured once, on steps that are
+    needed anyway: 1, 2, 4, … at a time while that saves time and fits into memory. Any size is
+    halved when memory runs out.
+    """
+
+    def __init__(self, device: torch.device, fixed: int | None = None) -> None:
+        self.device = device
+        self.size = fixed or 1
+        self._fixed = fixed is not None
+        self._chosen: dict[object, int] = {}  # what was found for a shape
+        self._measuring = False
+        self._times: list[float] = []  # seconds a step at the current size
+        self._best = float('inf')  # at half the size
+
+    def start(self, pixels: int, precision: torch.dtype | None = None) -> None:
+        """Prepare for an image of that many pixels."""
+        self._key = (pixels, precision)
+        if self._fixed:
+            return
+        self._measuring = self._key not in self._chosen
+        self.size = self._chosen.get(self._key, 1)
+        self._limit = min(MAX_STEP_BATCH, max(1, CPU_STEP_BATCH_PIXELS // pixels))
+        self._times, self._best = [], float('inf')
+        if self.device.type == 'cuda' and self._measuring:
+            self._limit = MAX_STEP_BATCH
+            self._idle_bytes = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextlib.contextmanager
+    def timed(self, count: int) -> Iterator[None]:
+        """Around a chunk of `count` steps; a GPU is waited for only while measuring."""
+        if not self._measuring or count < self.size:
+            yield
+            return
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        self.judge((time.perf_counter() - started) / count)
+
+    def judge(self, seconds: float) -> None:
+        """Take note of the seconds a step took, and go on to twice the size or settle."""
+        if self.device.type == 'cuda' and self.size == 1:
+            self._limit = min(MAX_STEP_BATCH, self._room())
+        self._times.append(seconds)
+        if len(self._times) == 1 and self._limit > 1:
+            return  # the first pass of a size also sets up its kernels
+        if self._times[-1] > WORTHWHILE * self._best:
+            self.size //= 2
+        elif 2 * self.size <= self._limit:
+            self._best, self._times = self._times[-1], []
+            self.size *= 2
+            return
+        self._settle()
+
+    def _room(self) -> int:
+        """How many steps fit into four fifths of a GPU's free memory, by what one step took."""
+        used = torch.cuda.max_memory_allocated(self.device) - self._idle_bytes
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device)
+        free -= torch.cuda.memory_allocated(self.device)
+        return max(1, int(0.8 * free / max(1, used)))
+
+    def halve(self) -> None:
+        """After running out of memory. Raises InputError when a single step does not fit."""
+        if self.size == 1:
+            raise InputError(
+                f'not enough memory on {self.device} for one interpolation step '
+                '(use a smaller --image_size, or --device cpu)'
+            )
+        self.size //= 2
+        self._settle()
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
+
+    def _settle(self) -> None:
+        self._measuring = False
+        self._chosen[self._key] = self.size
+
+    def _wait(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: CUDA's, MPS's, or the CPU allocator's."""
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and (
+            'out of memory' in text
+            or "can't allocate memory" in text
+            or 'not enough memory' in text
+        )
+    )
+
+
+# --------------------------------------------------------------------------- the engine
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in wants:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in wants:
+            parameter.requires_grad_(requires_grad)
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """Changes when a weight of the network does; costs a thousandth of a gradient."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    places = tuple((t.data_ptr(), t._version) for t in tensors)
+    if not tensors:
+        return places
+    with torch.no_grad():
+        sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors])
+    return (*places, *sums.tolist())
+
+
+class GradientEngine:
+    """Logits and gradients of a network, from its prepared copy.
+
+    The copy is made on the first image, and again when the network's weights have changed.
+    forward_passes counts samples that went through the network for results (not for preparing).
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, step_batch: int | None, compiled: bool
+    ) -> None:
+        self.model, self.device = model, device
+        self.step_batch = StepBatch(device, step_batch)
+        self.forward_passes = 0
+        self.preparation: Preparation | None = None
+        self._compiled = compiled
+        self._reduced: dict[torch.dtype, nn.Module] = {}
+        self._fingerprint: tuple | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the network's weights."""
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(floating, torch.float32)
+
+    def prepare(self, x: torch.Tensor) -> None:
+        """Make the private copy, unless there is one of the network as it is now."""
+        found = fingerprint(self.model)
+        if found == self._fingerprint:
+            return
+        self._reduced = {}
+        self.preparation = prepare(self.model, x.to(self.dtype))
+        if self._compiled:
+            network = torch.compile(self.preparation.network, dynamic=False)
+            self.preparation = replace(self.preparation, network=network, compiled=True)
+        self._fingerprint = found
+
+    def run(self, x: torch.Tensor, reduced: torch.dtype | None = None) -> torch.Tensor:
+        """Images (N, 3, H, W) -> logits (N, C, h, w), both in the working precision."""
+        self.forward_passes += len(x)
+        network = self.preparation.network
+        if reduced is None:
+            return segmentation_logits(network(x.to(self.dtype))).to(x.dtype)
+        if reduced not in self._reduced:
+            self._reduced[reduced] = reduced_copy(network, reduced)
+        with torch.autocast(self.device.type, dtype=reduced):
+            return segmentation_logits(self._reduced[reduced](x)).to(x.dtype)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (1, C, h, w), with a graph where gradients are enabled. Raises InputError where
+        they are not finite or memory does not suffice."""
+        try:
+            logits = self.run(x)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise InputError(
+                    f'not enough memory on {self.device} for one forward pass '
+                    '(use a smaller --image_size, or --device cpu)'
+                ) from None
+            raise
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError('the model gives logits that are not finite (damaged checkpoint?)')
+        return logits
+
+
+class Score(Protocol):
+    """A target: one number for every image."""
+
+    scale: float  # by which scores are multiplied on the way back, of the order of the region
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (N, C, h, w) -> scores (N,)."""
+
+
+def densities(
+    points: torch.Tensor, logits: torch.Tensor, targets: Sequence[Score], change: torch.Tensor
+) -> torch.Tensor:
+    """Gradient times change of every target, from one forward pass: (steps, targets, 3, H, W).
+
+    points: (steps, 3, H, W), the leaf of the graph of `logits` (steps, C, h, w).
+    """
+    found = []
+    for target in targets:
+        # Samples do not mix in evaluation mode: the gradient of the sum is each one's own. Scaled
+        # by the region's size, so that what flows back from each pixel does not underflow.
+        scores = target(logits).sum() * target.scale
+        (gradient,) = torch.autograd.grad(scores, points, retain_graph=target is not targets[-1])
+        found.append(gradient * (change / target.scale))
+    return torch.stack(found, dim=1)
+
+
+@dataclass
+class Path:
+    """The straight path from a baseline to an image, and what was seen on it.
+
+    Called with nodes, it gives their attribution densities (targets, 3, H, W), one after the
+    other; the nodes go through the network in step batches. `known` densities are not computed.
+    """
+
+    engine: GradientEngine
+    x: torch.Tensor  # (1, 3, H, W)
+    baseline: torch.Tensor  # (1, 3, H, W)
+    targets: Sequence[Score]
+    mask_of: Callable[[torch.Tensor], torch.Tensor]  # logits (N, C, h, w) -> (N, h, w) bool
+    final_mask: torch.Tensor  # (h, w) bool: at the image itself
+    reduced: torch.dtype | None = None
+    on_steps: Callable[[int], object] = lambda count: None
+    evaluations: int = 0  # gradients computed
+    known: dict[float, torch.Tensor] = field(default_factory=dict)
+    seen: dict[float, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def __call__(self, alphas: np.ndarray) -> Iterator[torch.Tensor]:
+        waiting = [float(alpha) for alpha in alphas]
+        missing = [alpha for alpha in waiting if alpha not in self.known]
+        for alpha in waiting:
+            while alpha not in self.known:
+                chunk = missing[: self.engine.step_batch.size]
+                computed = self._compute(chunk)
+                if computed is None:  # outside `except`, whose traceback would keep tensors alive
+                    self.engine.step_batch.halve()
+                    continue
+                self.known.update(zip(chunk, computed, strict=True))
+                missing = missing[len(chunk) :]
+            self.on_steps(1)
+            yield self.known.pop(alpha)
+
+    def _compute(self, alphas: list[float]) -> torch.Tensor | None:
+        """Densities of a chunk, (steps, targets, 3, H, W); None where memory does not suffice."""
+        try:
+            with self.engine.step_batch.timed(len(alphas)):
+                return self.evaluate(alphas, self.reduced)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def evaluate(
+        self, alphas: list[float], reduced: torch.dtype | None, noted: bool = True
+    ) -> torch.Tensor:
+        """Densities at nodes, (steps, targets, 3, H, W), and a note of the scores there."""
+        change = self.x - self.baseline
+        steps = torch.tensor(alphas, dtype=self.x.dtype).to(self.x.device, non_blocking=True)
+        points = self.baseline + steps.view(-1, 1, 1, 1) * change  # (steps, 3, H, W)
+        with torch.enable_grad():
+            points.requires_grad_()
+            logits = self.engine.run(points, reduced)  # (steps, C, h, w)
+            found = densities(points, logits, self.targets, change)
+        self.evaluations += len(alphas)
+        if noted:
+            self.note(alphas, logits.detach())
+        return found
+
+    def note(self, alphas: list[float], logits: torch.Tensor) -> None:
+        """Remember the scores and the mask's overlap at nodes, without waiting for a GPU."""
+        scores = torch.stack([target(logits) for target in self.targets], dim=1)
+        masks = self.mask_of(logits)
+        both = (masks & self.final_mask).sum(dim=(1, 2))
+        union = (masks | self.final_mask).sum(dim=(1, 2))
+        overlaps = torch.where(union > 0, both / union, 1.0)
+        self.seen.update(zip(alphas, zip(scores, overlaps, strict=True), strict=True))
+
+    def scores_at(self, alpha: float) -> torch.Tensor:
+        """The scores of the targets at a node that was seen, (targets,)."""
+        return self.seen[alpha][0]
+
+    def check_precision(self, reduced: torch.dtype, nodes: Sequence[float]) -> float:
+        """Relative L2 deviation of the map from float32, over nodes that are evaluated in both.
+
+        The largest of the targets'; infinite where it is not a number. The float32 densities are
+        kept for the integral.
+        """
+        exact, rough = (
+            torch.cat([self.evaluate([node], dtype, noted=dtype is None) for node in nodes])
+            for dtype in (None, reduced)
+        )  # (nodes, targets, 3, H, W)
+        self.known.update(zip(nodes, exact, strict=True))
+        off = norms((rough - exact).sum(dim=0)) / norms(exact.sum(dim=0))
+        deviation = float(off.max())
+        return deviation if deviation >= 0 else float('inf')

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import glob
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -38,10 +40,23 @@ from tqdm import tqdm
 
 from attribution_figures import (
     View,
+    accuracy_warning,
     attribution_figure,
     channels_figure,
-    gap_warning,
+    map_verdict,
     summary_figure,
+)
+from gradient_engine import (
+    CHECKED_NODES,
+    PRECISIONS,
+    GradientEngine,
+    Preparation,
+    densities,
+    frozen,
+    reduced_dtype,
+)
+from gradient_engine import (
+    Path as GradientPath,
 )
 from model_loading import (
     ARCHITECTURES,
@@ -50,6 +65,13 @@ from model_loading import (
     DEFAULT_IMAGE_SIZE,
     load_model,
     resolve_device,
+)
+from path_integral import (
+    ADAPTIVE,
+    RULE_NAMES,
+    PathIntegral,
+    first_nodes,
+    integrate,
 )
 from segmentation_dataset import (
     IMAGENET_MEAN,
@@ -70,9 +92,13 @@ from segmentation_dataset import (
 
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
+EACH_OBJECT = 'each-object'  # a target that stands for every object:K there is
 BLUR_SIGMA = 0.05  # of the longer image side
-MAX_STEP_BATCH = 64  # beyond this a GPU gains nothing, and the allocator suffers
-CPU_STEP_BATCH_PIXELS = 256 * 256  # on a CPU batching pays only while images are small
+# Settings that `explain_targets` takes under the same name.
+EXPLAIN_SETTINGS = (
+    'num_steps', 'rule', 'tolerance', 'max_steps', 'score', 'threshold', 'baseline_draws', 'seed',
+    'precision', 'precision_tolerance',
+)  # fmt: skip
 DEGENERATE_RATIO = 0.95  # a mask covering more than this looks like wrong preprocessing
 
 
@@ -90,41 +116,71 @@ class Settings:
     Raises InputError where a value makes no sense.
     """
 
-    target: str = 'predicted'
+    target: str = 'predicted'  # several, separated by spaces, share their forward passes
     score: str = 'logit'
     threshold: float = 0.5
     on_empty: str = 'skip'
     baseline: str = 'zero'
     baseline_draws: int = 4
     seed: int = 0
-    rule: str = 'midpoint'
+    rule: str = ADAPTIVE
     num_steps: int = 50
+    tolerance: float | None = None  # refine until map error and gap are below it; no num_steps
+    max_steps: int = 200  # with a tolerance
+    precision: str = 'auto'
+    precision_tolerance: float = 0.03
     gap_tolerance: float = 0.05
     image_size: int | None = None  # None: the checkpoint's own, else 640
     resize: str = 'stretch'
     normalize: str = 'auto'
-    step_batch: int | None = None  # None: chosen for the device
+    step_batch: int | None = None  # None: measured
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice('rule', self.rule, RULES)
+        _check_choice('rule', self.rule, RULE_NAMES)
+        _check_choice('precision', self.precision, PRECISIONS)
         _check_choice('score', self.score, SCORES)
         _check_choice('on_empty', self.on_empty, ON_EMPTY)
         _check_choice('resize', self.resize, RESIZE_MODES)
         _check_choice('normalize', self.normalize, NORMALIZE_MODES)
-        _check_choice('target', self.target.partition(':')[0], TARGETS)
-        for name in ('num_steps', 'baseline_draws', 'image_size', 'step_batch'):
+        if not self.targets:
+            raise InputError('no target is given (use --target predicted)')
+        for target in self.targets:
+            _check_choice('target', target.partition(':')[0], (*TARGETS, EACH_OBJECT))
+        for name in ('num_steps', 'max_steps', 'baseline_draws', 'image_size', 'step_batch'):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f'{name} must be a whole number of at least 1, not {value!r}')
         if not 0 < self.threshold < 1:
             raise InputError(f'threshold must lie between 0 and 1, not {self.threshold!r}')
-        if not self.gap_tolerance > 0:
-            raise InputError(f'gap_tolerance must be above 0, not {self.gap_tolerance!r}')
+        for name in ('gap_tolerance', 'precision_tolerance', 'tolerance'):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f'{name} must be above 0, not {value!r}')
+        first_nodes(self.rule, self.steps, self.tolerance is not None)  # the rule has them
+
+    @property
+    def targets(self) -> list[str]:
+        return self.target.split()
+
+    @property
+    def steps(self) -> int:
+        """Interpolation steps for each baseline; with a tolerance at most."""
+        return self.num_steps if self.tolerance is None else self.max_steps
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str] | dict) -> None:
     if value not in choices:
         raise InputError(f'unknown {name} "{value}" (choose from {", ".join(choices)})')
+
+
+@dataclass(frozen=True)
+class Trend:
+    """What happens along the path, at the nodes used, from the baseline to the image."""
+
+    alphas: tuple[float, ...]  # rising
+    scores: tuple[float, ...]  # F there
+    mask_iou: tuple[float, ...]  # of the predicted mask there with the one on the image
 
 
 @dataclass(frozen=True)
@@ -135,6 +191,7 @@ class Explanation:
     """
 
     attributions: torch.Tensor  # shape and device of the input, in units of the score
+    uncertainty: torch.Tensor | None  # estimated error of each, same shape; None: a single step
     prediction: torch.Tensor  # (h, w) float32: probability of what is explained, 0-1
     predicted_mask: torch.Tensor  # (h, w) bool
     region: torch.Tensor  # (h, w) bool: the target region R
@@ -143,8 +200,9 @@ class Explanation:
     score_type: str
     baseline: str
     rule: str
-    steps: int  # interpolation steps per baseline
-    gradient_evaluations: int  # steps times baseline draws
+    steps: int  # interpolation steps per baseline (the most, where draws differ)
+    gradient_evaluations: int  # all gradients, those of the precision check included
+    forward_passes: int  # images through the network, for the prediction and the gradients
     score: float  # F(x)
     baseline_score: float  # F(x'), mean over the draws
     attribution_sum: float
@@ -152,12 +210,25 @@ class Explanation:
     step_batch: int
     seed: int
     peak_memory_bytes: int | None
-    precision: str  # what gradients were computed and accumulated in
+    precision: str  # what the gradients were computed in; they are summed in float32 or better
+    precision_deviation: float | None  # of the map from float32, relative L2; None: not reduced
+    map_error: float | None  # estimated relative L2 error of the map; None: a single step
+    tolerance: float | None
+    trend: Trend  # on the way from the (first) baseline
+    preparation: Preparation
 
     @property
     def completeness_gap(self) -> float | None:
         """|sum of attributions - (F(x) - F(x'))| / |F(x) - F(x')|; None where F(x) = F(x')."""
         return completeness_gap(self.attribution_sum, self.score, self.baseline_score)
+
+    @property
+    def within_tolerance(self) -> bool | None:
+        """Whether map error and completeness gap are below the tolerance; None without one."""
+        if self.tolerance is None:
+            return None
+        reached = self.map_error is not None and self.map_error <= self.tolerance
+        return reached and (self.completeness_gap or 0) <= self.tolerance
 
 
 def completeness_gap(total: float, score: float, baseline_score: float) -> float | None:
@@ -263,6 +334,11 @@ class Target:
         values = logits if self.score == 'logit' else probabilities(logits)
         return (values * self.weights.to(values)).sum(dim=(1, 2, 3))
 
+    @cached_property
+    def scale(self) -> float:
+        """The size of the region: what makes the largest weight 1."""
+        return 1 / (float(self.weights.abs().max()) or 1.0)
+
     @property
     def region(self) -> torch.Tensor:
         """(h, w) bool: the output pixels that count."""
@@ -277,6 +353,14 @@ class TargetContext:
     labels: torch.Tensor  # (h, w) int64: predicted class of every pixel, 0 background
     truth: torch.Tensor | None = None  # (h, w) int64 labels
     placement: Placement | None = None  # where the original image lies in the input
+
+    @cached_property
+    def objects(self) -> list[torch.Tensor]:
+        """Connected components (8 neighbours) of the predicted mask, (h, w) bool, largest first."""
+        mask = (self.labels > 0).cpu().numpy().astype(np.uint8)
+        count, numbers, sizes, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+        order = sorted(range(1, count), key=lambda k: -sizes[k, cv2.CC_STAT_AREA])
+        return [torch.from_numpy(numbers == k).to(self.labels.device) for k in order]
 
     def choose(self, region: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Weights (C, h, w): the mean over a region (h, w) of the channel of each label."""
@@ -294,6 +378,18 @@ class TargetContext:
 def predicted_target(context: TargetContext, argument: str) -> torch.Tensor:
     """the predicted mask: pixels above the threshold (several classes: not background)"""
     return context.choose(context.labels > 0, context.labels)
+
+
+def object_target(context: TargetContext, argument: str) -> torch.Tensor:
+    """the K-th largest connected part of the predicted mask, from 1"""
+    if not argument.isdecimal() or int(argument) < 1:
+        raise InputError(f'target "object:{argument}": K must be a whole number from 1')
+    if int(argument) > len(context.objects):
+        raise EmptyTargetError(
+            f'target "object:{argument}" is empty: the predicted mask has '
+            f'{len(context.objects)} objects (use --each_object, or --target predicted)'
+        )
+    return context.choose(context.objects[int(argument) - 1], context.labels)
 
 
 def truth_target(context: TargetContext, argument: str) -> torch.Tensor:
@@ -348,6 +444,7 @@ class TargetKind:
 
 TARGETS: dict[str, TargetKind] = {
     'predicted': TargetKind(predicted_target, 'predicted'),
+    'object': TargetKind(object_target, 'object:K'),
     'truth': TargetKind(truth_target, 'truth'),
     'image': TargetKind(image_target, 'image'),
     'pixel': TargetKind(pixel_target, 'pixel:X,Y'),
@@ -373,133 +470,37 @@ def build_target(spec: str, context: TargetContext, score: str = 'logit') -> Tar
     return Target(spec, weights, score)
 
 
+def as_target(form: str | Target | torch.Tensor, score: str, context: TargetContext) -> Target:
+    """A target given as a spec, a region (h, w) or a target object."""
+    if isinstance(form, Target):
+        return form
+    if isinstance(form, str):
+        return build_target(form, context, score)
+    region = torch.as_tensor(form, dtype=torch.bool, device=context.logits.device)
+    if region.shape != context.labels.shape:
+        raise InputError(
+            f'the target mask has shape {tuple(region.shape)}, the prediction '
+            f'{tuple(context.labels.shape)}'
+        )
+    if not region.any():
+        raise EmptyTargetError('the target mask is empty')
+    return Target('mask', context.choose(region, context.labels), score)
+
+
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
     """(N, C, h, w) logits -> probabilities: sigmoid for one class, softmax for several."""
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
 
 
 def predicted_labels(logits: torch.Tensor, threshold: float) -> torch.Tensor:
-    """(C, h, w) logits -> (h, w) int64 classes: by threshold for one class, else the highest."""
-    if len(logits) == 1:
-        return (logits[0].sigmoid() > threshold).long()
-    return logits.argmax(dim=0)
-
-
-# --------------------------------------------------------------------------- quadrature rules
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A quadrature rule on [0, 1]: integral of g ~ sum of weights * g(nodes)."""
-
-    name: str
-    nodes: np.ndarray  # (steps,) float64 in [0, 1], rising
-    weights: np.ndarray  # (steps,) float64, sum 1
-    degree: int  # polynomials up to this degree are integrated exactly
-
-
-def midpoint_rule(steps: int) -> Rule:
-    """Equal cells, evaluated at their centres."""
-    nodes = (np.arange(steps) + 0.5) / steps
-    return Rule('midpoint', nodes, np.full(steps, 1 / steps), degree=1)
-
-
-def trapezoid_rule(steps: int) -> Rule:
-    """Equal cells, evaluated at their ends; the two outermost nodes count half."""
-    if steps < 2:
-        raise InputError('the trapezoid rule needs at least 2 steps (use --num_steps 2 or more)')
-    weights = np.full(steps, 1 / (steps - 1))
-    weights[[0, -1]] /= 2
-    return Rule('trapezoid', np.linspace(0, 1, steps), weights, degree=1)
-
-
-def gauss_legendre_rule(steps: int) -> Rule:
-    """Gauss-Legendre nodes, best for smooth integrands."""
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    return Rule('gauss-legendre', (nodes + 1) / 2, weights / 2, degree=2 * steps - 1)
-
-
-RULES: dict[str, Callable[[int], Rule]] = {
-    'midpoint': midpoint_rule,
-    'gauss-legendre': gauss_legendre_rule,
-    'trapezoid': trapezoid_rule,
-}
+    """(…, C, h, w) logits -> (…, h, w) int64 classes: by threshold for one class, else the
+    highest."""
+    if logits.shape[-3] == 1:
+        return (logits[..., 0, :, :].sigmoid() > threshold).long()
+    return logits.argmax(dim=-3)
 
 
 # --------------------------------------------------------------------------- IntegratedGradients
-
-
-class StepBatch:
-    """How many interpolation steps go through the network at once.
-
-    A fixed size is kept; without one, small images are batched on a CPU, and a GPU is measured:
-    what one step took decides how many fit. Either is halved when memory runs out.
-    """
-
-    def __init__(self, device: torch.device, fixed: int | None = None) -> None:
-        self.device = device
-        self.size = fixed or 1
-        self._open = fixed is None
-
-    def start(self, pixels: int) -> None:
-        """Prepare for an image of that many pixels."""
-        if self._open and self.device.type == 'cpu':
-            self.size = min(MAX_STEP_BATCH, max(1, CPU_STEP_BATCH_PIXELS // pixels))
-        elif self._open and self.device.type == 'cuda':
-            self.size = 1
-            self._idle_bytes = torch.cuda.memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def adapt(self) -> None:
-        """After the first step on a GPU: as many steps as fit into four fifths of what is free."""
-        if self._open and self.device.type == 'cuda' and self.size == 1:
-            used = torch.cuda.max_memory_allocated(self.device) - self._idle_bytes
-            free = torch.cuda.mem_get_info(self.device)[0]
-            free += torch.cuda.memory_reserved(self.device)
-            free -= torch.cuda.memory_allocated(self.device)
-            self.size = min(MAX_STEP_BATCH, max(1, int(0.8 * free / max(1, used))))
-
-    def halve(self) -> None:
-        """After running out of memory. Raises InputError when a single step does not fit."""
-        if self.size == 1:
-            raise InputError(
-                f'not enough memory on {self.device} for one interpolation step '
-                '(use a smaller --image_size, or --device cpu)'
-            )
-        self.size //= 2
-        self._open = False
-        if self.device.type == 'cuda':
-            torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: CUDA's, MPS's, or the CPU allocator's."""
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError)
-        and (
-            'out of memory' in text
-            or "can't allocate memory" in text
-            or 'not enough memory' in text
-        )
-    )
-
-
-@contextlib.contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in wants:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in wants:
-            parameter.requires_grad_(requires_grad)
 
 
 class IntegratedGradients:
@@ -509,7 +510,8 @@ class IntegratedGradients:
         device and otherwise left as it was found.
     device: 'auto', 'cuda', 'mps', 'cpu' or a torch.device.
     preprocessing: how inputs were normalised; by default the model's own, else ImageNet's.
-    step_batch: interpolation steps per pass; by default chosen for the device.
+    step_batch: interpolation steps per pass; by default measured.
+    compile: run the network through torch.compile, which pays on a GPU with many images.
     """
 
     def __init__(
@@ -518,14 +520,12 @@ class IntegratedGradients:
         device: str | torch.device = 'auto',
         preprocessing: Preprocessing | None = None,
         step_batch: int | None = None,
+        compile: bool = False,
     ) -> None:
         self.device = resolve_device(device)
         self.model = model.to(self.device)
-        self.dtype = next(
-            (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
-        )
+        self.engine = GradientEngine(self.model, self.device, step_batch, compile)
         self.preprocessing = preprocessing or getattr(model, 'preprocessing', Preprocessing())
-        self.step_batch = StepBatch(self.device, step_batch)
 
     def compute_integrated_gradients(
         self,
@@ -554,147 +554,141 @@ class IntegratedGradients:
         target: str | Target | torch.Tensor = 'predicted',
         baseline_type: str | torch.Tensor = 'zero',
         num_steps: int = 50,
-        rule: str = 'midpoint',
+        rule: str = ADAPTIVE,
+        **options: object,
+    ) -> Explanation:
+        """Explain one image. Arguments, options and errors: see `explain_targets`."""
+        return self.explain_targets(
+            input_tensor, [target], baseline_type, num_steps, rule, **options
+        )[0]
+
+    def explain_targets(
+        self,
+        input_tensor: torch.Tensor,
+        targets: Sequence[str | Target | torch.Tensor],
+        baseline_type: str | torch.Tensor = 'zero',
+        num_steps: int = 50,
+        rule: str = ADAPTIVE,
         *,
+        tolerance: float | None = None,
+        max_steps: int = 200,
         score: str = 'logit',
         threshold: float = 0.5,
         truth: np.ndarray | None = None,
         placement: Placement | None = None,
         baseline_draws: int = 4,
         seed: int = 0,
+        precision: str = 'auto',
+        precision_tolerance: float = 0.03,
+        skip_empty: bool = False,
         progress: bool = False,
-    ) -> Explanation:
-        """Explain one image.
+    ) -> list[Explanation]:
+        """Explain several targets of one image; they share the forward passes.
 
         input_tensor: (3, H, W) or (1, 3, H, W), normalised as the model expects.
-        target: a spec (a key of TARGETS, see --help), a Target, or an (h, w) boolean mask of
-            output pixels.
+        targets: each a spec (a key of TARGETS, see --help), a Target, or an (h, w) boolean mask
+            of output pixels. EACH_OBJECT stands for `object:1`, `object:2`, … as many as there are.
         baseline_type: a key of BASELINES, an image file, or a tensor of the input's shape in
             the same normalised space.
-        num_steps, rule: interpolation steps and the quadrature rule, a key of RULES.
+        num_steps, rule: interpolation steps for each baseline and the quadrature rule, one of
+            RULE_NAMES. tolerance: instead of num_steps, refine until the estimated map error and
+            the completeness gap are below it, with at most max_steps.
         score: 'logit' or 'probability'. threshold: of the predicted mask, for one-class models.
         truth: (h, w) class labels, for target 'truth'. placement: for target 'pixel:X,Y' in
             original image coordinates; without it X,Y are output pixels.
         baseline_draws, seed: of the baseline 'random'.
+        precision: of the gradients, one of PRECISIONS; 'auto' reduces it where the hardware has
+            a faster type and the map deviates by at most precision_tolerance (relative L2).
+        skip_empty: leave out targets whose region holds no pixel, unless all are empty.
 
         Raises InputError: wrong shapes or values, non-finite output, not enough memory;
-        EmptyTargetError: the target region holds no pixel.
+        EmptyTargetError: a target region holds no pixel.
         """
         started = time.perf_counter()
-        Settings(
-            score=score,
-            threshold=threshold,
-            num_steps=num_steps,
-            rule=rule,
-            baseline_draws=baseline_draws,
-        )  # validates
-        quadrature = RULES[rule](num_steps)
+        settings = Settings(
+            score=score, threshold=threshold, num_steps=num_steps, rule=rule,
+            tolerance=tolerance, max_steps=max_steps, baseline_draws=baseline_draws,
+            precision=precision, precision_tolerance=precision_tolerance,
+        )  # fmt: skip
         x = self._check_input(input_tensor)  # (1, 3, H, W)
         baselines = self._baselines(x, baseline_type, baseline_draws, seed)
         with torch.inference_mode(False), frozen(self.model):
-            logits = self._logits(x)  # (1, C, h, w)
+            self.engine.prepare(x)
+            passes = self.engine.forward_passes
+            nodes = first_nodes(rule, settings.steps, tolerance is not None)
+            at_image = x.clone().requires_grad_(bool(nodes[-1] == 1))
+            with torch.set_grad_enabled(at_image.requires_grad):
+                graph = self.engine.logits(at_image)  # (1, C, h, w)
+            logits = graph.detach()
             labels = predicted_labels(logits[0], threshold)
-            target = self._target(target, score, logits[0], labels, truth, placement)
-            total = torch.zeros_like(x)
-            baseline_scores = []
-            self.step_batch.start(x.shape[-2] * x.shape[-1])
-            steps = tqdm(total=num_steps * len(baselines), desc='interpolation steps',
-                         unit='step', leave=False, disable=not progress)  # fmt: skip
-            with steps:
-                for baseline in baselines:
-                    baseline_scores.append(float(target(self._logits(baseline))))
-                    gradient = self._path_gradient(x, baseline, target, quadrature, steps.update)
-                    total += (x - baseline) * gradient / len(baselines)
-        if not bool(torch.isfinite(total).all()):
-            raise InputError('the gradients are not finite (is the checkpoint damaged?)')
-        mask, prediction = _explained_class(target.name, logits, labels)
+            context = self._context(logits[0], labels, truth, placement)
+            built = self._targets(targets, score, context, skip_empty)
+            gradient = None  # at the image, which all baselines share
+            if at_image.requires_grad:
+                gradient = densities(at_image, graph, built, torch.ones_like(x))[0]
+            del graph
+            walk = _Walk(self.engine, settings, x, built, logits, labels, gradient, nodes)
+            bar = tqdm(total=None if tolerance else num_steps * len(baselines), unit='step',
+                       desc='interpolation steps', leave=False, disable=not progress)  # fmt: skip
+            with bar:
+                walk.all(baselines, bar.update)
+        if not all(bool(torch.isfinite(found.integral).all()) for found in walk.found):
+            raise InputError(
+                'the gradients are not finite (is the checkpoint damaged? with reduced precision, '
+                'try --precision float32)'
+            )
+        common = {
+            'baseline_pixels': self.preprocessing.to_pixels(baselines[0]),
+            'score_type': score,
+            'baseline': baseline_type if isinstance(baseline_type, str) else 'tensor',
+            'rule': rule,
+            'steps': max(walk.steps),
+            'gradient_evaluations': walk.evaluations,
+            'forward_passes': self.engine.forward_passes - passes,
+            'seed': seed,
+            'step_batch': self.engine.step_batch.size,
+            'precision': str(walk.reduced or x.dtype).removeprefix('torch.'),
+            'precision_deviation': walk.deviation if walk.reduced else None,
+            'tolerance': tolerance,
+            'preparation': self.engine.preparation,
+            'seconds': time.perf_counter() - started,
+            'peak_memory_bytes': peak_memory(self.device),
+        }
+        return [
+            self._explanation(input_tensor, number, target, walk, common)
+            for number, target in enumerate(built)
+        ]
+
+    @staticmethod
+    def _explanation(
+        input_tensor: torch.Tensor, number: int, target: Target, walk: _Walk, common: dict
+    ) -> Explanation:
+        """The result for one of the targets."""
+        count = len(walk.found)
+        attributions = sum(found.integral[number] for found in walk.found) / count  # (3, H, W)
+        uncertainty, error = None, None
+        parts = [found.uncertainty for found in walk.found]
+        if all(part is not None for part in parts):
+            squares = sum(part[number].square() for part in parts)  # draws are independent
+            uncertainty = (squares.sqrt() / count).reshape(input_tensor.shape)
+            relative = float(uncertainty.norm() / attributions.norm())
+            error = math.hypot(relative, walk.deviation if walk.reduced else 0.0)
+        mask, prediction = _explained_class(target.name, walk.logits, walk.labels)
+        precise = attributions if attributions.device.type == 'mps' else attributions.double()
         return Explanation(
-            attributions=total.reshape(input_tensor.shape).to(input_tensor.device),
+            attributions=attributions.reshape(input_tensor.shape).to(input_tensor.device),
+            uncertainty=None if uncertainty is None else uncertainty.cpu(),
             prediction=prediction.cpu(),
             predicted_mask=mask.cpu(),
             region=target.region.cpu(),
-            baseline_pixels=self.preprocessing.to_pixels(baselines[0]),
             target=target.name,
-            score_type=target.score,
-            baseline=baseline_type if isinstance(baseline_type, str) else 'tensor',
-            rule=quadrature.name,
-            steps=num_steps,
-            gradient_evaluations=num_steps * len(baselines),
-            score=float(target(logits)),
-            baseline_score=float(np.mean(baseline_scores)),
-            attribution_sum=float(total.double().sum() if x.device.type != 'mps' else total.sum()),
-            seconds=time.perf_counter() - started,
-            step_batch=self.step_batch.size,
-            seed=seed,
-            peak_memory_bytes=peak_memory(self.device),
-            precision=str(x.dtype).removeprefix('torch.'),
+            score=float(target(walk.logits)),
+            baseline_score=walk.baseline_score(number),
+            attribution_sum=float(precise.sum()),
+            map_error=error if error is None or math.isfinite(error) else None,
+            trend=_trend(walk.paths[0], number),
+            **common,
         )
-
-    def _path_gradient(
-        self,
-        x: torch.Tensor,
-        baseline: torch.Tensor,
-        target: Callable[[torch.Tensor], torch.Tensor],
-        rule: Rule,
-        on_steps: Callable[[int], object],
-    ) -> torch.Tensor:
-        """The integral of dF/dx along the straight path, (1, 3, H, W).
-
-        One accumulator image, whatever the number of steps. A chunk that does not fit into
-        memory is tried again in halves; what was accumulated before stays.
-        """
-        nodes = torch.as_tensor(rule.nodes, dtype=x.dtype, device=x.device)
-        weights = torch.as_tensor(rule.weights, dtype=x.dtype, device=x.device)
-        total = torch.zeros_like(x)
-        done = 0
-        while done < len(nodes):
-            chunk = slice(done, done + self.step_batch.size)
-            try:
-                gradients = self._gradients(x, baseline, nodes[chunk], target)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                gradients = None
-            if gradients is None:  # outside `except`, whose traceback would keep tensors alive
-                self.step_batch.halve()
-                continue
-            total += torch.einsum('s,schw->chw', weights[chunk], gradients)
-            done += len(gradients)
-            on_steps(len(gradients))
-            if done == len(gradients):
-                self.step_batch.adapt()
-        return total
-
-    def _gradients(
-        self,
-        x: torch.Tensor,
-        baseline: torch.Tensor,
-        alphas: torch.Tensor,
-        target: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        """dF/dx at the path points of these alphas, (steps, 3, H, W)."""
-        points = baseline + alphas.view(-1, 1, 1, 1) * (x - baseline)  # (steps, 3, H, W)
-        with torch.enable_grad():
-            points.requires_grad_()
-            scores = target(segmentation_logits(self.model(points.to(self.dtype))))  # (steps,)
-            # samples do not mix in evaluation mode: the gradient of the sum is each one's own
-            return torch.autograd.grad(scores.sum(), points)[0]
-
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (1, C, h, w) without a graph. Raises InputError where they are not finite."""
-        try:
-            with torch.no_grad():
-                logits = segmentation_logits(self.model(x.to(self.dtype)))
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise InputError(
-                    f'not enough memory on {self.device} for one forward pass '
-                    '(use a smaller --image_size, or --device cpu)'
-                ) from None
-            raise
-        if not bool(torch.isfinite(logits).all()):
-            raise InputError('the model gives logits that are not finite (damaged checkpoint?)')
-        return logits
 
     def _check_input(self, tensor: torch.Tensor) -> torch.Tensor:
         """The input as (1, 3, H, W) on the device, cut off from the caller's graph: float32, in
@@ -702,8 +696,11 @@ class IntegratedGradients:
         shape = tuple(tensor.shape)
         if not (len(shape) == 3 or (len(shape) == 4 and shape[0] == 1)) or shape[-3] != 3:
             raise InputError(f'input_tensor must be (3, H, W) or (1, 3, H, W), not {shape}')
-        working = torch.float64 if self.dtype == torch.float64 else torch.float32
-        x = tensor.detach().to(self.device, working).reshape(1, *shape[-3:])
+        working = torch.float64 if self.engine.dtype == torch.float64 else torch.float32
+        tensor = tensor.detach()
+        if self.device.type == 'cuda' and tensor.device.type == 'cpu':
+            tensor = tensor.pin_memory()  # copied while the GPU still works on what came before
+        x = tensor.to(self.device, working, non_blocking=True).reshape(1, *shape[-3:])
         if not bool(torch.isfinite(x).all()):
             raise InputError('input_tensor holds values that are not finite')
         return x
@@ -720,48 +717,157 @@ class IntegratedGradients:
         built = build_baselines(kind, pixels, self.preprocessing, draws, seed)
         return [self.preprocessing.normalise(baseline).to(x) for baseline in built]
 
-    def _target(
-        self,
-        target: str | Target | torch.Tensor,
-        score: str,
+    @staticmethod
+    def _context(
         logits: torch.Tensor,
         labels: torch.Tensor,
         truth: np.ndarray | None,
         placement: Placement | None,
-    ) -> Target:
-        """The target object of whatever form of target the caller gave."""
-        if isinstance(target, Target):
-            return target
+    ) -> TargetContext:
+        """What targets are built from."""
         if truth is not None:
             truth = torch.as_tensor(truth, dtype=torch.int64, device=logits.device)
             if truth.shape != labels.shape:
                 raise InputError(
                     f'truth has shape {tuple(truth.shape)}, the prediction {tuple(labels.shape)}'
                 )
-        context = TargetContext(logits, labels, truth, placement)
-        if isinstance(target, str):
-            return build_target(target, context, score)
-        region = torch.as_tensor(target, dtype=torch.bool, device=logits.device)
-        if region.shape != labels.shape:
-            raise InputError(
-                f'the target mask has shape {tuple(region.shape)}, the prediction '
-                f'{tuple(labels.shape)}'
+        return TargetContext(logits, labels, truth, placement)
+
+    @staticmethod
+    def _targets(
+        wanted: Sequence[str | Target | torch.Tensor],
+        score: str,
+        context: TargetContext,
+        skip_empty: bool,
+    ) -> list[Target]:
+        """The target objects of whatever forms of targets the caller gave."""
+        forms = []
+        for form in wanted:
+            if isinstance(form, str) and form == EACH_OBJECT:
+                forms += [f'object:{k + 1}' for k in range(max(1, len(context.objects)))]
+            else:
+                forms.append(form)
+        found, empty = [], None
+        for form in forms:
+            try:
+                found.append(as_target(form, score, context))
+            except EmptyTargetError as error:
+                empty = error
+        if empty is not None and not (found and skip_empty):
+            raise empty
+        return found
+
+
+class _Walk:
+    """The integration of one image's targets along the paths from its baselines."""
+
+    def __init__(
+        self,
+        engine: GradientEngine,
+        settings: Settings,
+        x: torch.Tensor,
+        targets: list[Target],
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        gradient: torch.Tensor | None,
+        nodes: np.ndarray,
+    ) -> None:
+        """gradient: at the image, (targets, 3, H, W); None where the rule has no node there.
+        nodes: those that are evaluated whatever is found."""
+        self.engine, self.settings, self.x, self.targets = engine, settings, x, targets
+        self.logits, self.labels, self.gradient, self.nodes = logits, labels, gradient, nodes
+        self.reduced: torch.dtype | None = None
+        self.deviation = 0.0  # of reduced precision from float32, of the whole map
+        self.found: list[PathIntegral] = []
+        self.paths: list[GradientPath] = []
+        self.steps: list[int] = []
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients computed; the one at the image counts once."""
+        shared = 0 if self.gradient is None else 1
+        return shared + sum(path.evaluations for path in self.paths)
+
+    def baseline_score(self, number: int) -> float:
+        """F of one target at the baseline, mean over the draws."""
+        return float(np.mean([float(path.scores_at(0.0)[number]) for path in self.paths]))
+
+    def all(self, baselines: Sequence[torch.Tensor], on_steps: Callable[[int], object]) -> None:
+        """Walk the path from each baseline."""
+        for baseline in baselines:
+            path = self._path(baseline, on_steps)
+            if not self.paths:
+                self.reduced = self._choose_precision(path)
+                self.engine.step_batch.start(self.x.shape[-2] * self.x.shape[-1], self.reduced)
+            path.reduced = self.reduced
+            self.paths.append(path)
+            self.steps.append(0)
+            enough = partial(self._enough, path) if self.settings.tolerance else None
+            self.found.append(
+                integrate(self._counted(path), self.settings.rule, self.settings.steps, enough)
             )
-        if not region.any():
-            raise EmptyTargetError('the target mask is empty')
-        return Target('mask', context.choose(region, labels), score)
+
+    def _counted(self, path: GradientPath) -> Callable[[np.ndarray], Iterator[torch.Tensor]]:
+        def evaluate(nodes: np.ndarray) -> Iterator[torch.Tensor]:
+            self.steps[-1] += len(nodes)
+            return path(nodes)
+
+        return evaluate
+
+    def _path(self, baseline: torch.Tensor, on_steps: Callable[[int], object]) -> GradientPath:
+        """The path from a baseline, both ends seen: in float32, with as few passes as possible."""
+        mask_of = partial(foreground, threshold=self.settings.threshold)
+        path = GradientPath(self.engine, self.x, baseline, self.targets, mask_of,
+                            self.labels > 0, on_steps=on_steps)  # fmt: skip
+        path.note([1.0], self.logits)
+        if self.gradient is not None:
+            path.known[1.0] = self.gradient * (self.x - baseline)
+        if self.nodes[0] == 0:
+            path.known[0.0] = path.evaluate([0.0], None)[0]
+        else:
+            with torch.no_grad():
+                path.note([0.0], self.engine.logits(baseline))
+        return path
+
+    def _choose_precision(self, path: GradientPath) -> torch.dtype | None:
+        """The reduced type, where it is wanted and, under `auto`, accurate enough."""
+        wanted, automatic = self.settings.precision, self.settings.precision == 'auto'
+        reduced = reduced_dtype(wanted, self.x.device)
+        if reduced is None or self.engine.dtype != torch.float32:
+            return None
+        near = {int(np.abs(self.nodes - alpha).argmin()) for alpha in CHECKED_NODES}
+        self.deviation = path.check_precision(reduced, [float(self.nodes[k]) for k in sorted(near)])
+        limit = min(self.settings.precision_tolerance, (self.settings.tolerance or 1.0) / 2)
+        return None if automatic and self.deviation > limit else reduced
+
+    def _enough(self, path: GradientPath, found: PathIntegral) -> bool:
+        """Whether map error and completeness gap of every target are below the tolerance."""
+        errors = found.errors()
+        if errors is None:
+            return False
+        totals = found.integral.sum(dim=(1, 2, 3))
+        rounding = self.deviation if self.reduced else 0.0
+        figures = torch.stack([errors, totals, path.scores_at(1.0), path.scores_at(0.0)], dim=1)
+        return all(
+            math.hypot(error, rounding) <= self.settings.tolerance
+            and (completeness_gap(total, high, low) or 0.0) <= self.settings.tolerance
+            for error, total, high, low in figures.tolist()
+        )
 
 
-def segmentation_logits(output: object) -> torch.Tensor:
-    """The logit map (N, C, h, w) in a model's output: itself, the first of a tuple (smp with an
-    auxiliary head), or under `out` (torchvision). Raises InputError for anything else."""
-    if isinstance(output, dict):
-        output = output.get('out')
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, torch.Tensor) or output.ndim != 4:
-        raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
-    return output
+def foreground(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+    """(N, C, h, w) logits -> (N, h, w) bool: what is not background."""
+    return predicted_labels(logits, threshold) > 0
+
+
+def _trend(path: GradientPath, number: int) -> Trend:
+    """What one target saw along a path."""
+    alphas = sorted(path.seen)
+    return Trend(
+        tuple(alphas),
+        tuple(float(path.seen[alpha][0][number]) for alpha in alphas),
+        tuple(float(path.seen[alpha][1]) for alpha in alphas),
+    )
 
 
 def _explained_class(
@@ -812,14 +918,18 @@ def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = 
         'rule': explanation.rule,
         'steps': explanation.steps,
         'gradient_evaluations': explanation.gradient_evaluations,
+        'forward_passes': explanation.forward_passes,
+        'step_batch': explanation.step_batch,
         'precision': explanation.precision,
+        'precision_deviation': explanation.precision_deviation,
         'seconds': explanation.seconds,
         'peak_memory_bytes': explanation.peak_memory_bytes,
         'score': explanation.score,
         'baseline_score': explanation.baseline_score,
         'attribution_sum': explanation.attribution_sum,
         'completeness_gap': explanation.completeness_gap,
-        'map_error': None,  # the estimate of the map's own error is not computed yet
+        'map_error': explanation.map_error,
+        'within_tolerance': explanation.within_tolerance,
         'attribution_mean': signed.mean(),
         'attribution_std': signed.std(),
         'attribution_min': signed.min(),
@@ -835,6 +945,8 @@ def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = 
         'iou': None,
         'pixel_accuracy': None,
         'channel_shares': (np.abs(signed).sum(axis=(1, 2)) / total).tolist() if total else None,
+        'trend': {name: list(values) for name, values in vars(explanation.trend).items()},
+        'preparation': explanation.preparation.record(),
     }
     if truth is not None:
         statistics |= mask_scores(mask, truth)
@@ -894,8 +1006,11 @@ def statistics_text(statistics: dict) -> str:
         f'F(x), F(baseline)           {show("score")}, {show("baseline_score")}',
         f'Completeness gap            {show("completeness_gap", True)} '
         f'({statistics["rule"]} rule, {statistics["steps"]} steps)',
+        f'Map error (estimate)        {show("map_error", True)}: '
+        f'{map_verdict(statistics["map_error"])}',
         f'Time                        {statistics["seconds"]:.1f} s, '
-        f'{statistics["gradient_evaluations"]} gradient evaluations',
+        f'{statistics["gradient_evaluations"]} gradient evaluations in {statistics["precision"]}, '
+        f'{statistics["step_batch"]} at once',
     ]
     heading = (
         f'{statistics["image"]} (target {statistics["target"]}, baseline {statistics["baseline"]})'
@@ -1075,53 +1190,58 @@ def explain_image(
     settings: Settings,
     truth: np.ndarray | None = None,
     progress: bool = False,
-) -> tuple[Explanation, np.ndarray | None]:
+) -> list[tuple[Explanation, np.ndarray | None]]:
     """Explain an image as it was read: (H, W, 3) uint8, with (H, W) uint8 truth labels if known.
 
-    Returns the explanation and the truth of the explained class at model resolution, (S, S)
-    bool or None. Where `settings.on_empty` is 'image', an empty target becomes the whole image.
+    Returns for each target the explanation and the truth of the explained class at model
+    resolution, (S, S) bool or None. Of several targets, empty ones are left out. Where all are
+    empty and `settings.on_empty` is 'image', the whole image is explained.
     """
     preprocessing = ig.preprocessing
     if truth is not None:
         truth = preprocessing.resize_mask(truth)
 
-    def explain(target: str) -> Explanation:
-        return ig.explain(
+    def explain(targets: list[str]) -> list[Explanation]:
+        return ig.explain_targets(
             preprocessing.normalise(preprocessing.resize_image(image)),
-            target=target,
+            targets,
             baseline_type=settings.baseline,
-            num_steps=settings.num_steps,
-            rule=settings.rule,
-            score=settings.score,
-            threshold=settings.threshold,
             truth=truth,
             placement=preprocessing.place(image.shape[:2]),
-            baseline_draws=settings.baseline_draws,
-            seed=settings.seed,
+            skip_empty=True,
             progress=progress,
+            **{name: getattr(settings, name) for name in EXPLAIN_SETTINGS},
         )
 
     try:
-        explanation = explain(settings.target)
+        explanations = explain(settings.targets)
     except EmptyTargetError:
         if settings.on_empty != 'image':
             raise
-        explanation = explain('image')
+        explanations = explain(['image'])
+    return [(found, _explained_truth(found.target, truth)) for found in explanations]
+
+
+def _explained_truth(target: str, truth: np.ndarray | None) -> np.ndarray | None:
+    """The pixels that really are of the explained class, for `class:K`, else of foreground."""
+    kind, _, number = target.partition(':')
     if truth is None:
-        return explanation, None
-    kind, _, number = explanation.target.partition(':')
-    return explanation, truth == int(number) if kind == 'class' else truth > 0
+        return None
+    return truth == int(number) if kind == 'class' else truth > 0
 
 
-def describe_image(
+Description = tuple[dict, dict[str, np.ndarray]]  # statistics, and the arrays figures need
+
+
+def describe_targets(
     ig: IntegratedGradients,
     name: str,
     image: np.ndarray,
     truth: np.ndarray | None,
     settings: Settings,
     progress: bool = False,
-) -> tuple[dict, dict[str, np.ndarray]]:
-    """Explain an image: its statistics, and the arrays that its figures are drawn from.
+) -> list[Description]:
+    """Explain an image: for each target its statistics, and what its figures are drawn from.
 
     Arguments and errors as for `explain_image`; the figures are
     `attribution_figure(view_of(arrays), statistics)` and `channels_figure(...)`.
@@ -1132,18 +1252,44 @@ def describe_image(
             f'the mask is {truth.shape[1]}×{truth.shape[0]}, the image '
             f'{image.shape[1]}×{image.shape[0]}: the mask was resized (nearest neighbour)'
         )
-    explanation, truth = explain_image(ig, image, settings, truth, progress)
-    if explanation.target != settings.target:
-        notes.append(f'target "{settings.target}" was empty: the whole image was explained')
-    statistics = {
-        'image': name,
-        **explanation_statistics(explanation, truth),
-        'notes': notes,
-        'settings': settings_record(ig, settings),
-        'versions': versions(),
-    }
     place = ig.preprocessing.place(image.shape[:2])
-    return statistics, display_arrays(explanation, image, truth, place)
+    found = explain_image(ig, image, settings, truth, progress)
+    targets = [explanation.target for explanation, _ in found]
+    left_out = [t for t in settings.targets if t not in (*targets, EACH_OBJECT)]
+    if targets == ['image'] != settings.targets:
+        notes.append(f'target "{settings.target}" was empty: the whole image was explained')
+    elif left_out:
+        notes.append(f'empty, so left out: target {", ".join(left_out)}')
+    if found[0][0].preparation.fell_back:
+        notes.append(
+            'the faster copy of the network did not compute quite the same: the original was used'
+        )
+    return [
+        (
+            {
+                'image': name,
+                **explanation_statistics(explanation, explained_truth),
+                'notes': notes,
+                'targets': targets,
+                'settings': settings_record(ig, settings),
+                'versions': versions(),
+            },
+            display_arrays(explanation, image, explained_truth, place),
+        )
+        for explanation, explained_truth in found
+    ]
+
+
+def describe_image(
+    ig: IntegratedGradients,
+    name: str,
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    settings: Settings,
+    progress: bool = False,
+) -> Description:
+    """The first (with one target: the only) entry of `describe_targets`."""
+    return describe_targets(ig, name, image, truth, settings, progress)[0]
 
 
 def analyse_sample(
@@ -1152,30 +1298,40 @@ def analyse_sample(
     settings: Settings,
     output_dir: Path,
     progress: bool = False,
-) -> dict:
-    """Explain one sample and write its four files; returns the content of its statistics file.
+) -> list[dict]:
+    """Explain one sample and write four files for each target.
 
-    A sample that was finished before under the same settings, image, truth and checkpoint is
-    read back instead. Raises InputError for an unusable sample, OutputError if writing fails.
+    Returns the contents of the statistics files. A sample that was finished before under the same
+    settings, image, truth and checkpoint is read back instead. Raises InputError for an unusable
+    sample, OutputError if writing fails.
     """
     image, truth = sample.image(), sample.truth()
     key = resume_key(settings_record(ig, settings), image, truth)
-    files = image_files(output_dir / sample.name)
-    done = finished_statistics(files, key)
+    done = finished_statistics(output_dir, sample.name, settings, key)
     if done is not None:
         return done
-    statistics, arrays = describe_image(ig, sample.name, image, truth, settings, progress)
-    statistics |= {'image_path': str(sample.image_path), 'resume_key': key}
-    view = view_of(arrays)
-    write_files(
-        {
-            files['attribution']: _figure_writer(attribution_figure(view, statistics)),
-            files['channels']: _figure_writer(channels_figure(view, statistics)),
-            files['arrays']: _arrays_writer(arrays),
-            files['statistics']: _json_writer(statistics),
-        }
-    )
-    return statistics
+    described = describe_targets(ig, sample.name, image, truth, settings, progress)
+    # The first target's statistics name the others: written last, they mark all as finished.
+    for statistics, arrays in reversed(described):
+        statistics |= {'image_path': str(sample.image_path), 'resume_key': key}
+        files = image_files(output_dir / folder_name(sample.name, settings, statistics['target']))
+        view = view_of(arrays)
+        write_files(
+            {
+                files['attribution']: _figure_writer(attribution_figure(view, statistics)),
+                files['channels']: _figure_writer(channels_figure(view, statistics)),
+                files['arrays']: _arrays_writer(arrays),
+                files['statistics']: _json_writer(statistics),
+            }
+        )
+    return [statistics for statistics, _ in described]
+
+
+def folder_name(name: str, settings: Settings, target: str) -> str:
+    """The folder of an image, or of one of its targets where several may be explained."""
+    if len(settings.targets) == 1 and settings.target != EACH_OBJECT:
+        return name
+    return f'{name}_{target.replace(":", "-").replace(",", "-")}'
 
 
 def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
@@ -1190,7 +1346,12 @@ def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
 
 def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str:
     """A hash of everything that decides the files of an image."""
-    without = ('step_batch', 'device', 'model_path')  # these do not change what is computed
+    without = (
+        'step_batch',
+        'compile',
+        'device',
+        'model_path',
+    )  # these do not change what is computed
     decisive = {name: value for name, value in record.items() if name not in without}
     digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
     for array in (image, truth):
@@ -1201,8 +1362,27 @@ def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str
     return digest.hexdigest()
 
 
-def finished_statistics(files: dict[str, Path], key: str) -> dict | None:
+def finished_statistics(
+    output_dir: Path, name: str, settings: Settings, key: str
+) -> list[dict] | None:
     """The statistics of an image that was finished with this key; None if it must be computed."""
+    several = folder_name(name, settings, '*') != name
+    candidates = output_dir.glob(f'{glob.escape(name)}_*') if several else [output_dir / name]
+    for folder in candidates:
+        first = _read_finished(folder, key)
+        if first is None or first['target'] != first['targets'][0]:
+            continue
+        others = [
+            _read_finished(output_dir / folder_name(name, settings, target), key)
+            for target in first['targets'][1:]
+        ]
+        return None if None in others else [first, *others]
+    return None
+
+
+def _read_finished(folder: Path, key: str) -> dict | None:
+    """The statistics in a folder whose files are all there and belong to this key, else None."""
+    files = image_files(folder)
     try:
         statistics = json.loads(files['statistics'].read_text(encoding='utf-8'))
         same = statistics['resume_key'] == key
@@ -1264,9 +1444,9 @@ def analyse_batch(
     try:
         for sample in tqdm(samples, desc='images', unit='image'):
             try:
-                statistics = analyse_sample(ig, sample, settings, output_dir)
-                images.append(statistics)
-                _say_warnings(statistics)
+                for statistics in analyse_sample(ig, sample, settings, output_dir):
+                    images.append(statistics)
+                    _say_warnings(statistics)
             except OutputError:
                 raise
             except EmptyTargetError as error:
@@ -1284,8 +1464,8 @@ def batch_summary(images: list[dict], skipped: list[dict], failed: list[dict]) -
     """Counts, the median of every figure, and what looks wrong about the predictions."""
     medians = {}
     for key in (
-        'completeness_gap', 'attribution_ratio', 'share_in_prediction', 'share_in_truth',
-        'prediction_ratio', 'dice', 'iou', 'pixel_accuracy', 'seconds',
+        'completeness_gap', 'map_error', 'attribution_ratio', 'share_in_prediction',
+        'share_in_truth', 'prediction_ratio', 'dice', 'iou', 'pixel_accuracy', 'seconds',
     ):  # fmt: skip
         values = [entry[key] for entry in images if entry[key] is not None]
         medians[f'median_{key}'] = median(values) if values else None
@@ -1346,12 +1526,12 @@ def _prepare(
     if asked is not None and asked != preprocessing.image_size:
         size = preprocessing.image_size
         print(f'note: image size {asked} is not divisible by 32, using {size}', file=sys.stderr)
-    return IntegratedGradients(model, device, preprocessing, settings.step_batch)
+    return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 
 
 def _say_warnings(statistics: dict) -> None:
     """What the user must not miss about one image, on stderr."""
-    for text in (*statistics['notes'], gap_warning(statistics)):
+    for text in (*statistics['notes'], accuracy_warning(statistics)):
         if text:
             tqdm.write(f'{statistics["image"]}: {text}', file=sys.stderr)
 
@@ -1408,7 +1588,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"default: the checkpoint's, else {DEFAULT_ARCHITECTURE}")
     add('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     add('--step_batch', type=_whole_number, default=default.step_batch, metavar='N',
-        help='interpolation steps computed at once (default: chosen for the device)')
+        help='interpolation steps computed at once (default: the fastest that fits)')
+    add('--compile', action='store_true',
+        help='use torch.compile: minutes at first, faster afterwards on a GPU')
 
     add = parser.add_argument_group('preprocessing').add_argument
     add('--image_size', type=_whole_number, default=default.image_size, metavar='PIXELS',
@@ -1421,7 +1603,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('attribution').add_argument
     rows = '; '.join(f'{k.form}: {" ".join(k.build.__doc__.split())}' for k in TARGETS.values())
-    add('--target', default=default.target, help=f'{rows} (default: %(default)s)')
+    add('--target', nargs='+', default=default.target, metavar='TARGET',
+        help=f'one or several; {rows} (default: %(default)s)')
+    add('--each_object', action='store_true',
+        help='explain every connected part of the predicted mask (instead of --target)')
     add('--score', choices=SCORES, default=default.score, help='default: %(default)s')
     add('--threshold', type=float, default=default.threshold,
         help='probability above which a pixel is predicted (default: %(default)s)')
@@ -1432,10 +1617,20 @@ def build_parser() -> argparse.ArgumentParser:
     add('--baseline_draws', type=_whole_number, default=default.baseline_draws, metavar='N',
         help='of baseline random: averaged, num_steps each (default: %(default)s)')
     add('--seed', type=int, default=default.seed, help='of baseline random (default: %(default)s)')
-    add('--num_steps', type=_whole_number, default=default.num_steps, metavar='N',
-        help='interpolation steps (default: %(default)s)')
-    add('--rule', choices=tuple(RULES), default=default.rule,
+    how_many = parser._action_groups[-1].add_mutually_exclusive_group()
+    how_many.add_argument('--num_steps', type=_whole_number, default=default.num_steps,
+        metavar='N', help='interpolation steps (default: %(default)s)')
+    how_many.add_argument('--tolerance', type=float, default=default.tolerance, metavar='T',
+        help='instead: as many steps as bring map error and completeness gap below T, e.g. 0.05')
+    add('--max_steps', type=_whole_number, default=default.max_steps, metavar='N',
+        help='with --tolerance: at most so many (default: %(default)s)')
+    add('--rule', choices=RULE_NAMES, default=default.rule,
         help='quadrature rule (default: %(default)s)')
+    add('--precision', choices=PRECISIONS, default=default.precision,
+        help='of the gradients; auto: reduced where it is faster here and the map stays within '
+             '--precision_tolerance (default: %(default)s)')
+    add('--precision_tolerance', type=float, default=default.precision_tolerance,
+        help='relative L2 deviation of the map that auto accepts (default: %(default)s)')
     add('--gap_tolerance', type=float, default=default.gap_tolerance,
         help='completeness gap above which to warn (default: %(default)s)')
     # fmt: on
@@ -1450,10 +1645,10 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     sample.image()  # a bad image is told before the model is loaded
     output_dir = prepare_output(args.output_dir)
     ig = _prepare(args.model_path, settings, args.encoder, args.architecture, args.device)
-    statistics = analyse_sample(ig, sample, settings, output_dir, progress=True)
-    print(statistics_text(statistics))
-    print(f'Files in {output_dir / sample.name}')
-    _say_warnings(statistics)
+    for statistics in analyse_sample(ig, sample, settings, output_dir, progress=True):
+        print(statistics_text(statistics))
+        print(f'Files in {output_dir / folder_name(sample.name, settings, statistics["target"])}')
+        _say_warnings(statistics)
     return 0
 
 
@@ -1484,6 +1679,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     names = {f.name for f in fields(Settings)}
     try:
+        if args.each_object and args.target != Settings.target:
+            raise InputError('--each_object goes without --target')
+        given = [args.target] if isinstance(args.target, str) else args.target
+        args.target = EACH_OBJECT if args.each_object else ' '.join(given)
         settings = Settings(**{k: v for k, v in vars(args).items() if k in names})
         return run_single(args, settings) if args.mode == 'single' else run_batch(args, settings)
     except InputError as error:

@@ -17,7 +17,9 @@ known about the trapezoid rule's error on an interval of length h with densities
     curvature   two neighbouring intervals against one that spans both: what the finer rule changed
 
 The smaller of the two stands for the interval (a jump keeps the bound small, a smooth stretch the
-curvature), and errors of different intervals are taken to be independent: their squares add up.
+curvature), and these parts are taken to be independent: their squares add up. Where the density is
+smooth, errors of neighbouring intervals lean the same way: a third of what the finer rule changed
+there altogether (Richardson) is added.
 
 Mathematics only: `evaluate` turns nodes into densities, whatever the network.
 """
@@ -148,12 +150,46 @@ NESTED: dict[str, tuple[int, ...]] = {
 }
 
 
-def has_ends(rule: str) -> bool:
-    """Whether a rule evaluates at alpha = 0 and 1, whose forward passes are needed anyway."""
-    return rule in (ADAPTIVE, 'trapezoid', 'clenshaw-curtis')
+def first_nodes(rule: str, steps: int, refined: bool) -> np.ndarray:
+    """The nodes that are evaluated whatever is found there: all of a fixed rule's, else the first.
+
+    Raises InputError: a number of steps the rule does not have, a rule that is not nested.
+    """
+    if rule == ADAPTIVE:
+        return _first_rule(steps).nodes
+    return RULES[rule](_nested_counts(rule, steps)[0] if refined else steps).nodes
+
+
+def _first_rule(steps: int) -> Rule:
+    """What the adaptive rule starts from."""
+    return midpoint_rule(1) if steps == 1 else trapezoid_rule(min(FIRST_NODES, steps))
+
+
+def _nested_counts(rule: str, steps: int) -> list[int]:
+    """The levels of a nested rule up to a number of steps."""
+    if rule not in NESTED:
+        raise InputError(
+            f'the {rule} rule cannot be refined to a tolerance, its nodes are not nested '
+            f'(use --rule {ADAPTIVE}, {", ".join(NESTED)}, or --num_steps)'
+        )
+    counts = [count for count in NESTED[rule] if count <= steps]
+    if not counts:
+        raise InputError(
+            f'the {rule} rule needs at least {NESTED[rule][0]} steps (use a larger --max_steps)'
+        )
+    return counts
 
 
 # --------------------------------------------------------------------------- integration
+
+
+@dataclass(frozen=True)
+class IntervalError:
+    """What is known about the error of the trapezoid rule on one interval."""
+
+    bound: torch.Tensor  # (targets,): L2 norm of the bound
+    variance: torch.Tensor  # (targets, 3, H, W): squared, by bound or curvature
+    refinement: torch.Tensor  # (targets, 3, H, W): its half of the curvature, where that counts
 
 
 @dataclass
@@ -162,12 +198,24 @@ class PathIntegral:
 
     integral: torch.Tensor | float = 0.0  # (targets, 3, H, W)
     variance: torch.Tensor | float = 0.0  # (targets, 3, H, W); stays 0.0 for a single node
+    refinement: torch.Tensor | float = 0.0  # what finer intervals changed where it is smooth
+
+    @property
+    def uncertainty(self) -> torch.Tensor | None:
+        """Estimated error of each attribution, (targets, 3, H, W); None for a single node."""
+        if isinstance(self.variance, float):
+            return None
+        return (self.variance.clamp(min=0) + (self.refinement / 3) ** 2).sqrt()
 
     def errors(self) -> torch.Tensor | None:
         """Estimated relative L2 error of each target's map, (targets,); None for a single node."""
-        if isinstance(self.variance, float):
-            return None
-        return self.variance.clamp(min=0).sum(dim=(1, 2, 3)).sqrt() / norms(self.integral)
+        off = self.uncertainty
+        return None if off is None else norms(off) / norms(self.integral)
+
+    def add(self, error: IntervalError, sign: int = 1) -> None:
+        """Count the error of an interval, or no longer."""
+        self.variance = self.variance + error.variance * sign
+        self.refinement = self.refinement + error.refinement * sign
 
 
 def norms(maps: torch.Tensor) -> torch.Tensor:
@@ -195,29 +243,29 @@ def integrate(
     return _integrate_nested(evaluate, rule, steps, enough)
 
 
-def bound_and_variance(
+def interval_errors(
     lengths: Sequence[float], densities: Sequence[torch.Tensor]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The error of neighbouring intervals: (bound's L2 norm (targets,), squared error an image).
-
-    Two intervals and the densities at their three ends; or one interval, which has no curvature.
-    """
+) -> list[IntervalError]:
+    """The errors of two neighbouring intervals, with densities at their three ends; or of one
+    interval, of which only the bound is known."""
     bounds = [
         (right - left).mul_(length / 2)
         for length, (left, right) in zip(lengths, pairwise(densities), strict=True)
     ]
     sizes = [norms(bound) for bound in bounds]
     squares = [bound.square_() for bound in bounds]
-    if len(lengths) == 2:
-        (a, m, b), (left, right) = densities, lengths
-        curvature = m * ((left + right) / 2) - a * (right / 2) - b * (left / 2)
-        share = norms(curvature) / 2**0.5  # of each of the two
-        curvature.square_().mul_(0.5)
-        squares = [
-            torch.where((size <= share).view(-1, 1, 1, 1), square, curvature)
-            for size, square in zip(sizes, squares, strict=True)
-        ]
-    return list(zip(sizes, squares, strict=True))
+    if len(lengths) == 1:
+        return [IntervalError(sizes[0], squares[0], torch.zeros_like(squares[0]))]
+    (a, m, b), (left, right) = densities, lengths
+    half = (m * ((left + right) / 2) - a * (right / 2) - b * (left / 2)).mul_(0.5)
+    found = []
+    for size, square in zip(sizes, squares, strict=True):
+        jumps = (size <= norms(half) * 2**0.5).view(
+            -1, 1, 1, 1
+        )  # of the pair's curvature, 1/sqrt 2
+        variance = torch.where(jumps, square, 2 * half.square())
+        found.append(IntervalError(size, variance, torch.where(jumps, 0.0, half)))
+    return found
 
 
 def sum_rule(evaluate: Evaluate, rule: Rule) -> PathIntegral:
@@ -233,24 +281,16 @@ def sum_rule(evaluate: Evaluate, rule: Rule) -> PathIntegral:
         recent.append(density)
         if len(recent) == 3 or (len(recent) == 2 and number == len(lengths)):
             between = lengths[number - len(recent) + 1 : number].tolist()
-            for _, variance in bound_and_variance(between, recent):
-                found.variance = found.variance + variance
+            for error in interval_errors(between, recent):
+                found.add(error)
             recent = [density]
     return found
 
 
 def _integrate_nested(evaluate: Evaluate, rule: str, steps: int, enough: Enough) -> PathIntegral:
     """Levels of a nested rule, one after the other; all densities are kept between them."""
-    if rule not in NESTED:
-        raise InputError(
-            f'the {rule} rule cannot be refined to a tolerance, its nodes are not nested '
-            f'(use --rule {ADAPTIVE}, {", ".join(NESTED)}, or --num_steps)'
-        )
-    counts = [count for count in NESTED[rule] if count <= steps]
-    if not counts:
-        raise InputError(f'the {rule} rule needs at least {NESTED[rule][0]} steps (--max_steps)')
     known: dict[float, torch.Tensor] = {}
-    for count in counts:
+    for count in _nested_counts(rule, steps):
         level = RULES[rule](count)
         keys = [round(float(node), 12) for node in level.nodes]
         fresh = [row for row, key in enumerate(keys) if key not in known]
@@ -269,8 +309,7 @@ class Interval:
     left: float
     right: float
     densities: tuple[torch.Tensor, torch.Tensor]  # at its ends, (targets, 3, H, W) each
-    variance: torch.Tensor  # (targets, 3, H, W): its part of the squared error
-    priority: torch.Tensor  # (targets,): how much the map may still change here
+    error: IntervalError
 
     @property
     def middle(self) -> float:
@@ -280,10 +319,9 @@ class Interval:
 def neighbours(nodes: Sequence[float], densities: Sequence[torch.Tensor]) -> list[Interval]:
     """The two intervals between three nodes, or the one between two."""
     lengths = [b - a for a, b in pairwise(nodes)]
-    judged = bound_and_variance(lengths, densities)
     return [
-        Interval(nodes[i], nodes[i + 1], (densities[i], densities[i + 1]), variance, bound)
-        for i, (bound, variance) in enumerate(judged)
+        Interval(nodes[i], nodes[i + 1], (densities[i], densities[i + 1]), error)
+        for i, error in enumerate(interval_errors(lengths, densities))
     ]
 
 
@@ -291,16 +329,16 @@ def integrate_adaptively(
     evaluate: Evaluate,
     steps: int,
     enough: Enough | None = None,
-    priority: Callable[[Interval], torch.Tensor] = lambda interval: interval.priority,
+    priority: Callable[[Interval], torch.Tensor] = lambda interval: interval.error.bound,
 ) -> PathIntegral:
     """Bisect where the map may still change most, until `steps` are spent or it is enough.
 
     Of several targets the one with the largest relative error decides. What is bisected does not
     depend on how many steps go through the network at once. A single step is the midpoint rule.
     """
+    first = _first_rule(steps)
     if steps == 1:
-        return sum_rule(evaluate, midpoint_rule(1))
-    first = trapezoid_rule(min(FIRST_NODES, steps))
+        return sum_rule(evaluate, first)
     nodes, densities = first.nodes.tolist(), list(evaluate(first.nodes))
     found = sum_rule(lambda _: densities, first)
     scale = norms(found.integral).clamp(min=torch.finfo(found.integral.dtype).tiny)
@@ -326,5 +364,7 @@ def _bisect(found: PathIntegral, cut: Interval, density: torch.Tensor) -> list[I
     length = cut.right - cut.left
     found.integral += density * (length / 2) - (left + right) * (length / 4)
     halves = neighbours([cut.left, cut.middle, cut.right], [left, density, right])
-    found.variance += halves[0].variance + halves[1].variance - cut.variance
+    found.add(cut.error, -1)
+    for half in halves:
+        found.add(half.error)
     return halves

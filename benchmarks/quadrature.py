@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -29,6 +30,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # at the end: this file has the name of no module there
+
+from rival_rules import NUIG_INTERVALS, nuig_rule, riemannopt_rule  # noqa: E402
 
 from gradient_engine import improved_copy  # noqa: E402
 from integrated_gradients import build_baselines, choose_samples  # noqa: E402
@@ -41,7 +44,6 @@ from path_integral import (  # noqa: E402
     integrate_adaptively,
     sum_rule,
 )
-from rival_rules import NUIG_INTERVALS, nuig_rule, riemannopt_rule  # noqa: E402
 from segmentation_dataset import Preprocessing, list_samples  # noqa: E402
 
 BASELINES = ('zero', 'blur', 'mean')
@@ -96,7 +98,7 @@ class Case:
         """How much the density changes within each of many equal cells (RiemannOpt)."""
         nodes = np.linspace(0, 1, ROUGHNESS_CELLS + 1)
         maps = [self.at(float(node))[1] for node in nodes]
-        found = np.array([float((b - a).abs().sum()) for a, b in zip(maps, maps[1:], strict=False)])
+        found = np.array([float((b - a).abs().sum()) for a, b in pairwise(maps)])
         return found / found.sum()
 
     def run(self, rule: str, steps: int, roughness: np.ndarray) -> PathIntegral:
@@ -150,10 +152,10 @@ def load(model_path: str, size: int | None) -> tuple[torch.nn.Module, Preprocess
     return _prepared[model_path]
 
 
-def make_case(model_path: str, size: int | None, sample, baseline: str) -> Case | None:
+def make_case(model_path: str, size: int | None, image: np.ndarray, baseline: str) -> Case | None:
     """The case of an image; None where the network predicts nothing."""
     network, fit = load(model_path, size)
-    pixels = fit.resize_image(sample.image()).astype(np.float32)
+    pixels = fit.resize_image(image).astype(np.float32)
     x = fit.normalise(pixels)
     with torch.no_grad():
         region = network(x)[0, 0] > 0
@@ -162,13 +164,19 @@ def make_case(model_path: str, size: int | None, sample, baseline: str) -> Case 
 
 
 def run_case(
-    model_path: str, size: int | None, sample, baseline: str, roughness: list[float], path: Path
+    model_path: str,
+    size: int | None,
+    name: str,
+    image: np.ndarray,
+    baseline: str,
+    roughness: list[float],
+    path: Path,
 ) -> list[dict]:
     """All rules on one case; kept in a file, from which a finished case is read back."""
     if path.is_file():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
-    case = make_case(model_path, size, sample, baseline)
+    case = make_case(model_path, size, image, baseline)
     reference = sum_rule(case.evaluate, RULES['trapezoid'](REFERENCE_NODES)).integral[0]
     change = case.at(1.0)[0] - case.at(0.0)[0]
     rows = []
@@ -177,7 +185,7 @@ def run_case(
             found = case.run(rule, steps, np.array(roughness))
             total = float(found.integral.double().sum())
             rows.append({
-                'image': sample.name, 'baseline': baseline, 'rule': rule, 'evaluations': steps,
+                'image': name, 'baseline': baseline, 'rule': rule, 'evaluations': steps,
                 **compare(found.integral[0].numpy(), reference.numpy()),
                 'estimate': float(found.errors()),
                 'gap': abs(total - change) / abs(change),
@@ -195,7 +203,7 @@ def choose_cases(arguments: argparse.Namespace) -> list:
         chosen = [
             sample
             for sample in choose_samples(samples, count)
-            if make_case(arguments.model_path, arguments.image_size, sample, 'zero')
+            if make_case(arguments.model_path, arguments.image_size, sample.image(), 'zero')
         ]
         if len(chosen) >= arguments.images:
             return chosen[: arguments.images]
@@ -286,9 +294,10 @@ def write(rows: Sequence[dict], arguments: argparse.Namespace) -> None:
 {len(images)} images ({', '.join(images)}) × baselines {', '.join(BASELINES)}, input side
 {arguments.image_size or "the model's own"}, target: mean logit over the predicted mask. Reference:
 {REFERENCE_NODES} equidistant nodes. Figures are medians over the {len(images) * len(BASELINES)}
-cases; errors are relative to the reference map, raw or under a Gaussian of sigma {SMOOTHING:g} pixels.
-*Reported error* is what the rule says of itself, to be compared with L2. NUIG spends another
-{NUIG_INTERVALS - 1} forward passes; RiemannOpt's points were found on the first image of each baseline.
+cases; errors are relative to the reference map, raw or under a Gaussian of sigma
+{SMOOTHING:g} pixels. *Reported error* is what the rule says of itself, to be compared with L2.
+NUIG spends another {NUIG_INTERVALS - 1} forward passes; RiemannOpt's points were found on the
+first image of each baseline.
 
 The reported error was not exceeded in **{honest_share(rows):.1%}** of all {len(rows)} maps, and in
 **{honest_share(ours):.1%}** of the {len(ours)} maps of the adaptive rule.
@@ -322,7 +331,7 @@ def main(command: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     source = (arguments.model_path, arguments.image_size)
     rough = {
-        baseline: make_case(*source, samples[0], baseline).roughness().tolist()
+        baseline: make_case(*source, samples[0].image(), baseline).roughness().tolist()
         for baseline in tqdm(BASELINES, desc='RiemannOpt')
     }
     rows: list[dict] = []
@@ -330,7 +339,7 @@ def main(command: Sequence[str]) -> int:
     with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
         jobs = [
             pool.submit(
-                run_case, *source, sample, baseline, rough[baseline],
+                run_case, *source, sample.name, sample.image(), baseline, rough[baseline],
                 folder / f'{sample.name}_{baseline}.json',
             )
             for sample in samples

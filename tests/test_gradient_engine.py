@@ -33,10 +33,6 @@ def randomise(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def total(logits: torch.Tensor) -> torch.Tensor:
-    return logits.square().sum((1, 2, 3))
-
-
 def check_same(network: nn.Module, size: int = 16) -> tuple[nn.Module, int]:
     """The improved copy in double precision agrees to rounding; returns it and what was folded."""
     network = randomise(network).double()
@@ -44,7 +40,7 @@ def check_same(network: nn.Module, size: int = 16) -> tuple[nn.Module, int]:
         1, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
     )
     improved, folded, _ = improved_copy(network, x)
-    assert max(measure_deviation(network, improved, x, total, lambda y: y)) < 1e-12
+    assert max(measure_deviation(network, improved, x)) < 1e-12
     return improved, folded
 
 
@@ -206,7 +202,7 @@ def test_real_networks_agree_to_rounding(architecture, encoder):
 
 def test_demo_model_in_single_precision(demo_model, brain):
     before = {name: value.clone() for name, value in demo_model.state_dict().items()}
-    prepared = prepare(demo_model, brain, total, lambda y: y)
+    prepared = prepare(demo_model, brain)
     assert not prepared.fell_back and prepared.folded == 70 and prepared.transposed > 30
     assert prepared.logit_deviation < 1e-5
     assert prepared.network is not demo_model
@@ -223,7 +219,7 @@ def test_a_copy_that_deviates_is_not_used(monkeypatch, demo_model, brain):
         convolution.bias.data += 0.01
 
     monkeypatch.setattr(gradient_engine, 'fold', wrong)
-    prepared = prepare(demo_model, brain, total, lambda y: y)
+    prepared = prepare(demo_model, brain)
     assert prepared.fell_back and prepared.network is demo_model
     assert prepared.logit_deviation > 1e-4
 
@@ -233,12 +229,12 @@ def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain
     network = randomise(Twisted())
     measured = []
 
-    def measure(original, other, example, *rest):
+    def measure(original, other, example):
         measured.append(example.dtype)
         return (1e-3, 1e-3) if example.dtype == torch.float32 else (1e-13, 1e-13)
 
     monkeypatch.setattr(gradient_engine, 'measure_deviation', measure)
-    prepared = prepare(network, brain, total, lambda y: y)
+    prepared = prepare(network, brain)
     assert measured == [torch.float32, torch.float64]
     assert not prepared.fell_back and prepared.gradient_deviation == 1e-3
 
@@ -249,7 +245,7 @@ def test_a_network_that_cannot_be_copied_runs_as_it_is(brain):
             raise TypeError('no copies')
 
     network = Stubborn(3, 1, 3).eval()
-    prepared = prepare(network, brain, total, lambda y: y)
+    prepared = prepare(network, brain)
     assert prepared.network is network and prepared.folded == prepared.transposed == 0
 
 

@@ -1,13 +1,36 @@
-"""The quadrature rules."""
+"""The quadrature rules, the adaptive rule, and whether reported errors are honest."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from integrated_gradients import RULES, InputError
+from integrated_gradients import InputError
+from path_integral import (
+    ADAPTIVE,
+    FIRST_NODES,
+    MAX_OPEN_INTERVALS,
+    NESTED,
+    RULE_NAMES,
+    RULES,
+    PathIntegral,
+    first_nodes,
+    integrate,
+    sum_rule,
+)
 
 
-@pytest.mark.parametrize('steps', [2, 3, 8, 50, 301])
-@pytest.mark.parametrize('name', RULES)
+def steps_of(name: str) -> tuple[int, ...]:
+    return NESTED[name] if name == 'gauss-kronrod' else (2, 3, 5, 8, 50, 301)
+
+
+EACH = [(name, steps) for name in RULES for steps in steps_of(name)]
+FEW = [(name, steps) for name, steps in EACH if steps <= 8]
+
+
+@pytest.mark.parametrize('name, steps', EACH)
 def test_weights_sum_to_one_and_nodes_rise_inside_the_interval(name, steps):
     rule = RULES[name](steps)
     assert rule.name == name
@@ -15,17 +38,45 @@ def test_weights_sum_to_one_and_nodes_rise_inside_the_interval(name, steps):
     assert abs(rule.weights.sum() - 1) < 1e-12
     assert (rule.weights > 0).all()
     assert rule.nodes[0] >= 0 and rule.nodes[-1] <= 1 and (np.diff(rule.nodes) > 0).all()
+    assert rule.nodes + rule.nodes[::-1] == pytest.approx(1, abs=1e-14)
 
 
-@pytest.mark.parametrize('steps', [2, 5, 8])
-@pytest.mark.parametrize('name', RULES)
-def test_polynomials_up_to_the_stated_degree_are_exact_and_the_next_is_not(name, steps):
+def moment_errors(rule, degrees) -> np.ndarray:
+    """Errors of the rule on Legendre polynomials over [0, 1], whose integrals are 1, 0, 0, …"""
+    values = np.polynomial.legendre.legvander(2 * rule.nodes - 1, max(degrees))
+    return np.abs(rule.weights @ values - (np.arange(max(degrees) + 1) == 0))
+
+
+@pytest.mark.parametrize('name, steps', EACH)
+def test_polynomials_up_to_the_stated_degree_are_exact(name, steps):
     rule = RULES[name](steps)
-    for degree in range(rule.degree + 1):
-        assert rule.weights @ rule.nodes**degree == pytest.approx(1 / (degree + 1), abs=1e-12)
-    beyond = rule.degree + 1
-    error = abs(rule.weights @ rule.nodes**beyond - 1 / (beyond + 1))
-    assert error > 1e-13
+    assert moment_errors(rule, range(rule.degree + 1)).max() < 1e-12
+
+
+@pytest.mark.parametrize('name, steps', FEW)
+def test_the_stated_degree_is_the_highest(name, steps):
+    rule = RULES[name](steps)
+    assert moment_errors(rule, range(rule.degree + 2))[-1] > 1e-6
+
+
+@pytest.mark.parametrize('name', NESTED)
+def test_nested_rules_keep_their_nodes(name):
+    for few, more in zip(NESTED[name][:5], NESTED[name][1:6], strict=False):
+        fine = RULES[name](more).nodes
+        for node in RULES[name](few).nodes:
+            assert np.abs(fine - node).min() < 1e-12
+
+
+def test_gauss_kronrod_extends_gauss_as_tables_say():
+    """Seven nodes: Kronrod's extension of three Gauss nodes (Patterson 1968; QUADPACK)."""
+    nodes = 2 * RULES['gauss-kronrod'](7).nodes - 1
+    assert nodes[4:] == pytest.approx([0.4342437493468026, 0.7745966692414834, 0.9604912687080202])
+    weights = 2 * RULES['gauss-kronrod'](7).weights
+    assert weights[3:] == pytest.approx(
+        [0.4509165386584741, 0.4013974147759622, 0.2684880898683334, 0.1046562260264673]
+    )
+    with pytest.raises(InputError, match='3, 7, 15, 31, 63 steps, not 50'):
+        RULES['gauss-kronrod'](50)
 
 
 @pytest.mark.parametrize('name', ['midpoint', 'trapezoid'])
@@ -42,8 +93,237 @@ def test_gauss_legendre_is_spectral_on_a_smooth_integrand():
     assert rule.weights @ np.exp(rule.nodes) == pytest.approx(np.e - 1, abs=1e-13)
 
 
-def test_one_step_is_a_rule_except_for_the_trapezoid():
+def test_one_step():
     assert RULES['midpoint'](1).nodes == pytest.approx([0.5])
     assert RULES['gauss-legendre'](1).nodes == pytest.approx([0.5])
-    with pytest.raises(InputError, match='at least 2'):
-        RULES['trapezoid'](1)
+    assert first_nodes(ADAPTIVE, 1, False) == pytest.approx([0.5])
+    for name in ('trapezoid', 'clenshaw-curtis'):
+        with pytest.raises(InputError, match='at least 2'):
+            RULES[name](1)
+
+
+# ------------------------------------------------------------------ integration
+
+
+class Density:
+    """A density from a function of alpha; remembers where it was evaluated."""
+
+    def __init__(self, function: Callable[[float], torch.Tensor]) -> None:
+        self.function, self.nodes = function, []
+
+    def __call__(self, alphas):
+        for alpha in alphas:
+            self.nodes.append(float(alpha))
+            yield self.function(float(alpha))
+
+
+def images(values) -> torch.Tensor:
+    """(targets, 3, H, W) from (targets, pixels)."""
+    return torch.as_tensor(values, dtype=torch.float64).reshape(len(values), 3, -1, 1)
+
+
+def jumping(alpha: float) -> torch.Tensor:
+    """Each of 300 pixels jumps once, most of them between 0.2 and 0.4: a ReLU network."""
+    places = 0.2 + 0.2 * np.random.default_rng(0).beta(2, 2, 300)
+    return images([(alpha > places).astype(float)])
+
+
+JUMPING_EXACT = images([1 - (0.2 + 0.2 * np.random.default_rng(0).beta(2, 2, 300))])
+
+
+def smooth(alpha: float) -> torch.Tensor:
+    return images([np.exp(-alpha * np.linspace(0, 4, 300)) * np.cos(np.linspace(0, 9, 300))])
+
+
+RATES = np.linspace(0, 4, 300)
+SMOOTH_EXACT = images(
+    [-np.expm1(-RATES) / np.maximum(RATES, 1e-300) * np.cos(np.linspace(0, 9, 300))]
+)
+SMOOTH_EXACT[0].view(-1)[0] = 1.0  # rate 0
+
+
+def relative(found: PathIntegral, exact: torch.Tensor) -> float:
+    return float((found.integral - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 4, 5, 6, 17, 80])
+def test_the_adaptive_rule_spends_its_steps_and_never_twice_on_a_node(steps):
+    density = Density(jumping)
+    integrate(density, ADAPTIVE, steps)
+    assert len(density.nodes) == len(set(density.nodes)) == steps
+    assert all(0 <= node <= 1 for node in density.nodes)
+
+
+def test_the_adaptive_rule_is_the_trapezoid_rule_on_its_nodes():
+    density = Density(jumping)
+    found = integrate(density, ADAPTIVE, 60)
+    nodes = np.sort(density.nodes)
+    values = torch.cat([jumping(node) for node in nodes]).numpy()
+    assert found.integral[0].numpy() == pytest.approx(np.trapezoid(values, nodes, axis=0))
+    assert np.mean((nodes > 0.19) & (nodes < 0.41)) > 0.8  # it looks where something happens
+
+
+def test_the_adaptive_rule_needs_fewer_steps_where_gradients_jump():
+    adaptive = relative(integrate(Density(jumping), ADAPTIVE, 32), JUMPING_EXACT)
+    for name in ('midpoint', 'gauss-legendre', 'clenshaw-curtis'):
+        assert adaptive < relative(integrate(Density(jumping), name, 32), JUMPING_EXACT) / 1.5
+
+
+def test_memory_of_the_adaptive_rule_is_bounded(monkeypatch):
+    alive = []
+    monkeypatch.setattr('path_integral.Interval.__del__', lambda self: alive.pop(), raising=False)
+    monkeypatch.setattr('path_integral.Interval.__post_init__', lambda self: alive.append(1),
+                        raising=False)  # fmt: skip
+    most = []
+    density = Density(lambda alpha: (most.append(len(alive)), jumping(alpha))[1])
+    integrate(density, ADAPTIVE, 400)
+    assert max(most) <= 2 * MAX_OPEN_INTERVALS
+
+
+@pytest.mark.parametrize('name', RULE_NAMES)
+@pytest.mark.parametrize('function, exact', [(jumping, JUMPING_EXACT), (smooth, SMOOTH_EXACT)])
+def test_all_rules_converge_and_their_reported_error_is_honest(name, function, exact):
+    for steps in (7, 15, 31, 63):
+        found = integrate(Density(function), name, steps)
+        (reported,) = found.errors().tolist()
+        true = relative(found, exact)
+        assert true <= 1.1 * reported
+        if name == ADAPTIVE and function is jumping:
+            assert reported < 3 * true  # not only cautious, but near
+    assert true < 0.02
+
+
+@pytest.mark.parametrize('name', [ADAPTIVE, *NESTED])
+def test_a_tolerance_is_reached_without_computing_anything_twice(name):
+    density = Density(jumping)
+    found = integrate(density, name, 2000, lambda found: float(found.errors()) < 0.01)
+    assert relative(found, JUMPING_EXACT) < 0.01 or name == 'gauss-kronrod'  # it ends at 63
+    assert len({round(node, 9) for node in density.nodes}) == len(density.nodes)
+    if name == ADAPTIVE:
+        assert len(density.nodes) < 100
+
+
+def test_tolerance_needs_a_nested_rule_and_enough_steps():
+    with pytest.raises(InputError, match='not nested'):
+        integrate(Density(smooth), 'gauss-legendre', 100, lambda found: True)
+    with pytest.raises(InputError, match='at least 3'):
+        integrate(Density(smooth), 'midpoint', 2, lambda found: True)
+
+
+def test_of_several_targets_the_less_exact_decides():
+    def both(alpha):
+        return torch.cat([smooth(alpha) * 1e6, jumping(alpha)])
+
+    alone, together = Density(jumping), Density(both)
+    integrate(alone, ADAPTIVE, 40)
+    found = integrate(together, ADAPTIVE, 40)
+    near = [sum(0.2 < node < 0.4 for node in d.nodes) for d in (alone, together)]
+    assert near[1] > 0.6 * near[0]  # the large target does not drown the small one
+    assert found.errors().shape == (2,)
+
+
+def test_constant_and_zero_densities():
+    for value in (0.0, 3.0):
+        found = integrate(Density(lambda _, v=value: torch.full((1, 3, 2, 2), v)), ADAPTIVE, 20)
+        assert torch.allclose(found.integral, torch.tensor(value))
+        assert not found.variance.any()
+    assert PathIntegral().errors() is None
+    assert integrate(Density(smooth), 'midpoint', 1).errors() is None
+
+
+# ------------------------------------------------------------------ exact ground truth
+
+
+def test_polynomial_networks_in_closed_form():
+    """F = sum of w x^4 with x = alpha u: the density is 4 w u^4 alpha^3, the map w u^4."""
+    u, w = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+
+    def density(alpha):
+        return 4 * w * u**4 * alpha**3
+
+    exact = w * u**4
+    for name, steps in (('gauss-legendre', 2), ('clenshaw-curtis', 5), ('gauss-kronrod', 3)):
+        assert relative(integrate(Density(density), name, steps), exact) < 1e-12
+    for name in RULE_NAMES:
+        found = integrate(Density(density), name, 15)
+        assert relative(found, exact) <= 1e-12 + float(found.errors()) < 0.2
+
+
+class ReluNetwork(nn.Module):
+    """Two hidden layers of ReLUs on 12 inputs: piecewise linear along a line."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.first, self.second = nn.Linear(12, 40).double(), nn.Linear(40, 40).double()
+        self.last = nn.Linear(40, 1).double()
+
+    def before(self, points):
+        """Inputs of both ReLU layers, (points, 80)."""
+        one = self.first(points)
+        return torch.cat([one, self.second(one.relu())], dim=1)
+
+    def forward(self, points):
+        return self.last(self.second(self.first(points).relu()).relu())[:, 0]
+
+    def gradient(self, points):
+        points = points.clone().requires_grad_()
+        return torch.autograd.grad(self(points).sum(), points)[0]
+
+
+def breakpoints(network, start, change) -> np.ndarray:
+    """Where a ReLU switches on the line: between two of them, all inputs are linear in alpha.
+
+    ExactLine (Sotoudeh and Thakur, NeurIPS 2019): solve the first layer, then between its
+    breakpoints the second.
+    """
+    with torch.no_grad():
+        found = np.array([0.0, 1.0])
+        for layer in (slice(0, 40), slice(40, 80)):
+            ends = network.before(start + torch.from_numpy(found)[:, None] * change)[:, layer]
+            low, high = ends[:-1].numpy(), ends[1:].numpy()
+            with np.errstate(divide='ignore', invalid='ignore'):
+                share = low / (low - high)
+            piece, unit = np.nonzero((share > 0) & (share < 1))
+            new = found[piece] + share[piece, unit] * np.diff(found)[piece]
+            found = np.unique(np.concatenate([found, new]))
+    return found
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_a_relu_network_against_its_exact_integral(seed):
+    network = ReluNetwork()
+    generator = torch.Generator().manual_seed(seed)
+    start, change = 3 * torch.randn(2, 1, 12, generator=generator, dtype=torch.float64)
+    ends = breakpoints(network, start, change)
+    assert len(ends) > 15
+    middles = torch.from_numpy((ends[1:] + ends[:-1]) / 2)[:, None]
+    gradients = network.gradient(start + middles * change)  # constant on each piece
+    exact = (torch.from_numpy(np.diff(ends)) @ gradients * change).reshape(1, 3, 2, 2)
+    with torch.no_grad():
+        total = float(network(start + change) - network(start))
+    assert float(exact.sum()) == pytest.approx(total)  # completeness holds exactly
+
+    def density(alpha):
+        return (network.gradient(start + alpha * change) * change).reshape(1, 3, 2, 2)
+
+    for name in RULE_NAMES:
+        for steps in (15, 31, 63):
+            found = integrate(Density(density), name, steps)
+            # one small network: single maps may be off by more, see benchmarks/quadrature.py
+            assert relative(found, exact) <= 1.5 * float(found.errors())
+    found = integrate(Density(density), ADAPTIVE, 1000, lambda f: float(f.errors()) < 0.01)
+    assert relative(found, exact) < 0.01
+
+
+def test_fixed_rules_start_with_all_their_nodes_adaptive_with_a_few():
+    assert len(first_nodes('midpoint', 50, False)) == 50
+    assert len(first_nodes('midpoint', 50, True)) == 3
+    assert len(first_nodes(ADAPTIVE, 50, False)) == FIRST_NODES
+
+
+def test_lengths_outside_open_rules_count_as_uncertain():
+    """The midpoint rule does not see what happens before its first node."""
+    rule = RULES['midpoint'](2)
+    found = sum_rule(Density(lambda alpha: torch.full((1, 3, 1, 1), alpha)), rule)
+    assert float(found.variance[0, 0, 0, 0]) == pytest.approx((1.0 / 2 * 0.5) ** 2)

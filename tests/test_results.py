@@ -14,15 +14,18 @@ from PIL import Image
 import integrated_gradients as module
 from attribution_figures import (
     View,
+    accuracy_warning,
     attribution_figure,
     channels_figure,
     clip_level,
-    gap_warning,
+    map_verdict,
     summary_figure,
 )
 from integrated_gradients import (
     Explanation,
     OutputError,
+    Preparation,
+    Trend,
     explanation_statistics,
     mask_scores,
     statistics_text,
@@ -54,6 +57,13 @@ def explanation(attributions, mask=MASK, score=10.0, baseline_score=0.0) -> Expl
         seed=0,
         peak_memory_bytes=None,
         precision='float32',
+        uncertainty=None,
+        forward_passes=5,
+        precision_deviation=None,
+        map_error=0.05,
+        tolerance=None,
+        trend=Trend((0.0, 0.5, 1.0), (baseline_score, 4.0, score), (0.0, 0.5, 1.0)),
+        preparation=Preparation(torch.nn.Identity(), 2, 1, 1e-7, 1e-6, False),
     )
 
 
@@ -255,7 +265,19 @@ def test_channels_share_one_scale():
 
 @pytest.mark.parametrize('gap, warned', [(None, False), (0.05, False), (0.051, True)])
 def test_gap_warning(gap, warned):
-    assert bool(gap_warning(statistics_for_figures(completeness_gap=gap))) == warned
+    assert bool(accuracy_warning(statistics_for_figures(completeness_gap=gap))) == warned
+
+
+def test_a_tolerance_that_was_not_reached_is_told():
+    settings = {'gap_tolerance': 0.05, 'tolerance': 0.01}
+    missed = statistics_for_figures(settings=settings, within_tolerance=False)
+    assert 'tolerance of 1 % was not reached in 4 steps' in accuracy_warning(missed)
+    assert accuracy_warning(missed | {'within_tolerance': True, 'completeness_gap': 0}) is None
+
+
+def test_map_error_in_words():
+    words = [map_verdict(error) for error in (None, 0.01, 0.05, 0.5)]
+    assert words[0] == 'unknown' and len(set(words)) == 4
 
 
 @pytest.mark.parametrize('count', [1, 10, 200])
