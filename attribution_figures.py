@@ -63,7 +63,7 @@ def clip_level(values: np.ndarray) -> float:
 
 def attribution_figure(view: View, statistics: dict) -> Figure:
     """Original, prediction, truth or baseline, heatmap, overlay and signed map of one image."""
-    sheet = Sheet(view, statistics, panels=6, bars=(3, 4, 5))
+    sheet = Sheet(view, statistics, panels=6, bars=(3, 4, 5), trend=True)
     image, prediction, third, heat, overlay, signed = sheet.axes
     sheet.show(image, view.image, 'Image')
     share = percent(statistics['prediction_ratio'])
@@ -204,8 +204,16 @@ class Sheet:
     """
 
     TITLE, BAR, GAP, LINE = 0.5, 0.85, 0.25, 0.19  # inches; narrow panels' bars need more
+    TREND = (3.4, 2.0)  # inches: the corner for what happens along the path
 
-    def __init__(self, view: View, statistics: dict, panels: int, bars: Sequence[int]) -> None:
+    def __init__(
+        self,
+        view: View,
+        statistics: dict,
+        panels: int,
+        bars: Sequence[int],
+        trend: bool = False,
+    ) -> None:
         self.view = view
         height, width = view.original_size
         aspect = width / height
@@ -215,12 +223,15 @@ class Sheet:
         cell = max(self.panel_width, 2.0)
         self.width = max(columns * (cell + self.GAP) + self.GAP, 9.0)
 
+        corner = self.TREND[0] if trend else 0.0  # of the page's foot; the caption has the rest
+        self._centre = (self.width - corner) / 2
         heading = wrap(statistics['image'], self.width, FONT['heading'] * BOLD)
-        caption = wrap(caption_text(statistics), self.width, FONT['caption'])
-        warning = wrap(accuracy_warning(statistics) or '', self.width, FONT['caption'] * BOLD)
+        caption = wrap(caption_text(statistics), self.width - corner, FONT['caption'])
+        warning = accuracy_warning(statistics) or ''
+        warning = wrap(warning, self.width - corner, FONT['caption'] * BOLD)
         lines = caption.count('\n') + 1 + (warning.count('\n') + 1 if warning else 0)
         top = self.GAP + 1.3 * self.LINE * (heading.count('\n') + 1)
-        bottom = self.GAP + self.LINE * (lines + 2)
+        bottom = self.GAP + max(self.LINE * (lines + 2), self.TREND[1] if trend else 0)
         bar = self.BAR + (self.LINE if cell < 3 else 0)
         rows = [range(first, first + columns) for first in range(0, panels, columns)]
         depths = [  # each row: titles, panels, and colour bars where one of them has any
@@ -246,6 +257,8 @@ class Sheet:
         below = bottom - self.LINE * (1.6 + caption.count('\n') + 1)
         self._write(warning, below, FONT['caption'], color=WARNING_COLOUR, weight='bold')
         self._legend_y = bottom
+        if trend:
+            self._draw_trend(statistics)
 
     def _add(self, x: float, y: float, width: float, height: float) -> Axes:
         """Axes at a place in inches from the lower left corner."""
@@ -255,7 +268,24 @@ class Sheet:
     def _write(self, text: str, y: float, size: int, from_top: bool = False, **style) -> None:
         """Centred text whose top edge lies y inches above the page's bottom."""
         y = self.height - self.GAP / 2 if from_top else y
-        self.figure.text(0.5, y / self.height, text, ha='center', va='top', fontsize=size, **style)
+        x = 0.5 if from_top else self._centre / self.width
+        self.figure.text(x, y / self.height, text, ha='center', va='top', fontsize=size, **style)
+
+    def _draw_trend(self, statistics: dict) -> None:
+        """The score and the mask along the path, with a dot at every node, in the corner."""
+        trend = statistics['trend']
+        width, height = self.TREND
+        place = (self.width - width + 0.45, 0.45, width - 1.05, height - 0.75)
+        axis = self._add(*place)
+        axis.plot(trend['alphas'], trend['scores'], '.-', color='black', ms=4, lw=0.8)
+        axis.set_title('F (black) and IoU of the mask (blue) on the path', fontsize=8)
+        axis.set_xlabel('alpha: 0 baseline, 1 image', fontsize=8, labelpad=1)
+        other = axis.twinx()
+        other.plot(trend['alphas'], trend['mask_iou'], color='tab:blue', lw=0.8)
+        other.set_ylim(-0.03, 1.03)
+        for each in (axis, other):
+            each.tick_params(labelsize=7, pad=1)
+        axis.set_xlim(0, 1)
 
     def show(
         self, axis: Axes, values: np.ndarray, title: str | None = None, **options
@@ -319,7 +349,10 @@ class Sheet:
         self.figure.legend(
             handles=lines,
             loc='center',
-            bbox_to_anchor=(0.5, (self._legend_y - self.LINE / 2) / self.height),
+            bbox_to_anchor=(
+                self._centre / self.width,
+                (self._legend_y - self.LINE / 2) / self.height,
+            ),
             ncols=len(lines),
             frameon=False,
             fontsize=FONT['label'],

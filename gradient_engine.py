@@ -416,12 +416,9 @@ class StepBatch:
         return max(1, int(0.8 * free / max(1, used)))
 
     def halve(self) -> None:
-        """After running out of memory. Raises InputError when a single step does not fit."""
+        """After running out of memory. Raises MemoryError when a single step does not fit."""
         if self.size == 1:
-            raise InputError(
-                f'not enough memory on {self.device} for one interpolation step '
-                '(use a smaller --image_size, or --device cpu)'
-            )
+            raise MemoryError('out of memory for a single step')
         self.size //= 2
         self._settle()
         if self.device.type == 'cuda':
@@ -447,6 +444,20 @@ def is_out_of_memory(error: BaseException) -> bool:
             or 'not enough memory' in text
         )
     )
+
+
+@contextlib.contextmanager
+def explained_memory(device: torch.device) -> Iterator[None]:
+    """Turn running out of memory into one sentence, an InputError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f'not enough memory on {device} for the gradient of one image '
+            '(use a smaller --image_size, or --device cpu)'
+        ) from None
 
 
 # --------------------------------------------------------------------------- the engine
@@ -529,16 +540,8 @@ class GradientEngine:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (1, C, h, w), with a graph where gradients are enabled. Raises InputError where
-        they are not finite or memory does not suffice."""
-        try:
-            logits = self.run(x)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise InputError(
-                    f'not enough memory on {self.device} for one forward pass '
-                    '(use a smaller --image_size, or --device cpu)'
-                ) from None
-            raise
+        they are not finite."""
+        logits = self.run(x)
         if not bool(torch.isfinite(logits).all()):
             raise InputError('the model gives logits that are not finite (damaged checkpoint?)')
         return logits

@@ -52,6 +52,7 @@ from gradient_engine import (
     GradientEngine,
     Preparation,
     densities,
+    explained_memory,
     frozen,
     reduced_dtype,
 )
@@ -127,7 +128,7 @@ class Settings:
     num_steps: int = 50
     tolerance: float | None = None  # refine until map error and gap are below it; no num_steps
     max_steps: int = 200  # with a tolerance
-    precision: str = 'auto'
+    precision: str = 'float32'
     precision_tolerance: float = 0.03
     gap_tolerance: float = 0.05
     image_size: int | None = None  # None: the checkpoint's own, else 640
@@ -578,7 +579,7 @@ class IntegratedGradients:
         placement: Placement | None = None,
         baseline_draws: int = 4,
         seed: int = 0,
-        precision: str = 'auto',
+        precision: str = 'float32',
         precision_tolerance: float = 0.03,
         skip_empty: bool = False,
         progress: bool = False,
@@ -612,7 +613,11 @@ class IntegratedGradients:
         )  # fmt: skip
         x = self._check_input(input_tensor)  # (1, 3, H, W)
         baselines = self._baselines(x, baseline_type, baseline_draws, seed)
-        with torch.inference_mode(False), frozen(self.model):
+        with (
+            torch.inference_mode(False),
+            frozen(self.model),
+            explained_memory(self.device),
+        ):
             self.engine.prepare(x)
             passes = self.engine.forward_passes
             nodes = first_nodes(rule, settings.steps, tolerance is not None)

@@ -39,7 +39,10 @@ from segmentation_dataset import InputError
 ADAPTIVE = 'adaptive'
 FIRST_NODES = 5  # of the adaptive rule: both ends and three between
 BISECTED_SHARE = 4  # each round bisects a quarter of the intervals, so that a GPU gets batches
-MAX_OPEN_INTERVALS = 32  # each holds images; the least promising are no longer bisected
+# Intervals that may still be bisected hold the densities at their ends: at most so many, and so
+# many bytes. The least promising are left as they are.
+MAX_OPEN_INTERVALS = 128
+MAX_OPEN_BYTES = 256 * 2**20
 
 # alphas -> the densities there, (targets, 3, H, W), one after the other
 Evaluate = Callable[[np.ndarray], Iterable[torch.Tensor]]
@@ -309,27 +312,38 @@ class Interval:
     left: float
     right: float
     densities: tuple[torch.Tensor, torch.Tensor]  # at its ends, (targets, 3, H, W) each
-    error: IntervalError
+    bound: torch.Tensor  # (targets,): how much the map may still change here
+    family: tuple[Sequence[float], Sequence[torch.Tensor]]  # lengths and densities it is judged by
+    place: int  # in the family
 
     @property
     def middle(self) -> float:
         return (self.left + self.right) / 2
 
+    @property
+    def error(self) -> IntervalError:
+        """Computed again where it is needed: to keep it would take two images more."""
+        return interval_errors(*self.family)[self.place]
 
-def neighbours(nodes: Sequence[float], densities: Sequence[torch.Tensor]) -> list[Interval]:
-    """The two intervals between three nodes, or the one between two."""
-    lengths = [b - a for a, b in pairwise(nodes)]
-    return [
-        Interval(nodes[i], nodes[i + 1], (densities[i], densities[i + 1]), error)
-        for i, error in enumerate(interval_errors(lengths, densities))
-    ]
+
+def neighbours(
+    found: PathIntegral, nodes: Sequence[float], densities: Sequence[torch.Tensor]
+) -> list[Interval]:
+    """The two intervals between three nodes, or the one between two; their errors are counted."""
+    family = ([b - a for a, b in pairwise(nodes)], densities)
+    intervals = []
+    for place, error in enumerate(interval_errors(*family)):
+        found.add(error)
+        ends = (densities[place], densities[place + 1])
+        intervals.append(Interval(nodes[place], nodes[place + 1], ends, error.bound, family, place))
+    return intervals
 
 
 def integrate_adaptively(
     evaluate: Evaluate,
     steps: int,
     enough: Enough | None = None,
-    priority: Callable[[Interval], torch.Tensor] = lambda interval: interval.error.bound,
+    priority: Callable[[Interval], torch.Tensor] = lambda interval: interval.bound,
 ) -> PathIntegral:
     """Bisect where the map may still change most, until `steps` are spent or it is enough.
 
@@ -340,15 +354,17 @@ def integrate_adaptively(
     if steps == 1:
         return sum_rule(evaluate, first)
     nodes, densities = first.nodes.tolist(), list(evaluate(first.nodes))
-    found = sum_rule(lambda _: densities, first)
+    weights = zip(densities, first.weights.tolist(), strict=True)
+    found = PathIntegral(sum(density * weight for density, weight in weights))
     scale = norms(found.integral).clamp(min=torch.finfo(found.integral.dtype).tiny)
     intervals = []
     for start in range(0, len(nodes) - 1, 2):
-        intervals += neighbours(nodes[start : start + 3], densities[start : start + 3])
+        intervals += neighbours(found, nodes[start : start + 3], densities[start : start + 3])
+    most = max(16, min(MAX_OPEN_INTERVALS, MAX_OPEN_BYTES // densities[0].nbytes))
     spent = len(nodes)
     while spent < steps and not (enough and enough(found)):
         sizes = torch.stack([(priority(interval) / scale).max() for interval in intervals])
-        order = sizes.argsort(descending=True, stable=True).tolist()[:MAX_OPEN_INTERVALS]
+        order = sizes.argsort(descending=True, stable=True).tolist()[:most]
         count = min(max(1, len(order) // BISECTED_SHARE), steps - spent)
         cuts = [intervals[row] for row in order[:count]]
         intervals = [intervals[row] for row in sorted(order[count:])]
@@ -363,8 +379,5 @@ def _bisect(found: PathIntegral, cut: Interval, density: torch.Tensor) -> list[I
     left, right = cut.densities
     length = cut.right - cut.left
     found.integral += density * (length / 2) - (left + right) * (length / 4)
-    halves = neighbours([cut.left, cut.middle, cut.right], [left, density, right])
     found.add(cut.error, -1)
-    for half in halves:
-        found.add(half.error)
-    return halves
+    return neighbours(found, [cut.left, cut.middle, cut.right], [left, density, right])

@@ -1,5 +1,6 @@
 """The quadrature rules, the adaptive rule, and whether reported errors are honest."""
 
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,6 @@ from integrated_gradients import InputError
 from path_integral import (
     ADAPTIVE,
     FIRST_NODES,
-    MAX_OPEN_INTERVALS,
     NESTED,
     RULE_NAMES,
     RULES,
@@ -170,14 +170,19 @@ def test_the_adaptive_rule_needs_fewer_steps_where_gradients_jump():
 
 
 def test_memory_of_the_adaptive_rule_is_bounded(monkeypatch):
-    alive = []
-    monkeypatch.setattr('path_integral.Interval.__del__', lambda self: alive.pop(), raising=False)
-    monkeypatch.setattr('path_integral.Interval.__post_init__', lambda self: alive.append(1),
-                        raising=False)  # fmt: skip
-    most = []
-    density = Density(lambda alpha: (most.append(len(alive)), jumping(alpha))[1])
-    integrate(density, ADAPTIVE, 400)
-    assert max(most) <= 2 * MAX_OPEN_INTERVALS
+    """However many steps: densities are kept for the open intervals, not for all nodes."""
+    monkeypatch.setattr('path_integral.MAX_OPEN_INTERVALS', 20)
+    kept, most = [], 0
+
+    def density(alpha):
+        nonlocal most
+        found = jumping(alpha)
+        kept.append(weakref.ref(found))
+        most = max(most, sum(reference() is not None for reference in kept))
+        return found
+
+    integrate(Density(density), ADAPTIVE, 400)
+    assert len(kept) == 400 and 20 < most <= 4 * 20
 
 
 @pytest.mark.parametrize('name', RULE_NAMES)

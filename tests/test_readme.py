@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 import integrated_gradients
-from integrated_gradients import BASELINES, RULES, TARGETS, build_parser
+from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
 
 TEXT = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
 FLAGS = TEXT[TEXT.index('## All flags') : TEXT.index('## What is computed')]
@@ -28,7 +28,7 @@ def test_every_flag_stands_in_the_table_with_its_default():
             assert ROWS[flag] == f'`{action.default}`', flag
 
 
-@pytest.mark.parametrize('table', [BASELINES, RULES, {k.form: k for k in TARGETS.values()}])
+@pytest.mark.parametrize('table', [BASELINES, RULE_NAMES, {k.form: k for k in TARGETS.values()}])
 def test_every_entry_of_the_tables_is_explained(table):
     for name in table:
         assert f'`{name}`' in TEXT
