@@ -4,11 +4,11 @@
     python benchmarks/compare_captum.py --name demo --model_path demo/demo_model.pth \\
         --data_dir demo/Dataset_no_preprocessing --image_size 256
 
-Runs are interleaved, the medians of --repeats compared: seconds for the same nodes in float32 and in
-reduced precision, for the same map error, for 1 and 3 targets, for 1 and several images, and the
-peak memory of each in a process of its own. Captum runs as its users run it (Gauss-Legendre,
-internal_batch_size 1, which is its fastest for large images on a CPU and needs the least memory);
-ours measures its step batch. Writes benchmarks/results/compare_captum_NAME.md.
+Runs are interleaved, the medians of --repeats compared: seconds for the same nodes in float32 and
+in reduced precision, for the same map error, for 1 and 3 targets, for 1 and several images, and
+the peak memory of each in a process of its own. Captum runs with Gauss-Legendre nodes and
+internal_batch_size 1, which needs the least memory; ours measures its step batch.
+Writes benchmarks/results/compare_captum_NAME.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import captum.attr
@@ -78,7 +79,7 @@ def thirds(region: torch.Tensor) -> list[torch.Tensor]:
     order = region.flatten().cumsum(0).view(region.shape)
     total = int(region.sum())
     cuts = [0, total // 3, 2 * total // 3, total]
-    return [region & (order > a) & (order <= b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [region & (order > a) & (order <= b) for a, b in pairwise(cuts)]
 
 
 def load(arguments: argparse.Namespace, count: int) -> Bench:
@@ -99,17 +100,17 @@ def load(arguments: argparse.Namespace, count: int) -> Bench:
 
 
 def interleave(
-    tasks: dict[str, Callable[[], object]], repeats: int
+    tasks: dict[str, Callable[[], object]], repeats: int, warm: int = 0
 ) -> tuple[dict[str, float], dict[str, object]]:
-    """Median seconds of each task, taken in turn after one round that is not counted, and what
-    each gave last."""
+    """Median seconds of each task, taken in turn after `warm` rounds that are not counted, and
+    what each gave last."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     results = {}
-    for round_number in tqdm(range(repeats + 1), desc=' / '.join(tasks), leave=False):
+    for round_number in tqdm(range(repeats + warm), desc=' / '.join(tasks), leave=False):
         for name, task in tasks.items():
             started = time.perf_counter()
             results[name] = task()
-            if round_number:
+            if round_number >= warm:
                 times[name].append(time.perf_counter() - started)
     return {name: float(np.median(values)) for name, values in times.items()}, results
 
@@ -167,6 +168,7 @@ def compare(arguments: argparse.Namespace) -> list[str]:
             'bfloat16': lambda: bench.explain(0, precision='bfloat16', **gauss),
         },
         repeats,
+        warm=1,
     )
     theirs = seconds['Captum']
     exact, reduced = maps['float32'], maps['bfloat16']
@@ -186,8 +188,8 @@ def compare(arguments: argparse.Namespace) -> list[str]:
             },
             max(1, repeats // 2),
         )
-        row('equal map error, float32', seconds['Captum'], seconds['ours'], 's',
-            f'relative L2 {level:.3f}: {CAPTUM_NODES} nodes of theirs, {steps} of ours')  # fmt: skip
+        remark = f'relative L2 {level:.3f}: {CAPTUM_NODES} nodes of theirs, {steps} of ours'
+        row('equal map error, float32', seconds['Captum'], seconds['ours'], 's', remark)
 
     parts = thirds(bench.regions[0])
     seconds, _ = interleave(
@@ -215,24 +217,34 @@ def compare(arguments: argparse.Namespace) -> list[str]:
     return rows
 
 
+def cpu_name() -> str:
+    """The processor, as Linux tells it."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), '')
+
+
 def write(rows: Sequence[str], arguments: argparse.Namespace) -> None:
+    repeats = arguments.repeats
     text = f"""# Captum and this toolkit: {arguments.name}
 
 `python benchmarks/compare_captum.py {' '.join(arguments.command)}`
 
-{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, captum
-{captum.__version__}. Input {arguments.image_size}×{arguments.image_size}, black baseline, target: mean
-logit over the predicted mask, found by each tool itself. One process, runs interleaved, medians of
-{arguments.repeats} (equal map error: {max(1, arguments.repeats // 2)}; several images: 1) after one that is not
-counted. Ratio: Captum's figure by ours.
+{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, captum {captum.__version__}.
+Input {arguments.image_size}×{arguments.image_size}, black baseline, target: mean logit over the
+predicted mask, found by each tool itself. One process, runs interleaved, medians of {repeats}
+(equal map error: {max(1, repeats // 2)}; several images: 1), all warm.
+Ratio: Captum's figure by ours.
 
 | | Captum | ours | ratio | |
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-Captum's default leaves `internal_batch_size` unset and sends all {CAPTUM_NODES} steps through the network at
-once: about {CAPTUM_NODES} times the memory of one step, more than this machine has at 640×640. It was
-given internal_batch_size 1 in every row.
+Captum's default leaves `internal_batch_size` unset and sends all {CAPTUM_NODES} steps through the
+network at once, with the activations of {CAPTUM_NODES} images in memory. It was given
+internal_batch_size 1 in every row, which is the least memory it can run in.
 """
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / f'compare_captum_{arguments.name}.md').write_text(text)
