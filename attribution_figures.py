@@ -286,6 +286,10 @@ class Sheet:
         for each in (axis, other):
             each.tick_params(labelsize=7, pad=1)
         axis.set_xlim(0, 1)
+        axis.set_xticks([0.2, 0.4, 0.6, 0.8])  # the ends would touch the other labels
+        low, high = axis.get_ylim()
+        axis.set_yticks([t for t in MaxNLocator(4).tick_values(low, high) if low < t < high])
+        other.set_yticks([0.0, 0.5, 1.0])
 
     def show(
         self, axis: Axes, values: np.ndarray, title: str | None = None, **options

@@ -1595,7 +1595,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--step_batch', type=_whole_number, default=default.step_batch, metavar='N',
         help='interpolation steps computed at once (default: the fastest that fits)')
     add('--compile', action='store_true',
-        help='use torch.compile: minutes at first, faster afterwards on a GPU')
+        help='use torch.compile: minutes at first, then faster on a GPU (default: off)')
 
     add = parser.add_argument_group('preprocessing').add_argument
     add('--image_size', type=_whole_number, default=default.image_size, metavar='PIXELS',
@@ -1611,7 +1611,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('--target', nargs='+', default=default.target, metavar='TARGET',
         help=f'one or several; {rows} (default: %(default)s)')
     add('--each_object', action='store_true',
-        help='explain every connected part of the predicted mask (instead of --target)')
+        help='explain every connected part of the predicted mask, instead of --target '
+             '(default: off)')
     add('--score', choices=SCORES, default=default.score, help='default: %(default)s')
     add('--threshold', type=float, default=default.threshold,
         help='probability above which a pixel is predicted (default: %(default)s)')

@@ -147,10 +147,10 @@ def test_a_finished_image_is_not_computed_again_until_something_changes(tmp_path
     model = tmp_path / 'm.pth'
     model.write_bytes(DEMO_MODEL.read_bytes())
     computed = []
-    explain = integrated_gradients.IntegratedGradients.explain
+    explain = integrated_gradients.IntegratedGradients.explain_targets
     monkeypatch.setattr(
         integrated_gradients.IntegratedGradients,
-        'explain',
+        'explain_targets',
         lambda *a, **k: computed.append(1) or explain(*a, **k),
     )
 
@@ -179,6 +179,44 @@ def test_a_finished_image_is_not_computed_again_until_something_changes(tmp_path
     (tmp_path / 'out' / 'a' / 'a_statistics.json').write_text('{"half')
     assert times() == 1
     assert times() == 0
+
+
+def test_several_targets_each_get_a_folder_and_are_finished_together(tmp_path, monkeypatch):
+    computed = []
+    explain = integrated_gradients.IntegratedGradients.explain_targets
+    monkeypatch.setattr(
+        integrated_gradients.IntegratedGradients,
+        'explain_targets',
+        lambda *a, **k: computed.append(1) or explain(*a, **k),
+    )
+    batch = ['--mode', 'batch', '--data_dir', str(DEMO_DATA), '--num_samples', '1',
+             '--output_dir', str(tmp_path),
+             '--target', 'image', 'pixel:99,120', 'object:99']  # fmt: skip
+
+    def names():
+        return {path.name for path in tmp_path.iterdir() if path.is_dir()}
+
+    assert main([*FAST, *batch]) == 0
+    (first, second) = sorted(names())
+    assert first.endswith('_image') and second.endswith('_pixel-99-120')
+    statistics = strict_json(tmp_path / second / f'{second}_statistics.json')
+    assert statistics['targets'] == ['image', 'pixel:99,120']
+    assert 'left out: target object:99' in statistics['notes'][0]
+    assert len(strict_json(tmp_path / 'summary.json')['images']) == 2
+    assert len(computed) == 1 and main([*FAST, *batch]) == 0 and len(computed) == 1
+    (tmp_path / second / f'{second}_channels.png').unlink()
+    assert main([*FAST, *batch]) == 0 and len(computed) == 2
+
+
+def test_each_object_is_explained(tmp_path):
+    size = ['--image_size', '256', '--num_steps', '2', '--threshold', '0.999']
+    assert main([*SINGLE, *size, '--each_object', '--output_dir', str(tmp_path)]) == 0
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert len(folders) >= 2
+    areas = [
+        strict_json(tmp_path / name / f'{name}_statistics.json')['target_area'] for name in folders
+    ]
+    assert folders[0].endswith('_object-1') and areas == sorted(areas, reverse=True)
 
 
 def test_figures_are_redrawn_without_the_model(tmp_path):
