@@ -1627,7 +1627,8 @@ def build_parser() -> argparse.ArgumentParser:
     how_many.add_argument('--num_steps', type=_whole_number, default=default.num_steps,
         metavar='N', help='interpolation steps (default: %(default)s)')
     how_many.add_argument('--tolerance', type=float, default=default.tolerance, metavar='T',
-        help='instead: as many steps as bring map error and completeness gap below T, e.g. 0.05')
+        help='instead: as many steps as bring map error and completeness gap below T, for '
+             'example 0.05 (default: off)')
     add('--max_steps', type=_whole_number, default=default.max_steps, metavar='N',
         help='with --tolerance: at most so many (default: %(default)s)')
     add('--rule', choices=RULE_NAMES, default=default.rule,
