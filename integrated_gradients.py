@@ -644,7 +644,6 @@ class IntegratedGradients:
             )
         common = {
             'baseline_pixels': self.preprocessing.to_pixels(baselines[0]),
-            'score_type': score,
             'baseline': baseline_type if isinstance(baseline_type, str) else 'tensor',
             'rule': rule,
             'steps': max(walk.steps),
@@ -687,6 +686,7 @@ class IntegratedGradients:
             predicted_mask=mask.cpu(),
             region=target.region.cpu(),
             target=target.name,
+            score_type=target.score,
             score=float(target(walk.logits)),
             baseline_score=walk.baseline_score(number),
             attribution_sum=float(precise.sum()),
