@@ -5,19 +5,17 @@
         --data_dir demo/Dataset_no_preprocessing --image_size 256
 
 Runs are interleaved, the medians of --repeats compared: seconds for the same nodes in float32 and
-in reduced precision, for the same map error, for 1 and 3 targets, for 1 and several images, and
-the peak memory of each in a process of its own. Captum runs with Gauss-Legendre nodes and
-internal_batch_size 1, which needs the least memory; ours measures its step batch.
-Writes benchmarks/results/compare_captum_NAME.md.
+in reduced precision, for the same map error, for 1 and 3 targets, for 1 and several images. Captum
+runs with Gauss-Legendre nodes and internal_batch_size 1, which needs the least memory; ours
+measures its step batch. Writes benchmarks/results/compare_captum_NAME.md. With --memory: instead
+the peak memory of each in a process of its own, in compare_captum_NAME_memory.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -55,7 +53,9 @@ class Bench:
     images: list[torch.Tensor]  # (1, 3, H, W) each
     regions: list[torch.Tensor]  # (h, w) bool each: the predicted masks
 
-    def captum(self, number: int, nodes: int, region: torch.Tensor | None = None) -> torch.Tensor:
+    def captum(
+        self, number: int, nodes: int, region: torch.Tensor | None = None, batch: int | None = 1
+    ) -> torch.Tensor:
         """Captum's map; the prediction that finds the region is part of the work."""
         x = self.images[number]
         if region is None:
@@ -67,7 +67,7 @@ class Bench:
             return self.model(points)[:, 0][:, region].mean(dim=1)
 
         return captum.attr.IntegratedGradients(mean_logit).attribute(
-            x, black, n_steps=nodes, method='gausslegendre', internal_batch_size=1
+            x, black, n_steps=nodes, method='gausslegendre', internal_batch_size=batch
         )
 
     def explain(self, number: int, **options: object):
@@ -123,17 +123,40 @@ def peak_memory(tool: str, arguments: argparse.Namespace) -> int:
     """Peak bytes of a fresh process that explains one image with one of the tools."""
     command = [sys.executable, __file__, *arguments.command, '--only', tool]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return int(done.stdout.splitlines()[-1])
 
 
 def run_only(arguments: argparse.Namespace) -> None:
     """What `peak_memory` measures."""
     bench = load(arguments, 1)
-    if arguments.only == 'captum':
-        bench.captum(0, arguments.nodes)
+    if arguments.only == 'ours':
+        bench.explain(0, num_steps=arguments.nodes)
     else:
-        bench.explain(0, num_steps=arguments.nodes, rule='gauss-legendre')
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        batch = 1 if arguments.only == 'captum' else None
+        bench.captum(0, arguments.nodes, batch=batch)
+    # Not getrusage, whose peak starts from that of the process it was forked from.
+    status = Path('/proc/self/status').read_text()
+    print(1024 * int(status.split('VmHWM:')[1].split()[0]))
+
+
+def compare_memory(arguments: argparse.Namespace) -> str:
+    """The table of peak memory."""
+    tools = {'captum': 'Captum, internal_batch_size 1', 'ours': 'ours, adaptive rule'}
+    if not arguments.skip_default:
+        tools['captum_default'] = 'Captum as it comes (all steps at once)'
+    peaks = {tool: peak_memory(tool, arguments) / 2**30 for tool in tools}
+    rows = [
+        f'| {label} | {peaks[tool]:.2f} GiB | {peaks[tool] / peaks["ours"]:.2f} |'
+        for tool, label in tools.items()
+    ]
+    return '\n'.join(
+        [
+            f'# Peak memory of a process that explains one image: {arguments.name}', '',
+            f'`python benchmarks/compare_captum.py {" ".join(arguments.command)}`', '',
+            f'Side {arguments.image_size}, {arguments.nodes} steps, on a CPU.', '',
+            '| | peak | relative to ours |', '|---|---|---|', *rows, '',
+        ]
+    )  # fmt: skip
 
 
 def equal_error_steps(bench: Bench) -> tuple[float, int]:
@@ -156,9 +179,8 @@ def compare(arguments: argparse.Namespace) -> list[str]:
     gauss = {'num_steps': nodes, 'rule': 'gauss-legendre'}
     rows = []
 
-    def row(what: str, theirs: float, mine: float, unit: str, remark: str = '') -> None:
-        shown = [f'{value:.2f} {unit}' for value in (theirs, mine)]
-        rows.append(f'| {what} | {shown[0]} | {shown[1]} | {theirs / mine:.2f} | {remark} |')
+    def row(what: str, theirs: float, mine: float, remark: str = '') -> None:
+        rows.append(f'| {what} | {theirs:.2f} s | {mine:.2f} s | {theirs / mine:.2f} | {remark} |')
         print(rows[-1], file=sys.stderr, flush=True)
 
     seconds, maps = interleave(
@@ -173,10 +195,10 @@ def compare(arguments: argparse.Namespace) -> list[str]:
     theirs = seconds['Captum']
     exact, reduced = maps['float32'], maps['bfloat16']
     off = deviation(exact.attributions, maps['Captum'])
-    row(f'{nodes} equal nodes, float32', theirs, seconds['float32'], 's',
+    row(f'{nodes} equal nodes, float32', theirs, seconds['float32'],
         f'maps differ by {off:.1e}; {exact.step_batch} steps at once')  # fmt: skip
     off = deviation(reduced.attributions, maps['Captum'])
-    row(f'{nodes} equal nodes, bfloat16', theirs, seconds['bfloat16'], 's',
+    row(f'{nodes} equal nodes, bfloat16', theirs, seconds['bfloat16'],
         f'maps differ by {off:.3f}, reported {reduced.precision_deviation:.3f}')  # fmt: skip
 
     if not arguments.skip_error:
@@ -189,7 +211,7 @@ def compare(arguments: argparse.Namespace) -> list[str]:
             max(1, repeats // 2),
         )
         remark = f'relative L2 {level:.3f}: {CAPTUM_NODES} nodes of theirs, {steps} of ours'
-        row('equal map error, float32', seconds['Captum'], seconds['ours'], 's', remark)
+        row('equal map error, float32', seconds['Captum'], seconds['ours'], remark)
 
     parts = thirds(bench.regions[0])
     seconds, _ = interleave(
@@ -200,7 +222,7 @@ def compare(arguments: argparse.Namespace) -> list[str]:
         },
         repeats,
     )
-    row('3 targets of one image', seconds['Captum'], seconds['ours'], 's',
+    row('3 targets of one image', seconds['Captum'], seconds['ours'],
         f'{seconds["ours"] / seconds["one"]:.2f} times one target')  # fmt: skip
 
     some = range(len(bench.images))
@@ -211,9 +233,7 @@ def compare(arguments: argparse.Namespace) -> list[str]:
         },
         1,
     )
-    row(f'{len(some)} images', seconds['Captum'], seconds['ours'], 's')
-    captum_bytes, our_bytes = (peak_memory(tool, arguments) / 2**30 for tool in ('captum', 'ours'))
-    row('peak memory of the process', captum_bytes, our_bytes, 'GiB', 'internal_batch_size 1')
+    row(f'{len(some)} images', seconds['Captum'], seconds['ours'])
     return rows
 
 
@@ -242,9 +262,8 @@ Ratio: Captum's figure by ours.
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-Captum's default leaves `internal_batch_size` unset and sends all {CAPTUM_NODES} steps through the
-network at once, with the activations of {CAPTUM_NODES} images in memory. It was given
-internal_batch_size 1 in every row, which is the least memory it can run in.
+Captum was given internal_batch_size 1, which needs the least memory; left unset, it sends all steps
+through the network at once.
 """
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / f'compare_captum_{arguments.name}.md').write_text(text)
@@ -261,13 +280,19 @@ def main(command: Sequence[str]) -> int:
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--batch', type=int, default=10, help='images of the last comparison')
     parser.add_argument('--skip_error', action='store_true', help='leave out equal map error')
-    parser.add_argument('--only', choices=('captum', 'ours'), help=argparse.SUPPRESS)
+    parser.add_argument('--memory', action='store_true', help='compare peak memory, not time')
+    parser.add_argument('--skip_default', action='store_true', help='with --memory: batch 1 only')
+    parser.add_argument('--only', choices=('captum', 'captum_default', 'ours'))
     parser.add_argument('--results', type=Path, default=HERE / 'results')
     arguments = parser.parse_args(command)
     arguments.command = list(command)
     try:
         if arguments.only:
             run_only(arguments)
+        elif arguments.memory:
+            text = compare_memory(arguments)
+            (arguments.results / f'compare_captum_{arguments.name}_memory.md').write_text(text)
+            print(text)
         else:
             write(compare(arguments), arguments)
     except EmptyTargetError as error:
