@@ -32,6 +32,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
+from quadrature import shown  # noqa: E402
+
 from integrated_gradients import (  # noqa: E402
     EmptyTargetError,
     IntegratedGradients,
@@ -152,7 +154,7 @@ def compare_memory(arguments: argparse.Namespace) -> str:
     return '\n'.join(
         [
             f'# Peak memory of a process that explains one image: {arguments.name}', '',
-            f'`python benchmarks/compare_captum.py {" ".join(arguments.command)}`', '',
+            f'`python benchmarks/compare_captum.py {shown(arguments.command)}`', '',
             f'Side {arguments.image_size}, {arguments.nodes} steps, on a CPU.', '',
             '| | peak | relative to ours |', '|---|---|---|', *rows, '',
         ]
@@ -250,7 +252,7 @@ def write(rows: Sequence[str], arguments: argparse.Namespace) -> None:
     repeats = arguments.repeats
     text = f"""# Captum and this toolkit: {arguments.name}
 
-`python benchmarks/compare_captum.py {' '.join(arguments.command)}`
+`python benchmarks/compare_captum.py {shown(arguments.command)}`
 
 {cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, captum {captum.__version__}.
 Input {arguments.image_size}×{arguments.image_size}, black baseline, target: mean logit over the

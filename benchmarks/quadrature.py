@@ -281,6 +281,11 @@ def figure(rows: Sequence[dict], name: str) -> Figure:
     return fig
 
 
+def shown(command: Sequence[str]) -> str:
+    """A command for the record; files outside the project are not named."""
+    return ' '.join('…' if word.startswith(('..', '/')) else word for word in command)
+
+
 def write(rows: Sequence[dict], arguments: argparse.Namespace) -> None:
     images = sorted({row['image'] for row in rows})
     level = middle(
@@ -289,7 +294,7 @@ def write(rows: Sequence[dict], arguments: argparse.Namespace) -> None:
     ours = [row for row in rows if row['rule'] == ADAPTIVE]
     text = f"""# Quadrature rules: {arguments.name}
 
-`python benchmarks/quadrature.py {' '.join(arguments.command)}`
+`python benchmarks/quadrature.py {shown(arguments.command)}`
 
 {len(images)} images ({', '.join(images)}) × baselines {', '.join(BASELINES)}, input side
 {arguments.image_size or "the model's own"}, target: mean logit over the predicted mask. Reference:

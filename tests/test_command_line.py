@@ -54,6 +54,19 @@ def run(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
 
 
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """Grows by one with every image that is explained."""
+    found = []
+    explain = integrated_gradients.IntegratedGradients.explain_targets
+    monkeypatch.setattr(
+        integrated_gradients.IntegratedGradients,
+        'explain_targets',
+        lambda *a, **k: found.append(1) or explain(*a, **k),
+    )
+    return found
+
+
 def strict_json(path):
     """JSON without NaN and Infinity, which Python's reader would let through."""
 
@@ -142,17 +155,10 @@ def test_the_documented_function(tmp_path):
     assert results.summary['median_completeness_gap'] > 0
 
 
-def test_a_finished_image_is_not_computed_again_until_something_changes(tmp_path, monkeypatch):
+def test_a_finished_image_is_not_computed_again_until_something_changes(tmp_path, computed):
     image = save_image(tmp_path / 'a.png', noise_image())
     model = tmp_path / 'm.pth'
     model.write_bytes(DEMO_MODEL.read_bytes())
-    computed = []
-    explain = integrated_gradients.IntegratedGradients.explain_targets
-    monkeypatch.setattr(
-        integrated_gradients.IntegratedGradients,
-        'explain_targets',
-        lambda *a, **k: computed.append(1) or explain(*a, **k),
-    )
 
     def times(*flags) -> int:
         computed.clear()
@@ -181,14 +187,7 @@ def test_a_finished_image_is_not_computed_again_until_something_changes(tmp_path
     assert times() == 0
 
 
-def test_several_targets_each_get_a_folder_and_are_finished_together(tmp_path, monkeypatch):
-    computed = []
-    explain = integrated_gradients.IntegratedGradients.explain_targets
-    monkeypatch.setattr(
-        integrated_gradients.IntegratedGradients,
-        'explain_targets',
-        lambda *a, **k: computed.append(1) or explain(*a, **k),
-    )
+def test_several_targets_each_get_a_folder_and_are_finished_together(tmp_path, computed):
     batch = ['--mode', 'batch', '--data_dir', str(DEMO_DATA), '--num_samples', '1',
              '--output_dir', str(tmp_path),
              '--target', 'image', 'pixel:99,120', 'object:99']  # fmt: skip
