@@ -52,7 +52,7 @@ def test_enter_everywhere_runs_the_demo(tmp_path):
     assert 'No model found (models_20250609_105424/best_model.pth' in seen
     results = tmp_path / 'integrated_gradients_results' / NAME
     assert (results / f'{NAME}_attribution.png').is_file()
-    assert 'midpoint rule, 3 steps' in seen
+    assert 'adaptive rule, 3 steps' in seen
 
 
 def test_a_batch_on_the_users_own_model_and_data(tmp_path):
