@@ -122,6 +122,20 @@ def test_targets_of_several_classes_by_hand(spec, expected):
     assert score(spec, THREE, truth=[[0, 1], [0, 1]]) == pytest.approx(expected)
 
 
+ISLANDS = [[[1.0, -1.0, 5.0], [-1.0, 3.0, -1.0], [-1.0, -1.0, -1.0], [7.0, -1.0, -1.0]]]
+
+
+def test_objects_by_hand():
+    """Three pixels that touch at their corners are one object; the largest comes first."""
+    assert score('object:1', ISLANDS) == pytest.approx((1 + 5 + 3) / 3)
+    assert score('object:2', ISLANDS) == pytest.approx(7)
+    with pytest.raises(EmptyTargetError, match='has 2 objects'):
+        score('object:3', ISLANDS)
+    for wrong in ('object:0', 'object:a', 'object:-1'):
+        with pytest.raises(InputError, match='whole number from 1'):
+            score(wrong, ISLANDS)
+
+
 def test_probability_scores():
     assert score('pixel:0,0', BINARY, 'probability') == pytest.approx(1 / (1 + np.exp(-2)))
     expected = np.exp(7) / (np.exp(7) + 2)
