@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -271,11 +272,14 @@ def figure(rows: Sequence[dict], name: str) -> Figure:
         axis.set_title(f'{title}, median over the cases')
         axis.set_xlabel('gradient evaluations')
         axis.grid(which='both', alpha=0.3)
+        axis.set_xticks([8, 16, 32, 64], ['8', '16', '32', '64'])
     error.legend(fontsize=8)
     line = [min(r['estimate'] for r in rows), max(r['estimate'] for r in rows)]
     calibration.plot(line, line, 'k--', linewidth=1)
     calibration.set_title(f'true below reported in {honest_share(rows):.0%} of {len(rows)} maps')
     calibration.set_xlabel('reported error')
+    for axis in (error, gap, calibration):  # labels at the decades and our own ticks only
+        axis.xaxis.set_minor_formatter(NullFormatter())
     calibration.set_ylabel('true error (relative L2)')
     fig.suptitle(f'{name}: {len({(r["image"], r["baseline"]) for r in rows})} cases')
     return fig
