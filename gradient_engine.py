@@ -575,11 +575,11 @@ def densities(
     points: (steps, 3, H, W), the leaf of the graph of `logits` (steps, C, h, w).
     """
     found = []
-    for target in targets:
+    for number, target in enumerate(targets, start=1):
         # Samples do not mix in evaluation mode: the gradient of the sum is each one's own. Scaled
         # by the region's size, so that what flows back from each pixel does not underflow.
         scores = target(logits).sum() * target.scale
-        (gradient,) = torch.autograd.grad(scores, points, retain_graph=target is not targets[-1])
+        (gradient,) = torch.autograd.grad(scores, points, retain_graph=number < len(targets))
         found.append(gradient * (change / target.scale))
     return torch.stack(found, dim=1)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import glob
 import hashlib
 import json
 import math
@@ -1351,12 +1350,8 @@ def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
 
 def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str:
     """A hash of everything that decides the files of an image."""
-    without = (
-        'step_batch',
-        'compile',
-        'device',
-        'model_path',
-    )  # these do not change what is computed
+    # These do not change what is computed.
+    without = ('step_batch', 'compile', 'device', 'model_path')
     decisive = {name: value for name, value in record.items() if name not in without}
     digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
     for array in (image, truth):
@@ -1371,10 +1366,11 @@ def finished_statistics(
     output_dir: Path, name: str, settings: Settings, key: str
 ) -> list[dict] | None:
     """The statistics of an image that was finished with this key; None if it must be computed."""
-    several = folder_name(name, settings, '*') != name
-    candidates = output_dir.glob(f'{glob.escape(name)}_*') if several else [output_dir / name]
-    for folder in candidates:
-        first = _read_finished(folder, key)
+    # Whichever target was not empty came first: one of those asked for, the largest object, or
+    # the whole image in their place.
+    possible = (*settings.targets, 'object:1', 'image')
+    for folder in dict.fromkeys(folder_name(name, settings, target) for target in possible):
+        first = _read_finished(output_dir / folder, key)
         if first is None or first['target'] != first['targets'][0]:
             continue
         others = [

@@ -263,9 +263,8 @@ def interval_errors(
     half = (m * ((left + right) / 2) - a * (right / 2) - b * (left / 2)).mul_(0.5)
     found = []
     for size, square in zip(sizes, squares, strict=True):
-        jumps = (size <= norms(half) * 2**0.5).view(
-            -1, 1, 1, 1
-        )  # of the pair's curvature, 1/sqrt 2
+        # Each of the two stands for 1/sqrt 2 of the pair's curvature, which is twice `half`.
+        jumps = (size <= norms(half) * 2**0.5).view(-1, 1, 1, 1)
         variance = torch.where(jumps, square, 2 * half.square())
         found.append(IntervalError(size, variance, torch.where(jumps, 0.0, half)))
     return found

@@ -32,7 +32,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from quadrature import shown  # noqa: E402
+from quadrature import benchmark_parser, shown  # noqa: E402
 
 from integrated_gradients import (  # noqa: E402
     EmptyTargetError,
@@ -273,10 +273,7 @@ through the network at once.
 
 
 def main(command: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--name', required=True, help='names the result file')
-    parser.add_argument('--model_path', required=True)
-    parser.add_argument('--data_dir', required=True)
+    parser = benchmark_parser(__doc__)
     parser.add_argument('--image_size', type=int, default=640)
     parser.add_argument('--nodes', type=int, default=12)
     parser.add_argument('--repeats', type=int, default=3)
@@ -285,7 +282,6 @@ def main(command: Sequence[str]) -> int:
     parser.add_argument('--memory', action='store_true', help='compare peak memory, not time')
     parser.add_argument('--skip_default', action='store_true', help='with --memory: batch 1 only')
     parser.add_argument('--only', choices=('captum', 'captum_default', 'ours'))
-    parser.add_argument('--results', type=Path, default=HERE / 'results')
     arguments = parser.parse_args(command)
     arguments.command = list(command)
     try:

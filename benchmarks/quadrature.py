@@ -323,16 +323,22 @@ Evaluations needed for the median error of Gauss-Legendre with 50 nodes ({level:
     figure(rows, arguments.name).savefig(arguments.results / f'quadrature_{arguments.name}.png')
 
 
-def main(command: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark needs."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument('--name', required=True, help='names the result files')
     parser.add_argument('--model_path', required=True)
     parser.add_argument('--data_dir', required=True)
+    parser.add_argument('--results', type=Path, default=HERE / 'results')
+    return parser
+
+
+def main(command: Sequence[str]) -> int:
+    parser = benchmark_parser(__doc__)
     parser.add_argument('--images', type=int, default=8)
     parser.add_argument('--image_size', type=int)
     parser.add_argument('--workers', type=int, default=os.cpu_count())
     parser.add_argument('--work_dir', type=Path, default=HERE / 'work')
-    parser.add_argument('--results', type=Path, default=HERE / 'results')
     arguments = parser.parse_args(command)
     arguments.command = list(command)
     samples = choose_cases(arguments)

@@ -544,6 +544,12 @@ def test_several_targets_share_the_forward_passes(exact_ig, brain):
         assert one.trend.scores == pytest.approx(alone.trend.scores)
 
 
+def test_the_same_target_object_may_be_given_twice(ig, brain):
+    target = Target('t', torch.rand(1, 128, 128) / 128**2)
+    first, second = ig.explain_targets(brain, [target, target], num_steps=3)
+    assert relative_error(second.attributions, first.attributions) < 1e-6
+
+
 def test_open_rules_need_two_more_forward_passes(exact_ig, brain):
     found = exact_ig.explain(brain, num_steps=9, rule='midpoint')
     assert found.forward_passes == 11 and found.gradient_evaluations == 9
