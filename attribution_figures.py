@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.colors import CenteredNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
@@ -27,6 +28,7 @@ BOLD = 1.25  # how much wider bold type runs
 FONT = {'title': 11, 'label': 9, 'caption': 10, 'heading': 13}
 SMOOTHING = 0.006  # of the longer side: sigma of the overlay's blur
 SPECK = 1e-4  # a region smaller than this share of the image cannot be seen by its outline
+PAGE_SIDE, THUMBNAIL_SIDE = 640, 128  # pixels, longer side
 WARNING_COLOUR = '#b00020'
 MAX_NAMED_IMAGES = 40  # in the batch figure; beyond that names would overlap
 
@@ -80,12 +82,9 @@ def attribution_figure(view: View, statistics: dict) -> Figure:
     drawn = sheet.show(heat, view.magnitude, 'Attribution', cmap='hot', norm=Normalize(0, level))
     sheet.bar(heat, drawn, '|attribution|, sum over channels', 'max')
 
-    sigma = SMOOTHING * max(view.magnitude.shape)
-    smooth = cv2.GaussianBlur(view.magnitude, (0, 0), sigma)
-    scale = Normalize(0, clip_level(smooth), clip=True)
-    grey = np.repeat(view.image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
-    sheet.show(overlay, grey, 'Attribution over the image')
-    drawn = sheet.show(overlay, smooth, cmap='hot', norm=scale, alpha=0.9 * scale(smooth) ** 0.75)
+    sigma, smooth, scale, opacity = smoothed(view)
+    sheet.show(overlay, in_grey(view.image), 'Attribution over the image')
+    drawn = sheet.show(overlay, smooth, cmap='hot', norm=scale, alpha=opacity)
     sheet.bar(
         overlay, drawn, f'|attribution|, smoothed (sigma {sigma:.1f} px), transparent near 0', 'max'
     )
@@ -103,6 +102,39 @@ def attribution_figure(view: View, statistics: dict) -> Figure:
         legend['ground truth'] = (TRUTH_COLOUR, 'dashed')
     sheet.legend(legend)
     return sheet.figure
+
+
+def smoothed(view: View) -> tuple[float, np.ndarray, Normalize, np.ndarray]:
+    """The overlay's layer: sigma of the blur, |attribution| under it (h, w), scale, opacity."""
+    sigma = SMOOTHING * max(view.magnitude.shape)
+    smooth = cv2.GaussianBlur(view.magnitude, (0, 0), sigma)
+    scale = Normalize(0, clip_level(smooth), clip=True)
+    return sigma, smooth, scale, 0.9 * scale(smooth).filled(0) ** 0.75
+
+
+def in_grey(image: np.ndarray) -> np.ndarray:
+    """An RGB image (h, w, 3) uint8 without its colours."""
+    return np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+
+
+def page_pictures(view: View) -> dict[str, np.ndarray]:
+    """Pictures for the page: image, overlay with the target's outline, and a small overlay;
+    (h, w, 3) uint8 of at most PAGE_SIDE and THUMBNAIL_SIDE pixels."""
+    height, width = view.original_size
+    scale = PAGE_SIDE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = cv2.resize(view.image, size, interpolation=cv2.INTER_AREA)
+    _, smooth, norm, opacity = smoothed(view)
+    heat = colormaps['hot'](norm(cv2.resize(smooth, size)))[..., :3] * 255
+    opacity = cv2.resize(opacity, size)[..., None]
+    overlay = (in_grey(image) * (1 - opacity) + heat * opacity).astype(np.uint8)
+    region = cv2.resize(view.region.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    outlines, _ = cv2.findContours(region, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    colour = tuple(round(255 * part) for part in to_rgb(TARGET_COLOUR))
+    overlay = cv2.drawContours(np.ascontiguousarray(overlay), outlines, -1, colour, 2)
+    small = [max(1, side * THUMBNAIL_SIDE // PAGE_SIDE) for side in size]
+    thumbnail = cv2.resize(overlay, small, interpolation=cv2.INTER_AREA)
+    return {'image': image, 'overlay': overlay, 'thumbnail': thumbnail}
 
 
 def channels_figure(view: View, statistics: dict) -> Figure:
@@ -126,8 +158,13 @@ def channels_figure(view: View, statistics: dict) -> Figure:
     return sheet.figure
 
 
-def summary_figure(images: Sequence[dict], gap_tolerance: float) -> Figure:
-    """A batch at a glance: gap and ratio of every image, where the model looks, ratio and Dice."""
+def summary_figure(
+    images: Sequence[dict], gap_tolerance: float, correlation: float | None = None
+) -> Figure:
+    """A batch at a glance: gap and ratio of every image, where the model looks, ratio and Dice.
+
+    correlation: Spearman's, of attribution ratio and Dice.
+    """
     fig = Figure(figsize=(13, 9), dpi=DOTS_PER_INCH, layout='constrained')
     gaps, ratios, shares, scatter = fig.subplots(2, 2).flat
     ordered = sorted(images, key=lambda entry: entry['image'])
@@ -139,7 +176,7 @@ def summary_figure(images: Sequence[dict], gap_tolerance: float) -> Figure:
     ratios.axhline(1, color='tab:red', label='below 1: background weighs more')
     ratios.legend(fontsize=FONT['label'])
     _histogram(shares, ordered)
-    _ratio_scatter(scatter, ordered)
+    _ratio_scatter(scatter, ordered, correlation)
     first = ordered[0]
     fig.suptitle(
         f'{len(images)} images · target {first["target"]} · baseline {first["baseline"]} · '
@@ -176,7 +213,7 @@ def _histogram(axis: Axes, images: Sequence[dict]) -> None:
         axis.legend(fontsize=FONT['label'])
 
 
-def _ratio_scatter(axis: Axes, images: Sequence[dict]) -> None:
+def _ratio_scatter(axis: Axes, images: Sequence[dict], correlation: float | None) -> None:
     """Attribution ratio against Dice, or against the mask's size where the truth is unknown."""
     known = any(entry['dice'] is not None for entry in images)
     key, label = ('dice', 'Dice') if known else ('prediction_ratio', 'prediction ratio')
@@ -185,7 +222,8 @@ def _ratio_scatter(axis: Axes, images: Sequence[dict]) -> None:
         for entry in images
         if entry[key] is not None and entry['attribution_ratio'] is not None
     ]
-    axis.set_title(f'Attribution ratio against {label}', fontsize=FONT['title'])
+    rho = f" (Spearman's rho {correlation:.2f})" if known and correlation is not None else ''
+    axis.set_title(f'Attribution ratio against {label}{rho}', fontsize=FONT['title'])
     axis.set_xlabel(label, fontsize=FONT['label'])
     axis.set_ylabel('attribution ratio', fontsize=FONT['label'])
     if points:

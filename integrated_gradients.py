@@ -25,6 +25,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -35,6 +36,8 @@ from statistics import median
 import cv2
 import numpy as np
 import torch
+from PIL import Image
+from scipy import stats
 from tqdm import tqdm
 
 from attribution_figures import (
@@ -43,7 +46,16 @@ from attribution_figures import (
     attribution_figure,
     channels_figure,
     map_verdict,
+    page_pictures,
     summary_figure,
+)
+from faithfulness import (
+    EFFORTS,
+    FORWARDS_A_GRADIENT,
+    METRICS,
+    Subject,
+    evaluate,
+    rank_correlation,
 )
 from gradient_engine import (
     CHECKED_NODES,
@@ -58,6 +70,7 @@ from gradient_engine import (
 from gradient_engine import (
     Path as GradientPath,
 )
+from html_report import report_html, reproducing_command
 from model_loading import (
     ARCHITECTURES,
     DEFAULT_ARCHITECTURE,
@@ -87,17 +100,23 @@ from segmentation_dataset import (
     round_up_size,
     single_sample,
 )
+from verdict import Thresholds, batch_findings, findings, parse_thresholds
 
 # --------------------------------------------------------------------------- constants
 
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
+PAGE_PICTURES = ('image', 'overlay', 'thumbnail')  # of each image, for index.html
 EACH_OBJECT = 'each-object'  # a target that stands for every object:K there is
 BLUR_SIGMA = 0.05  # of the longer image side
 # Settings that `explain_targets` takes under the same name.
 EXPLAIN_SETTINGS = (
     'num_steps', 'rule', 'tolerance', 'max_steps', 'score', 'threshold', 'baseline_draws', 'seed',
     'precision', 'precision_tolerance',
+)  # fmt: skip
+SUMMARISED = (  # figures whose median over a batch is given
+    'completeness_gap', 'map_error', 'attribution_ratio', 'share_in_prediction',
+    'share_in_truth', 'prediction_ratio', 'dice', 'iou', 'pixel_accuracy', 'seconds', *METRICS,
 )  # fmt: skip
 DEGENERATE_RATIO = 0.95  # a mask covering more than this looks like wrong preprocessing
 
@@ -135,6 +154,8 @@ class Settings:
     normalize: str = 'auto'
     step_batch: int | None = None  # None: measured
     compile: bool = False
+    evaluate: str | None = None  # checks of faithfulness, a key of EFFORTS
+    thresholds: Thresholds = field(default_factory=Thresholds)  # of the verdict
 
     def __post_init__(self) -> None:
         _check_choice('rule', self.rule, RULE_NAMES)
@@ -143,6 +164,8 @@ class Settings:
         _check_choice('on_empty', self.on_empty, ON_EMPTY)
         _check_choice('resize', self.resize, RESIZE_MODES)
         _check_choice('normalize', self.normalize, NORMALIZE_MODES)
+        if self.evaluate is not None:
+            _check_choice('evaluate', self.evaluate, EFFORTS)
         if not self.targets:
             raise InputError('no target is given (use --target predicted)')
         for target in self.targets:
@@ -197,7 +220,7 @@ class Explanation:
     region: torch.Tensor  # (h, w) bool: the target region R
     baseline_pixels: np.ndarray  # (H, W, 3) float32, 0-255: the (first) baseline
     target: str
-    score_type: str
+    objective: Target  # F itself: logits -> score
     baseline: str
     rule: str
     steps: int  # interpolation steps per baseline (the most, where draws differ)
@@ -216,6 +239,11 @@ class Explanation:
     tolerance: float | None
     trend: Trend  # on the way from the (first) baseline
     preparation: Preparation
+
+    @property
+    def score_type(self) -> str:
+        """What is averaged over the region, one of SCORES."""
+        return self.objective.score
 
     @property
     def completeness_gap(self) -> float | None:
@@ -394,11 +422,32 @@ def object_target(context: TargetContext, argument: str) -> torch.Tensor:
 
 def truth_target(context: TargetContext, argument: str) -> torch.Tensor:
     """the ground-truth mask"""
+    truth = _needed_truth(context, 'truth')
+    return context.choose(truth > 0, truth)
+
+
+def false_positive_target(context: TargetContext, argument: str) -> torch.Tensor:
+    """predicted, but not so in the ground truth: why did it see this?"""
+    truth = _needed_truth(context, 'false-positive')
+    return context.choose((context.labels > 0) & (context.labels != truth), context.labels)
+
+
+def false_negative_target(context: TargetContext, argument: str) -> torch.Tensor:
+    """in the ground truth, but not so predicted: why did it miss this?"""
+    truth = _needed_truth(context, 'false-negative')
+    return context.choose((truth > 0) & (context.labels != truth), truth)
+
+
+def _needed_truth(context: TargetContext, target: str) -> torch.Tensor:
+    """The ground-truth labels (h, w). Raises InputError where they are unknown."""
     if context.truth is None:
         raise InputError(
-            'target "truth" needs a ground-truth mask (give --mask_path, or use --target predicted)'
+            f'target "{target}" needs a ground-truth mask (give --mask_path, or use '
+            '--target predicted)'
         )
-    return context.choose(context.truth > 0, context.truth)
+    if len(context.logits) == 1:  # one class: any label is foreground
+        return (context.truth > 0).long()
+    return context.truth
 
 
 def image_target(context: TargetContext, argument: str) -> torch.Tensor:
@@ -446,6 +495,8 @@ TARGETS: dict[str, TargetKind] = {
     'predicted': TargetKind(predicted_target, 'predicted'),
     'object': TargetKind(object_target, 'object:K'),
     'truth': TargetKind(truth_target, 'truth'),
+    'false-positive': TargetKind(false_positive_target, 'false-positive'),
+    'false-negative': TargetKind(false_negative_target, 'false-negative'),
     'image': TargetKind(image_target, 'image'),
     'pixel': TargetKind(pixel_target, 'pixel:X,Y'),
     'class': TargetKind(class_target, 'class:K'),
@@ -685,7 +736,7 @@ class IntegratedGradients:
             predicted_mask=mask.cpu(),
             region=target.region.cpu(),
             target=target.name,
-            score_type=target.score,
+            objective=target,
             score=float(target(walk.logits)),
             baseline_score=walk.baseline_score(number),
             attribution_sum=float(precise.sum()),
@@ -904,6 +955,7 @@ def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = 
     """The figures of one explanation, flat and ready for JSON; None where one does not apply.
 
     truth: (h, w) bool, the pixels that really are of the explained class; None if unknown.
+    The figures of METRICS are None until `evaluate_explanation` has measured them.
     |attribution| is summed over the channels. `attribution_ratio` is its mean inside the
     predicted mask over its mean outside; `attribution_mean`, `_std`, `_min`, `_max` are of the
     signed values of all channels and pixels, in units of the score.
@@ -951,6 +1003,8 @@ def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = 
         'channel_shares': (np.abs(signed).sum(axis=(1, 2)) / total).tolist() if total else None,
         'trend': {name: list(values) for name, values in vars(explanation.trend).items()},
         'preparation': explanation.preparation.record(),
+        **dict.fromkeys(METRICS),
+        'evaluation': None,
     }
     if truth is not None:
         statistics |= mask_scores(mask, truth)
@@ -1082,6 +1136,10 @@ def _figure_writer(figure) -> Callable[[Path], object]:
     return lambda path: figure.savefig(path, format='png')
 
 
+def _picture_writer(array: np.ndarray) -> Callable[[Path], object]:
+    return lambda path: Image.fromarray(array).save(path, format='png')
+
+
 def _arrays_writer(arrays: dict[str, np.ndarray]) -> Callable[[Path], object]:
     def write(path: Path) -> None:
         with path.open('wb') as stream:  # a path would get .npz added to its name
@@ -1105,6 +1163,7 @@ def image_files(folder: Path) -> dict[str, Path]:
     return {
         'attribution': folder / f'{folder.name}_attribution.png',
         'channels': folder / f'{folder.name}_channels.png',
+        **{name: folder / f'{folder.name}_{name}.png' for name in PAGE_PICTURES},
         'arrays': folder / f'{folder.name}_attributions.npz',
         'statistics': folder / f'{folder.name}_statistics.json',
     }
@@ -1119,15 +1178,20 @@ def load_view(folder: str | Path) -> tuple[View, dict]:
 
 
 def redraw_figures(folder: str | Path) -> None:
-    """Draw the two figures of an image folder again from its files, without the model."""
+    """Draw the pictures of an image folder again from its files, without the model."""
     view, statistics = load_view(folder)
-    files = image_files(Path(folder))
-    write_files(
-        {
-            files['attribution']: _figure_writer(attribution_figure(view, statistics)),
-            files['channels']: _figure_writer(channels_figure(view, statistics)),
-        }
-    )
+    write_files(_picture_writers(image_files(Path(folder)), view, statistics))
+
+
+def _picture_writers(
+    files: dict[str, Path], view: View, statistics: dict
+) -> dict[Path, Callable[[Path], object]]:
+    """All pictures of one image, by file."""
+    return {
+        files['attribution']: _figure_writer(attribution_figure(view, statistics)),
+        files['channels']: _figure_writer(channels_figure(view, statistics)),
+        **{files[name]: _picture_writer(array) for name, array in page_pictures(view).items()},
+    }
 
 
 # --------------------------------------------------------------------------- visualization
@@ -1268,20 +1332,87 @@ def describe_targets(
         notes.append(
             'the faster copy of the network did not compute quite the same: the original was used'
         )
-    return [
-        (
-            {
-                'image': name,
-                **explanation_statistics(explanation, explained_truth),
-                'notes': notes,
-                'targets': targets,
-                'settings': settings_record(ig, settings),
-                'versions': versions(),
-            },
-            display_arrays(explanation, image, explained_truth, place),
-        )
-        for explanation, explained_truth in found
-    ]
+    described = []
+    for explanation, explained_truth in found:
+        statistics = {
+            'image': name,
+            **explanation_statistics(explanation, explained_truth),
+            'notes': notes,
+            'targets': targets,
+            'settings': settings_record(ig, settings),
+            'versions': versions(),
+        }
+        if settings.evaluate:
+            statistics |= evaluate_explanation(
+                ig, ig.preprocessing.normalise(ig.preprocessing.resize_image(image)), explanation,
+                settings.evaluate, explained_truth, place, settings.seed, progress,
+            )  # fmt: skip
+        statistics['verdict'] = verdict_of(statistics, settings)
+        described.append((statistics, display_arrays(explanation, image, explained_truth, place)))
+    return described
+
+
+def verdict_of(statistics: dict, settings: Settings) -> list[dict]:
+    """The findings about one image, ready for JSON."""
+    return [asdict(finding) for finding in findings(statistics, settings.thresholds)]
+
+
+def evaluate_explanation(
+    ig: IntegratedGradients,
+    input_tensor: torch.Tensor,
+    explanation: Explanation,
+    effort: str = 'full',
+    truth: np.ndarray | None = None,
+    placement: Placement | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict:
+    """Check how far an explanation can be trusted.
+
+    input_tensor: what was explained. effort: a key of EFFORTS. truth: (h, w) bool, for
+    localisation. placement: for the padding check. Returns, ready for the statistics, the figures
+    of METRICS (None where one does not apply) and under `evaluation` what they were taken from.
+    """
+    _check_choice('evaluate', effort, EFFORTS)
+    started = time.perf_counter()
+    x = ig._check_input(input_tensor)  # (1, 3, H, W)
+    content = None
+    if placement is not None:
+        content = np.zeros(x.shape[-2:], bool)
+        placement.crop(content)[:] = True
+    pixels = ig.preprocessing.to_pixels(x)
+    rng = np.random.default_rng(seed)
+    subject = Subject(
+        attributions=explanation.attributions.cpu().numpy().reshape(x.shape[1:]),
+        network=ig.model,
+        target=explanation.objective,
+        x=x,
+        baseline=ig.preprocessing.normalise(explanation.baseline_pixels).to(x),
+        preprocessing=ig.preprocessing,
+        region=explanation.region.numpy(),
+        prediction=explanation.predicted_mask.numpy(),
+        truth=truth,
+        content=content,
+        others={kind: BASELINES[kind](pixels, rng) for kind in EFFORTS[effort].baselines},
+        batch=ig.engine.step_batch.size,
+        run=ig.engine.run,
+    )
+    with torch.inference_mode(False), frozen(ig.model), explained_memory(ig.device):
+        ig.engine.prepare(x)
+        found = evaluate(subject, effort, seed, progress)
+    details = {'effort': effort, 'seconds': time.perf_counter() - started, **found.details}
+    return {**found.metrics, 'evaluation': details}
+
+
+def evaluation_cost(settings: Settings) -> str:
+    """What the checks will cost for each image and target, in words."""
+    work = EFFORTS[settings.evaluate]
+    steps = work.gradients() + work.forwards() / FORWARDS_A_GRADIENT
+    return (
+        f'--evaluate {settings.evaluate}: {work.forwards()} forward passes and '
+        f'{work.gradients()} gradients for each image and target, about as much work as '
+        f'{steps:.0f} more interpolation steps'
+    )
 
 
 def describe_image(
@@ -1303,7 +1434,7 @@ def analyse_sample(
     output_dir: Path,
     progress: bool = False,
 ) -> list[dict]:
-    """Explain one sample and write four files for each target.
+    """Explain one sample and write its files for each target.
 
     Returns the contents of the statistics files. A sample that was finished before under the same
     settings, image, truth and checkpoint is read back instead. Raises InputError for an unusable
@@ -1313,22 +1444,36 @@ def analyse_sample(
     key = resume_key(settings_record(ig, settings), image, truth)
     done = finished_statistics(output_dir, sample.name, settings, key)
     if done is not None:
-        return done
+        return [_judge_again(statistics, settings, output_dir) for statistics in done]
     described = describe_targets(ig, sample.name, image, truth, settings, progress)
     # The first target's statistics name the others: written last, they mark all as finished.
     for statistics, arrays in reversed(described):
-        statistics |= {'image_path': str(sample.image_path), 'resume_key': key}
-        files = image_files(output_dir / folder_name(sample.name, settings, statistics['target']))
-        view = view_of(arrays)
+        folder = folder_name(sample.name, settings, statistics['target'])
+        statistics |= {
+            'image_path': str(sample.image_path),
+            'folder': folder,
+            'resume_key': key,
+        }
+        files = image_files(output_dir / folder)
         write_files(
             {
-                files['attribution']: _figure_writer(attribution_figure(view, statistics)),
-                files['channels']: _figure_writer(channels_figure(view, statistics)),
+                **_picture_writers(files, view_of(arrays), statistics),
                 files['arrays']: _arrays_writer(arrays),
                 files['statistics']: _json_writer(statistics),
             }
         )
     return [statistics for statistics, _ in described]
+
+
+def _judge_again(statistics: dict, settings: Settings, output_dir: Path) -> dict:
+    """Statistics of a finished image under today's thresholds, in the file too."""
+    verdict = verdict_of(statistics, settings)
+    if verdict != statistics['verdict']:
+        statistics = {**statistics, 'verdict': verdict}
+        statistics['settings'] |= {'thresholds': asdict(settings.thresholds)}
+        path = image_files(output_dir / statistics['folder'])['statistics']
+        write_files({path: _json_writer(statistics)})
+    return statistics
 
 
 def folder_name(name: str, settings: Settings, target: str) -> str:
@@ -1351,7 +1496,7 @@ def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
 def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str:
     """A hash of everything that decides the files of an image."""
     # These do not change what is computed.
-    without = ('step_batch', 'compile', 'device', 'model_path')
+    without = ('step_batch', 'compile', 'device', 'model_path', 'thresholds')
     decisive = {name: value for name, value in record.items() if name not in without}
     digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
     for array in (image, truth):
@@ -1440,12 +1585,13 @@ def batch_integrated_gradients_analysis(
 def analyse_batch(
     ig: IntegratedGradients, samples: Sequence[Sample], settings: Settings, output_dir: Path
 ) -> BatchResult:
-    """Explain the samples one after the other and write summary.csv, .json and .png."""
+    """Explain the samples one after the other and write index.html, summary.csv, .json, .png."""
     images, skipped, failed = [], [], []
     try:
         for sample in tqdm(samples, desc='images', unit='image'):
             try:
-                for statistics in analyse_sample(ig, sample, settings, output_dir):
+                checks = settings.evaluate is not None  # which take long: their bars are shown
+                for statistics in analyse_sample(ig, sample, settings, output_dir, checks):
                     images.append(statistics)
                     _say_warnings(statistics)
             except OutputError:
@@ -1462,14 +1608,13 @@ def analyse_batch(
 
 
 def batch_summary(images: list[dict], skipped: list[dict], failed: list[dict]) -> dict:
-    """Counts, the median of every figure, and what looks wrong about the predictions."""
+    """Counts, the median of every figure with its 95 % bootstrap interval, how the attribution
+    ratio goes with Dice, the verdicts, and what looks wrong about the predictions."""
     medians = {}
-    for key in (
-        'completeness_gap', 'map_error', 'attribution_ratio', 'share_in_prediction',
-        'share_in_truth', 'prediction_ratio', 'dice', 'iou', 'pixel_accuracy', 'seconds',
-    ):  # fmt: skip
+    for key in SUMMARISED:
         values = [entry[key] for entry in images if entry[key] is not None]
         medians[f'median_{key}'] = median(values) if values else None
+        medians[f'interval_{key}'] = median_interval(values)
     full = sum(entry['prediction_ratio'] > DEGENERATE_RATIO for entry in images)
     empty = len(skipped) + sum(entry['prediction_area'] == 0 for entry in images)
     suspicion = None
@@ -1480,11 +1625,44 @@ def batch_summary(images: list[dict], skipped: list[dict], failed: list[dict]) -
             'was trained with (try --normalize none, another --image_size or --resize letterbox)'
         )
     counts = {'images': len(images), 'skipped': len(skipped), 'failed': len(failed)}
-    return {**counts, **medians, 'suspicion': suspicion}
+    pairs = [(entry['attribution_ratio'], entry['dice']) for entry in images]
+    return {
+        **counts,
+        **medians,
+        'ratio_dice_correlation': spearman([pair for pair in pairs if None not in pair]),
+        'findings': batch_findings(images),
+        'suspicion': suspicion,
+    }
+
+
+def median_interval(values: Sequence[float]) -> list[float] | None:
+    """The 95 % bootstrap interval of the median (bias-corrected and accelerated where that can be
+    computed, else by percentiles); None for fewer than three values. Seeded."""
+    if len(values) < 3:
+        return None
+    if min(values) == max(values):
+        return [float(values[0])] * 2
+    for method in ('BCa', 'percentile'):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # SciPy warns where BCa is degenerate
+            found = stats.bootstrap(
+                (np.asarray(values, float),), np.median, method=method, rng=np.random.default_rng(0)
+            ).confidence_interval
+        if math.isfinite(found.low) and math.isfinite(found.high):
+            return [float(found.low), float(found.high)]
+    return None
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's rank correlation of at least three pairs; None where one side is constant."""
+    if len(pairs) < 3:
+        return None
+    one, other = np.asarray(pairs, float).T
+    return rank_correlation(one, other)
 
 
 def write_summary(result: BatchResult, settings: Settings, output_dir: Path) -> None:
-    """summary.csv (one row an image), summary.json (everything) and summary.png."""
+    """index.html, summary.csv (one row an image), summary.json (everything), summary.png."""
     content = {
         'summary': result.summary,
         'settings': asdict(settings),
@@ -1500,15 +1678,24 @@ def write_summary(result: BatchResult, settings: Settings, output_dir: Path) -> 
     if not result.images:  # an earlier run's picture would not belong to this summary
         (output_dir / 'summary.png').unlink(missing_ok=True)
     else:
-        figure = summary_figure(result.images, settings.gap_tolerance)
+        figure = summary_figure(
+            result.images, settings.gap_tolerance, result.summary['ratio_dice_correlation']
+        )
         writers[output_dir / 'summary.png'] = _figure_writer(figure)
+    defaults = asdict(Settings())
+    commands = [reproducing_command(entry, defaults) for entry in result.images]
+    page = report_html(result.images, result.summary, result.skipped, result.failed, commands)
+    writers[output_dir / 'index.html'] = lambda path: path.write_text(page, encoding='utf-8')
     write_files(writers | {output_dir / 'summary.json': _json_writer(content)})
 
 
 def _summary_row(statistics: dict) -> dict:
     """A row of summary.csv: the flat figures of one image."""
     shares = statistics['channel_shares'] or (None, None, None)
-    flat = {k: v for k, v in statistics.items() if not isinstance(v, (dict, list))}
+    nested = ('evaluation',)  # None where nothing was evaluated
+    flat = {
+        k: v for k, v in statistics.items() if not isinstance(v, (dict, list)) and k not in nested
+    }
     flat |= dict(zip(('share_red', 'share_green', 'share_blue'), shares, strict=True))
     return {'image': flat.pop('image'), 'status': 'done', 'reason': '', **flat}
 
@@ -1636,6 +1823,13 @@ def build_parser() -> argparse.ArgumentParser:
         help='relative L2 deviation of the map that auto accepts (default: %(default)s)')
     add('--gap_tolerance', type=float, default=default.gap_tolerance,
         help='completeness gap above which to warn (default: %(default)s)')
+
+    add = parser.add_argument_group('checks').add_argument
+    add('--evaluate', choices=tuple(EFFORTS), default=default.evaluate,
+        help='check how far each map can be trusted; the cost is told first (default: off)')
+    add('--thresholds', nargs='+', metavar='NAME=VALUE',
+        help='of the verdict; defaults: '
+             + ' '.join(f'{k}={v:g}' for k, v in asdict(default.thresholds).items()))
     # fmt: on
     return parser
 
@@ -1650,7 +1844,9 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     ig = _prepare(args.model_path, settings, args.encoder, args.architecture, args.device)
     for statistics in analyse_sample(ig, sample, settings, output_dir, progress=True):
         print(statistics_text(statistics))
-        print(f'Files in {output_dir / folder_name(sample.name, settings, statistics["target"])}')
+        for finding in statistics['verdict']:
+            print(f'  {finding["flag"]}: {finding["text"]}')
+        print(f'Files in {output_dir / statistics["folder"]}')
         _say_warnings(statistics)
     return 0
 
@@ -1661,7 +1857,7 @@ def run_batch(args: argparse.Namespace, settings: Settings) -> int:
         args.model_path, args.data_dir, args.output_dir, args.num_samples,
         split=args.split, encoder=args.encoder, architecture=args.architecture,
         device=args.device, baseline_type=settings.baseline,
-        **{k: v for k, v in asdict(settings).items() if k != 'baseline'},
+        **{k: v for k, v in vars(settings).items() if k != 'baseline'},
     )  # fmt: skip
     counts = result.summary
     print(
@@ -1670,8 +1866,12 @@ def run_batch(args: argparse.Namespace, settings: Settings) -> int:
     )
     for key, value in counts.items():
         if key.startswith('median_') and value is not None:
-            print(f'  {key.replace("_", " "):28}{value:.4g}')
-    print(f'Files in {args.output_dir}')
+            interval = counts[key.replace('median_', 'interval_')]
+            between = ' (95 %: {:.4g} to {:.4g})'.format(*interval) if interval else ''
+            print(f'  {key.replace("_", " "):32}{value:.4g}{between}')
+    for line in counts['findings']:
+        print(f'  {line}')
+    print(f'Open {args.output_dir / "index.html"}')
     if counts['suspicion']:
         print(f'WARNING: {counts["suspicion"]}', file=sys.stderr)
     return 1 if result.failed else 0
@@ -1686,7 +1886,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError('--each_object goes without --target')
         given = [args.target] if isinstance(args.target, str) else args.target
         args.target = EACH_OBJECT if args.each_object else ' '.join(given)
+        args.thresholds = parse_thresholds(args.thresholds or ())
         settings = Settings(**{k: v for k, v in vars(args).items() if k in names})
+        if settings.evaluate:
+            print(evaluation_cost(settings), file=sys.stderr)
         return run_single(args, settings) if args.mode == 'single' else run_batch(args, settings)
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)

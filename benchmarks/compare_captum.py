@@ -8,7 +8,9 @@ Runs are interleaved, the medians of --repeats compared: seconds for the same no
 in reduced precision, for the same map error, for 1 and 3 targets, for 1 and several images. Captum
 runs with Gauss-Legendre nodes and internal_batch_size 1, which needs the least memory; ours
 measures its step batch. Writes benchmarks/results/compare_captum_NAME.md. With --memory: instead
-the peak memory of each in a process of its own, in compare_captum_NAME_memory.md.
+the peak memory of each in a process of its own, in compare_captum_NAME_memory.md. With --profile:
+where the time of one gradient goes, and how far that is from what the machine can multiply, in
+compare_captum_NAME_profile.md.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import platform
 import subprocess
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +30,7 @@ from pathlib import Path
 import captum.attr
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +47,18 @@ from integrated_gradients import (  # noqa: E402
 from segmentation_dataset import Preprocessing, list_samples  # noqa: E402
 
 CAPTUM_NODES = 50  # its default
-MAX_STEPS = 200
+STEP_COUNTS = (8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 44, 48, 56, 64, 80, 96, 128)
+# Parts of a profile, by what the name of an operator holds; the first that matches.
+PARTS = {
+    'convolutions': ('conv',),
+    'batch norms': ('batch_norm',),
+    'activations': ('silu', 'relu', 'sigmoid', 'gelu'),
+    'concatenation and its gradient': ('cat', 'slice', 'narrow'),
+    'resampling': ('upsample', 'pool', 'mean'),
+    'sums and products': ('add', 'mul', 'sum', 'div'),
+    'copies and memory': ('copy', 'clone', 'contiguous', 'empty', 'fill', 'zero', 'pad', 'resize'),
+}
+PEAK_SIDE = 4096  # of the matrices whose product shows the machine's arithmetic peak
 
 
 @dataclass
@@ -161,17 +176,89 @@ def compare_memory(arguments: argparse.Namespace) -> str:
     )  # fmt: skip
 
 
+def profiled(task: Callable[[], object]) -> tuple[object, dict[str, float]]:
+    """What a task gives, and the seconds it spends in each of PARTS, and in all others."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        result = task()
+    seconds = dict.fromkeys((*PARTS, 'others'), 0.0)
+    for event in found.key_averages():
+        name = event.key.lower()
+        part = next((p for p, words in PARTS.items() if any(w in name for w in words)), 'others')
+        seconds[part] += event.self_cpu_time_total / 1e6
+    return result, seconds
+
+
+def profile_gradient(
+    network: torch.nn.Module, x: torch.Tensor, region: torch.Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds by part of one forward and one backward pass, after one that is not counted."""
+    for _ in range(2):
+        point = x.clone().requires_grad_()
+        score, ahead = profiled(lambda point=point: network(point)[0, 0][region].mean())
+        _, back = profiled(lambda score=score, point=point: torch.autograd.grad(score, point))
+    return ahead, back
+
+
+def arithmetic_peak() -> float:
+    """The most floating-point operations a second that a float32 matrix product reaches here."""
+    matrix = torch.rand(PEAK_SIDE, PEAK_SIDE)
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    return 2 * PEAK_SIDE**3 / min(times)
+
+
+def compare_profiles(arguments: argparse.Namespace) -> str:
+    """Where the time of one gradient goes in the original network and in the prepared copy."""
+    bench = load(arguments, 1)
+    x, region = bench.images[0], bench.regions[0]
+    with FlopCounterMode(display=False) as counter:
+        point = x.clone().requires_grad_()
+        torch.autograd.grad(bench.model(point)[0, 0][region].mean(), point)
+    bench.ours.engine.prepare(x)
+    original = profile_gradient(bench.model, x, region)
+    prepared = profile_gradient(bench.ours.engine.preparation.network, x, region)
+    columns = (*original, *prepared)
+    rows = [[part, *(column[part] for column in columns)] for part in columns[0]]
+    rows.append(['**all**', *(sum(column.values()) for column in columns)])
+    table = [f'| {name} | ' + ' | '.join(f'{s:.3f}' for s in values) + ' |'
+             for name, *values in rows]  # fmt: skip
+    work, peak = counter.get_total_flops(), arithmetic_peak()
+    convolutions = sum(column['convolutions'] for column in prepared)
+    spent = sum(sum(column.values()) for column in prepared)
+    return f"""# Where the time of one gradient goes: {arguments.name}
+
+`python benchmarks/compare_captum.py {shown(arguments.command)}`
+
+{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}; input {arguments.image_size}×\
+{arguments.image_size}, float32, one step at a time; seconds by the profiler, second of two passes.
+
+| | original, forward | original, backward | prepared copy, forward | prepared copy, backward |
+|---|---|---|---|---|
+{chr(10).join(table)}
+
+One gradient takes {work / 1e9:.1f} GFLOP. A float32 matrix product of side {PEAK_SIDE} reaches
+{peak / 1e9:.0f} GFLOPS on this machine, so {work / peak:.2f} s is the least it can take; the
+prepared copy takes {spent:.2f} s ({100 * work / peak / spent:.0f} % of the peak), its convolutions
+{convolutions:.2f} s ({100 * work / peak / convolutions:.0f} %).
+"""
+
+
 def equal_error_steps(bench: Bench) -> tuple[float, int]:
     """The map error of Captum's default, and how many steps of the adaptive rule reach it.
 
-    Against a reference of 257 equidistant nodes (trapezoid rule).
+    Against a reference of 257 equidistant nodes (trapezoid rule). Found by bisection, as if more
+    steps were always better.
     """
     reference = bench.explain(0, rule='trapezoid', num_steps=257).attributions
     level = deviation(bench.captum(0, CAPTUM_NODES), reference)
-    for steps in (8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 44, 48, 56, 64, 80, 96):
-        if deviation(bench.explain(0, num_steps=steps).attributions, reference) <= level:
-            return level, steps
-    return level, MAX_STEPS
+
+    def reaches(steps: int) -> bool:
+        return deviation(bench.explain(0, num_steps=steps).attributions, reference) <= level
+
+    return level, STEP_COUNTS[bisect_left(STEP_COUNTS, True, hi=len(STEP_COUNTS) - 1, key=reaches)]
 
 
 def compare(arguments: argparse.Namespace) -> list[str]:
@@ -248,9 +335,10 @@ def cpu_name() -> str:
     return next((line.split(': ')[1] for line in lines if line.startswith('model name')), '')
 
 
-def write(rows: Sequence[str], arguments: argparse.Namespace) -> None:
+def table_of(rows: Sequence[str], arguments: argparse.Namespace) -> str:
+    """The table of seconds."""
     repeats = arguments.repeats
-    text = f"""# Captum and this toolkit: {arguments.name}
+    return f"""# Captum and this toolkit: {arguments.name}
 
 `python benchmarks/compare_captum.py {shown(arguments.command)}`
 
@@ -267,8 +355,11 @@ Ratio: Captum's figure by ours.
 Captum was given internal_batch_size 1, which needs the least memory; left unset, it sends all steps
 through the network at once.
 """
+
+
+def write(text: str, suffix: str, arguments: argparse.Namespace) -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / f'compare_captum_{arguments.name}.md').write_text(text)
+    (arguments.results / f'compare_captum_{arguments.name}{suffix}.md').write_text(text)
     print(text)
 
 
@@ -280,6 +371,7 @@ def main(command: Sequence[str]) -> int:
     parser.add_argument('--batch', type=int, default=10, help='images of the last comparison')
     parser.add_argument('--skip_error', action='store_true', help='leave out equal map error')
     parser.add_argument('--memory', action='store_true', help='compare peak memory, not time')
+    parser.add_argument('--profile', action='store_true', help='show where the time goes')
     parser.add_argument('--skip_default', action='store_true', help='with --memory: batch 1 only')
     parser.add_argument('--only', choices=('captum', 'captum_default', 'ours'))
     arguments = parser.parse_args(command)
@@ -288,11 +380,11 @@ def main(command: Sequence[str]) -> int:
         if arguments.only:
             run_only(arguments)
         elif arguments.memory:
-            text = compare_memory(arguments)
-            (arguments.results / f'compare_captum_{arguments.name}_memory.md').write_text(text)
-            print(text)
+            write(compare_memory(arguments), '_memory', arguments)
+        elif arguments.profile:
+            write(compare_profiles(arguments), '_profile', arguments)
         else:
-            write(compare(arguments), arguments)
+            write(table_of(compare(arguments), arguments), '', arguments)
     except EmptyTargetError as error:
         raise SystemExit(f'error: {error}') from None
     return 0

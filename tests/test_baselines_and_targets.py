@@ -81,6 +81,8 @@ def test_unknown_baseline_lists_what_there_is():
 
 # ------------------------------------------------------------------ targets
 
+ERRORS = ('false-positive', 'false-negative')
+
 
 def context(logits, truth=None, placement=None) -> TargetContext:
     logits = torch.tensor(logits, dtype=torch.float32)
@@ -198,6 +200,30 @@ def test_truth_with_more_classes_than_the_model():
 def test_empty_region_is_its_own_error_with_the_remedy(spec, options):
     with pytest.raises(EmptyTargetError, match='--target image'):
         build_target(spec, context([[[-1.0, -2.0], [-1.0, -2.0]]], **options))
+
+
+def test_errors_of_the_prediction_by_hand():
+    truth = [[0, 2], [1, 1]]
+    binary = {spec: build_target(spec, context(BINARY, truth=truth)) for spec in ERRORS}
+    # predicted (positive logits): the left column; true: all but the upper left
+    assert binary['false-positive'].region.tolist() == [[True, False], [False, False]]
+    assert binary['false-negative'].region.tolist() == [[False, True], [False, True]]
+    classes = {spec: build_target(spec, context(THREE, truth=truth)) for spec in ERRORS}
+    # predicted classes [[0, 1], [2, 2]] against [[0, 2], [1, 1]]: three confusions
+    expected = {'false-positive': [1, 2, 2], 'false-negative': [2, 1, 1]}
+    for spec, channels in expected.items():
+        weights = classes[spec].weights
+        assert classes[spec].region.tolist() == [[False, True], [True, True]]
+        assert weights.argmax(dim=0)[classes[spec].region].tolist() == channels
+        assert weights.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize('spec', ERRORS)
+def test_errors_need_a_truth_and_a_mistake(spec):
+    with pytest.raises(InputError, match=f'"{spec}" needs a ground-truth mask'):
+        build_target(spec, context(BINARY))
+    with pytest.raises(EmptyTargetError, match=f'"{spec}" is empty'):
+        build_target(spec, context(BINARY, truth=[[1, 0], [1, 0]]))
 
 
 def test_mask_and_target_objects_as_target(ig, brain):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -38,7 +39,8 @@ FAST = [
     'cpu',
 ]
 SINGLE = [*FAST, '--image_path', str(DEMO_IMAGE)]
-FOUR = ('attribution.png', 'channels.png', 'attributions.npz', 'statistics.json')
+FILES = ('attribution.png', 'channels.png', 'attributions.npz', 'statistics.json',
+         'image.png', 'overlay.png', 'thumbnail.png')  # fmt: skip
 DOCUMENTED_KEYS = {
     'image', 'target', 'baseline', 'rule', 'steps', 'gradient_evaluations', 'precision',
     'seconds', 'peak_memory_bytes', 'score', 'baseline_score', 'completeness_gap', 'map_error',
@@ -87,7 +89,7 @@ def test_single_image_as_a_subprocess(tmp_path):
     done = run(*SINGLE, '--output_dir', tmp_path / 'out')
     assert done.returncode == 0, done.stderr
     name = DEMO_IMAGE.stem
-    assert files_below(tmp_path / 'out') == {f'{name}/{name}_{ending}' for ending in FOUR}
+    assert files_below(tmp_path / 'out') == {f'{name}/{name}_{ending}' for ending in FILES}
     statistics = strict_json(tmp_path / 'out' / name / f'{name}_statistics.json')
     assert statistics.keys() >= DOCUMENTED_KEYS
     assert statistics['settings']['mean'] == [0.5, 0.5, 0.5]  # from the checkpoint
@@ -118,7 +120,7 @@ def test_batch_as_a_subprocess_with_a_summary(tmp_path):
     assert float(rows[0]['completeness_gap']) == summary['images'][0]['completeness_gap']
     assert Image.open(tmp_path / 'summary.png').width > 1000
     for row in rows:
-        for ending in FOUR:
+        for ending in FILES:
             assert (tmp_path / row['image'] / f'{row["image"]}_{ending}').is_file()
 
 
@@ -216,6 +218,36 @@ def test_each_object_is_explained(tmp_path):
         strict_json(tmp_path / name / f'{name}_statistics.json')['target_area'] for name in folders
     ]
     assert folders[0].endswith('_object-1') and areas == sorted(areas, reverse=True)
+
+
+def test_evaluation_tells_its_cost_and_fills_the_metrics(tmp_path, capsys):
+    truth = ['--target', 'truth', '--evaluate', 'quick', '--output_dir', str(tmp_path)]
+    assert main([*SINGLE, *truth]) == 0
+    captured = capsys.readouterr()
+    assert re.search(r'--evaluate quick: \d+ forward passes and \d+ gradient', captured.err)
+    name = DEMO_IMAGE.stem
+    statistics = strict_json(tmp_path / name / f'{name}_statistics.json')
+    for metric in ('deletion_area', 'insertion_margin', 'infidelity', 'mass_in_truth'):
+        assert statistics[metric] is not None
+    assert statistics['randomised_correlation'] is None  # only with full
+    assert statistics['evaluation']['effort'] == 'quick'
+    for finding in statistics['verdict']:
+        assert finding['text'] in captured.out
+
+
+def test_new_thresholds_judge_again_without_computing(tmp_path, computed):
+    truth = ['--target', 'truth', '--output_dir', str(tmp_path)]
+    name = DEMO_IMAGE.stem
+
+    def flags() -> set[str]:
+        statistics = strict_json(tmp_path / name / f'{name}_statistics.json')
+        return {finding['flag'] for finding in statistics['verdict']}
+
+    assert main([*SINGLE, *truth, '--thresholds', 'background_ratio=0', 'dice=0']) == 0
+    assert not flags() & {'background focus', 'poor mask'}
+    assert main([*SINGLE, *truth, '--thresholds', 'background_ratio=1e9', 'dice=1.1']) == 0
+    assert flags() >= {'background focus', 'poor mask'}
+    assert len(computed) == 1
 
 
 def test_figures_are_redrawn_without_the_model(tmp_path):

@@ -8,7 +8,9 @@ import pytest
 from conftest import ROOT
 
 import integrated_gradients
+from faithfulness import METRICS
 from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
+from verdict import RULES, Thresholds
 
 TEXT = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
 FLAGS = TEXT[TEXT.index('## All flags') : TEXT.index('## What is computed')]
@@ -34,6 +36,21 @@ def test_every_entry_of_the_tables_is_explained(table):
         assert f'`{name}`' in TEXT
 
 
+def test_every_metric_stands_in_the_table_as_it_is_defined():
+    plain = TEXT.replace('\\|', '|')
+    for name, metric in METRICS.items():
+        row = (name, metric.definition, metric.range, metric.better or '–', metric.source)
+        assert '| `{}` | {} | {} | {} | {} |'.format(*row) in plain
+
+
+def test_every_finding_and_threshold_is_explained():
+    part = TEXT[TEXT.index('| finding | when |') : TEXT.index('**The page.**')]
+    for rule in RULES:
+        assert rule.flag in part
+    for name, limit in vars(Thresholds()).items():
+        assert f'`{name}` ({limit:g})' in part
+
+
 def commands() -> list[str]:
     blocks = re.findall(r'```bash\n(.*?)```', TEXT, re.DOTALL)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
@@ -48,7 +65,7 @@ def test_the_commands_are_valid_and_name_files_that_exist(command):
 
 
 def test_linked_files_exist():
-    for target in re.findall(r'\]\((?!http)([^)]+)\)', TEXT):
+    for target in re.findall(r'\]\((?!http|#)([^)]+)\)', TEXT):
         assert (ROOT / target).exists(), target
 
 
@@ -60,5 +77,5 @@ def test_statistics_are_explained(tmp_path):
     (path,) = tmp_path.glob('*/*_statistics.json')
     described = TEXT[TEXT.index('| statistic |') :].replace('`_', '`attribution_')
     aside = {'image', 'image_path', 'notes', 'settings', 'versions', 'resume_key'}
-    for key in json.loads(path.read_text()).keys() - aside:
+    for key in json.loads(path.read_text()).keys() - aside - METRICS.keys():
         assert f'`{key}`' in described, key

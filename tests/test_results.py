@@ -25,6 +25,7 @@ from integrated_gradients import (
     Explanation,
     OutputError,
     Preparation,
+    Target,
     Trend,
     explanation_statistics,
     mask_scores,
@@ -44,7 +45,7 @@ def explanation(attributions, mask=MASK, score=10.0, baseline_score=0.0) -> Expl
         region=mask,
         baseline_pixels=np.zeros((2, 2, 3), np.float32),
         target='predicted',
-        score_type='logit',
+        objective=Target('predicted', mask[None].float()),
         baseline='zero',
         rule='midpoint',
         steps=4,
@@ -298,3 +299,34 @@ def test_pictures_are_legible_when_printed(tmp_path):
     picture = Image.open(path)
     assert picture.info['dpi'][0] >= 149
     assert 1500 < picture.width < 3000 and picture.height < 3000
+
+
+# ------------------------------------------------------------------ a batch in numbers
+
+
+def test_bootstrap_interval_of_the_median():
+    values = np.random.default_rng(0).normal(10, 2, 60).tolist()
+    low, high = module.median_interval(values)
+    assert low < np.median(values) < high
+    assert high - low == pytest.approx(2 * 1.96 * 1.253 * 2 / math.sqrt(60), rel=0.4)
+    assert module.median_interval(values) == [low, high]  # seeded
+    assert module.median_interval([1.0, 2.0]) is None
+    assert module.median_interval([3.0] * 5) == [3.0, 3.0]
+
+
+def test_bootstrap_intervals_cover_the_truth():
+    """95 % intervals of samples of 15: at least 85 of 100 hold the median they were drawn about."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(100):
+        low, high = module.median_interval(rng.normal(0, 1, 15).tolist())
+        hits += low <= 0 <= high
+    assert hits >= 85
+
+
+def test_ratio_and_dice_go_together():
+    rising = [(1.0, 0.1), (2.0, 0.5), (9.0, 0.6)]
+    assert module.spearman(rising) == pytest.approx(1)
+    assert module.spearman([(-x, y) for x, y in rising]) == pytest.approx(-1)
+    assert module.spearman(rising[:2]) is None
+    assert module.spearman([(1.0, 0.1), (1.0, 0.2), (1.0, 0.3)]) is None

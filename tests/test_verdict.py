@@ -1,0 +1,97 @@
+"""Findings in plain words, and the thresholds they compare with."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import fields
+
+import pytest
+
+from integrated_gradients import InputError
+from verdict import (
+    CONCERN,
+    GOOD,
+    NOTE,
+    RULES,
+    Thresholds,
+    batch_findings,
+    findings,
+    parse_thresholds,
+)
+
+SETTINGS = {'settings': {'gap_tolerance': 0.05}}
+
+
+def flags(figures: dict, **limits: float) -> list[str]:
+    return [finding.flag for finding in findings({**figures, **SETTINGS}, Thresholds(**limits))]
+
+
+@pytest.mark.parametrize(
+    ('figures', 'expected'),
+    [
+        ({'attribution_ratio': 2.1}, ['good focus']),
+        ({'attribution_ratio': 2.0}, []),
+        ({'attribution_ratio': 1.0}, []),
+        ({'attribution_ratio': 0.9}, ['background focus']),
+        ({'attribution_ratio': None}, []),
+        ({'completeness_gap': 0.05}, []),
+        ({'completeness_gap': 0.06}, ['gap too large']),
+        ({'map_error': 0.2}, ['map not settled']),
+        ({'rim_excess': 1.5, 'padding_excess': 0.5}, ['border artefact']),
+        ({'rim_excess': 0.5, 'padding_excess': 1.5}, ['padding artefact']),
+        ({'deletion_margin': 0.1, 'insertion_margin': -0.1}, ['beats its controls']),
+        ({'deletion_margin': -0.1, 'insertion_margin': 0.1}, ['beats its controls']),
+        ({'deletion_margin': 0.0, 'insertion_margin': -0.1}, ['fails its control']),
+        ({'deletion_margin': None, 'insertion_margin': 0.1}, []),
+        ({'randomised_correlation': 0.6}, ['survives randomisation']),
+        ({'max_sensitivity': 1.2}, ['unstable under noise']),
+        ({'infidelity': 0.95}, ['unfaithful to patches']),
+        ({'baseline_correlation': 0.1}, ['unstable between baselines']),
+        ({'dice': 0.3}, ['poor mask']),
+    ],
+)
+def test_each_rule_at_its_threshold(figures, expected):
+    assert flags(figures) == expected
+
+
+def test_concerns_come_first():
+    found = findings({'attribution_ratio': 3.0, 'map_error': 0.5, 'rim_excess': 3.0} | SETTINGS)
+    assert [finding.level for finding in found] == [CONCERN, NOTE, GOOD]
+
+
+def test_every_text_can_be_written_and_every_threshold_is_used():
+    figures = {name: 0.5 for rule in RULES for name in rule.needs} | SETTINGS
+    for rule in RULES:
+        text = rule.text.format(**figures, t=Thresholds())
+        assert text.endswith('.') and '{' not in text
+        names = {part[1] for part in string.Formatter().parse(rule.text) if part[1]}
+        assert {name.split('.')[0].split('[')[0] for name in names} <= {*rule.needs, 't'}
+    # Moving a threshold far to either side changes what is found in some image.
+    for threshold in (field.name for field in fields(Thresholds)):
+        assert flags(figures, **{threshold: -9.0}) != flags(figures, **{threshold: 9.0}), threshold
+
+
+def test_thresholds_are_overridden_by_name():
+    limits = parse_thresholds(['focus_ratio=5', 'dice=0.9'])
+    assert limits == Thresholds(focus_ratio=5, dice=0.9)
+    assert parse_thresholds([]) == Thresholds()
+
+
+@pytest.mark.parametrize(
+    ('pair', 'message'),
+    [('focus=5', 'unknown threshold "focus" .choose from focus_ratio,'),
+     ('dice=much', 'not of the form dice=NUMBER'), ('dice', 'not of the form'),
+     ('dice=nan', 'not of the form')],
+)  # fmt: skip
+def test_a_wrong_threshold_is_explained(pair, message):
+    with pytest.raises(InputError, match=message):
+        parse_thresholds([pair])
+
+
+def test_the_batch_counts_flags_in_the_order_of_the_rules():
+    images = [
+        {'verdict': [{'flag': 'poor mask'}, {'flag': 'good focus'}]},
+        {'verdict': [{'flag': 'poor mask'}]},
+    ]
+    assert batch_findings(images) == ['good focus: 1 of 2 images', 'poor mask: 2 of 2 images']
+    assert batch_findings([]) == []
