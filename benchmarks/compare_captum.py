@@ -216,7 +216,7 @@ def compare_profiles(arguments: argparse.Namespace) -> str:
     x, region = bench.images[0], bench.regions[0]
     with FlopCounterMode(display=False) as counter:
         point = x.clone().requires_grad_()
-        torch.autograd.grad(bench.model(point)[0, 0][region].mean(), point)
+        bench.model(point)[0, 0][region].mean().backward()
     bench.ours.engine.prepare(x)
     original = profile_gradient(bench.model, x, region)
     prepared = profile_gradient(bench.ours.engine.preparation.network, x, region)
