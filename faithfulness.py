@@ -42,6 +42,7 @@ FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local mean
 LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
 SUPERPIXELS = 100
 PROFILE_BINS = 48
+COMPARED_BASELINES = ('zero', 'blur', 'mean', 'white')
 FORWARDS_A_GRADIENT = 3  # a gradient costs about as much as three forward passes
 
 
@@ -56,7 +57,7 @@ class Effort:
     patches: int = 0  # removed for infidelity
     stages: int = 0  # of model randomisation
     noisy: int = 0  # noisy images for max-sensitivity
-    baselines: tuple[str, ...] = ()  # whose maps are compared, where the subject has them
+    baselines: int = 0  # whose maps are compared: all of the subject's, if this is not 0
     map_steps: int = 0  # interpolation steps of each map computed for a check
 
     def forwards(self) -> int:
@@ -70,7 +71,7 @@ class Effort:
 
     def gradients(self) -> int:
         """Gradient evaluations of one evaluation, at most."""
-        maps = len(self.baselines)
+        maps = self.baselines
         maps += self.stages + 1 if self.stages else 0
         maps += self.noisy + 1 if self.noisy else 0
         return 1 + maps * self.map_steps
@@ -86,7 +87,7 @@ EFFORTS: dict[str, Effort] = {
         patches=50,
         stages=5,
         noisy=4,
-        baselines=('zero', 'blur', 'mean', 'white'),
+        baselines=len(COMPARED_BASELINES),
         map_steps=8,
     ),
 }
@@ -171,9 +172,30 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 
+def plain_map(
+    network: Callable[[torch.Tensor], object],
+    x: torch.Tensor,
+    baseline: torch.Tensor,
+    target: Score,
+    steps: int,
+) -> np.ndarray:
+    """Integrated Gradients (3, H, W) by the midpoint rule, for comparing maps of the same steps."""
+    total = torch.zeros_like(x)
+    for step in range(steps):
+        point = torch.lerp(baseline, x, (step + 0.5) / steps).detach().requires_grad_()
+        with torch.enable_grad():
+            score = target(segmentation_logits(network(point))).sum()
+            total += torch.autograd.grad(score, point)[0]
+    return (total * (x - baseline) / steps)[0].cpu().numpy()
+
+
 @dataclass(frozen=True)
 class Subject:
-    """An attribution map, and the network, input and target that it explains."""
+    """An attribution map, and the network, input and target that it explains.
+
+    `method` makes further maps for the checks that need them: (network, x, baseline, target,
+    steps), as `plain_map` takes them, -> (3, H, W).
+    """
 
     attributions: np.ndarray  # (3, H, W), signed, in units of the score where the tool has any
     network: nn.Module  # (N, 3, H, W) -> logits; in evaluation mode, no parameter gradients
@@ -188,6 +210,7 @@ class Subject:
     others: dict[str, np.ndarray] = field(default_factory=dict)  # baselines (H, W, 3), 0-255
     batch: int = 1  # images that go through the network at once
     run: Callable[[torch.Tensor], torch.Tensor] | None = None  # a faster way to the same logits
+    method: Callable[..., np.ndarray] = plain_map  # that made the map
 
     def logits(self, points: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) -> (N, C, h, w)."""
@@ -673,24 +696,7 @@ def random_patch(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray
     return mask
 
 
-# --------------------------------------------------------------------------- maps for checks
-
-
-def plain_map(
-    network: Callable[[torch.Tensor], object],
-    x: torch.Tensor,
-    baseline: torch.Tensor,
-    target: Score,
-    steps: int,
-) -> np.ndarray:
-    """Integrated Gradients (3, H, W) by the midpoint rule, for comparing maps of the same steps."""
-    total = torch.zeros_like(x)
-    for step in range(steps):
-        point = torch.lerp(baseline, x, (step + 0.5) / steps).detach().requires_grad_()
-        with torch.enable_grad():
-            score = target(segmentation_logits(network(point))).sum()
-            total += torch.autograd.grad(score, point)[0]
-    return (total * (x - baseline) / steps)[0].cpu().numpy()
+# --------------------------------------------------------------------------- model randomisation
 
 
 def randomisation(
@@ -708,7 +714,8 @@ def randomisation(
     if not layers:
         return Evaluation({})
     cuts = np.unique(np.linspace(1, len(layers), min(work.stages, len(layers))).astype(int))
-    before = plain_map(network, subject.x, subject.baseline, subject.target, work.map_steps)
+    arguments = (subject.x, subject.baseline, subject.target, work.map_steps)
+    before = subject.method(network, *arguments)
     stages = []
     with _bar('model randomisation', len(cuts), progress, 'stage') as bar:
         done = 0
@@ -716,8 +723,10 @@ def randomisation(
             for layer in layers[done:cut]:
                 redraw(layer, generator)
             done = int(cut)
-            after = plain_map(network, subject.x, subject.baseline, subject.target, work.map_steps)
-            stages.append({'layers': done, 'of': len(layers)} | _survival(before, after))
+            stages.append(
+                {'layers': done, 'of': len(layers)}
+                | _survival(before, subject.method(network, *arguments))
+            )
             bar.update()
     last = stages[-1]
     return Evaluation(
@@ -761,7 +770,7 @@ def max_sensitivity(reference: np.ndarray, perturbed: Sequence[np.ndarray]) -> f
 def noise_sensitivity(
     subject: Subject, work: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
-    """Max-sensitivity of Integrated Gradients under small uniform noise on the image."""
+    """Max-sensitivity of the method under small uniform noise on the image."""
     rng = np.random.default_rng(seed)
     maps = []
     with _bar('noise', work.noisy + 1, progress, 'map') as bar:
@@ -770,8 +779,8 @@ def noise_sensitivity(
             noise = rng.uniform(-radius, radius, subject.pixels.shape)
             noisy = subject.preprocessing.normalise(subject.pixels + noise.astype(np.float32))
             maps.append(
-                plain_map(subject.logits, noisy.to(subject.x), subject.baseline, subject.target,
-                          work.map_steps)
+                subject.method(subject.logits, noisy.to(subject.x), subject.baseline,
+                               subject.target, work.map_steps)
             )  # fmt: skip
             bar.update()
     return Evaluation({'max_sensitivity': max_sensitivity(maps[0], maps[1:])})
@@ -785,7 +794,9 @@ def baseline_agreement(
     with _bar('baselines', len(subject.others), progress, 'map') as bar:
         for name, image in subject.others.items():
             baseline = subject.preprocessing.normalise(image).to(subject.x)
-            found = plain_map(subject.logits, subject.x, baseline, subject.target, work.map_steps)
+            found = subject.method(
+                subject.logits, subject.x, baseline, subject.target, work.map_steps
+            )
             maps[name] = np.abs(found).sum(axis=0)
             bar.update()
     pairs = [

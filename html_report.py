@@ -54,6 +54,11 @@ def report_html(
     return environment.get_template(TEMPLATE).render(
         rows=[table_row(entry) for entry in images],
         data=[detail(entry, command) for entry, command in zip(images, commands, strict=True)],
+        meanings={
+            name: f'{metric.definition} ({metric.range}'
+            f'{metric.better and ", better " + metric.better}; {metric.source})'
+            for name, metric in METRICS.items()
+        },
         columns=COLUMNS,
         flags={flag: level for flag, level in flags.items() if flag in used},
         summary=summary_rows(summary),
@@ -94,19 +99,18 @@ def detail(statistics: dict, command: str) -> dict:
     evaluation = statistics['evaluation'] or {}
     figures = [[label, show(key, statistics[key]), ''] for key, label in FIGURES]
     figures += [
-        [key.replace('_', ' '), show(key, statistics[key]),
-         f'{metric.definition} ({metric.range}{metric.better and ", better " + metric.better}; '
-         f'{metric.source})']
-        for key, metric in METRICS.items() if statistics[key] is not None
-    ]  # fmt: skip
+        [key.replace('_', ' '), show(key, statistics[key]), key]
+        for key in METRICS
+        if statistics[key] is not None
+    ]
     return {
         'name': statistics['image'],
         'target': statistics['target'],
         'files': file_links(statistics),
         'verdict': statistics['verdict'],
         'figures': figures,
-        'curves': evaluation.get('curves', []),
-        'profile': evaluation.get('profile'),
+        'curves': rounded(evaluation.get('curves', [])),
+        'profile': rounded(evaluation.get('profile')),
         'stages': evaluation.get('randomisation', []),
         'baselines': evaluation.get('baselines', []),
         'settings': statistics['settings'],
@@ -114,6 +118,15 @@ def detail(statistics: dict, command: str) -> dict:
         'notes': statistics['notes'],
         'command': command,
     }
+
+
+def rounded(value: object) -> object:
+    """Nested lists and dictionaries with numbers of three digits: a thousand images fit a page."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f'{value:.3g}') if isinstance(value, float) else value
 
 
 def summary_rows(summary: dict) -> list[tuple[str, str, str]]:

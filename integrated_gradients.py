@@ -22,8 +22,10 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +52,7 @@ from attribution_figures import (
     summary_figure,
 )
 from faithfulness import (
+    COMPARED_BASELINES,
     EFFORTS,
     FORWARDS_A_GRADIENT,
     METRICS,
@@ -1375,14 +1378,30 @@ def evaluate_explanation(
     """
     _check_choice('evaluate', effort, EFFORTS)
     started = time.perf_counter()
+    subject = subject_of(ig, input_tensor, explanation, truth, placement, seed)
+    with torch.inference_mode(False), frozen(ig.model), explained_memory(ig.device):
+        ig.engine.prepare(subject.x)
+        found = evaluate(subject, effort, seed, progress)
+    details = {'effort': effort, 'seconds': time.perf_counter() - started, **found.details}
+    return {**found.metrics, 'evaluation': details}
+
+
+def subject_of(
+    ig: IntegratedGradients,
+    input_tensor: torch.Tensor,
+    explanation: Explanation,
+    truth: np.ndarray | None = None,
+    placement: Placement | None = None,
+    seed: int = 0,
+) -> Subject:
+    """What the checks of `faithfulness` look at. Arguments: see `evaluate_explanation`."""
     x = ig._check_input(input_tensor)  # (1, 3, H, W)
     content = None
     if placement is not None:
         content = np.zeros(x.shape[-2:], bool)
         placement.crop(content)[:] = True
-    pixels = ig.preprocessing.to_pixels(x)
-    rng = np.random.default_rng(seed)
-    subject = Subject(
+    pixels, rng = ig.preprocessing.to_pixels(x), np.random.default_rng(seed)
+    return Subject(
         attributions=explanation.attributions.cpu().numpy().reshape(x.shape[1:]),
         network=ig.model,
         target=explanation.objective,
@@ -1393,15 +1412,10 @@ def evaluate_explanation(
         prediction=explanation.predicted_mask.numpy(),
         truth=truth,
         content=content,
-        others={kind: BASELINES[kind](pixels, rng) for kind in EFFORTS[effort].baselines},
+        others={kind: BASELINES[kind](pixels, rng) for kind in COMPARED_BASELINES},
         batch=ig.engine.step_batch.size,
         run=ig.engine.run,
     )
-    with torch.inference_mode(False), frozen(ig.model), explained_memory(ig.device):
-        ig.engine.prepare(x)
-        found = evaluate(subject, effort, seed, progress)
-    details = {'effort': effort, 'seconds': time.perf_counter() - started, **found.details}
-    return {**found.metrics, 'evaluation': details}
 
 
 def evaluation_cost(settings: Settings) -> str:
@@ -1567,11 +1581,13 @@ def batch_integrated_gradients_analysis(
     encoder: str | None = None,
     architecture: str | None = None,
     device: str | torch.device = 'auto',
+    before_image: Callable[[], object] = lambda: None,
     **options: object,
 ) -> BatchResult:
     """Explain images of a dataset split, evenly spaced through it, and write a summary.
 
-    num_samples: None for all. options: further fields of `Settings`. An image that cannot be
+    num_samples: None for all. before_image: called before each; what it raises ends the batch,
+    whose summary is still written. options: further fields of `Settings`. An image that cannot be
     used is listed in the result and does not stop the others.
     Raises InputError for an unusable model, folder or setting, OutputError if writing fails.
     """
@@ -1579,16 +1595,21 @@ def batch_integrated_gradients_analysis(
     samples = choose_samples(list_samples(data_dir, split), num_samples)
     output_dir = prepare_output(output_dir)
     ig = _prepare(model_path, settings, encoder, architecture, device)
-    return analyse_batch(ig, samples, settings, output_dir)
+    return analyse_batch(ig, samples, settings, output_dir, before_image)
 
 
 def analyse_batch(
-    ig: IntegratedGradients, samples: Sequence[Sample], settings: Settings, output_dir: Path
+    ig: IntegratedGradients,
+    samples: Sequence[Sample],
+    settings: Settings,
+    output_dir: Path,
+    before_image: Callable[[], object] = lambda: None,
 ) -> BatchResult:
     """Explain the samples one after the other and write index.html, summary.csv, .json, .png."""
     images, skipped, failed = [], [], []
     try:
         for sample in tqdm(samples, desc='images', unit='image'):
+            before_image()
             try:
                 checks = settings.evaluate is not None  # which take long: their bars are shown
                 for statistics in analyse_sample(ig, sample, settings, output_dir, checks):
@@ -1751,7 +1772,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog='integrated_gradients.py',
         description='Integrated Gradients for segmentation models: why did it draw this mask?',
-        epilog='Exit status: 0 done, 1 some images of a batch failed, 2 bad input, 130 Ctrl-C.',
+        epilog='Exit status: 0 done, 1 some images of a batch failed, 2 bad input, 130 Ctrl-C, '
+        '143 SIGTERM.',
     )
     # fmt: off
     add = parser.add_argument_group('what to explain').add_argument
@@ -1851,12 +1873,48 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def run_batch(args: argparse.Namespace, settings: Settings) -> int:
+class StopSignals:
+    """Turns SIGINT and SIGTERM into a KeyboardInterrupt that cannot get lost.
+
+    Python drops an exception that a signal handler raises while a destructor or a callback runs.
+    The signal's number stays here, and `check` raises again.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.number = number
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt where a signal has come."""
+        if self.number is not None:
+            raise KeyboardInterrupt
+
+    @property
+    def exit_status(self) -> int:
+        """What the shell expects of a process ended by that signal: 130 or 143."""
+        return 128 + (self.number or signal.SIGINT)
+
+
+def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -> int:
     """Explain a dataset split and print its summary; 1 if some image failed."""
     result = batch_integrated_gradients_analysis(
         args.model_path, args.data_dir, args.output_dir, args.num_samples,
         split=args.split, encoder=args.encoder, architecture=args.architecture,
-        device=args.device, baseline_type=settings.baseline,
+        device=args.device, baseline_type=settings.baseline, before_image=stop.check,
         **{k: v for k, v in vars(settings).items() if k != 'baseline'},
     )  # fmt: skip
     counts = result.summary
@@ -1880,23 +1938,34 @@ def run_batch(args: argparse.Namespace, settings: Settings) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
-    names = {f.name for f in fields(Settings)}
+    stop = StopSignals()
     try:
-        if args.each_object and args.target != Settings.target:
-            raise InputError('--each_object goes without --target')
-        given = [args.target] if isinstance(args.target, str) else args.target
-        args.target = EACH_OBJECT if args.each_object else ' '.join(given)
-        args.thresholds = parse_thresholds(args.thresholds or ())
-        settings = Settings(**{k: v for k, v in vars(args).items() if k in names})
-        if settings.evaluate:
-            print(evaluation_cost(settings), file=sys.stderr)
-        return run_single(args, settings) if args.mode == 'single' else run_batch(args, settings)
+        with stop:
+            settings = settings_from(args)
+            if settings.evaluate:
+                print(evaluation_cost(settings), file=sys.stderr)
+            if args.mode == 'single':
+                return run_single(args, settings)
+            return run_batch(args, settings, stop)
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted; the same command goes on where this one stopped', file=sys.stderr)
-        return 130
+        return stop.exit_status
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """The settings that the parsed flags ask for. Raises InputError where they make no sense."""
+    if args.each_object and args.target != Settings.target:
+        raise InputError('--each_object goes without --target')
+    given = [args.target] if isinstance(args.target, str) else args.target
+    names = {f.name for f in fields(Settings)} - {'target', 'thresholds'}
+    return Settings(
+        target=EACH_OBJECT if args.each_object else ' '.join(given),
+        thresholds=parse_thresholds(args.thresholds or ()),
+        **{name: value for name, value in vars(args).items() if name in names},
+    )
 
 
 if __name__ == '__main__':

@@ -246,13 +246,13 @@ prepared copy takes {spent:.2f} s ({100 * work / peak / spent:.0f} % of the peak
 """
 
 
-def equal_error_steps(bench: Bench) -> tuple[float, int]:
+def equal_error_steps(bench: Bench, reference_nodes: int) -> tuple[float, int]:
     """The map error of Captum's default, and how many steps of the adaptive rule reach it.
 
-    Against a reference of 257 equidistant nodes (trapezoid rule). Found by bisection, as if more
+    Against a reference of equidistant nodes (trapezoid rule). Found by bisection, as if more
     steps were always better.
     """
-    reference = bench.explain(0, rule='trapezoid', num_steps=257).attributions
+    reference = bench.explain(0, rule='trapezoid', num_steps=reference_nodes).attributions
     level = deviation(bench.captum(0, CAPTUM_NODES), reference)
 
     def reaches(steps: int) -> bool:
@@ -291,7 +291,7 @@ def compare(arguments: argparse.Namespace) -> list[str]:
         f'maps differ by {off:.3f}, reported {reduced.precision_deviation:.3f}')  # fmt: skip
 
     if not arguments.skip_error:
-        level, steps = equal_error_steps(bench)
+        level, steps = equal_error_steps(bench, arguments.reference_nodes)
         seconds, _ = interleave(
             {
                 'Captum': lambda: bench.captum(0, CAPTUM_NODES),
@@ -369,6 +369,7 @@ def main(command: Sequence[str]) -> int:
     parser.add_argument('--nodes', type=int, default=12)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--batch', type=int, default=10, help='images of the last comparison')
+    parser.add_argument('--reference_nodes', type=int, default=257, help='of the true map')
     parser.add_argument('--skip_error', action='store_true', help='leave out equal map error')
     parser.add_argument('--memory', action='store_true', help='compare peak memory, not time')
     parser.add_argument('--profile', action='store_true', help='show where the time goes')

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -262,7 +263,8 @@ def test_figures_are_redrawn_without_the_model(tmp_path):
         assert (np.asarray(Image.open(path)) == picture).all()
 
 
-def test_interrupted_batch_keeps_a_summary_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_batch_keeps_a_summary_and_says_how_to_go_on(tmp_path, number, status):
     process = subprocess.Popen(
         [sys.executable, 'integrated_gradients.py', *FAST, '--mode', 'batch', '--data_dir',
          str(DEMO_DATA), '--num_samples', 'all', '--target', 'image', '--output_dir',
@@ -272,12 +274,29 @@ def test_interrupted_batch_keeps_a_summary_and_says_how_to_go_on(tmp_path):
     deadline = time.time() + 120
     while len(list(tmp_path.glob('*/*_statistics.json'))) < 2 and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    assert process.returncode == status, said
     assert 'Traceback' not in said and 'goes on where this one stopped' in said
     assert len(strict_json(tmp_path / 'summary.json')['images']) >= 2
     assert not [path for path in files_below(tmp_path) if '.tmp' in path]
+
+
+def test_a_signal_that_python_drops_still_stops():
+    """An exception raised while a destructor runs is only printed: seen once with Ctrl-C."""
+    with integrated_gradients.StopSignals() as stop, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+
+        class Unlucky:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGTERM)
+
+        stop.check()
+        Unlucky()  # is deleted at once
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+    assert stop.exit_status == 143
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ------------------------------------------------------------------ what users may combine

@@ -16,6 +16,7 @@ from torch import nn
 
 import faithfulness
 from faithfulness import (
+    COMPARED_BASELINES,
     EFFORTS,
     FILLS,
     METRICS,
@@ -46,7 +47,7 @@ SIDE = 32
 AS_IT_IS = Preprocessing(SIDE, 'stretch', (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 PATCH = np.zeros((SIDE, SIDE), bool)
 PATCH[8:24, 8:24] = True  # a quarter of the image
-SMALL = replace(EFFORTS['full'], points=8, patches=20, noisy=2, map_steps=4, baselines=())
+SMALL = replace(EFFORTS['full'], points=8, patches=20, noisy=2, map_steps=4, baselines=0)
 
 
 class PatchScorer(nn.Module):
@@ -252,6 +253,37 @@ def test_curves_of_an_inverted_and_of_a_constant_map():
     assert areas(constant)['deletion']['attribution'] == pytest.approx(0.5, abs=0.05)
 
 
+def test_deletion_by_pixel_is_quantus_pixel_flipping():
+    """The same scores at the same steps; Quantus leaves them in units of the model's output, and
+    its area in steps, which makes images incomparable."""
+    quantus = pytest.importorskip('quantus', reason='pip install --no-deps quantus')
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.Tanh(), nn.Conv2d(4, 1, 1)).eval()
+    x, relevance = torch.rand(1, 3, SIDE, SIDE), torch.rand(SIDE, SIDE)
+    subject = replace(
+        patch_subject(relevance.expand(3, -1, -1) / 3), network=network.requires_grad_(False), x=x
+    )
+    work = Effort(fills=('baseline',), units=('pixel',), points=8, random_maps=1)
+    (ours,) = (row['attribution'] for row in evaluate(subject, work).details['curves']
+               if row['kind'] == 'deletion')  # fmt: skip
+
+    class Scores(nn.Module):
+        def forward(self, points: torch.Tensor) -> torch.Tensor:
+            return network(points).mean(dim=(2, 3))
+
+    flipping = quantus.PixelFlipping(
+        features_in_step=3 * SIDE**2 // 8, perturb_baseline='black', normalise=False,
+        disable_warnings=True,
+    )  # fmt: skip
+    (theirs,) = flipping(
+        model=Scores(), x_batch=x.numpy(), y_batch=np.array([0]),
+        a_batch=relevance.numpy()[None, None].astype(np.float64), softmax=False,
+    )  # fmt: skip
+    full, empty = float(Scores()(x)), theirs[-1]
+    expected = [1.0, *((score - empty) / (full - empty) for score in theirs)]
+    assert ours['scores'] == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_fill_that_changes_nothing_gives_no_area():
     subject = patch_subject(PERFECT)
     effort = Effort(fills=('blur',), units=('pixel',), points=4, random_maps=1)
@@ -417,8 +449,23 @@ def test_the_map_of_a_randomised_network_fails_its_control():
     assert 'fails its control' in judged(found)
 
 
-def test_a_map_that_ignores_the_network_survives_randomisation():
-    assert 'survives randomisation' in judged({'randomised_correlation': 0.9})
+def test_a_method_that_ignores_the_network_survives_randomisation():
+    def edges(network, x, baseline, target, steps) -> np.ndarray:
+        return np.repeat(faithfulness.edge_map(AS_IT_IS.to_pixels(x))[None], 3, axis=0)
+
+    rng = np.random.default_rng(0)
+    subject = replace(
+        patch_subject(PERFECT),
+        x=torch.as_tensor(rng.random((1, 3, SIDE, SIDE)), dtype=torch.float32),
+        method=edges,
+    )
+    found = evaluate(subject, SMALL).metrics
+    assert found['randomised_correlation'] == pytest.approx(1)
+    assert found['randomised_ssim'] == pytest.approx(1)
+    assert 'survives randomisation' in judged(found)
+    honest = evaluate(replace(subject, method=plain_map), SMALL).metrics
+    assert abs(honest['randomised_correlation']) < 0.5
+    assert 'survives randomisation' not in judged(honest)
 
 
 def test_a_watermark_is_found_out():
@@ -474,7 +521,7 @@ def test_the_stated_cost_is_what_is_spent(effort, monkeypatch):
     subject = patch_subject(PERFECT)
     counting = Counting(subject.network)
     even = np.full((SIDE, SIDE, 3), 40, np.float32)
-    others = dict.fromkeys(EFFORTS[effort].baselines, even)
+    others = dict.fromkeys(COMPARED_BASELINES[: EFFORTS[effort].baselines], even)
     monkeypatch.setattr(faithfulness.copy, 'deepcopy', lambda network: network)  # count it too
     evaluate(replace(subject, network=counting, others=others), effort)
     assert counting.forwards == EFFORTS[effort].forwards()

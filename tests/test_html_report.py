@@ -220,6 +220,26 @@ def test_an_evil_name_is_text(browser, batch, tmp_path):
     opened.close()
 
 
+def test_a_thousand_images(browser, batch, tmp_path):
+    content = json.loads((batch / 'summary.json').read_text(encoding='utf-8'))
+    entries = [
+        {**content['images'][k % 3], 'image': f'image_{k}', 'attribution_ratio': (37 * k) % 1000}
+        for k in range(1000)
+    ]
+    text = report_html(entries, content['summary'], [], [], ['python'] * 1000)
+    assert len(text) < 20e6
+    (tmp_path / 'index.html').write_text(text, encoding='utf-8')
+    opened = browser.new_page()
+    opened.goto((tmp_path / 'index.html').as_uri(), wait_until='domcontentloaded')
+    opened.locator('th[data-key="1"] button').click()
+    assert opened.locator('#images .open').first.inner_text() == 'image_0'
+    opened.locator('th[data-key="name"] button').click()
+    assert opened.locator('#images .open').nth(10).inner_text() == 'image_10'  # not image_108
+    lazy = opened.evaluate("[...document.images].filter(i => i.loading === 'lazy').length")
+    assert lazy == 1000
+    opened.close()
+
+
 @pytest.mark.parametrize('width', [360, 1100])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_it_fits_the_window_in_both_schemes(page, width, scheme):
