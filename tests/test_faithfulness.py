@@ -259,9 +259,11 @@ def test_deletion_by_pixel_is_quantus_pixel_flipping():
     quantus = pytest.importorskip('quantus', reason='pip install --no-deps quantus')
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.Tanh(), nn.Conv2d(4, 1, 1)).eval()
-    x, relevance = torch.rand(1, 3, SIDE, SIDE), torch.rand(SIDE, SIDE)
+    grey, relevance = torch.rand(1, 1, SIDE, SIDE), torch.rand(SIDE, SIDE)
     subject = replace(
-        patch_subject(relevance.expand(3, -1, -1) / 3), network=network.requires_grad_(False), x=x
+        patch_subject(relevance.expand(3, -1, -1) / 3),
+        network=network.requires_grad_(False),
+        x=grey.expand(-1, 3, -1, -1),
     )
     work = Effort(fills=('baseline',), units=('pixel',), points=8, random_maps=1)
     (ours,) = (row['attribution'] for row in evaluate(subject, work).details['curves']
@@ -269,17 +271,17 @@ def test_deletion_by_pixel_is_quantus_pixel_flipping():
 
     class Scores(nn.Module):
         def forward(self, points: torch.Tensor) -> torch.Tensor:
-            return network(points).mean(dim=(2, 3))
+            return network(points.expand(-1, 3, -1, -1)).mean(dim=(2, 3))
 
     flipping = quantus.PixelFlipping(
-        features_in_step=3 * SIDE**2 // 8, perturb_baseline='black', normalise=False,
+        features_in_step=SIDE**2 // 8, perturb_baseline='black', normalise=False,
         disable_warnings=True,
     )  # fmt: skip
     (theirs,) = flipping(
-        model=Scores(), x_batch=x.numpy(), y_batch=np.array([0]),
+        model=Scores().eval(), x_batch=grey.numpy(), y_batch=np.array([0]),
         a_batch=relevance.numpy()[None, None].astype(np.float64), softmax=False,
     )  # fmt: skip
-    full, empty = float(Scores()(x)), theirs[-1]
+    full, empty = float(Scores()(grey)), theirs[-1]
     expected = [1.0, *((score - empty) / (full - empty) for score in theirs)]
     assert ours['scores'] == pytest.approx(expected, abs=1e-3)
 
