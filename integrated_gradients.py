@@ -1877,7 +1877,8 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a KeyboardInterrupt that cannot get lost.
 
     Python drops an exception that a signal handler raises while a destructor or a callback runs.
-    The signal's number stays here, and `check` raises again.
+    The signal's number stays here, and `check` raises again. A signal that is ignored, as shells
+    make background jobs ignore Ctrl-C, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -1887,7 +1888,8 @@ class StopSignals:
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:
