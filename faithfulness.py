@@ -37,7 +37,7 @@ STRONGEST = 0.05  # share of the pixels that "top" means
 RIM = 0.05  # width of the outer rim, share of the longer side
 NEAR = 0.05  # "near the target": within this share of the longer side
 NOISE_RADIUS = 0.02  # of the pixel range: of max-sensitivity's perturbations
-BLUR_SIGMA = 0.05  # of the longer side: of the fill "blur"
+BLUR_SIGMA = 0.05  # of the longer side: of the fill and the baseline "blur"
 FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
 LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
 SUPERPIXELS = 100
@@ -229,7 +229,7 @@ class Subject:
     @cached_property
     def blurred(self) -> np.ndarray:
         """The image under a strong Gaussian blur, (H, W, 3) float32, 0-255."""
-        return cv2.GaussianBlur(self.pixels, (0, 0), BLUR_SIGMA * max(self.pixels.shape[:2]))
+        return strong_blur(self.pixels)
 
     @cached_property
     def signed(self) -> np.ndarray:
@@ -536,6 +536,11 @@ def removal_order(
 def superpixels(pixels: np.ndarray) -> np.ndarray:
     """SLIC superpixels of an image (H, W, 3) 0-255: labels (H, W)."""
     return slic(pixels / 255, n_segments=SUPERPIXELS, compactness=10, start_label=0)
+
+
+def strong_blur(pixels: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) under a Gaussian blur of 5 % of its longer side."""
+    return cv2.GaussianBlur(pixels, (0, 0), BLUR_SIGMA * max(pixels.shape[:2]))
 
 
 def edge_map(pixels: np.ndarray) -> np.ndarray:

@@ -18,6 +18,11 @@ from faithfulness import METRICS
 from verdict import CONCERN, RULES
 
 TEMPLATE = 'report_template.html'
+FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
+    'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
+    'overlay': 'overlay.png', 'thumbnail': 'thumbnail.png', 'arrays': 'attributions.npz',
+    'statistics': 'statistics.json',
+}  # fmt: skip
 COLUMNS = (  # statistic, heading, what it is
     ('dice', 'Dice', 'overlap of prediction and truth, 0 to 1'),
     ('attribution_ratio', 'Ratio', 'mean |attribution| in the prediction / in the background'),
@@ -87,11 +92,7 @@ def table_row(statistics: dict) -> dict:
 def file_links(statistics: dict) -> dict[str, str]:
     """Relative addresses of an image's files."""
     folder = statistics['folder']
-    endings = {
-        'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
-        'overlay': 'overlay.png', 'thumbnail': 'thumbnail.png', 'statistics': 'statistics.json',
-    }  # fmt: skip
-    return {name: quote(f'{folder}/{folder}_{end}') for name, end in endings.items()}
+    return {name: quote(f'{folder}/{folder}_{end}') for name, end in FILE_ENDINGS.items()}
 
 
 def detail(statistics: dict, command: str) -> dict:

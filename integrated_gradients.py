@@ -59,6 +59,7 @@ from faithfulness import (
     Subject,
     evaluate,
     rank_correlation,
+    strong_blur,
 )
 from gradient_engine import (
     CHECKED_NODES,
@@ -73,7 +74,7 @@ from gradient_engine import (
 from gradient_engine import (
     Path as GradientPath,
 )
-from html_report import report_html, reproducing_command
+from html_report import FILE_ENDINGS, report_html, reproducing_command
 from model_loading import (
     ARCHITECTURES,
     DEFAULT_ARCHITECTURE,
@@ -109,9 +110,7 @@ from verdict import Thresholds, batch_findings, findings, parse_thresholds
 
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
-PAGE_PICTURES = ('image', 'overlay', 'thumbnail')  # of each image, for index.html
 EACH_OBJECT = 'each-object'  # a target that stands for every object:K there is
-BLUR_SIGMA = 0.05  # of the longer image side
 # Settings that `explain_targets` takes under the same name.
 EXPLAIN_SETTINGS = (
     'num_steps', 'rule', 'tolerance', 'max_steps', 'score', 'threshold', 'baseline_draws', 'seed',
@@ -303,7 +302,7 @@ def random_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def blur_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The image under a Gaussian blur of 5 % of its longer side."""
-    return cv2.GaussianBlur(pixels, (0, 0), BLUR_SIGMA * max(pixels.shape[:2]))
+    return strong_blur(pixels)
 
 
 def mean_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -1163,13 +1162,7 @@ def _csv_writer(rows: Sequence[dict]) -> Callable[[Path], object]:
 
 def image_files(folder: Path) -> dict[str, Path]:
     """The files of one image's folder by what they hold; the statistics mark it as finished."""
-    return {
-        'attribution': folder / f'{folder.name}_attribution.png',
-        'channels': folder / f'{folder.name}_channels.png',
-        **{name: folder / f'{folder.name}_{name}.png' for name in PAGE_PICTURES},
-        'arrays': folder / f'{folder.name}_attributions.npz',
-        'statistics': folder / f'{folder.name}_statistics.json',
-    }
+    return {name: folder / f'{folder.name}_{end}' for name, end in FILE_ENDINGS.items()}
 
 
 def load_view(folder: str | Path) -> tuple[View, dict]:

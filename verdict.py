@@ -50,7 +50,7 @@ class Rule:
     level: str
     needs: tuple[str, ...]
     holds: Callable[[dict, Thresholds], bool]
-    text: str  # formatted with the statistics and, as t, the thresholds
+    text: str  # formatted with the statistics
 
 
 def _fails_controls(figures: dict, limits: Thresholds) -> bool:
@@ -118,7 +118,7 @@ def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding
     that is missing or None was not measured."""
     limits = limits or Thresholds()
     found = [
-        Finding(rule.flag, rule.level, rule.text.format(**statistics, t=limits))
+        Finding(rule.flag, rule.level, rule.text.format(**statistics))
         for rule in RULES
         if all(statistics.get(name) is not None for name in rule.needs)
         and rule.holds(statistics, limits)
@@ -137,9 +137,9 @@ def batch_findings(images: Sequence[dict]) -> list[str]:
     ]
 
 
-def parse_thresholds(pairs: Sequence[str], limits: Thresholds | None = None) -> Thresholds:
-    """Thresholds with some replaced, each given as NAME=VALUE. Raises InputError."""
-    limits = limits or Thresholds()
+def parse_thresholds(pairs: Sequence[str]) -> Thresholds:
+    """The thresholds with some replaced, each given as NAME=VALUE. Raises InputError."""
+    limits = Thresholds()
     names = [field.name for field in fields(Thresholds)]
     for pair in pairs:
         name, _, value = pair.partition('=')
