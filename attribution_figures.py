@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -19,6 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap black
 TARGET_COLOUR, TRUTH_COLOUR = '#00c8ff', '#39d353'
@@ -159,25 +163,28 @@ def channels_figure(view: View, statistics: dict) -> Figure:
 
 
 def summary_figure(
-    images: Sequence[dict], gap_tolerance: float, correlation: float | None = None
+    images: DataFrame, gap_tolerance: float, correlation: float | None = None
 ) -> Figure:
     """A batch at a glance: gap and ratio of every image, where the model looks, ratio and Dice.
 
-    correlation: Spearman's, of attribution ratio and Dice.
+    images: one row an explanation, its statistics in the columns. correlation: Spearman's, of
+    attribution ratio and Dice.
     """
     fig = Figure(figsize=(13, 9), dpi=DOTS_PER_INCH, layout='constrained')
     gaps, ratios, shares, scatter = fig.subplots(2, 2).flat
-    ordered = sorted(images, key=lambda entry: entry['image'])
-    _per_image(gaps, ordered, 'completeness_gap', 100, 'Completeness gap (%)')
+    ordered = images.sort_values('image', kind='stable')
+    names = list(ordered['image'])
+    _per_image(gaps, names, 100 * _values(ordered, 'completeness_gap'), 'Completeness gap (%)')
     gaps.axhline(100 * gap_tolerance, color='tab:red', label=f'tolerance {gap_tolerance:.0%}')
     gaps.legend(fontsize=FONT['label'])
-    _per_image(ratios, ordered, 'attribution_ratio', 1, 'Attribution ratio (inside / outside)')
+    ratio = _values(ordered, 'attribution_ratio')
+    _per_image(ratios, names, ratio, 'Attribution ratio (inside / outside)')
     ratios.axhline(2, color='tab:green', label='above 2: focused on the prediction')
     ratios.axhline(1, color='tab:red', label='below 1: background weighs more')
     ratios.legend(fontsize=FONT['label'])
     _histogram(shares, ordered)
     _ratio_scatter(scatter, ordered, correlation)
-    first = ordered[0]
+    first = ordered.iloc[0]
     fig.suptitle(
         f'{len(images)} images · target {first["target"]} · baseline {first["baseline"]} · '
         f'{first["rule"]} rule, {first["steps"]} steps',
@@ -186,25 +193,31 @@ def summary_figure(
     return fig
 
 
-def _per_image(axis: Axes, images: Sequence[dict], key: str, factor: float, title: str) -> None:
+def _values(images: DataFrame, key: str) -> np.ndarray:
+    """A statistic of every image; NaN where it does not apply."""
+    return images[key].to_numpy(float, na_value=np.nan)
+
+
+def _per_image(axis: Axes, names: Sequence[str], values: np.ndarray, title: str) -> None:
     """One bar for every image; images where the figure does not apply are left blank."""
-    values = [np.nan if entry[key] is None else factor * entry[key] for entry in images]
-    axis.bar(range(len(values)), values, color='tab:blue')
     axis.set_title(title, fontsize=FONT['title'])
-    if len(images) <= MAX_NAMED_IMAGES:
-        names = [textwrap.shorten(entry['image'], 28, placeholder='…') for entry in images]
-        names = [name if len(name) <= 28 else name[:27] + '…' for name in names]
-        axis.set_xticks(range(len(names)), names, rotation=60, ha='right', fontsize=8)
-    else:
+    if len(names) <= MAX_NAMED_IMAGES:
+        axis.bar(range(len(values)), values, color='tab:blue')
+        short = [textwrap.shorten(name, 28, placeholder='…') for name in names]
+        short = [name if len(name) <= 28 else name[:27] + '…' for name in short]
+        axis.set_xticks(range(len(names)), short, rotation=60, ha='right', fontsize=8)
+    else:  # one outline: thousands of bars would take minutes
+        axis.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, color='tab:blue')
         axis.set_xlabel('image, by name', fontsize=FONT['label'])
 
 
-def _histogram(axis: Axes, images: Sequence[dict]) -> None:
+def _histogram(axis: Axes, images: DataFrame) -> None:
     """Where the attribution lies: its share inside the prediction and inside the truth."""
     labels = {'share_in_prediction': 'the prediction', 'share_in_truth': 'the ground truth'}
     for key, label in labels.items():
-        values = [100 * entry[key] for entry in images if entry[key] is not None]
-        if values:
+        values = 100 * _values(images, key)
+        values = values[np.isfinite(values)]
+        if len(values):
             axis.hist(values, bins=np.linspace(0, 100, 21), alpha=0.6, label=f'inside {label}')
     axis.set_title('Share of |attribution| (%)', fontsize=FONT['title'])
     axis.set_ylabel('images', fontsize=FONT['label'])
@@ -213,21 +226,18 @@ def _histogram(axis: Axes, images: Sequence[dict]) -> None:
         axis.legend(fontsize=FONT['label'])
 
 
-def _ratio_scatter(axis: Axes, images: Sequence[dict], correlation: float | None) -> None:
+def _ratio_scatter(axis: Axes, images: DataFrame, correlation: float | None) -> None:
     """Attribution ratio against Dice, or against the mask's size where the truth is unknown."""
-    known = any(entry['dice'] is not None for entry in images)
+    known = images['dice'].notna().any()
     key, label = ('dice', 'Dice') if known else ('prediction_ratio', 'prediction ratio')
-    points = [
-        (entry[key], entry['attribution_ratio'])
-        for entry in images
-        if entry[key] is not None and entry['attribution_ratio'] is not None
-    ]
+    across, up = _values(images, key), _values(images, 'attribution_ratio')
+    there = np.isfinite(across) & np.isfinite(up)
     rho = f" (Spearman's rho {correlation:.2f})" if known and correlation is not None else ''
     axis.set_title(f'Attribution ratio against {label}{rho}', fontsize=FONT['title'])
     axis.set_xlabel(label, fontsize=FONT['label'])
     axis.set_ylabel('attribution ratio', fontsize=FONT['label'])
-    if points:
-        axis.scatter(*zip(*points, strict=True), color='tab:blue')
+    if there.any():
+        axis.scatter(across[there], up[there], color='tab:blue')
         axis.set_ylim(bottom=0)
 
 

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from faithfulness import METRICS
-from verdict import CONCERN, RULES
+from result_files import FILE_ENDINGS
+from verdict import RULES, concerns
 
 TEMPLATE = 'report_template.html'
-FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
-    'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
-    'overlay': 'overlay.png', 'thumbnail': 'thumbnail.png', 'arrays': 'attributions.npz',
-    'statistics': 'statistics.json',
-}  # fmt: skip
 COLUMNS = (  # statistic, heading, what it is
     ('dice', 'Dice', 'overlap of prediction and truth, 0 to 1'),
     ('attribution_ratio', 'Ratio', 'mean |attribution| in the prediction / in the background'),
     ('completeness_gap', 'Gap', 'how far the sum of the map misses the change of the score'),
     ('map_error', 'Map error', 'estimated relative L2 error of the map'),
 )
+MOST_LISTED = 200  # skipped or failed images
 PERCENT = ('completeness_gap', 'map_error', 'prediction_ratio', 'share_in_prediction')
 FIGURES = (  # statistics shown in the detail view, before those of METRICS
     ('dice', 'Dice'), ('attribution_ratio', 'Attribution ratio'),
@@ -40,14 +38,35 @@ FIGURES = (  # statistics shown in the detail view, before those of METRICS
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Page:
+    """One of the pages of a report; the first is index.html and holds the summary."""
+
+    number: int = 1
+    of: int = 1
+
+    @property
+    def file(self) -> str:
+        """Its file name."""
+        return self.file_of(self.number)
+
+    @staticmethod
+    def file_of(number: int) -> str:
+        """The file name of a page."""
+        return 'index.html' if number == 1 else f'index_{number}.html'
+
+
 def report_html(
     images: Sequence[dict],
     summary: dict,
     skipped: Sequence[dict],
     failed: Sequence[dict],
     commands: Sequence[str],
+    page: Page = Page(),
+    output_dir: Path | None = None,
 ) -> str:
-    """The page. images: statistics with `folder` and `verdict`; commands: what makes each again."""
+    """The page. images: those on it: statistics with `folder` and `verdict`; commands: what makes
+    each again. output_dir: where the pictures are, to leave out those that are not."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).resolve().parent),
         autoescape=select_autoescape(['html']),
@@ -57,8 +76,12 @@ def report_html(
     flags = {rule.flag: rule.level for rule in RULES}
     used = {finding['flag'] for entry in images for finding in entry['verdict']}
     return environment.get_template(TEMPLATE).render(
-        rows=[table_row(entry) for entry in images],
-        data=[detail(entry, command) for entry, command in zip(images, commands, strict=True)],
+        page=page,
+        rows=[table_row(entry, output_dir) for entry in images],
+        data=[
+            detail(entry, command, output_dir)
+            for entry, command in zip(images, commands, strict=True)
+        ],
         meanings={
             name: f'{metric.definition} ({metric.range}'
             f'{metric.better and ", better " + metric.better}; {metric.source})'
@@ -69,33 +92,39 @@ def report_html(
         summary=summary_rows(summary),
         counts=summary,
         skipped=skipped,
+        most_listed=MOST_LISTED,
         failed=failed,
         first=images[0] if images else None,
     )
 
 
-def table_row(statistics: dict) -> dict:
+def table_row(statistics: dict, output_dir: Path | None) -> dict:
     """What the table shows of one image."""
-    files = file_links(statistics)
+    files = file_links(statistics, output_dir)
     return {
         'name': statistics['image'],
         'target': statistics['target'],
-        'thumbnail': files['thumbnail'],
+        'thumbnail': files.get('thumbnail'),
         'cells': [
             {'text': show(key, statistics[key]), 'value': statistics[key]} for key, _, _ in COLUMNS
         ],
         'verdict': statistics['verdict'],
-        'concerns': sum(finding['level'] == CONCERN for finding in statistics['verdict']),
+        'concerns': concerns([finding['flag'] for finding in statistics['verdict']]),
     }
 
 
-def file_links(statistics: dict) -> dict[str, str]:
-    """Relative addresses of an image's files."""
+def file_links(statistics: dict, output_dir: Path | None) -> dict[str, str]:
+    """Relative addresses of the files of an image, of those that are there."""
     folder = statistics['folder']
-    return {name: quote(f'{folder}/{folder}_{end}') for name, end in FILE_ENDINGS.items()}
+    files = {name: f'{folder}/{folder}_{end}' for name, end in FILE_ENDINGS.items()}
+    return {
+        name: quote(file)
+        for name, file in files.items()
+        if output_dir is None or (output_dir / file).is_file()
+    }
 
 
-def detail(statistics: dict, command: str) -> dict:
+def detail(statistics: dict, command: str, output_dir: Path | None) -> dict:
     """What the detail view shows of one image, as data for the page's script."""
     evaluation = statistics['evaluation'] or {}
     figures = [[label, show(key, statistics[key]), ''] for key, label in FIGURES]
@@ -107,7 +136,7 @@ def detail(statistics: dict, command: str) -> dict:
     return {
         'name': statistics['image'],
         'target': statistics['target'],
-        'files': file_links(statistics),
+        'files': file_links(statistics, output_dir),
         'verdict': statistics['verdict'],
         'figures': figures,
         'curves': rounded(evaluation.get('curves', [])),

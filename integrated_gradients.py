@@ -17,40 +17,44 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import hashlib
 import json
 import math
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
-from scipy import stats
 from tqdm import tqdm
 
 from attribution_figures import (
-    View,
     accuracy_warning,
     attribution_figure,
     channels_figure,
     map_verdict,
-    page_pictures,
-    summary_figure,
 )
+from batch_job import (
+    FAILED,
+    SKIPPED,
+    Alone,
+    Group,
+    Outcome,
+    Writers,
+    hold_folder,
+    read_ahead,
+    started_by_torchrun,
+    writer_processes,
+)
+from batch_summary import BatchResult, Progress
 from faithfulness import (
     COMPARED_BASELINES,
     EFFORTS,
@@ -58,7 +62,6 @@ from faithfulness import (
     METRICS,
     Subject,
     evaluate,
-    rank_correlation,
     strong_blur,
 )
 from gradient_engine import (
@@ -74,7 +77,6 @@ from gradient_engine import (
 from gradient_engine import (
     Path as GradientPath,
 )
-from html_report import FILE_ENDINGS, report_html, reproducing_command
 from model_loading import (
     ARCHITECTURES,
     DEFAULT_ARCHITECTURE,
@@ -90,6 +92,22 @@ from path_integral import (
     first_nodes,
     integrate,
 )
+from result_files import (
+    FIGURES,
+    Description,
+    OutputError,
+    image_files,
+    json_writer,
+    load_view,
+    missing_figures,
+    prepare_output,
+    read_statistics,
+    redraw_figures,
+    redraw_missing,
+    view_of,
+    write_files,
+    write_image,
+)
 from segmentation_dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -104,7 +122,40 @@ from segmentation_dataset import (
     round_up_size,
     single_sample,
 )
-from verdict import Thresholds, batch_findings, findings, parse_thresholds
+from verdict import Thresholds, findings, parse_thresholds
+
+__all__ = [  # what users import from here, wherever it stands
+    'BASELINES',
+    'TARGETS',
+    'BatchResult',
+    'EmptyTargetError',
+    'Explanation',
+    'InputError',
+    'IntegratedGradients',
+    'OutputError',
+    'Preprocessing',
+    'Settings',
+    'Target',
+    'analyse_batch',
+    'analyse_sample',
+    'attribution_figure',
+    'batch_integrated_gradients_analysis',
+    'channels_figure',
+    'describe_image',
+    'describe_targets',
+    'evaluate_explanation',
+    'explain_image',
+    'explanation_statistics',
+    'list_samples',
+    'load_model',
+    'load_view',
+    'main',
+    'read_image',
+    'redraw_figures',
+    'resolve_device',
+    'statistics_text',
+    'view_of',
+]  # fmt: skip
 
 # --------------------------------------------------------------------------- constants
 
@@ -116,11 +167,6 @@ EXPLAIN_SETTINGS = (
     'num_steps', 'rule', 'tolerance', 'max_steps', 'score', 'threshold', 'baseline_draws', 'seed',
     'precision', 'precision_tolerance',
 )  # fmt: skip
-SUMMARISED = (  # figures whose median over a batch is given
-    'completeness_gap', 'map_error', 'attribution_ratio', 'share_in_prediction',
-    'share_in_truth', 'prediction_ratio', 'dice', 'iou', 'pixel_accuracy', 'seconds', *METRICS,
-)  # fmt: skip
-DEGENERATE_RATIO = 0.95  # a mask covering more than this looks like wrong preprocessing
 
 
 class EmptyTargetError(InputError):
@@ -267,16 +313,6 @@ def completeness_gap(total: float, score: float, baseline_score: float) -> float
     if abs(change) <= 1e-6 * max(abs(score), abs(baseline_score), 1e-6):
         return None
     return abs(total - change) / abs(change)
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """What a batch analysis did. Each image is the dictionary of its statistics file."""
-
-    images: list[dict]
-    skipped: list[dict] = field(default_factory=list)  # {'image', 'reason'}: empty target
-    failed: list[dict] = field(default_factory=list)  # {'image', 'reason'}: unusable input
-    summary: dict = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------- baselines
@@ -715,6 +751,13 @@ class IntegratedGradients:
             for number, target in enumerate(built)
         ]
 
+    def prepare(self, input_tensor: torch.Tensor) -> None:
+        """Prepare the network's private copy on this input, (3, H, W) or (1, 3, H, W), instead of
+        on the first that is explained. Raises InputError as `explain_targets` does."""
+        x = self._check_input(input_tensor)
+        with torch.inference_mode(False), frozen(self.model), explained_memory(self.device):
+            self.engine.prepare(x)
+
     @staticmethod
     def _explanation(
         input_tensor: torch.Tensor, number: int, target: Target, walk: _Walk, common: dict
@@ -1078,118 +1121,6 @@ def statistics_text(statistics: dict) -> str:
     return '\n  '.join([heading, *lines])
 
 
-# --------------------------------------------------------------------------- files
-
-
-class OutputError(InputError):
-    """A result cannot be written."""
-
-
-@contextlib.contextmanager
-def _explained_writing(path: Path) -> Iterator[None]:
-    """Turn an operating-system error into one sentence that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f'cannot write {path}: {error.strerror or error} '
-            '(free some space, or choose another --output_dir)'
-        ) from None
-
-
-def prepare_output(folder: str | Path) -> Path:
-    """Make the output folder and try whether it can be written, before hours are spent."""
-    folder = Path(folder)
-    with _explained_writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    return folder
-
-
-def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
-    """Write files so that each is there whole or not at all, and the last only with the others.
-
-    All are first written under temporary names; only when every one is complete are they
-    renamed. The last file marks the set as finished: its old version goes before the renaming.
-    Raises OutputError; the old files are then still there.
-    """
-    temporary = {path: path.with_name(f'.tmp{os.getpid()}_{path.name}') for path in writers}
-    try:
-        for path, write in writers.items():
-            with _explained_writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write(temporary[path])
-        with _explained_writing(path):
-            path.unlink(missing_ok=True)
-            for path, whole in temporary.items():
-                os.replace(whole, path)
-    finally:
-        for leftover in temporary.values():
-            leftover.unlink(missing_ok=True)
-
-
-def _json_writer(content: object) -> Callable[[Path], object]:
-    text = json.dumps(content, indent=2, allow_nan=False) + '\n'
-    return lambda path: path.write_text(text, encoding='utf-8')
-
-
-def _figure_writer(figure) -> Callable[[Path], object]:
-    return lambda path: figure.savefig(path, format='png')
-
-
-def _picture_writer(array: np.ndarray) -> Callable[[Path], object]:
-    return lambda path: Image.fromarray(array).save(path, format='png')
-
-
-def _arrays_writer(arrays: dict[str, np.ndarray]) -> Callable[[Path], object]:
-    def write(path: Path) -> None:
-        with path.open('wb') as stream:  # a path would get .npz added to its name
-            np.savez_compressed(stream, **arrays)
-
-    return write
-
-
-def _csv_writer(rows: Sequence[dict]) -> Callable[[Path], object]:
-    def write(path: Path) -> None:
-        with path.open('w', newline='', encoding='utf-8') as stream:
-            table = csv.DictWriter(stream, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-
-    return write
-
-
-def image_files(folder: Path) -> dict[str, Path]:
-    """The files of one image's folder by what they hold; the statistics mark it as finished."""
-    return {name: folder / f'{folder.name}_{end}' for name, end in FILE_ENDINGS.items()}
-
-
-def load_view(folder: str | Path) -> tuple[View, dict]:
-    """What the figures of an image folder show, read back from its files, and its statistics."""
-    files = image_files(Path(folder))
-    statistics = json.loads(files['statistics'].read_text(encoding='utf-8'))
-    with np.load(files['arrays'], allow_pickle=False) as arrays:
-        return view_of(dict(arrays)), statistics
-
-
-def redraw_figures(folder: str | Path) -> None:
-    """Draw the pictures of an image folder again from its files, without the model."""
-    view, statistics = load_view(folder)
-    write_files(_picture_writers(image_files(Path(folder)), view, statistics))
-
-
-def _picture_writers(
-    files: dict[str, Path], view: View, statistics: dict
-) -> dict[Path, Callable[[Path], object]]:
-    """All pictures of one image, by file."""
-    return {
-        files['attribution']: _figure_writer(attribution_figure(view, statistics)),
-        files['channels']: _figure_writer(channels_figure(view, statistics)),
-        **{files[name]: _picture_writer(array) for name, array in page_pictures(view).items()},
-    }
-
-
 # --------------------------------------------------------------------------- visualization
 
 
@@ -1213,21 +1144,6 @@ def display_arrays(
         'content': np.array([placement.top, placement.left, placement.height, placement.width]),
     }
     return arrays if truth is None else arrays | {'truth': truth}
-
-
-def view_of(arrays: dict[str, np.ndarray]) -> View:
-    """The figures' view of such arrays, letterbox padding cut away."""
-    size = tuple(int(side) for side in arrays['original_size'])
-    crop = Placement(size, *(int(side) for side in arrays['content'])).crop
-    return View(
-        image=arrays['image'],
-        original_size=size,
-        attributions=np.moveaxis(crop(np.moveaxis(arrays['attributions'], 0, 2)), 2, 0),
-        predicted_mask=crop(arrays['predicted_mask']),
-        region=crop(arrays['region']),
-        truth=crop(arrays['truth']) if 'truth' in arrays else None,
-        baseline=crop(arrays['baseline']),
-    )
 
 
 # --------------------------------------------------------------------------- single and batch
@@ -1292,9 +1208,6 @@ def _explained_truth(target: str, truth: np.ndarray | None) -> np.ndarray | None
     if truth is None:
         return None
     return truth == int(number) if kind == 'class' else truth > 0
-
-
-Description = tuple[dict, dict[str, np.ndarray]]  # statistics, and the arrays figures need
 
 
 def describe_targets(
@@ -1434,41 +1347,67 @@ def describe_image(
     return describe_targets(ig, name, image, truth, settings, progress)[0]
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A sample as it was read, and what an earlier run has left of it."""
+
+    sample: Sample
+    image: np.ndarray  # (H, W, 3) uint8
+    truth: np.ndarray | None  # (H, W) uint8
+    key: str  # see `resume_key`
+    finished: list[dict] | None  # the statistics of its targets, where it need not be computed
+
+
+def load_sample(
+    sample: Sample, settings: Settings, record: dict, output_dir: Path, overwrite: bool = False
+) -> Loaded:
+    """Read a sample. record: of `settings_record`. Raises InputError for an unusable one."""
+    image, truth = sample.image(), sample.truth()
+    key = resume_key(record, image, truth)
+    finished = None
+    if not overwrite:
+        finished = finished_statistics(output_dir, sample.name, settings, key)
+    return Loaded(sample, image, truth, key, finished)
+
+
+def explain_sample(
+    ig: IntegratedGradients, loaded: Loaded, settings: Settings, progress: bool = False
+) -> list[Description]:
+    """Explain a sample: what `write_image` writes."""
+    name = loaded.sample.name
+    described = describe_targets(ig, name, loaded.image, loaded.truth, settings, progress)
+    for statistics, _ in described:
+        statistics |= {
+            'image_path': str(loaded.sample.image_path),
+            'folder': folder_name(name, settings, statistics['target']),
+            'resume_key': loaded.key,
+        }
+    return described
+
+
 def analyse_sample(
     ig: IntegratedGradients,
     sample: Sample,
     settings: Settings,
     output_dir: Path,
     progress: bool = False,
+    figures: str = 'all',
+    overwrite: bool = False,
 ) -> list[dict]:
     """Explain one sample and write its files for each target.
 
-    Returns the contents of the statistics files. A sample that was finished before under the same
-    settings, image, truth and checkpoint is read back instead. Raises InputError for an unusable
-    sample, OutputError if writing fails.
+    figures: a key of FIGURES. Returns the contents of the statistics files. A sample that was
+    finished before under the same settings, image, truth and checkpoint is read back instead,
+    unless `overwrite`. Raises InputError for an unusable sample, OutputError if writing fails.
     """
-    image, truth = sample.image(), sample.truth()
-    key = resume_key(settings_record(ig, settings), image, truth)
-    done = finished_statistics(output_dir, sample.name, settings, key)
-    if done is not None:
-        return [_judge_again(statistics, settings, output_dir) for statistics in done]
-    described = describe_targets(ig, sample.name, image, truth, settings, progress)
-    # The first target's statistics name the others: written last, they mark all as finished.
-    for statistics, arrays in reversed(described):
-        folder = folder_name(sample.name, settings, statistics['target'])
-        statistics |= {
-            'image_path': str(sample.image_path),
-            'folder': folder,
-            'resume_key': key,
-        }
-        files = image_files(output_dir / folder)
-        write_files(
-            {
-                **_picture_writers(files, view_of(arrays), statistics),
-                files['arrays']: _arrays_writer(arrays),
-                files['statistics']: _json_writer(statistics),
-            }
-        )
+    record = settings_record(ig, settings)
+    loaded = load_sample(sample, settings, record, output_dir, overwrite)
+    if loaded.finished is not None:
+        judged = [_judge_again(entry, settings, output_dir) for entry in loaded.finished]
+        redraw_missing(output_dir, [entry['folder'] for entry in judged], figures)
+        return judged
+    described = explain_sample(ig, loaded, settings, progress)
+    write_image(output_dir, described, figures)
     return [statistics for statistics, _ in described]
 
 
@@ -1479,7 +1418,7 @@ def _judge_again(statistics: dict, settings: Settings, output_dir: Path) -> dict
         statistics = {**statistics, 'verdict': verdict}
         statistics['settings'] |= {'thresholds': asdict(settings.thresholds)}
         path = image_files(output_dir / statistics['folder'])['statistics']
-        write_files({path: _json_writer(statistics)})
+        write_files({path: json_writer(statistics)})
     return statistics
 
 
@@ -1534,14 +1473,13 @@ def finished_statistics(
 
 
 def _read_finished(folder: Path, key: str) -> dict | None:
-    """The statistics in a folder whose files are all there and belong to this key, else None."""
-    files = image_files(folder)
+    """The statistics in a folder that belong to this key, if the maps are there too, else None."""
     try:
-        statistics = json.loads(files['statistics'].read_text(encoding='utf-8'))
+        statistics = read_statistics(folder)
         same = statistics['resume_key'] == key
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return statistics if same and all(path.is_file() for path in files.values()) else None
+    return statistics if same and image_files(folder)['arrays'].is_file() else None
 
 
 def versions() -> dict[str, str]:
@@ -1574,21 +1512,33 @@ def batch_integrated_gradients_analysis(
     encoder: str | None = None,
     architecture: str | None = None,
     device: str | torch.device = 'auto',
+    figures: str = 'all',
+    overwrite: bool = False,
     before_image: Callable[[], object] = lambda: None,
+    share: Alone | Group | None = None,
     **options: object,
 ) -> BatchResult:
     """Explain images of a dataset split, evenly spaced through it, and write a summary.
 
-    num_samples: None for all. before_image: called before each; what it raises ends the batch,
-    whose summary is still written. options: further fields of `Settings`. An image that cannot be
-    used is listed in the result and does not stop the others.
-    Raises InputError for an unusable model, folder or setting, OutputError if writing fails.
+    num_samples: None for all. figures: what to draw of each image, a key of FIGURES. overwrite:
+    compute finished images again. before_image: called before each; what it raises ends the batch,
+    whose summary is still written. share: of a group of processes, which share the images; the
+    result is that of all on rank 0, and empty on the others. options: further fields of `Settings`.
+    An image that cannot be used or written is listed in the result and does not stop the others.
+    Raises InputError for an unusable model, folder or setting, or a folder that another run is
+    using; OutputError if nothing can be written there.
     """
+    _check_choice('figures', figures, FIGURES)
     settings = Settings(baseline=baseline_type, num_steps=num_steps, **options)
+    share = share or Alone()
     samples = choose_samples(list_samples(data_dir, split), num_samples)
     output_dir = prepare_output(output_dir)
-    ig = _prepare(model_path, settings, encoder, architecture, device)
-    return analyse_batch(ig, samples, settings, output_dir, before_image)
+    with hold_folder(output_dir) if share.rank == 0 else contextlib.nullcontext():
+        share.begin()
+        ig = _prepare(model_path, settings, encoder, architecture, device)
+        return analyse_batch(
+            ig, samples, settings, output_dir, before_image, figures, overwrite, share
+        )
 
 
 def analyse_batch(
@@ -1597,121 +1547,96 @@ def analyse_batch(
     settings: Settings,
     output_dir: Path,
     before_image: Callable[[], object] = lambda: None,
+    figures: str = 'all',
+    overwrite: bool = False,
+    share: Alone | Group | None = None,
 ) -> BatchResult:
-    """Explain the samples one after the other and write index.html, summary.csv, .json, .png."""
-    images, skipped, failed = [], [], []
+    """Explain the samples that are this process's share; on rank 0, write the summary of all.
+
+    Arguments: see `batch_integrated_gradients_analysis`.
+    """
+    share = share or Alone()
+    batch = _Batch(ig, samples, settings, output_dir, figures, overwrite)
+    progress = Progress(share, output_dir, [sample.name for sample in samples])
+    writers = Writers(writer_processes(len(samples), ig.device.type != 'cpu'))
     try:
-        for sample in tqdm(samples, desc='images', unit='image'):
-            before_image()
-            try:
-                checks = settings.evaluate is not None  # which take long: their bars are shown
-                for statistics in analyse_sample(ig, sample, settings, output_dir, checks):
-                    images.append(statistics)
-                    _say_warnings(statistics)
-            except OutputError:
-                raise
-            except EmptyTargetError as error:
-                skipped.append({'image': sample.name, 'reason': str(error)})
-            except InputError as error:
-                failed.append({'image': sample.name, 'reason': str(error)})
-                tqdm.write(f'failed: {sample.name}: {error}', file=sys.stderr)
+        with writers:  # leaving it waits for what is being written
+            for number, loaded in read_ahead(share, len(samples), batch.read):
+                before_image()
+                batch.explain(number, loaded, writers)
+                progress.add(writers.finished())
+        progress.add(writers.finished())
+        progress.wait_for_others()
     finally:  # an interrupted batch keeps a summary of what it finished
-        result = BatchResult(images, skipped, failed, batch_summary(images, skipped, failed))
-        write_summary(result, settings, output_dir)
+        progress.add(writers.finished())
+        result = progress.finish(asdict(settings), asdict(Settings()))
     return result
 
 
-def batch_summary(images: list[dict], skipped: list[dict], failed: list[dict]) -> dict:
-    """Counts, the median of every figure with its 95 % bootstrap interval, how the attribution
-    ratio goes with Dice, the verdicts, and what looks wrong about the predictions."""
-    medians = {}
-    for key in SUMMARISED:
-        values = [entry[key] for entry in images if entry[key] is not None]
-        medians[f'median_{key}'] = median(values) if values else None
-        medians[f'interval_{key}'] = median_interval(values)
-    full = sum(entry['prediction_ratio'] > DEGENERATE_RATIO for entry in images)
-    empty = len(skipped) + sum(entry['prediction_area'] == 0 for entry in images)
-    suspicion = None
-    if 2 * (full + empty) > len(images) + len(skipped):
-        suspicion = (
-            f'the prediction is empty on {empty} and all foreground on {full} of '
-            f'{len(images) + len(skipped)} images: the preprocessing may not be what the model '
-            'was trained with (try --normalize none, another --image_size or --resize letterbox)'
-        )
-    counts = {'images': len(images), 'skipped': len(skipped), 'failed': len(failed)}
-    pairs = [(entry['attribution_ratio'], entry['dice']) for entry in images]
-    return {
-        **counts,
-        **medians,
-        'ratio_dice_correlation': spearman([pair for pair in pairs if None not in pair]),
-        'findings': batch_findings(images),
-        'suspicion': suspicion,
-    }
+class _Batch:
+    """The images of a batch and how they are explained."""
 
+    def __init__(
+        self,
+        ig: IntegratedGradients,
+        samples: Sequence[Sample],
+        settings: Settings,
+        output_dir: Path,
+        figures: str,
+        overwrite: bool,
+    ) -> None:
+        self.ig, self.samples, self.settings = ig, samples, settings
+        self.output_dir, self.figures, self.overwrite = output_dir, figures, overwrite
+        self._record = settings_record(ig, settings)
+        self._prepared = False
 
-def median_interval(values: Sequence[float]) -> list[float] | None:
-    """The 95 % bootstrap interval of the median (bias-corrected and accelerated where that can be
-    computed, else by percentiles); None for fewer than three values. Seeded."""
-    if len(values) < 3:
-        return None
-    if min(values) == max(values):
-        return [float(values[0])] * 2
-    for method in ('BCa', 'percentile'):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # SciPy warns where BCa is degenerate
-            found = stats.bootstrap(
-                (np.asarray(values, float),), np.median, method=method, rng=np.random.default_rng(0)
-            ).confidence_interval
-        if math.isfinite(found.low) and math.isfinite(found.high):
-            return [float(found.low), float(found.high)]
-    return None
+    def read(self, number: int) -> Loaded:
+        """Read one image; called from another thread."""
+        sample = self.samples[number]
+        return load_sample(sample, self.settings, self._record, self.output_dir, self.overwrite)
 
+    def explain(self, number: int, loaded: Callable[[], Loaded], writers: Writers) -> None:
+        """Explain one image, if need be, and have its files written."""
+        outcome = Outcome(number, self.samples[number].name)
+        try:
+            if writers.in_trouble:  # the last image could not be written: can this one?
+                prepare_output(self.output_dir)
+            self._explain(loaded(), outcome, writers)
+        except EmptyTargetError as error:
+            writers.settle(replace(outcome, status=SKIPPED, reason=str(error)))
+        except InputError as error:
+            writers.settle(replace(outcome, status=FAILED, reason=str(error)))
 
-def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Spearman's rank correlation of at least three pairs; None where one side is constant."""
-    if len(pairs) < 3:
-        return None
-    one, other = np.asarray(pairs, float).T
-    return rank_correlation(one, other)
+    def _explain(self, loaded: Loaded, outcome: Outcome, writers: Writers) -> None:
+        if loaded.finished is not None:
+            found = [_judge_again(e, self.settings, self.output_dir) for e in loaded.finished]
+        else:
+            self._prepare_once()
+            checks = self.settings.evaluate is not None  # which take long: their bars are shown
+            described = explain_sample(self.ig, loaded, self.settings, checks)
+            found = [statistics for statistics, _ in described]
+        for statistics in found:
+            _say_warnings(statistics)
+        folders = tuple(statistics['folder'] for statistics in found)
+        outcome = replace(outcome, folders=folders)
+        if loaded.finished is None:
+            writers.add(outcome, write_image, self.output_dir, described, self.figures)
+        elif any(missing_figures(self.output_dir / folder, self.figures) for folder in folders):
+            writers.add(outcome, redraw_missing, self.output_dir, folders, self.figures)
+        else:
+            writers.settle(outcome)
 
-
-def write_summary(result: BatchResult, settings: Settings, output_dir: Path) -> None:
-    """index.html, summary.csv (one row an image), summary.json (everything), summary.png."""
-    content = {
-        'summary': result.summary,
-        'settings': asdict(settings),
-        'skipped': result.skipped,
-        'failed': result.failed,
-        'images': result.images,
-    }
-    rows = [_summary_row(entry) for entry in result.images]
-    columns = list(rows[0]) if rows else ['image', 'status', 'reason']
-    for status, entries in (('skipped', result.skipped), ('failed', result.failed)):
-        rows += [dict.fromkeys(columns, '') | entry | {'status': status} for entry in entries]
-    writers = {output_dir / 'summary.csv': _csv_writer(rows)} if rows else {}
-    if not result.images:  # an earlier run's picture would not belong to this summary
-        (output_dir / 'summary.png').unlink(missing_ok=True)
-    else:
-        figure = summary_figure(
-            result.images, settings.gap_tolerance, result.summary['ratio_dice_correlation']
-        )
-        writers[output_dir / 'summary.png'] = _figure_writer(figure)
-    defaults = asdict(Settings())
-    commands = [reproducing_command(entry, defaults) for entry in result.images]
-    page = report_html(result.images, result.summary, result.skipped, result.failed, commands)
-    writers[output_dir / 'index.html'] = lambda path: path.write_text(page, encoding='utf-8')
-    write_files(writers | {output_dir / 'summary.json': _json_writer(content)})
-
-
-def _summary_row(statistics: dict) -> dict:
-    """A row of summary.csv: the flat figures of one image."""
-    shares = statistics['channel_shares'] or (None, None, None)
-    nested = ('evaluation',)  # None where nothing was evaluated
-    flat = {
-        k: v for k, v in statistics.items() if not isinstance(v, (dict, list)) and k not in nested
-    }
-    flat |= dict(zip(('share_red', 'share_green', 'share_blue'), shares, strict=True))
-    return {'image': flat.pop('image'), 'status': 'done', 'reason': '', **flat}
+    def _prepare_once(self) -> None:
+        """Prepare the network on the batch's first image, whichever image is this process's first,
+        so that every process, and a run that goes on, decides alike."""
+        if self._prepared:
+            return
+        self._prepared = True
+        preprocessing = self.ig.preprocessing
+        for sample in self.samples:
+            with contextlib.suppress(InputError):
+                self.ig.prepare(preprocessing.normalise(preprocessing.resize_image(sample.image())))
+                return
 
 
 def _prepare(
@@ -1781,6 +1706,11 @@ def build_parser() -> argparse.ArgumentParser:
         help='batch: how many images, evenly spaced (default: %(default)s)')
     add('--output_dir', type=Path, default=Path('integrated_gradients_results'),
         help='default: %(default)s')
+    add('--figures', choices=tuple(FIGURES), default='all',
+        help='of each image; png: the two figures; all: also the pictures that the page shows; '
+             'they can be drawn later without computing anything again (default: %(default)s)')
+    add('--overwrite', action='store_true',
+        help='compute images again that are finished (default: off)')
 
     add = parser.add_argument_group('model').add_argument
     add('--model_path', type=Path, required=True,
@@ -1856,8 +1786,10 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     sample = single_sample(args.image_path, args.mask_path)
     sample.image()  # a bad image is told before the model is loaded
     output_dir = prepare_output(args.output_dir)
-    ig = _prepare(args.model_path, settings, args.encoder, args.architecture, args.device)
-    for statistics in analyse_sample(ig, sample, settings, output_dir, progress=True):
+    with hold_folder(output_dir):
+        ig = _prepare(args.model_path, settings, args.encoder, args.architecture, args.device)
+        found = analyse_sample(ig, sample, settings, output_dir, True, args.figures, args.overwrite)
+    for statistics in found:
         print(statistics_text(statistics))
         for finding in statistics['verdict']:
             print(f'  {finding["flag"]}: {finding["text"]}')
@@ -1905,13 +1837,20 @@ class StopSignals:
 
 
 def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -> int:
-    """Explain a dataset split and print its summary; 1 if some image failed."""
+    """Explain a dataset split and print its summary; 1 if some image failed.
+
+    Under torchrun, this process takes its share, and rank 0 prints.
+    """
+    share = Group.of_torchrun() if started_by_torchrun() else Alone()
     result = batch_integrated_gradients_analysis(
         args.model_path, args.data_dir, args.output_dir, args.num_samples,
         split=args.split, encoder=args.encoder, architecture=args.architecture,
-        device=args.device, baseline_type=settings.baseline, before_image=stop.check,
+        device=device_of_rank(args.device, share.size), baseline_type=settings.baseline,
+        figures=args.figures, overwrite=args.overwrite, before_image=stop.check, share=share,
         **{k: v for k, v in vars(settings).items() if k != 'baseline'},
     )  # fmt: skip
+    if share.rank > 0:
+        return 0
     counts = result.summary
     print(
         f'{counts["images"]} images explained, {counts["skipped"]} skipped (empty target), '
@@ -1924,10 +1863,22 @@ def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -
             print(f'  {key.replace("_", " "):32}{value:.4g}{between}')
     for line in counts['findings']:
         print(f'  {line}')
-    print(f'Open {args.output_dir / "index.html"}')
     if counts['suspicion']:
         print(f'WARNING: {counts["suspicion"]}', file=sys.stderr)
-    return 1 if result.failed else 0
+    if result.unwritten:
+        print(f'error: {result.unwritten}', file=sys.stderr)
+    else:
+        print(f'Open {args.output_dir / "index.html"}')
+    return 1 if result.failed or result.unwritten else 0
+
+
+def device_of_rank(device: str, ranks: int) -> str:
+    """One GPU for each of several processes on a machine, where GPUs are to be used."""
+    if ranks == 1 or device not in ('auto', 'cuda') or not torch.cuda.is_available():
+        return device
+    own = f'cuda:{os.environ["LOCAL_RANK"]}'
+    torch.cuda.set_device(resolve_device(own))
+    return own
 
 
 def main(argv: Sequence[str] | None = None) -> int:

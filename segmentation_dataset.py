@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
+
+if TYPE_CHECKING:  # at run time only where tensors are made: processes that draw do without
+    import torch
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif')
 MASK_SUFFIXES = ('.png', '.bmp', '.tif', '.tiff', '.gif', '.jpg', '.jpeg', '.webp')
@@ -350,12 +353,16 @@ class Preprocessing:
 
     def normalise(self, pixels: np.ndarray) -> torch.Tensor:
         """(S, S, 3) pixels, 0-255 -> (1, 3, S, S) float32 model input."""
+        import torch
+
         scaled = torch.from_numpy(np.asarray(pixels, dtype=np.float32) / 255.0)  # (S, S, 3)
         scaled = (scaled - torch.tensor(self.mean)) / torch.tensor(self.std)
         return scaled.permute(2, 0, 1).unsqueeze(0).contiguous()
 
     def to_pixels(self, tensor: torch.Tensor) -> np.ndarray:
         """(3, H, W) or (1, 3, H, W) model input -> (H, W, 3) float32 pixels, 0-255."""
+        import torch
+
         image = tensor.detach().float().cpu().reshape(3, *tensor.shape[-2:]).permute(1, 2, 0)
         return ((image * torch.tensor(self.std) + torch.tensor(self.mean)) * 255.0).numpy()
 

@@ -127,14 +127,20 @@ def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding
     return sorted(found, key=lambda finding: order.index(finding.level))
 
 
-def batch_findings(images: Sequence[dict]) -> list[str]:
-    """How many images have each flag, in the order of RULES. images: with their `verdict`."""
-    counts = Counter(finding['flag'] for image in images for finding in image['verdict'])
+def batch_findings(images: Sequence[Sequence[str]]) -> list[str]:
+    """How many images have each flag, in the order of RULES. images: the flags of each."""
+    counts = Counter(flag for flags in images for flag in flags)
     return [
         f'{rule.flag}: {counts[rule.flag]} of {len(images)} images'
         for rule in RULES
         if counts[rule.flag]
     ]
+
+
+def concerns(flags: Sequence[str]) -> int:
+    """How many of these flags are concerns."""
+    levels = {rule.flag: rule.level for rule in RULES}
+    return sum(levels.get(flag) == CONCERN for flag in flags)
 
 
 def parse_thresholds(pairs: Sequence[str]) -> Thresholds:

@@ -118,7 +118,8 @@ def test_batch_as_a_subprocess_with_a_summary(tmp_path):
     with (tmp_path / 'summary.csv').open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row['image'] for row in rows] == [entry['image'] for entry in summary['images']]
-    assert float(rows[0]['completeness_gap']) == summary['images'][0]['completeness_gap']
+    gap = summary['images'][0]['completeness_gap']
+    assert float(rows[0]['completeness_gap']) == pytest.approx(gap, rel=1e-12)
     assert Image.open(tmp_path / 'summary.png').width > 1000
     for row in rows:
         for ending in FILES:
@@ -136,13 +137,17 @@ def test_batch_lists_skipped_and_failed_images_and_goes_on(tmp_path, capsys):
     summary = strict_json(tmp_path / 'out' / 'summary.json')
     assert [entry['image'] for entry in summary['images']] == ['d']
     assert {entry['image'] for entry in summary['failed']} == {'a', 'b', 'c'}
+    failures = (tmp_path / 'out' / 'failures.csv').read_text().splitlines()
+    assert failures[0] == 'image,reason' and len(failures) == 4
     assert 'c.jpg is not a picture' in capsys.readouterr().err
     assert main([*FAST, *arguments, '--threshold', '0.999999']) == 1
     summary = strict_json(tmp_path / 'out' / 'summary.json')
     assert {entry['image'] for entry in summary['skipped']} == {'a', 'b', 'd'}
     assert 'preprocessing' in summary['summary']['suspicion']
     with (tmp_path / 'out' / 'summary.csv').open() as stream:
-        assert [row['status'] for row in csv.DictReader(stream)] == ['skipped'] * 3 + ['failed']
+        statuses = {row['image']: row['status'] for row in csv.DictReader(stream)}
+    assert statuses == {'a': 'skipped', 'b': 'skipped', 'c': 'failed', 'd': 'skipped'}
+    assert list(statuses) == sorted(statuses)  # in the order of the dataset
     assert main([*FAST, *arguments, '--threshold', '0.999999', '--on_empty', 'image']) == 1
     summary = strict_json(tmp_path / 'out' / 'summary.json')
     assert {entry['target'] for entry in summary['images']} == {'image'}
@@ -184,7 +189,13 @@ def test_a_finished_image_is_not_computed_again_until_something_changes(tmp_path
     torch.save(checkpoint, model)
     assert times() == 1
     (tmp_path / 'out' / 'a' / 'a_channels.png').unlink()
+    assert times('--figures', 'none') == 0
+    assert not (tmp_path / 'out' / 'a' / 'a_channels.png').exists()
+    assert times() == 0  # drawn again from the maps
+    assert (tmp_path / 'out' / 'a' / 'a_channels.png').exists()
+    (tmp_path / 'out' / 'a' / 'a_attributions.npz').unlink()
     assert times() == 1
+    assert times('--overwrite') == 1
     (tmp_path / 'out' / 'a' / 'a_statistics.json').write_text('{"half')
     assert times() == 1
     assert times() == 0
@@ -206,14 +217,14 @@ def test_several_targets_each_get_a_folder_and_are_finished_together(tmp_path, c
     assert 'left out: target object:99' in statistics['notes'][0]
     assert len(strict_json(tmp_path / 'summary.json')['images']) == 2
     assert len(computed) == 1 and main([*FAST, *batch]) == 0 and len(computed) == 1
-    (tmp_path / second / f'{second}_channels.png').unlink()
+    (tmp_path / second / f'{second}_attributions.npz').unlink()
     assert main([*FAST, *batch]) == 0 and len(computed) == 2
 
 
 def test_each_object_is_explained(tmp_path):
     size = ['--image_size', '256', '--num_steps', '2', '--threshold', '0.999']
     assert main([*SINGLE, *size, '--each_object', '--output_dir', str(tmp_path)]) == 0
-    folders = sorted(path.name for path in tmp_path.iterdir())
+    folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert len(folders) >= 2
     areas = [
         strict_json(tmp_path / name / f'{name}_statistics.json')['target_area'] for name in folders

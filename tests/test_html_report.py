@@ -17,6 +17,7 @@ import pytest
 from conftest import DEMO_MODEL, noise_image, save_image
 
 import integrated_gradients as module
+from batch_summary import StatisticsFiles, read_table
 from html_report import report_html, reproducing_command, show
 from integrated_gradients import Settings, build_parser
 
@@ -38,6 +39,12 @@ def batch(tmp_path_factory) -> Path:
                  '--evaluate', 'full', '--thresholds', 'dice=0.9']  # fmt: skip
     assert module.main(arguments) == 0
     return folder / 'results'
+
+
+def images_of(batch: Path) -> list[dict]:
+    """The statistics of the batch's images."""
+    table = read_table(batch / 'summary.csv')
+    return StatisticsFiles(batch, table['folder'])[:]
 
 
 def test_the_page_stands_alone(batch):
@@ -204,13 +211,12 @@ def test_the_slider_moves_the_overlay(page):
 
 def test_an_evil_name_is_text(browser, batch, tmp_path):
     """Names are cleaned when a dataset is read; the page does not rely on that."""
-    content = json.loads((batch / 'summary.json').read_text(encoding='utf-8'))
-    for entry in content['images']:
+    content, images = json.loads((batch / 'summary.json').read_text()), images_of(batch)
+    for entry in images:
         entry |= {'image': EVIL, 'target': EVIL, 'notes': [EVIL], 'folder': EVIL}
         entry['verdict'][0] |= {'flag': EVIL, 'text': EVIL}
     failed = [{'image': EVIL, 'reason': EVIL}]
-    count = len(content['images'])
-    text = report_html(content['images'], content['summary'], failed, failed, [EVIL] * count)
+    text = report_html(images, content['summary'], failed, failed, [EVIL] * len(images))
     (tmp_path / 'index.html').write_text(text, encoding='utf-8')
     opened = browser.new_page()
     opened.goto((tmp_path / 'index.html').as_uri())
@@ -223,9 +229,9 @@ def test_an_evil_name_is_text(browser, batch, tmp_path):
 
 
 def test_a_thousand_images(browser, batch, tmp_path):
-    content = json.loads((batch / 'summary.json').read_text(encoding='utf-8'))
+    content, images = json.loads((batch / 'summary.json').read_text()), images_of(batch)
     entries = [
-        {**content['images'][k % 3], 'image': f'image_{k}', 'attribution_ratio': (37 * k) % 1000}
+        {**images[k % 3], 'image': f'image_{k}', 'attribution_ratio': (37 * k) % 1000}
         for k in range(1000)
     ]
     text = report_html(entries, content['summary'], [], [], ['python'] * 1000)

@@ -5,13 +5,15 @@ import math
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import noise_image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-import integrated_gradients as module
+import batch_summary
+import result_files
 from attribution_figures import (
     View,
     accuracy_warning,
@@ -30,8 +32,8 @@ from integrated_gradients import (
     explanation_statistics,
     mask_scores,
     statistics_text,
-    write_files,
 )
+from result_files import write_files
 
 MASK = torch.tensor([[True, False], [False, False]])
 
@@ -156,7 +158,7 @@ def test_an_interruption_between_renames_leaves_no_marker(tmp_path, monkeypatch)
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.os, 'replace', killed)
+    monkeypatch.setattr(result_files.os, 'replace', killed)
     with pytest.raises(KeyboardInterrupt):
         write_files({data: lambda p: p.write_text('new'), marker: lambda p: p.write_text('new')})
     assert not marker.exists()
@@ -290,7 +292,7 @@ def test_summary_figure(count, known):
                                attribution_ratio=None if i % 3 == 2 else i)
         for i in range(count)
     ]  # fmt: skip
-    assert len(texts_inside(summary_figure(entries, 0.05), ticks_aside=True)) > 10
+    assert len(texts_inside(summary_figure(pd.DataFrame(entries), 0.05), ticks_aside=True)) > 10
 
 
 def test_pictures_are_legible_when_printed(tmp_path):
@@ -306,12 +308,12 @@ def test_pictures_are_legible_when_printed(tmp_path):
 
 def test_bootstrap_interval_of_the_median():
     values = np.random.default_rng(0).normal(10, 2, 60).tolist()
-    low, high = module.median_interval(values)
+    low, high = batch_summary.median_interval(values)
     assert low < np.median(values) < high
     assert high - low == pytest.approx(2 * 1.96 * 1.253 * 2 / math.sqrt(60), rel=0.4)
-    assert module.median_interval(values) == [low, high]  # seeded
-    assert module.median_interval([1.0, 2.0]) is None
-    assert module.median_interval([3.0] * 5) == [3.0, 3.0]
+    assert batch_summary.median_interval(values) == [low, high]  # seeded
+    assert batch_summary.median_interval([1.0, 2.0]) is None
+    assert batch_summary.median_interval([3.0] * 5) == [3.0, 3.0]
 
 
 def test_bootstrap_intervals_cover_the_truth():
@@ -319,14 +321,14 @@ def test_bootstrap_intervals_cover_the_truth():
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(100):
-        low, high = module.median_interval(rng.normal(0, 1, 15).tolist())
+        low, high = batch_summary.median_interval(rng.normal(0, 1, 15).tolist())
         hits += low <= 0 <= high
     assert hits >= 85
 
 
 def test_ratio_and_dice_go_together():
     rising = [(1.0, 0.1), (2.0, 0.5), (9.0, 0.6)]
-    assert module.spearman(rising) == pytest.approx(1)
-    assert module.spearman([(-x, y) for x, y in rising]) == pytest.approx(-1)
-    assert module.spearman(rising[:2]) is None
-    assert module.spearman([(1.0, 0.1), (1.0, 0.2), (1.0, 0.3)]) is None
+    assert batch_summary.spearman(rising) == pytest.approx(1)
+    assert batch_summary.spearman([(-x, y) for x, y in rising]) == pytest.approx(-1)
+    assert batch_summary.spearman(rising[:2]) is None
+    assert batch_summary.spearman([(1.0, 0.1), (1.0, 0.2), (1.0, 0.3)]) is None

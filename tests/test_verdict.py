@@ -90,8 +90,8 @@ def test_a_wrong_threshold_is_explained(pair, message):
 
 def test_the_batch_counts_flags_in_the_order_of_the_rules():
     images = [
-        {'verdict': [{'flag': 'poor mask'}, {'flag': 'good focus'}]},
-        {'verdict': [{'flag': 'poor mask'}]},
+        ['poor mask', 'good focus'],
+        ['poor mask'],
     ]
     assert batch_findings(images) == ['good focus: 1 of 2 images', 'poor mask: 2 of 2 images']
     assert batch_findings([]) == []

@@ -1,0 +1,199 @@
+"""The files of one image: written whole or not at all, read back, drawn again.
+
+Nothing here needs torch, so that the processes which only draw and write start quickly and stay
+small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from attribution_figures import View, attribution_figure, channels_figure, page_pictures
+from segmentation_dataset import InputError, Placement
+
+FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
+    'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
+    'overlay': 'overlay.png', 'thumbnail': 'thumbnail.png', 'arrays': 'attributions.npz',
+    'statistics': 'statistics.json',
+}  # fmt: skip
+FIGURES = {  # what --figures draws of each image
+    'none': (),
+    'png': ('attribution', 'channels'),
+    'all': ('attribution', 'channels', 'image', 'overlay', 'thumbnail'),  # what the page shows too
+}
+
+Description = tuple[dict, dict[str, np.ndarray]]  # statistics, and the arrays figures need
+
+
+class OutputError(InputError):
+    """A result cannot be written."""
+
+
+@contextlib.contextmanager
+def _explained_writing(path: Path) -> Iterator[None]:
+    """Turn an operating-system error into one sentence that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f'cannot write {path}: {error.strerror or error} '
+            '(free some space, or choose another --output_dir)'
+        ) from None
+
+
+def prepare_output(folder: str | Path) -> Path:
+    """Make the output folder and try whether it can be written, before hours are spent."""
+    folder = Path(folder)
+    with _explained_writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))  # a full disk still makes empty files
+    return folder
+
+
+def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
+    """Write files so that each is there whole or not at all, and the last only with the others.
+
+    All are first written under temporary names, and brought to the disk; only when every one is
+    complete are they renamed. The last file marks the set as finished: its old version goes before
+    the renaming. Raises OutputError; the old files are then still there.
+    """
+    temporary = {path: path.with_name(f'.tmp{os.getpid()}_{path.name}') for path in writers}
+    try:
+        for path, write in writers.items():
+            with _explained_writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for left_by_the_killed in path.parent.glob('.tmp*_' + glob.escape(path.name)):
+                    left_by_the_killed.unlink(missing_ok=True)
+                write(temporary[path])
+                _bring_to_disk(temporary[path])
+        with _explained_writing(path):
+            path.unlink(missing_ok=True)
+            for path, whole in temporary.items():
+                os.replace(whole, path)
+    finally:
+        for leftover in temporary.values():
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+
+def _bring_to_disk(path: Path) -> None:
+    """Else a laptop whose battery dies could keep the new name without the content."""
+    with path.open('rb+') as stream:
+        os.fsync(stream.fileno())
+
+
+def json_writer(content: object) -> Callable[[Path], object]:
+    """Writes JSON, without NaN."""
+    text = json.dumps(content, indent=2, allow_nan=False) + '\n'
+    return lambda path: path.write_text(text, encoding='utf-8')
+
+
+def figure_writer(figure) -> Callable[[Path], object]:
+    """Writes a matplotlib figure as PNG."""
+    return lambda path: figure.savefig(path, format='png')
+
+
+def _picture_writer(array: np.ndarray) -> Callable[[Path], object]:
+    return lambda path: Image.fromarray(array).save(path, format='png')
+
+
+def _arrays_writer(arrays: dict[str, np.ndarray]) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        with path.open('wb') as stream:  # a path would get .npz added to its name
+            np.savez_compressed(stream, **arrays)
+
+    return write
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """The files of one image's folder by what they hold; the statistics mark it as finished."""
+    return {name: folder / f'{folder.name}_{end}' for name, end in FILE_ENDINGS.items()}
+
+
+def read_statistics(folder: Path) -> dict:
+    """The statistics in an image's folder. Raises OSError or ValueError where there are none."""
+    return json.loads(image_files(folder)['statistics'].read_text(encoding='utf-8'))
+
+
+def write_image(output_dir: Path, described: Sequence[Description], figures: str = 'all') -> None:
+    """Write the files of one image's targets, each into the `folder` its statistics name.
+
+    figures: a key of FIGURES. The first target's statistics name the others: written last, they
+    mark all as finished. Raises OutputError.
+    """
+    for statistics, arrays in reversed(described):
+        files = image_files(output_dir / statistics['folder'])
+        write_files(
+            {
+                **_picture_writers(files, view_of(arrays), statistics, figures),
+                files['arrays']: _arrays_writer(arrays),
+                files['statistics']: json_writer(statistics),
+            }
+        )
+
+
+def load_view(folder: str | Path) -> tuple[View, dict]:
+    """What the figures of an image folder show, read back from its files, and its statistics."""
+    folder = Path(folder)
+    with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
+        return view_of(dict(arrays)), read_statistics(folder)
+
+
+def redraw_figures(folder: str | Path, figures: str = 'all') -> None:
+    """Draw the pictures of an image folder again from its files, without the model."""
+    view, statistics = load_view(folder)
+    write_files(_picture_writers(image_files(Path(folder)), view, statistics, figures))
+
+
+def redraw_missing(output_dir: Path, folders: Sequence[str], figures: str) -> None:
+    """Draw the pictures of finished images that lack some of them."""
+    for folder in folders:
+        if missing_figures(output_dir / folder, figures):
+            redraw_figures(output_dir / folder, figures)
+
+
+def missing_figures(folder: Path, figures: str) -> bool:
+    """Whether a finished image lacks one of the pictures that are wanted."""
+    files = image_files(folder)
+    return not all(files[name].is_file() for name in FIGURES[figures])
+
+
+def _picture_writers(
+    files: dict[str, Path], view: View, statistics: dict, figures: str
+) -> dict[Path, Callable[[Path], object]]:
+    """The pictures of one image that are wanted, by file."""
+    wanted = FIGURES[figures]
+    drawn = {'attribution': attribution_figure, 'channels': channels_figure}
+    writers = {
+        files[name]: figure_writer(draw(view, statistics))
+        for name, draw in drawn.items()
+        if name in wanted
+    }
+    if set(wanted) - drawn.keys():
+        writers |= {files[name]: _picture_writer(a) for name, a in page_pictures(view).items()}
+    return writers
+
+
+def view_of(arrays: dict[str, np.ndarray]) -> View:
+    """The figures' view of an image's arrays, letterbox padding cut away."""
+    size = tuple(int(side) for side in arrays['original_size'])
+    crop = Placement(size, *(int(side) for side in arrays['content'])).crop
+    return View(
+        image=arrays['image'],
+        original_size=size,
+        attributions=np.moveaxis(crop(np.moveaxis(arrays['attributions'], 0, 2)), 2, 0),
+        predicted_mask=crop(arrays['predicted_mask']),
+        region=crop(arrays['region']),
+        truth=crop(arrays['truth']) if 'truth' in arrays else None,
+        baseline=crop(arrays['baseline']),
+    )
