@@ -37,7 +37,7 @@ from segmentation_dataset import InputError
 
 DONE, SKIPPED, FAILED = 'done', 'skipped', 'failed'
 LOCK, HOLDER = '.lock', '.holder.json'  # in the output folder
-MAX_WRITERS = 4  # processes that draw and write, for each GPU
+MAX_WRITERS = 4  # processes that draw and write, for each rank
 POLL = 0.1  # seconds between looks at what other ranks have finished
 GRACE = 10.0  # seconds that an interrupted batch waits for the other ranks
 
@@ -311,10 +311,10 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def writer_processes(images: int, on_gpu: bool) -> int:
+def writer_processes(images: int) -> int:
     """How many processes should write: none for a handful of images, whose start would take longer
-    than it saves; on a CPU one, since the computation needs the cores."""
+    than it saves."""
     if images < 8:
         return 0
     ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return max(1, min(MAX_WRITERS, (os.cpu_count() or 1) // ranks - 1)) if on_gpu else 1
+    return max(1, min(MAX_WRITERS, (os.cpu_count() or 1) // ranks))
