@@ -268,10 +268,14 @@ class Writers:
 
     def finished(self) -> list[Outcome]:
         """What has come of images since the last call."""
-        for future in [future for future in self._waiting if future.done()]:
-            self._settle(self._waiting.pop(future), future.result)
+        self.settle_done()
         finished, self._finished = self._finished, []
         return finished
+
+    def settle_done(self) -> None:
+        """Note what came of images whose writing has ended."""
+        for future in [future for future in self._waiting if future.done()]:
+            self._settle(self._waiting.pop(future), future.result)
 
     def _settle_some(self) -> None:
         done, _ = wait(self._waiting, return_when=FIRST_COMPLETED)
@@ -296,12 +300,13 @@ class Writers:
 
 
 def start_worker() -> None:
-    """Prepare a process that draws and writes: it yields to the computation, leaves Ctrl-C to its
-    parent, and ends with it, however that ends."""
+    """Prepare a process that draws and writes: it takes only what time the computation leaves (else
+    every parallel loop there would wait for a core), leaves Ctrl-C to its parent, and ends with
+    it, however that ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(os, 'nice'):
-        os.nice(5)
+        os.nice(19)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

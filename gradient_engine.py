@@ -539,23 +539,40 @@ class GradientEngine:
         self._fingerprint = found
 
     def run(self, x: torch.Tensor, reduced: torch.dtype | None = None) -> torch.Tensor:
-        """Images (N, 3, H, W) -> logits (N, C, h, w), both in the working precision."""
+        """Images (N, 3, H, W) -> logits (N, C, h, w), both in the working precision, with a graph
+        where gradients are enabled. Raises NonFiniteError."""
         self.forward_passes += len(x)
         network = self.preparation.network
         if reduced is None:
-            return segmentation_logits(network(x.to(self.dtype))).to(x.dtype)
-        if reduced not in self._reduced:
-            self._reduced[reduced] = reduced_copy(network, reduced)
-        with torch.autocast(self.device.type, dtype=reduced):
-            return segmentation_logits(self._reduced[reduced](x)).to(x.dtype)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (1, C, h, w), with a graph where gradients are enabled. Raises InputError where
-        they are not finite."""
-        logits = self.run(x)
-        if not bool(torch.isfinite(logits).all()):
-            raise InputError('the model gives logits that are not finite (damaged checkpoint?)')
+            logits = segmentation_logits(network(x.to(self.dtype))).to(x.dtype)
+        else:
+            if reduced not in self._reduced:
+                self._reduced[reduced] = reduced_copy(network, reduced)
+            with torch.autocast(self.device.type, dtype=reduced):
+                logits = segmentation_logits(self._reduced[reduced](x)).to(x.dtype)
+        check_finite(logits, 'the logits')
         return logits
+
+
+class NonFiniteError(InputError):
+    """Logits or gradients hold values that are not finite."""
+
+    def __init__(self, what: str, sample: int, alpha: float | None = None) -> None:
+        """what: they are. sample: the first in its batch. alpha: of the interpolation step."""
+        self.what, self.sample, self.alpha = what, sample, alpha
+        place = '' if alpha is None else f' at alpha = {alpha:.4g} between baseline and image'
+        self.finding = f'{what} are not finite{place}'
+        super().__init__(
+            f'{self.finding} (is the checkpoint damaged? with reduced precision, try '
+            '--precision float32)'
+        )
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise NonFiniteError where one of a batch's samples (N, ...) holds a NaN or an infinity."""
+    fine = torch.isfinite(values).flatten(1).all(dim=1)
+    if not bool(fine.all()):
+        raise NonFiniteError(what, int((~fine).nonzero()[0]))
 
 
 class Score(Protocol):
@@ -632,14 +649,19 @@ class Path:
     def evaluate(
         self, alphas: list[float], reduced: torch.dtype | None, noted: bool = True
     ) -> torch.Tensor:
-        """Densities at nodes, (steps, targets, 3, H, W), and a note of the scores there."""
+        """Densities at nodes, (steps, targets, 3, H, W), and a note of the scores there. Raises
+        NonFiniteError, which names the node."""
         change = self.x - self.baseline
         steps = torch.tensor(alphas, dtype=self.x.dtype).to(self.x.device, non_blocking=True)
         points = self.baseline + steps.view(-1, 1, 1, 1) * change  # (steps, 3, H, W)
-        with torch.enable_grad():
-            points.requires_grad_()
-            logits = self.engine.run(points, reduced)  # (steps, C, h, w)
-            found = densities(points, logits, self.targets, change)
+        try:
+            with torch.enable_grad():
+                points.requires_grad_()
+                logits = self.engine.run(points, reduced)  # (steps, C, h, w)
+                found = densities(points, logits, self.targets, change)
+            check_finite(found, 'the gradients')
+        except NonFiniteError as error:
+            raise NonFiniteError(error.what, error.sample, alphas[error.sample]) from None
         self.evaluations += len(alphas)
         if noted:
             self.note(alphas, logits.detach())
@@ -664,11 +686,12 @@ class Path:
         The largest of the targets'; infinite where it is not a number. The float32 densities are
         kept for the integral.
         """
-        exact, rough = (
-            torch.cat([self.evaluate([node], dtype, noted=dtype is None) for node in nodes])
-            for dtype in (None, reduced)
-        )  # (nodes, targets, 3, H, W)
-        self.known.update(zip(nodes, exact, strict=True))
+        exact = torch.cat([self.evaluate([node], None) for node in nodes])
+        self.known.update(zip(nodes, exact, strict=True))  # (nodes, targets, 3, H, W)
+        try:
+            rough = torch.cat([self.evaluate([node], reduced, noted=False) for node in nodes])
+        except NonFiniteError:
+            return float('inf')
         off = norms((rough - exact).sum(dim=0)) / norms(exact.sum(dim=0))
         deviation = float(off.max())
         return deviation if deviation >= 0 else float('inf')

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -68,7 +69,9 @@ from gradient_engine import (
     CHECKED_NODES,
     PRECISIONS,
     GradientEngine,
+    NonFiniteError,
     Preparation,
+    check_finite,
     densities,
     explained_memory,
     frozen,
@@ -82,6 +85,7 @@ from model_loading import (
     DEFAULT_ARCHITECTURE,
     DEFAULT_ENCODER,
     DEFAULT_IMAGE_SIZE,
+    MAX_IMAGE_SIZE,
     load_model,
     resolve_device,
 )
@@ -222,6 +226,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f'{name} must be a whole number of at least 1, not {value!r}')
+        if self.image_size is not None and self.image_size > MAX_IMAGE_SIZE:
+            raise InputError(f'image_size must be at most {MAX_IMAGE_SIZE}, not {self.image_size}')
         if not 0 < self.threshold < 1:
             raise InputError(f'threshold must lie between 0 and 1, not {self.threshold!r}')
         for name in ('gap_tolerance', 'precision_tolerance', 'tolerance'):
@@ -282,6 +288,7 @@ class Explanation:
     seed: int
     peak_memory_bytes: int | None
     precision: str  # what the gradients were computed in; they are summed in float32 or better
+    retried: str | None  # why it was computed again in float32; None: it was not
     precision_deviation: float | None  # of the map from float32, relative L2; None: not reduced
     map_error: float | None  # estimated relative L2 error of the map; None: a single step
     tolerance: float | None
@@ -690,8 +697,9 @@ class IntegratedGradients:
             a faster type and the map deviates by at most precision_tolerance (relative L2).
         skip_empty: leave out targets whose region holds no pixel, unless all are empty.
 
-        Raises InputError: wrong shapes or values, non-finite output, not enough memory;
-        EmptyTargetError: a target region holds no pixel.
+        Raises InputError: wrong shapes or values, not enough memory; EmptyTargetError: a target
+        region holds no pixel; NonFiniteError: logits or gradients that are not finite, also when
+        computed again in float32 where precision was reduced.
         """
         started = time.perf_counter()
         settings = Settings(
@@ -711,7 +719,7 @@ class IntegratedGradients:
             nodes = first_nodes(rule, settings.steps, tolerance is not None)
             at_image = x.clone().requires_grad_(bool(nodes[-1] == 1))
             with torch.set_grad_enabled(at_image.requires_grad):
-                graph = self.engine.logits(at_image)  # (1, C, h, w)
+                graph = self.engine.run(at_image)  # (1, C, h, w)
             logits = graph.detach()
             labels = predicted_labels(logits[0], threshold)
             context = self._context(logits[0], labels, truth, placement)
@@ -719,17 +727,24 @@ class IntegratedGradients:
             gradient = None  # at the image, which all baselines share
             if at_image.requires_grad:
                 gradient = densities(at_image, graph, built, torch.ones_like(x))[0]
+                check_finite(gradient[None], 'the gradients at the image')
             del graph
             walk = _Walk(self.engine, settings, x, built, logits, labels, gradient, nodes)
             bar = tqdm(total=None if tolerance else num_steps * len(baselines), unit='step',
                        desc='interpolation steps', leave=False, disable=not progress)  # fmt: skip
+            retried = None
             with bar:
-                walk.all(baselines, bar.update)
-        if not all(bool(torch.isfinite(found.integral).all()) for found in walk.found):
-            raise InputError(
-                'the gradients are not finite (is the checkpoint damaged? with reduced precision, '
-                'try --precision float32)'
-            )
+                try:
+                    walk.all(baselines, bar.update)
+                except NonFiniteError as error:
+                    if walk.reduced is None:
+                        raise
+                    retried = (
+                        f'computed again in float32, since in {dtype_name(walk.reduced)} {error}'
+                    )
+                    exact = replace(settings, precision='float32')
+                    walk = _Walk(self.engine, exact, x, built, logits, labels, gradient, nodes)
+                    walk.all(baselines, bar.update)
         common = {
             'baseline_pixels': self.preprocessing.to_pixels(baselines[0]),
             'baseline': baseline_type if isinstance(baseline_type, str) else 'tensor',
@@ -739,7 +754,8 @@ class IntegratedGradients:
             'forward_passes': self.engine.forward_passes - passes,
             'seed': seed,
             'step_batch': self.engine.step_batch.size,
-            'precision': str(walk.reduced or x.dtype).removeprefix('torch.'),
+            'precision': dtype_name(walk.reduced or x.dtype),
+            'retried': retried,
             'precision_deviation': walk.deviation if walk.reduced else None,
             'tolerance': tolerance,
             'preparation': self.engine.preparation,
@@ -926,7 +942,7 @@ class _Walk:
             path.known[0.0] = path.evaluate([0.0], None)[0]
         else:
             with torch.no_grad():
-                path.note([0.0], self.engine.logits(baseline))
+                path.note([0.0], self.engine.run(baseline))
         return path
 
     def _choose_precision(self, path: GradientPath) -> torch.dtype | None:
@@ -953,6 +969,11 @@ class _Walk:
             and (completeness_gap(total, high, low) or 0.0) <= self.settings.tolerance
             for error, total, high, low in figures.tolist()
         )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a type, as in PRECISIONS."""
+    return str(dtype).removeprefix('torch.')
 
 
 def foreground(logits: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -1237,6 +1258,8 @@ def describe_targets(
         notes.append(f'target "{settings.target}" was empty: the whole image was explained')
     elif left_out:
         notes.append(f'empty, so left out: target {", ".join(left_out)}')
+    if found[0][0].retried:
+        notes.append(found[0][0].retried)
     if found[0][0].preparation.fell_back:
         notes.append(
             'the faster copy of the network did not compute quite the same: the original was used'
@@ -1779,10 +1802,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def say_cost(settings: Settings) -> None:
+    """Tell what checks will cost, where some are wanted, before anything is computed."""
+    if settings.evaluate:
+        print(evaluation_cost(settings), file=sys.stderr)
+
+
 def run_single(args: argparse.Namespace, settings: Settings) -> int:
     """Explain one image and print its statistics."""
     if args.image_path is None:
         raise InputError('--mode single needs --image_path (or use --mode batch with --data_dir)')
+    say_cost(settings)
     sample = single_sample(args.image_path, args.mask_path)
     sample.image()  # a bad image is told before the model is loaded
     output_dir = prepare_output(args.output_dir)
@@ -1842,6 +1872,8 @@ def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -
     Under torchrun, this process takes its share, and rank 0 prints.
     """
     share = Group.of_torchrun() if started_by_torchrun() else Alone()
+    if share.rank == 0:
+        say_cost(settings)
     result = batch_integrated_gradients_analysis(
         args.model_path, args.data_dir, args.output_dir, args.num_samples,
         split=args.split, encoder=args.encoder, architecture=args.architecture,
@@ -1883,13 +1915,14 @@ def device_of_rank(device: str, ranks: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a file name that is no valid Unicode can be printed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     args = build_parser().parse_args(argv)
     stop = StopSignals()
     try:
         with stop:
             settings = settings_from(args)
-            if settings.evaluate:
-                print(evaluation_cost(settings), file=sys.stderr)
             if args.mode == 'single':
                 return run_single(args, settings)
             return run_batch(args, settings, stop)

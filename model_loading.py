@@ -10,7 +10,9 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,6 +31,9 @@ DEFAULT_IMAGE_SIZE = 640
 ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
 STATE_DICT_KEYS = ('model_state_dict', 'state_dict', 'model', 'net')
 STATE_DICT_PREFIXES = ('module.', '_orig_mod.', 'model.')
+MAX_CLASSES = 256  # labels are bytes
+MAX_IMAGE_SIZE = 16384
+INFLATION = 4  # a checkpoint's model may have so many times the numbers its file holds
 
 
 def resolve_device(name: str | torch.device = 'auto') -> torch.device:
@@ -82,14 +87,14 @@ def load_model(
     options = stored.get('options', {})
     state = {k: v for k, v in state.items() if not k.startswith('classification_head.')}
     classes = _count_classes(state, model_path)
+    preprocessing = _stored_preprocessing(stored, model_path)
     with _explained_mismatch(state, model_path, architecture, encoder):
+        outline = _skeleton(lambda: create_model(architecture, encoder, classes, **options), 'meta')
+        if outline is not None and numbers_in(outline.state_dict()) > INFLATION * numbers_in(state):
+            raise RuntimeError('the settings ask for a much larger model than the file holds')
         model = create_model(architecture, encoder, classes, **options)
         model.load_state_dict(state)
-    model.preprocessing = Preprocessing(
-        image_size=int(stored.get('image_size') or DEFAULT_IMAGE_SIZE),
-        mean=tuple(stored.get('mean') or IMAGENET_MEAN),
-        std=tuple(stored.get('std') or IMAGENET_STD),
-    )
+    model.preprocessing = preprocessing
     model.model_settings = {
         'model_path': str(model_path),
         'model_sha256': file_digest(model_path),
@@ -100,17 +105,48 @@ def load_model(
     return model.float().to(device).eval()
 
 
+def numbers_in(state: dict[str, torch.Tensor]) -> int:
+    """How many numbers a state dict holds; those that a view repeats count once."""
+    return sum(
+        value.numel()
+        if value.device.type == 'meta'
+        else min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
+        for value in state.values()
+    )
+
+
+def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
+    """The preprocessing that a checkpoint's settings ask for. Raises InputError."""
+    try:
+        size = stored.get('image_size') or DEFAULT_IMAGE_SIZE
+        mean, std = stored.get('mean') or IMAGENET_MEAN, stored.get('std') or IMAGENET_STD
+        mean, std = (tuple(float(value) for value in values) for values in (mean, std))
+        fine = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
+        fine = fine and size == int(size) and 1 <= size <= MAX_IMAGE_SIZE
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        fine = False
+    if not fine:
+        raise InputError(
+            f'{path} holds settings that make no sense (image_size: a whole number up to '
+            f'{MAX_IMAGE_SIZE}; mean and std: three numbers; save it again without them)'
+        )
+    return Preprocessing(image_size=int(size), mean=mean, std=std)
+
+
 def create_model(architecture: str, encoder: str, classes: int, **options: object):
     """An untrained smp model by name; no weights are fetched. Raises InputError: unknown name."""
     if architecture not in ARCHITECTURES:
         raise InputError(
             f'unknown architecture "{architecture}" (choose from {", ".join(ARCHITECTURES)})'
         )
+    if not isinstance(encoder, str) or not re.fullmatch(r'[\w.-]+', encoder):
+        # timm would look for "hf-hub:…" on the network
+        raise InputError(f'"{str(encoder)[:50]}" is no name of an encoder')
     try:
         return smp.create_model(
             architecture, encoder, encoder_weights=None, in_channels=3, classes=classes, **options
         )
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # what encoders raise at odd options is theirs
         close = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
         hint = f'; did you mean {" or ".join(close)}?' if close and encoder not in close else ''
         reason = ' '.join(str(error).split())[:200]
@@ -139,6 +175,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise InputError(f'model file is empty (0 bytes): {path} (copy or save it again)')
     if path.suffix == '.safetensors':
         return _strip_prefixes(_read_safetensors(path)), {}
+    _check_archive(path)
     content = _read_torch_file(path)
     settings = content.get('settings', {}) if isinstance(content, dict) else {}
     for key in STATE_DICT_KEYS:
@@ -147,13 +184,49 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     if (
         not isinstance(content, dict)
         or not content
-        or not all(map(torch.is_tensor, content.values()))
+        or not all(map(_is_plain_tensor, content.values()))
+        or not all(isinstance(name, str) for name in content)
     ):
         raise InputError(
             f'{path} holds no state dict (looked under {", ".join(STATE_DICT_KEYS)}; '
             'save it with torch.save(model.state_dict(), path))'
         )
-    return _strip_prefixes(content), settings if isinstance(settings, dict) else {}
+    return _strip_prefixes(content), _plain_settings(settings)
+
+
+def _is_plain_tensor(value: object) -> bool:
+    """Whether a value is a tensor that holds all its numbers."""
+    return (
+        torch.is_tensor(value)
+        and value.layout == torch.strided
+        and value.device.type == 'cpu'
+        and not value.is_quantized
+    )
+
+
+def _plain_settings(settings: object) -> dict:
+    """The settings stored with a checkpoint; none where they are not what we store."""
+    if not isinstance(settings, dict):
+        return {}
+    options = settings.get('options', {})
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        return {}
+    names = (settings.get('architecture'), settings.get('encoder'))
+    return settings if all(isinstance(name, str | None) for name in names) else {}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip file that grows when it is unpacked, which torch.save never writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # no zip file, or damaged: torch.load says so
+        return
+    if unpacked > INFLATION * path.stat().st_size:
+        raise InputError(
+            f'{path} was refused: it would grow to {unpacked / 2**20:,.0f} MiB when unpacked '
+            '(save only the weights: torch.save(model.state_dict(), path))'
+        )
 
 
 def _read_torch_file(path: Path) -> object:
@@ -176,15 +249,7 @@ def _read_torch_file(path: Path) -> object:
                 '(save only the weights: torch.save(model.state_dict(), path))'
             ) from None
         raise InputError(f'{path} is no PyTorch checkpoint or is damaged (copy it again)') from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except Exception as error:  # torch.load and the unpickler raise all kinds on damaged files
         reason = ' '.join(str(error).split())[:120]
         raise InputError(
             f'{path} is no PyTorch checkpoint or is damaged: {reason} (copy or save it again)'
@@ -209,7 +274,10 @@ def _read_pretrained_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict
     try:
         config = json.loads(config_path.read_text(encoding='utf-8'))
         name = config.pop('_model_class')
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        named = isinstance(name, str)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        named = False
+    if not named:
         raise InputError(f'{config_path} is not what save_pretrained writes') from None
     names = {cls.__name__: key for key, cls in smp.MODEL_ARCHITECTURES_MAPPING.items()}
     if name not in names:
@@ -238,9 +306,12 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
     if not heads:
         raise InputError(
             f'{path} is no segmentation-models-pytorch checkpoint: it has no segmentation_head '
-            f'(its first entry is "{next(iter(state), "")}")'
+            f'(its first entry is "{next(iter(state), "")[:100]}")'
         )
-    return heads[-1].shape[0]
+    classes = heads[-1].shape[0]
+    if not 1 <= classes <= MAX_CLASSES:
+        raise InputError(f'{path} has {classes} classes (1 to {MAX_CLASSES} are possible)')
+    return classes
 
 
 @contextlib.contextmanager
@@ -309,10 +380,10 @@ def guess_architecture(state: dict[str, torch.Tensor], encoder: str) -> str | No
     return None
 
 
-def _skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
+def _skeleton(build: Callable[[], torch.nn.Module], *devices: str) -> torch.nn.Module | None:
     """A network for its names and shapes only: without memory where that works, which is fast.
     None where it cannot be built: not every name and every pair exists."""
-    for device in ('meta', 'cpu'):
+    for device in devices or ('meta', 'cpu'):
         with contextlib.suppress(Exception), torch.device(device):
             return build()
     return None

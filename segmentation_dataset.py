@@ -10,8 +10,11 @@ holding class labels, 0 being background; model input is (1, 3, S, S) float32, n
 from __future__ import annotations
 
 import json
+import math
 import re
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -35,6 +38,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZE_MODES = ('stretch', 'letterbox')
 NORMALIZE_MODES = ('auto', 'imagenet', 'none')
 SIZE_MULTIPLE = 32  # the deepest encoder stage halves the image five times
+LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation: pycocotools needs 150 bytes for each
+# An image's name becomes a folder's. These would collide with a batch's own files, or are devices
+# on Windows.
+RESERVED_NAMES = r'(summary|failures|index(_\d+)?)\.\w+|(con|prn|aux|nul|com\d|lpt\d)(\..*)?'
+NAME_BYTES = 100  # file systems allow 255, and endings are added
+
+warnings.filterwarnings('ignore', module=r'PIL\.')  # what matters is raised, in our own words
 
 
 class InputError(ValueError):
@@ -47,19 +57,23 @@ class InputError(ValueError):
 def open_picture(path: str | Path, kind: str = 'image') -> Image.Image:
     """Open and fully decode a picture file, turned upright by its EXIF orientation.
 
-    Raises InputError when the file is missing, empty, no picture, cut short or absurdly large.
+    Raises InputError when the file is missing, empty, no picture, cut short or larger than Pillow's
+    limit, Image.MAX_IMAGE_PIXELS (89 million pixels).
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f'{kind} file not found: {path} (check the path)')
-    if path.stat().st_size == 0:
-        raise InputError(f'{kind} file is empty (0 bytes): {path} (copy or export it again)')
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow warns where it merely suspects a bomb
-            with Image.open(path) as opened:
-                opened.load()
-                return ImageOps.exif_transpose(opened)
+        if not path.is_file():
+            raise InputError(f'{kind} file not found: {path} (check the path)')
+        if path.stat().st_size == 0:
+            raise InputError(f'{kind} file is empty (0 bytes): {path} (copy or export it again)')
+        with Image.open(path) as opened:
+            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            opened.load()
+            ImageOps.exif_transpose(opened, in_place=True)
+            return opened
+    except InputError:
+        raise
     except UnidentifiedImageError:
         raise InputError(
             f'{path} is not a picture, whatever its name says '
@@ -67,12 +81,11 @@ def open_picture(path: str | Path, kind: str = 'image') -> Image.Image:
         ) from None
     except Image.DecompressionBombError:
         raise InputError(
-            f'{kind} {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels (shrink it first)'
+            f'{kind} {path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels (shrink it first)'
         ) from None
     except MemoryError:
         raise InputError(f'not enough memory to open {kind} {path} (shrink it first)') from None
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
-        # Pillow's decoders raise all of these on damaged files
+    except Exception as error:  # Pillow's decoders raise all kinds on damaged files
         raise InputError(
             f'{kind} {path} is damaged and cannot be read: {_one_line(error)} '
             '(copy or export it again)'
@@ -84,18 +97,21 @@ def read_image(path: str | Path) -> np.ndarray:
 
     Grey, palette, CMYK and alpha pictures are converted (alpha is dropped, as training
     pipelines do); 16-bit grey is scaled from its full range 0-65535; float pictures are taken
-    as 0-1 if nothing in them exceeds 1, else as 0-255.
+    as 0-1 if nothing in them exceeds 1, else as 0-255. Raises InputError as `open_picture` does,
+    and for a picture with pixels that are not finite.
     """
     picture = open_picture(path)
     if picture.mode == 'F' or picture.mode.startswith('I'):
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+        values = np.array(picture, dtype=np.float32)
+        _check_finite(values, path)
         if picture.mode == 'F':
             scale = 255.0 if values.max(initial=0) <= 1 else 1.0
         else:
             scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
-        grey = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(picture.convert('RGB'))
+        values *= np.float32(scale)  # in place: such a picture may fill a good part of the memory
+        np.clip(np.rint(values, out=values), 0, 255, out=values)
+        return np.repeat(values.astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.array(_converted(picture, path))
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -103,24 +119,40 @@ def read_mask(path: str | Path) -> np.ndarray:
 
     Palette pictures give their indices, others their grey level (colour: the brightest channel).
     Two-valued masks, 0/1 or 0/255 and JPEG's near misses, become 0/1; masks with more levels,
-    none above 127, are class labels and stay as they are.
+    none above 127, are class labels and stay as they are. Raises InputError as `read_image` does.
     """
     picture = open_picture(path, 'mask')
     if picture.mode in ('RGBA', 'LA', 'CMYK', 'YCbCr', 'HSV', 'LAB'):
-        picture = picture.convert('RGB')
+        picture = _converted(picture, path)
     levels = np.asarray(picture)
     if levels.ndim == 3:
         levels = levels.max(axis=2)
-    levels = np.nan_to_num(levels.astype(np.float64))
+    _check_finite(levels, path)
     highest = levels.max(initial=0)
     if highest <= 127:
         return levels.clip(0).astype(np.uint8)
     return (levels > highest / 2).astype(np.uint8)
 
 
+def _converted(picture: Image.Image, path: str | Path) -> Image.Image:
+    """The picture in RGB."""
+    try:
+        return picture if picture.mode == 'RGB' else picture.convert('RGB')
+    except (ValueError, OSError, MemoryError) as error:
+        raise InputError(
+            f'{path} cannot be converted to RGB: {_one_line(error)} (export it as PNG or JPEG)'
+        ) from None
+
+
+def _check_finite(values: np.ndarray, path: str | Path) -> None:
+    if values.dtype.kind == 'f' and not np.isfinite(values).all():
+        count = int((~np.isfinite(values)).sum())
+        raise InputError(f'{path} has {count:,} pixels that are not finite (export it again)')
+
+
 def _one_line(error: BaseException) -> str:
     """The error's text on one line, for a message of ours."""
-    return ' '.join(str(error).split()) or type(error).__name__
+    return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 # --------------------------------------------------------------------------- datasets
@@ -192,12 +224,18 @@ def list_samples(data_dir: str | Path, split: str | None = None) -> list[Sample]
 
 def _samples_of(folder: Path) -> list[Sample]:
     """The samples of one folder, in whichever layout it has; none where it holds no image."""
-    if (folder / COCO_FILE).is_file():
-        return _coco_samples(folder)
-    if (folder / 'images').is_dir():
-        masks = next((folder / m for m in ('masks', 'labels') if (folder / m).is_dir()), None)
-        return _paired_samples(folder / 'images', masks)
-    return _paired_samples(folder, folder)
+    try:
+        if (folder / COCO_FILE).is_file():
+            return _coco_samples(folder)
+        if (folder / 'images').is_dir():
+            masks = next((folder / m for m in ('masks', 'labels') if (folder / m).is_dir()), None)
+            return _paired_samples(folder / 'images', masks)
+        return _paired_samples(folder, folder)
+    except OSError as error:
+        raise InputError(
+            f'cannot read {error.filename or folder}: {error.strerror or error} '
+            '(check the permissions and the drive)'
+        ) from None
 
 
 def _paired_samples(images: Path, masks: Path | None) -> list[Sample]:
@@ -227,68 +265,151 @@ def _paired_samples(images: Path, masks: Path | None) -> list[Sample]:
 def _coco_samples(folder: Path) -> list[Sample]:
     """Images of a COCO export. One that no annotation names is a negative sample: empty mask."""
     source = folder / COCO_FILE
+    found: dict[Path, tuple[tuple[int, int], list[dict]]] = {}
     try:
         content = json.loads(source.read_text(encoding='utf-8'))
         annotations: dict[object, list[dict]] = {}
         for annotation in content.get('annotations', []):
             annotations.setdefault(annotation['image_id'], []).append(annotation)
-        entries = sorted(content['images'], key=lambda entry: str(entry['file_name']))
-        paths = [folder / str(entry['file_name']) for entry in entries]
-        sizes = [(int(entry['height']), int(entry['width'])) for entry in entries]
-        shapes = [annotations.get(entry['id'], []) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        for entry in sorted(content['images'], key=lambda entry: str(entry['file_name'])):
+            path = _path_inside(folder, str(entry['file_name']), source)
+            size = (int(entry['height']), int(entry['width']))
+            # A file that is listed twice is one image with the annotations of both entries.
+            found.setdefault(path, (size, []))[1].extend(annotations.get(entry['id'], []))
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError, MemoryError) as error:  # fmt: skip
         raise InputError(
             f'{source} is not a readable COCO file: {_one_line(error)} (export the dataset again)'
         ) from None
-    for path in paths:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f'{source} names an image outside its own folder: {path}')
     return [
         Sample(name, path, lambda size=size, own=own: _merge_annotations(own, size, source), source)
-        for name, path, size, own in zip(safe_names(paths), paths, sizes, shapes, strict=True)
+        for name, (path, (size, own)) in zip(safe_names(list(found)), found.items(), strict=True)
     ]
+
+
+def _path_inside(folder: Path, name: str, source: Path) -> Path:
+    """The path of a file that a COCO file names, which may lie nowhere but in its own folder."""
+    path = folder / name
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a loop of links
+        inside = False
+    if not inside:
+        shown = name if len(name) <= 100 else name[:100] + '…'
+        raise InputError(f'{source} names an image outside its own folder: {shown}')
+    return path
 
 
 def _merge_annotations(
     annotations: Sequence[dict], size: tuple[int, int], source: Path
 ) -> np.ndarray:
     """All annotations of an image as one (H, W) uint8 map of category numbers."""
+    if min(size) < 1 or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise InputError(
+            f'{source} gives an image the size {size[1]}×{size[0]} (export the dataset again)'
+        )
     labels = np.zeros(size, dtype=np.uint8)
     for annotation in annotations:
         try:
-            shape = annotation['segmentation']
-            if not shape:
-                raise ValueError('it has a box but no outline')
-            runs = coco_mask.frPyObjects(shape, *size) if _needs_encoding(shape) else shape
-            runs = coco_mask.merge(runs) if isinstance(runs, list) else runs
-            inside = coco_mask.decode(runs).astype(bool)
+            inside = _annotated_pixels(annotation['segmentation'], size)
             labels[inside] = max(1, min(255, int(annotation.get('category_id', 1))))
         except Exception as error:  # pycocotools raises bare Exception on malformed shapes
+            number = annotation.get('id') if isinstance(annotation, dict) else annotation
             raise InputError(
-                f'annotation {annotation.get("id")} in {source} cannot be read: '
+                f'annotation {str(number)[:50]} in {source} cannot be read: '
                 f'{_one_line(error)} (export the dataset with segmentation masks)'
             ) from None
     return labels
 
 
-def _needs_encoding(shape: list | dict) -> bool:
-    """Polygons and uncompressed run lengths must be encoded first; compressed ones are ready."""
-    return isinstance(shape, list) or isinstance(shape['counts'], list)
+def _annotated_pixels(shape: list | dict, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of an annotation: polygons, or run lengths, plain or compressed; (H, W) bool.
+
+    pycocotools writes beyond its memory, or reads what nobody wrote, where a polygon reaches far
+    outside the image or run lengths do not cover it. So polygons are checked before it sees them,
+    and run lengths are expanded here.
+    """
+    if not shape:
+        raise ValueError('it has a box but no outline')
+    if isinstance(shape, list):
+        for polygon in shape:
+            _check_polygon(polygon, size)
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(shape, *size))).astype(bool)
+    counts = shape['counts']
+    counts = np.asarray(counts if isinstance(counts, list) else run_lengths(counts), np.int64)
+    if (
+        list(shape['size']) != list(size)
+        or counts.min(initial=0) < 0
+        or counts.sum() != np.prod(size)
+    ):
+        raise ValueError(f'its run lengths do not cover an image of {size[1]}×{size[0]}')
+    inside = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return inside.reshape(size, order='F')
+
+
+def _check_polygon(polygon: Sequence[float], size: tuple[int, int]) -> None:
+    """Raise ValueError for a polygon that would overwhelm the drawing of it."""
+    points = np.asarray(polygon, dtype=float)
+    if points.ndim != 1 or len(points) < 6:
+        raise ValueError('a polygon needs at least three points')
+    if not np.isfinite(points).all() or np.abs(points).max() > 2 * max(size) + 100:
+        raise ValueError('a polygon reaches far outside the image')
+    points = points[: len(points) // 2 * 2].reshape(-1, 2)
+    if np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum() > LONGEST_OUTLINE:
+        raise ValueError(f'a polygon is more than {LONGEST_OUTLINE:,} pixels long')
+
+
+def run_lengths(text: str | bytes) -> list[int]:
+    """The run lengths in COCO's compressed form: six bits a character, differences from the last
+    but one (maskApi.c, rleFrString). Raises ValueError or IndexError where it is damaged."""
+    codes = text.encode('ascii') if isinstance(text, str) else text
+    counts: list[int] = []
+    place = 0
+    while place < len(codes):
+        value, shift, more = 0, 0, True
+        while more:
+            code = codes[place] - 48
+            if not 0 <= code < 64 or shift > 50:
+                raise ValueError('its compressed run lengths are damaged')
+            value |= (code & 0x1F) << shift
+            more, place, shift = bool(code & 0x20), place + 1, shift + 5
+        if code & 0x10:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return counts
 
 
 def safe_names(paths: Sequence[Path]) -> list[str]:
-    """A unique folder name for every path: its stem, without odd characters, at most 100 long.
+    """A unique folder name for every path: its stem, without odd characters, at most 100 bytes.
 
-    Where two would be the same, a few digits of the path's hash are added to each.
+    Where two would be the same, or one is reserved, a few digits of the hash of the file's name
+    are added to each; where that is the same too (in two folders), a number.
     """
-    plain = [re.sub(r'[^\w.-]+', '_', path.stem).strip('.')[:100] or 'image' for path in paths]
-    count: dict[str, int] = {}
-    for name in plain:  # compared without case: some file systems do not tell it apart
-        count[name.lower()] = count.get(name.lower(), 0) + 1
-    return [
-        name if count[name.lower()] == 1 else f'{name}_{sha256(path.name.encode()).hexdigest()[:8]}'
-        for name, path in zip(plain, paths, strict=True)
-    ]
+    plain = [_cleaned(path.stem) for path in paths]
+    count = Counter(map(_folded, plain))
+    names: list[str] = []
+    taken: set[str] = set()
+    for name, path in zip(plain, paths, strict=True):
+        if count[_folded(name)] > 1 or re.fullmatch(RESERVED_NAMES, name, re.IGNORECASE):
+            name += '_' + sha256(path.name.encode(errors='surrogatepass')).hexdigest()[:8]
+        number, own = 2, name
+        while _folded(own) in taken:
+            own, number = f'{name}_{number}', number + 1
+        taken.add(_folded(own))
+        names.append(own)
+    return names
+
+
+def _cleaned(stem: str) -> str:
+    name = re.sub(r'[^\w.-]+', '_', stem).strip('.')
+    return name.encode()[:NAME_BYTES].decode(errors='ignore').strip('.') or 'image'
+
+
+def _folded(name: str) -> str:
+    """What some file systems take for the same: without case, accents composed."""
+    return unicodedata.normalize('NFC', name).casefold()
 
 
 # --------------------------------------------------------------------------- preprocessing

@@ -187,13 +187,15 @@ def run_ranks(ranks: Sequence[int], images: int, size: int, work: Path) -> dict:
 # --------------------------------------------------------------------------- memory and time
 
 
-def watched(command: Sequence[str], table: Path) -> Iterator[tuple[int, int]]:
-    """Run a command; every half second, the images it has finished and the resident bytes of all
-    its processes."""
+def watched(command: Sequence[str], table: Path) -> Iterator[tuple[float, int, int]]:
+    """Run a command; every half second, the seconds so far, the images it has finished and the
+    resident bytes of all its processes."""
+    started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         rows = table.read_bytes().count(b'\n') - 1 if table.is_file() else 0
-        yield rows, sum(resident(one) for one in family(process.pid))
+        memory = sum(resident(one) for one in family(process.pid))
+        yield time.perf_counter() - started, rows, memory
         time.sleep(0.5)
     assert process.returncode == 0, command
 
@@ -225,12 +227,13 @@ def run_watched(arguments: Sequence[str], output: Path, early: int, late: int) -
     started = time.perf_counter()
     seen = list(watched([*command, '--output_dir', str(output)], output / 'summary.csv'))
     wall = time.perf_counter() - started
+    last = min(when for when, rows, _ in seen if rows == max(rows for _, rows, _ in seen))
     table = read_table(output / 'summary.csv')
     spent = float(table['seconds'].sum())
 
     def memory(images: int) -> float:
         width = max(2, late // 20)
-        near = [size for rows, size in seen if abs(rows - images) <= width]
+        near = [size for _, rows, size in seen if abs(rows - images) <= width]
         return float(np.median(near)) / 2**20
 
     return {
@@ -238,10 +241,11 @@ def run_watched(arguments: Sequence[str], output: Path, early: int, late: int) -
         'seconds of the whole command': round(wall, 1),
         'seconds spent explaining': round(spent, 1),
         'ratio': round(wall / spent, 3),
+        'seconds from the last image to the end': round(wall - last, 1),
         f'MiB of all processes around image {early}': round(memory(early)),
         f'MiB of all processes around image {late}': round(memory(late)),
         'change': f'{memory(late) / memory(early) - 1:+.1%}',
-        'peak MiB of all processes': round(max(size for _, size in seen) / 2**20),
+        'peak MiB of all processes': round(max(size for _, _, size in seen) / 2**20),
         'files for each image': sum(
             (output / str(table['folder'][0]) / f'{table["folder"][0]}_{end}').is_file()
             for end in FILE_ENDINGS.values()

@@ -63,6 +63,7 @@ def explanation(attributions, mask=MASK, score=10.0, baseline_score=0.0) -> Expl
         uncertainty=None,
         forward_passes=5,
         precision_deviation=None,
+        retried=None,
         map_error=0.05,
         tolerance=None,
         trend=Trend((0.0, 0.5, 1.0), (baseline_score, 4.0, score), (0.0, 0.5, 1.0)),

@@ -1,0 +1,403 @@
+"""Batches that are shared, killed, and written to folders that fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import DEMO_MODEL, ROOT, noise_image, save_image
+from torch.distributed import HashStore
+
+import batch_summary
+import integrated_gradients
+from batch_job import DONE, FAILED, SKIPPED, Alone, Group, Outcome, Writers, hold_folder, read_ahead
+from batch_summary import (
+    COLUMNS,
+    VANISHED,
+    AppendedTable,
+    Journal,
+    median_interval,
+    page_plan,
+    read_table,
+)
+from batch_summary import (
+    batch_summary as summarise,
+)
+from integrated_gradients import InputError, OutputError, batch_integrated_gradients_analysis
+
+sys.path.append(str(ROOT / 'benchmarks'))
+
+from reliability import SMALL, differences, family, run_kills, torchrun
+
+QUICK = {'model_path': DEMO_MODEL, 'num_steps': 1, 'image_size': 32, 'target': 'image',
+         'device': 'cpu'}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Five images."""
+    for number in range(5):
+        save_image(tmp_path / 'data' / f'image_{number}.png', noise_image(seed=number))
+    return tmp_path / 'data'
+
+
+# ------------------------------------------------------------------ sharing
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory) -> Path:
+    """What one process makes of a batch, undisturbed."""
+    folder = tmp_path_factory.mktemp('alone')
+    process = torchrun(1, [*SMALL, '--num_samples', '9', '--output_dir', str(folder)])
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    return folder
+
+
+@pytest.mark.parametrize('ranks', [2, 3])
+def test_ranks_give_what_one_process_gives(tmp_path, alone, ranks):
+    process = torchrun(ranks, [*SMALL, '--num_samples', '9', '--output_dir', str(tmp_path)])
+    said, progress = process.communicate()
+    assert process.returncode == 0, progress
+    assert not differences(alone, tmp_path)
+    assert said.count('9 images explained') == 1  # one summary, and one bar
+    assert '9/9' in progress and progress.count('  0%|') == 1
+
+
+def test_when_a_rank_dies_the_others_start_again_and_finished_images_stay(tmp_path, alone):
+    process = torchrun(
+        2, [*SMALL, '--num_samples', '9', '--output_dir', str(tmp_path)], '--max_restarts=1'
+    )
+    deadline = time.time() + 120
+    while len(finished := list(tmp_path.glob('*/*_statistics.json'))) < 2:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    before = {path: path.stat().st_mtime_ns for path in finished}
+    ranks = [one for one in family(process.pid)[1:] if b'--output_dir' in command_of(one)]
+    os.kill(ranks[-1], 9)
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert not differences(alone, tmp_path)
+
+
+def command_of(process: int) -> bytes:
+    try:
+        return Path(f'/proc/{process}/cmdline').read_bytes()
+    except OSError:
+        return b''
+
+
+def test_every_image_is_claimed_once_and_told_once():
+    store, total = HashStore(), 50
+    claimed: list[list[int]] = [[], [], []]
+
+    def work(rank: int) -> None:
+        share = Group(store, rank, 3)
+        share.begin()
+        for number, read in read_ahead(share, total, lambda number: number):
+            assert read() == number
+            time.sleep(0.004 * rank)  # a slow one holds nobody up
+            claimed[rank].append(number)
+            share.report(Outcome(number, str(number), folders=('a', 'b')))
+        share.leave()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(number for own in claimed for number in own) == list(range(total))
+    assert len(claimed[0]) > len(claimed[2]) > 0
+    share = Group(store, 0, 3)
+    assert sorted(o.number for o in share.collect()) == list(range(total)) and not share.collect()
+    assert share.others_left()
+
+
+def test_nobody_claims_ahead_what_another_rank_may_be_waiting_for():
+    share = Group(HashStore(), 0, 3)
+    assert [share.claim(5, ahead=True) for _ in range(3)] == [0, 1, None]
+    assert [share.claim(5, ahead=False) for _ in range(4)] == [2, 3, 4, None]
+
+
+def test_reading_ahead_raises_where_it_is_asked_for():
+    def read(number: int) -> int:
+        if number == 1:
+            raise InputError('unreadable')
+        return number
+
+    found = []
+    for number, result in read_ahead(Alone(), 3, read):
+        try:
+            found.append(result())
+        except InputError as error:
+            found.append(f'{number} {error}')
+    assert found == [0, '1 unreadable', 2]
+
+
+# ------------------------------------------------------------------ interruption
+
+
+def test_a_batch_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path):
+    """The README's table has fifty kills; these are a few of them."""
+    found = run_kills(int(os.environ.get('KILLS', 3)), 9, 1, tmp_path)
+    assert found['files that differ from the undisturbed run'] == 0, found
+
+
+def test_a_second_run_in_the_same_folder_is_told_who_holds_it(tmp_path, data, capsys):
+    arguments = [*SMALL, '--data_dir', str(data), '--output_dir', str(tmp_path / 'out')]
+    (tmp_path / 'out').mkdir()
+    with hold_folder(tmp_path / 'out'):
+        assert integrated_gradients.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert f'in use by another run (process {os.getpid()} on ' in said
+        assert 'Traceback' not in said
+        single = [*arguments, '--mode', 'single', '--image_path', str(data / 'image_0.png')]
+        assert integrated_gradients.main(single) == 2
+    assert not list((tmp_path / 'out').iterdir())
+    assert integrated_gradients.main(arguments) == 0
+
+
+def test_the_lock_of_a_killed_run_holds_nobody_up(tmp_path):
+    script = (
+        'import sys, time; from pathlib import Path; from batch_job import hold_folder\n'
+        'with hold_folder(Path(sys.argv[1])):\n    print("held", flush=True); time.sleep(60)'
+    )
+    process = subprocess.Popen([sys.executable, '-c', script, str(tmp_path)], cwd=ROOT,
+                               stdout=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == b'held\n'
+    with pytest.raises(InputError, match=f'process {process.pid}'), hold_folder(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    with hold_folder(tmp_path):
+        pass
+
+
+# ------------------------------------------------------------------ what fails under a run
+
+
+def test_a_folder_that_is_deleted_under_the_run(tmp_path, data):
+    seen = []
+
+    def before_image() -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            shutil.rmtree(tmp_path / 'out')
+
+    result = batch_integrated_gradients_analysis(
+        data_dir=data, output_dir=tmp_path / 'out', before_image=before_image, **QUICK
+    )
+    assert [entry['image'] for entry in result.images] == ['image_2', 'image_3', 'image_4']
+    assert [entry['image'] for entry in result.failed] == ['image_0', 'image_1']
+    assert {entry['reason'] for entry in result.failed} == {VANISHED}
+    rows = (tmp_path / 'out' / 'failures.csv').read_text().splitlines()
+    assert rows[0] == 'image,reason' and [row.split(',')[0] for row in rows[1:]] == [
+        'image_0', 'image_1',
+    ]  # fmt: skip
+    again = batch_integrated_gradients_analysis(data_dir=data, output_dir=tmp_path / 'out', **QUICK)
+    assert len(again.images) == 5 and not again.failed
+    assert not (tmp_path / 'out' / 'failures.csv').exists()
+
+
+def test_images_that_become_unreadable_during_the_run(tmp_path, data):
+    """A share that returns less than the file holds, a file that goes, one without permission."""
+    (data / 'image_2.png').write_bytes((data / 'image_2.png').read_bytes()[:3000])
+
+    def before_image() -> None:
+        (data / 'image_4.png').unlink(missing_ok=True)
+
+    result = batch_integrated_gradients_analysis(
+        data_dir=data, output_dir=tmp_path / 'out', before_image=before_image, **QUICK
+    )
+    assert [entry['image'] for entry in result.images] == ['image_0', 'image_1', 'image_3']
+    reasons = {entry['image']: entry['reason'] for entry in result.failed}
+    assert 'image_2.png is damaged' in reasons['image_2']
+    assert 'not found' in reasons['image_4']
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1.5 MB."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('file systems cannot be mounted here')
+    yield folder
+    subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+@pytest.mark.parametrize('copies', [1, 2])
+def test_a_disk_that_fills_up(tmp_path, data, small_disk, capsys, copies):
+    """copies: with two, there are enough images for worker processes."""
+    for path in list(data.iterdir()) * (copies - 1):
+        shutil.copy(path, data / f'copy_of_{path.name}')
+    arguments = [*SMALL, '--data_dir', str(data), '--output_dir', str(small_disk / 'out'),
+                 '--num_samples', 'all']  # fmt: skip
+    assert integrated_gradients.main(arguments) == 1
+    said = capsys.readouterr()
+    assert 'No space left on device' in said.err and 'Traceback' not in said.err
+    assert said.err.count('failed: ') >= 2
+    assert not list(small_disk.rglob('.tmp*'))
+    whole = len(list(small_disk.glob('out/*/*_statistics.json')))
+    assert 0 < whole < 5 * copies
+    subprocess.run(['mount', '-o', 'remount,size=50m', str(small_disk)], check=True)
+    assert integrated_gradients.main(arguments) == 0
+    table = read_table(small_disk / 'out' / 'summary.csv')
+    assert list(table['status']) == [DONE] * 5 * copies
+
+
+def test_a_worker_that_is_killed_costs_one_image():
+    with Writers(1) as writers:
+        writers.add(Outcome(0, 'a'), os._exit, 1)
+        while writers._waiting:
+            time.sleep(0.05)
+            writers.settle_done()
+        writers.add(Outcome(1, 'b'), time.sleep, 0)
+    first, second = writers.finished()
+    assert (first.status, second.status) == (FAILED, DONE)
+    assert 'was killed' in first.reason
+
+
+def refuse(*_: object) -> None:
+    raise OutputError('the disk is full')
+
+
+@pytest.mark.parametrize('processes', [0, 1])
+def test_an_image_that_cannot_be_written_is_told(processes):
+    with Writers(processes) as writers:
+        writers.add(Outcome(0, 'a', folders=('a',)), refuse)
+    assert writers.finished() == [Outcome(0, 'a', FAILED, 'the disk is full')]
+    assert writers.in_trouble
+
+
+# ------------------------------------------------------------------ tables
+
+
+def test_rows_are_added_whole_or_not_at_all(tmp_path):
+    table = AppendedTable(tmp_path / 'out' / 'a.csv', ('x', 'y'))
+    table.add([{'x': 1, 'y': 'a,b'}])  # there is no such folder
+    (tmp_path / 'out').mkdir()
+    table.add([{'x': 2}])
+    assert (tmp_path / 'out' / 'a.csv').read_text() == 'x,y\n1,"a,b"\n2,\n'
+    (tmp_path / 'out' / 'a.csv').unlink()
+    table.add([{'x': 3}])
+    assert table.text() == 'x,y\n3,\n'
+
+
+def test_the_columns_are_the_flat_statistics(tmp_path, data):
+    result = batch_integrated_gradients_analysis(
+        data_dir=data, output_dir=tmp_path / 'out', num_samples=1, **QUICK
+    )
+    (statistics,) = result.images
+    nested = {'trend', 'preparation', 'settings', 'versions', 'notes', 'targets', 'verdict',
+              'evaluation', 'channel_shares'}  # fmt: skip
+    added = {'status', 'reason', 'flags', 'number', 'share_red', 'share_green', 'share_blue'}
+    assert set(statistics) - nested == set(COLUMNS) - added
+    assert [key for key in statistics if key in COLUMNS] == [
+        key for key in COLUMNS if key not in added
+    ]
+    table = read_table(tmp_path / 'out' / 'summary.csv')
+    same = pd.read_parquet(tmp_path / 'out' / 'summary.parquet')
+    pd.testing.assert_frame_equal(table, same, check_dtype=False)
+    for key in COLUMNS.keys() - added:
+        value = table[key][0]
+        assert (value == statistics[key]) or (statistics[key] is None and pd.isna(value)), key
+
+
+def test_names_that_look_like_nothing_stay_names(tmp_path):
+    """pandas takes NA, null and nan for missing values unless it is told."""
+    journal = Journal(tmp_path)
+    names = ['NA', 'null', 'nan', '007', 'None']
+    for number, name in enumerate(names):
+        journal.add(Outcome(number, name, SKIPPED, 'empty, "so" skipped'))
+    table = journal.table(names, complete=True)
+    assert list(table['image']) == names
+    assert set(table['reason']) == {'empty, "so" skipped'}
+
+
+def table_of(count: int, **columns: object) -> pd.DataFrame:
+    frame = pd.DataFrame({name: [None] * count for name in COLUMNS})
+    names = [f'image_{number}' for number in range(count)]
+    frame = frame.assign(image=names, folder=names, status=DONE, number=range(count), flags='')
+    frame = frame.assign(reason='', prediction_ratio=0.1, prediction_area=5, **columns)
+    return frame.astype(COLUMNS)
+
+
+def test_a_summary_of_many_images_is_quick():
+    values = np.random.default_rng(0).gamma(2, size=40_000)
+    started = time.perf_counter()
+    found = summarise(table_of(40_000, attribution_ratio=values, dice=values, seconds=values))
+    assert time.perf_counter() - started < 20
+    low, high = found['interval_attribution_ratio']
+    assert low < found['median_attribution_ratio'] == np.median(values) < high
+    assert high - low < 0.05 and found['ratio_dice_correlation'] == pytest.approx(1)
+
+
+def test_ranks_give_the_interval_of_the_bootstrap(monkeypatch):
+    values = np.random.default_rng(0).gamma(2, size=1500)
+    by_ranks = median_interval(values)
+    monkeypatch.setattr(batch_summary, 'BOOTSTRAPPED', 2000)
+    bootstrapped = median_interval(values)
+    assert by_ranks == pytest.approx(bootstrapped, abs=0.15 * (bootstrapped[1] - bootstrapped[0]))
+
+
+def test_pages_hold_the_most_concerning_first():
+    table = table_of(1201)
+    table.loc[700, 'flags'] = 'poor mask; fails its control'
+    table.loc[900, 'flags'] = 'fails its control; background focus'
+    pages = page_plan(table)
+    assert [(page.file, len(folders)) for page, folders in pages] == [
+        ('index.html', 500), ('index_2.html', 500), ('index_3.html', 201),
+    ]  # fmt: skip
+    assert pages[0][1][:3] == ['image_900', 'image_700', 'image_0']
+    ((page, folders),) = page_plan(table[:500])
+    assert page.of == 1 and folders[:2] == ['image_0', 'image_1']  # in the order of the dataset
+
+
+def test_figures_can_be_left_out_and_drawn_later(tmp_path, data):
+    def files(figures: str) -> set[str]:
+        result = batch_integrated_gradients_analysis(
+            data_dir=data, output_dir=tmp_path, num_samples=1, figures=figures, **QUICK
+        )
+        assert not result.failed
+        page = (tmp_path / 'index.html').read_text()
+        assert ('image_0_thumbnail.png' in page) == (figures == 'all')
+        return {path.name.removeprefix('image_0_') for path in tmp_path.glob('image_0/*')}
+
+    numbers = {'attributions.npz', 'statistics.json'}
+    assert files('none') == numbers
+    written = (tmp_path / 'image_0' / 'image_0_statistics.json').stat().st_mtime_ns
+    assert files('png') == numbers | {'attribution.png', 'channels.png'}
+    assert files('all') == numbers | {
+        'attribution.png', 'channels.png', 'image.png', 'overlay.png', 'thumbnail.png'
+    }  # fmt: skip
+    assert (tmp_path / 'image_0' / 'image_0_statistics.json').stat().st_mtime_ns == written
+    with pytest.raises(InputError, match='unknown figures "svg"'):
+        files('svg')
+
+
+def test_rows_appear_while_the_batch_runs(tmp_path, data):
+    rows = []
+
+    def before_image() -> None:
+        path = tmp_path / 'out' / 'summary.csv'
+        rows.append(len(list(csv.DictReader(path.open()))) if path.exists() else 0)
+
+    batch_integrated_gradients_analysis(
+        data_dir=data, output_dir=tmp_path / 'out', before_image=before_image, **QUICK
+    )
+    assert rows == [0, 1, 2, 3, 4]
+    content = json.loads((tmp_path / 'out' / 'summary.json').read_text())
+    assert [entry['image'] for entry in content['images']] == [f'image_{k}' for k in range(5)]

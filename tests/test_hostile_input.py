@@ -1,0 +1,470 @@
+"""Files that were damaged or made to do harm: every reader gives a result or one sentence.
+
+How many mutated files each of the four readers gets is set by the environment variable FUZZ; the
+README's table gives the figure of `FUZZ=2500`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import zipfile
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import DEMO_MODEL, ROOT, noise_image, save_image, square_mask, write_coco
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from integrated_gradients import main
+from model_loading import create_model, load_model
+from segmentation_dataset import (
+    InputError,
+    list_samples,
+    read_image,
+    read_mask,
+    run_lengths,
+    safe_names,
+)
+
+EXAMPLES = int(os.environ.get('FUZZ', 50))
+fuzzed = settings(
+    max_examples=EXAMPLES,
+    deadline=timedelta(seconds=10),  # no reader may hang longer
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+ODD_BYTES = [
+    b'\x00',
+    b'\xff',
+    b'\x7f\xff\xff\xff',
+    b'\xff\xff\xff\xff',
+    b'\x80\x00\x00\x00',
+    b'-',
+    b'9' * 30,
+]
+edits = st.lists(
+    st.tuples(
+        st.floats(0, 1, exclude_max=True),  # where
+        st.sampled_from(['set', 'insert', 'delete', 'cut', 'repeat']),
+        st.one_of(st.sampled_from(ODD_BYTES), st.binary(min_size=1, max_size=40)),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def mutated(content: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
+    """Some bytes of a file changed."""
+    for where, kind, new in changes:
+        at = int(where * len(content))
+        length = len(new)
+        content = {
+            'set': content[:at] + new + content[at + length :],
+            'insert': content[:at] + new + content[at:],
+            'delete': content[:at] + content[at + length :],
+            'cut': content[: max(1, at)],
+            'repeat': content[:at] + content[at : at + 50 * length] + content[at:],
+        }[kind] or b'\x00'
+    return content
+
+
+def picture(array: np.ndarray, form: str, **options) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def pictures() -> list[bytes]:
+    colour, mask = noise_image(24, 20), square_mask(40, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    palette = io.BytesIO()
+    Image.fromarray(colour).quantize(8).save(palette, 'PNG')
+    return [
+        picture(colour, 'PNG'), picture(colour, 'JPEG', exif=exif), picture(colour, 'BMP'),
+        picture(colour, 'JPEG', progressive=True), picture(colour, 'GIF'), picture(colour, 'WEBP'),
+        *(picture(colour, 'TIFF', compression=kind)
+          for kind in (None, 'tiff_lzw', 'tiff_adobe_deflate', 'packbits', 'jpeg')),
+        picture(colour[..., 0].astype(np.float32), 'TIFF'),
+        picture(colour[..., 0].astype(np.uint16) * 257, 'PNG'),
+        picture(colour[..., 0].astype(np.int32), 'TIFF'),
+        picture(mask, 'PNG'), picture(mask * np.uint8(255), 'GIF'), palette.getvalue(),
+    ]  # fmt: skip
+
+
+PICTURES = pictures()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def memory_stays_small():
+    """Whatever the files say: the process of these tests never takes 2 GB more than it had."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (after - before) * 1024 < 2e9
+
+
+@pytest.mark.parametrize('read', [read_image, read_mask])
+def test_mutated_pictures(tmp_path, read):
+    path = tmp_path / 'a.png'
+
+    @fuzzed
+    @given(seed=st.sampled_from(PICTURES), changes=edits)
+    def check(seed, changes):
+        path.write_bytes(mutated(seed, changes))
+        try:
+            array = read(path)
+        except InputError as error:
+            assert str(path) in str(error) and '\n' not in str(error)
+        else:
+            assert array.dtype == np.uint8 and array.shape[2:] == (
+                (3,) if read is read_image else ()
+            )
+
+    check()
+
+
+# ------------------------------------------------------------------ COCO
+
+ODD_VALUES = [
+    None, True, -1, 0, 1e308, float('nan'), float('inf'), 10**30, '', 'x', '\x00', '../../x.jpg',
+    '/etc/passwd', 'a' * 5000, '\ud800', '~~~~', [], {}, [[]], [[1e9] * 6], [[-1e9, 5] * 3],
+    [[1, 2, 3]], {'size': [10**6, 10**6], 'counts': [10**12]}, {'counts': {}},
+    {'size': [40, 60], 'counts': '0' * 9}, {'size': [40, 60], 'counts': [2**62] * 4},
+]  # fmt: skip
+
+
+def coco() -> dict:
+    mask = np.asfortranarray(square_mask())
+    compressed = coco_mask.encode(mask)
+    compressed['counts'] = compressed['counts'].decode()
+    shapes = [[[15, 10, 30, 10, 30, 20, 15, 20]], compressed,
+              {'size': [40, 60], 'counts': [600, 15, 1785]}]  # fmt: skip
+    return {
+        'images': [{'id': k, 'file_name': f'{k}.jpg', 'height': 40, 'width': 60} for k in range(3)],
+        'annotations': [
+            {'id': k, 'image_id': k, 'category_id': 1, 'segmentation': shape}
+            for k, shape in enumerate(shapes)
+        ],
+    }
+
+
+def places(content: object, here: tuple = ()) -> list[tuple]:
+    """Where every value of nested lists and dictionaries stands."""
+    inside = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
+    return [here] * bool(here) + [p for key, part in inside for p in places(part, (*here, key))]
+
+
+def replaced(content: dict, at: tuple, value: object) -> dict:
+    changed = json.loads(json.dumps(content))
+    part = changed
+    for key in at[:-1]:
+        part = part[key]
+    part[at[-1]] = value
+    return changed
+
+
+odd_coco = st.builds(
+    lambda at, value: json.dumps(replaced(coco(), at, value)).encode(),
+    st.sampled_from(places(coco())),
+    st.one_of(st.sampled_from(ODD_VALUES), st.integers(), st.floats(), st.text(max_size=5)),
+)
+damaged_coco = st.builds(mutated, st.just(json.dumps(coco()).encode()), edits)
+
+
+def test_mutated_coco_files(tmp_path):
+    inside = tmp_path / 'data'
+    inside.mkdir()
+
+    @fuzzed
+    @given(content=st.one_of(odd_coco, damaged_coco))
+    @example(b'[' * 100_000)
+    @example(b'{"images": [{"id": 1, "file_name": "a.jpg", "height": 1e999, "width": 4}]}')
+    def check(content):
+        (inside / '_annotations.coco.json').write_bytes(content)
+        try:
+            samples = list_samples(inside)
+        except InputError as error:
+            assert '\n' not in str(error)
+            return
+        assert len({sample.name for sample in samples}) == len(samples)
+        for sample in samples:
+            assert sample.image_path.resolve().is_relative_to(inside)
+            try:
+                truth = sample.truth()
+            except InputError as error:
+                assert '\n' not in str(error)
+            else:
+                assert truth.dtype == np.uint8 and truth.size < 1e8
+
+    check()
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_run_lengths_are_those_of_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    mask = (rng.random((37, 53)) < rng.random()).astype(np.uint8)
+    mask[:, 10 : 10 + seed] = seed % 2
+    counts = run_lengths(coco_mask.encode(np.asfortranarray(mask))['counts'])
+    found = np.repeat(np.arange(len(counts)) % 2, counts).reshape(mask.shape, order='F')
+    assert (found == mask).all()
+
+
+@pytest.mark.parametrize(
+    'shape',
+    [
+        [[0, 0, 1e8, 1e8, 5, 5]],  # these ended the process
+        [[0, 0, float('nan'), 5, 5, 5]],
+        {'size': [100000, 100000], 'counts': '05'},
+        {'size': [40, 60], 'counts': [5, 5]},  # this gave what happened to lie in memory
+    ],
+)
+def test_annotations_that_broke_pycocotools(tmp_path, shape):
+    image = {'id': 1, 'file_name': '1.jpg', 'height': 40, 'width': 60}
+    write_coco(tmp_path, [{'id': 7, 'image_id': 1, 'segmentation': shape}], [image])
+    with pytest.raises(InputError, match='annotation 7'):
+        list_samples(tmp_path)[0].truth()
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def tiny_checkpoint(**settings_of) -> dict:
+    torch.manual_seed(0)
+    options = {'encoder_depth': 3, 'decoder_channels': (16, 8, 4)}
+    model = create_model('unet', 'resnet18', 1, **options)
+    state = {k: v[..., :1, :1].clone() if v.ndim == 4 else v for k, v in model.state_dict().items()}
+    wanted = {'architecture': 'unet', 'encoder': 'resnet18', 'options': options, **settings_of}
+    return {'state_dict': state, 'settings': wanted}
+
+
+def saved(content: object, **options) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope='module')
+def small_checkpoints() -> dict[str, bytes]:
+    """Of each form, small: mutating megabytes of weights would hit nothing else."""
+    state = {
+        'encoder.conv1.weight': torch.zeros(2, 3, 3, 3),
+        'segmentation_head.0.weight': torch.zeros(1, 16, 3, 3),
+        'segmentation_head.0.bias': torch.zeros(1),
+    }
+    content = {'epoch': np.float64(3), 'state_dict': state, 'settings': {'encoder': 'resnet18'}}
+    return {
+        'zip.pth': saved(content),
+        'old.pth': saved(content, _use_new_zipfile_serialization=False),
+        'a.safetensors': safetensors.torch.save(state),
+    }
+
+
+def repacked(archive: bytes, changes: list) -> bytes:
+    """A zip checkpoint whose pickle was changed, with sums that fit."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(stream, 'w') as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            new.writestr(
+                entry, mutated(content, changes) if entry.filename.endswith('.pkl') else content
+            )
+    return stream.getvalue()
+
+
+def test_mutated_checkpoints(tmp_path, small_checkpoints, monkeypatch):
+    """What is read is not built: that is the same for every file."""
+    monkeypatch.setattr('model_loading.guess_encoder', lambda *_: None)  # takes seconds
+
+    @fuzzed
+    @given(name=st.sampled_from(sorted(small_checkpoints)), changes=edits, inside=st.booleans())
+    def check(name, changes, inside):
+        content = small_checkpoints[name]
+        content = (
+            repacked(content, changes)
+            if inside and name == 'zip.pth'
+            else mutated(content, changes)
+        )
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError) as error:  # no mutation makes a resnet of it
+            load_model(path, 'cpu')
+        assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+    check()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f'touch {self.mark}',)
+
+
+@pytest.mark.parametrize('old', [True, False])
+def test_no_checkpoint_runs_code(tmp_path, old):
+    evil = Evil()
+    Evil.mark = tmp_path / 'ran'
+    for content in (
+        evil,
+        {'state_dict': evil},
+        {'state_dict': {'a': torch.zeros(1)}, 'settings': evil},
+    ):
+        path = tmp_path / 'evil.pth'
+        path.write_bytes(saved(content, _use_new_zipfile_serialization=not old))
+        with pytest.raises(InputError, match='could run code'):
+            load_model(path, 'cpu')
+    path.write_bytes(pickle.dumps(evil))
+    with pytest.raises(InputError):
+        load_model(path, 'cpu')
+    assert not Evil.mark.exists()
+
+
+def test_a_checkpoint_that_grows_when_unpacked_is_refused(tmp_path):
+    path = tmp_path / 'bomb.pth'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data/0', bytes(50 << 20))
+    with pytest.raises(InputError, match=r'would grow to 50 MiB'):
+        load_model(path, 'cpu')
+
+
+@pytest.mark.parametrize(
+    ('changed', 'said'),
+    [
+        ({'encoder': 'hf-hub:evil/model'}, 'no name of an encoder'),
+        ({'encoder': 'tu-hf-hub:evil/model'}, 'no name of an encoder'),
+        ({'image_size': 10**9}, 'make no sense'),
+        ({'image_size': 'large'}, 'make no sense'),
+        ({'std': (0.0, 1.0, 1.0)}, 'make no sense'),
+        ({'mean': torch.zeros(3)}, 'make no sense'),
+        ({'options': {'decoder_channels': (10**9, 8, 4), 'encoder_depth': 3}}, ''),
+        ({'options': {'decoder_channels': (30000, 30000, 4), 'encoder_depth': 3}}, ''),
+        ({'options': {'no_such_option': 1}}, ''),
+        ({'architecture': 'os.system'}, 'unknown architecture'),
+    ],
+)
+def test_hostile_settings_in_a_checkpoint(tmp_path, monkeypatch, changed, said):
+    monkeypatch.setattr('model_loading.guess_encoder', lambda *_: None)  # takes seconds
+    path = tmp_path / 'm.pth'
+    torch.save(tiny_checkpoint(**changed), path)
+    with pytest.raises(InputError, match=said):
+        load_model(path, 'cpu')
+
+
+@pytest.mark.parametrize(
+    'odd',
+    [
+        {3: torch.zeros(1)},
+        {'segmentation_head.0.weight': torch.zeros(10**6, 1, 1, 1)},
+        {'segmentation_head.0.weight': torch.zeros(1).expand(200, 10**5, 3, 3)},
+        {'segmentation_head.0.weight': torch.zeros(1, 1, 1, 1, device='meta')},
+        {'segmentation_head.0.weight': torch.zeros(1, 1).to_sparse()},
+    ],
+)
+def test_odd_tensors_in_a_checkpoint(tmp_path, monkeypatch, odd):
+    monkeypatch.setattr('model_loading.guess_encoder', lambda *_: None)  # takes seconds
+    torch.save({**odd}, tmp_path / 'm.pth')
+    with pytest.raises(InputError):
+        load_model(tmp_path / 'm.pth', 'cpu')
+
+
+# ------------------------------------------------------------------ pictures made to do harm
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    path = tmp_path / 'bomb.png'
+    header = picture(np.zeros((1, 1), np.uint8), 'PNG')
+    width = (10_000).to_bytes(4, 'big')
+    import zlib
+
+    chunk = b'IHDR' + width * 2 + header[24:29]
+    path.write_bytes(
+        header[:8] + header[8:12] + chunk + zlib.crc32(chunk).to_bytes(4, 'big') + header[33:]
+    )
+    for read in (read_image, read_mask):
+        with pytest.raises(InputError, match=r'more than 89,478,485 pixels'):
+            read(path)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize('read', [read_image, read_mask])
+def test_pixels_that_are_not_finite_are_named(tmp_path, value, read):
+    pixels = np.ones((8, 8), np.float32)
+    pixels[3, 4:6] = value
+    Image.fromarray(pixels).save(tmp_path / 'a.tif')
+    with pytest.raises(InputError, match=r'a\.tif has 2 pixels that are not finite'):
+        read(tmp_path / 'a.tif')
+
+
+# ------------------------------------------------------------------ names
+
+
+def test_names_that_collide_or_escape(tmp_path):
+    names = ['a/x.jpg', 'b/x.jpg', 'A/X.jpg', 'e\u0301.jpg', '\u00e9.jpg', 'summary.csv.jpg',
+             'index_2.html.png', 'index.html.jpg', '漢' * 80 + '.jpg', 'CON.jpg', '-rf.jpg',
+             '\u202egpj.exe.jpg', 'a\nb.jpg', '~.jpg', '...jpg', '\udcff.jpg']  # fmt: skip
+    found = safe_names([tmp_path / name for name in names])
+    assert len({name.casefold() for name in found}) == len(names)
+    for name in found:
+        assert len(name.encode()) <= 120 and not set(name) & set('/\\\n\u202e~') and name.strip('.')
+        folder = tmp_path / 'out' / name  # as the output folder would be, beside the batch's files
+        folder.mkdir(parents=True)
+        assert folder.parent == tmp_path / 'out' and name not in ('summary.csv', 'index.html')
+
+
+def test_an_image_that_a_coco_file_lists_twice_is_one(tmp_path):
+    images = [{'id': k, 'file_name': '1.jpg', 'height': 40, 'width': 60} for k in (1, 2)]
+    squares = [[[0, 0, 9, 0, 9, 9, 0, 9]], [[20, 20, 29, 20, 29, 29, 20, 29]]]
+    write_coco(tmp_path, [
+        {'id': k, 'image_id': k, 'segmentation': squares[k - 1]} for k in (1, 2)
+    ], images)  # fmt: skip
+    (sample,) = list_samples(tmp_path)
+    truth = sample.truth()
+    assert truth[5, 5] and truth[25, 25] and not truth[15, 15]
+
+
+def test_a_batch_of_odd_names(tmp_path, capsys):
+    """Each gets a folder of its own, and nothing is written anywhere else."""
+    data = tmp_path / 'data'
+    names = ['summary.csv.png', 'index.html.png', 'a b.png', 'a_b.png', 'é.png', '漢' * 70 + '.png']
+    for number, name in enumerate(names):
+        save_image(data / name, noise_image(seed=number))
+    raw = os.fsencode(data) + b'/\xff.png'  # a name that is no UTF-8
+    shutil.copy(data / names[0], raw)
+    before = set(tmp_path.rglob('*'))
+    arguments = ['--model_path', str(DEMO_MODEL), '--data_dir', str(data), '--output_dir',
+                 str(tmp_path / 'out'), '--image_size', '32', '--num_steps', '1', '--target',
+                 'image', '--device', 'cpu', '--mode', 'batch', '--num_samples', 'all']  # fmt: skip
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert len([path for path in (tmp_path / 'out').iterdir() if path.is_dir()]) == len(names) + 1
+    new = set(tmp_path.rglob('*')) - before
+    assert all(path.is_relative_to(tmp_path / 'out') for path in new)
+    assert (tmp_path / 'out' / 'index.html').is_file()
+    json.loads((tmp_path / 'out' / 'summary.json').read_text())
+
+
+def test_the_notebook_shows_names_as_text():
+    """Nothing from a file reaches the notebook as HTML or as code."""
+    notebook = json.loads((ROOT / 'integrated_gradients_interactive.ipynb').read_text())
+    code = '\n'.join(
+        ''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code'
+    )
+    for word in ('HTML(', 'Markdown(', 'Javascript(', 'eval(', 'exec(', 'get_ipython', 'Latex('):
+        assert word not in code
+    assert all(not cell.get('outputs') for cell in notebook['cells'] if cell['cell_type'] == 'code')
