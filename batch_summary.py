@@ -122,7 +122,8 @@ class AppendedTable:
 def _csv_text(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(rows)
-    return text.getvalue()
+    # A file name that is no valid Unicode must not stop the table.
+    return text.getvalue().encode(errors='backslashreplace').decode()
 
 
 def _append_whole(path: Path, header: str, text: str) -> bool:

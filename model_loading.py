@@ -89,9 +89,7 @@ def load_model(
     classes = _count_classes(state, model_path)
     preprocessing = _stored_preprocessing(stored, model_path)
     with _explained_mismatch(state, model_path, architecture, encoder):
-        outline = _skeleton(lambda: create_model(architecture, encoder, classes, **options), 'meta')
-        if outline is not None and numbers_in(outline.state_dict()) > INFLATION * numbers_in(state):
-            raise RuntimeError('the settings ask for a much larger model than the file holds')
+        _check_size(architecture, encoder, classes, options, state)
         model = create_model(architecture, encoder, classes, **options)
         model.load_state_dict(state)
     model.preprocessing = preprocessing
@@ -103,6 +101,24 @@ def load_model(
         'classes': classes,
     }
     return model.float().to(device).eval()
+
+
+def _check_size(
+    architecture: str, encoder: str, classes: int, options: dict, state: dict[str, torch.Tensor]
+) -> None:
+    """Raise RuntimeError where a checkpoint's settings ask for a model much larger than its file
+    holds, before memory is taken for it."""
+    # SegFormer's encoders cannot be outlined; what the settings make large is the decoder.
+    for name in (encoder, 'resnet18'):
+        try:
+            with torch.device('meta'):
+                outline = create_model(architecture, name, classes, **options)
+            break
+        except InputError as error:
+            if 'meta tensors' not in str(error):
+                raise
+    if numbers_in(outline.state_dict()) > INFLATION * numbers_in(state):
+        raise RuntimeError('the model is too large')
 
 
 def numbers_in(state: dict[str, torch.Tensor]) -> int:
@@ -383,7 +399,7 @@ def guess_architecture(state: dict[str, torch.Tensor], encoder: str) -> str | No
 def _skeleton(build: Callable[[], torch.nn.Module], *devices: str) -> torch.nn.Module | None:
     """A network for its names and shapes only: without memory where that works, which is fast.
     None where it cannot be built: not every name and every pair exists."""
-    for device in devices or ('meta', 'cpu'):
+    for device in ('meta', 'cpu'):
         with contextlib.suppress(Exception), torch.device(device):
             return build()
     return None
