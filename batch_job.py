@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from loky import ProcessPoolExecutor
@@ -139,11 +140,23 @@ class Group:
         return new
 
     def begin(self) -> None:
-        """See `Alone`."""
-        if self.rank == 0:
-            self.store.set('begun', '1')
-        else:
-            self.store.wait(['begun'])
+        """See `Alone`. After a restart torchrun's store may still hold what ranks that died have left:
+        rank 0 takes a part of it for those that are alive, and invites them there."""
+        from torch.distributed import PrefixStore
+
+        common, own_name = self.store, uuid4().hex
+        if self.rank > 0:
+            common.set(f'rank {self.rank}', own_name)
+            self.store = PrefixStore(common.get(f'invitation of {own_name}').decode(), common)
+            self.store.add('joined', 1)
+            return
+        self.store = PrefixStore(own_name, common)
+        names = [f'rank {rank}' for rank in range(1, self.size)]
+        while self.store.add('joined', 0) < len(names):
+            for name in names:
+                if common.check([name]):  # perhaps that of a rank that died: then it comes again
+                    common.set(f'invitation of {common.get(name).decode()}', own_name)
+            time.sleep(POLL)
 
     def leave(self) -> None:
         """See `Alone`."""
