@@ -140,8 +140,8 @@ class Group:
         return new
 
     def begin(self) -> None:
-        """See `Alone`. After a restart torchrun's store may still hold what ranks that died have left:
-        rank 0 takes a part of it for those that are alive, and invites them there."""
+        """See `Alone`. After a restart torchrun's store may still hold what those that died have
+        left: rank 0 takes a part of it for those that are alive, and invites them there."""
         from torch.distributed import PrefixStore
 
         common, own_name = self.store, uuid4().hex

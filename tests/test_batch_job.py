@@ -111,7 +111,7 @@ def test_every_image_is_claimed_once_and_told_once():
         share.begin()
         for number, read in read_ahead(share, total, lambda number: number):
             assert read() == number
-            time.sleep(0.008 * (rank == 2))  # a slow one holds nobody up
+            time.sleep(0.02 if rank == 2 else 0.002)
             claimed[rank].append(number)
             share.report(Outcome(number, str(number), folders=('a', 'b')))
         share.leave()
@@ -122,7 +122,7 @@ def test_every_image_is_claimed_once_and_told_once():
     for thread in threads:
         thread.join()
     assert sorted(number for own in claimed for number in own) == list(range(total))
-    assert len(claimed[1]) > len(claimed[2]) > 0
+    assert len(claimed[2]) < total / 3  # the slow one holds nobody up
     assert sorted(o.number for o in first.collect()) == list(range(total)) and not first.collect()
     assert first.others_left()
 
