@@ -13,6 +13,7 @@ import pickle
 import resource
 import shutil
 import zipfile
+from collections.abc import Iterator
 from datetime import timedelta
 
 import numpy as np
@@ -44,6 +45,15 @@ fuzzed = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.fixture
+def files_read() -> Iterator[list[int]]:
+    """One entry for each mutated file; there must be as many as the README's table says."""
+    found: list[int] = []
+    yield found
+    assert len(found) >= EXAMPLES
+
 
 ODD_BYTES = [
     b'\x00',
@@ -117,13 +127,14 @@ def memory_stays_small():
 
 
 @pytest.mark.parametrize('read', [read_image, read_mask])
-def test_mutated_pictures(tmp_path, read):
+def test_mutated_pictures(tmp_path, read, files_read):
     path = tmp_path / 'a.png'
 
     @fuzzed
     @given(seed=st.sampled_from(PICTURES), changes=edits)
     def check(seed, changes):
         path.write_bytes(mutated(seed, changes))
+        files_read.append(1)
         try:
             array = read(path)
         except InputError as error:
@@ -190,7 +201,7 @@ odd_coco = st.builds(
 damaged_coco = st.builds(mutated, st.just(json.dumps(coco()).encode()), edits)
 
 
-def test_mutated_coco_files(tmp_path):
+def test_mutated_coco_files(tmp_path, files_read):
     inside = tmp_path / 'data'
     inside.mkdir()
 
@@ -200,6 +211,7 @@ def test_mutated_coco_files(tmp_path):
     @example(b'{"images": [{"id": 1, "file_name": "a.jpg", "height": 1e999, "width": 4}]}')
     def check(content):
         (inside / '_annotations.coco.json').write_bytes(content)
+        files_read.append(1)
         try:
             samples = list_samples(inside)
         except InputError as error:
@@ -290,7 +302,7 @@ def repacked(archive: bytes, changes: list) -> bytes:
     return stream.getvalue()
 
 
-def test_mutated_checkpoints(tmp_path, small_checkpoints, monkeypatch):
+def test_mutated_checkpoints(tmp_path, small_checkpoints, monkeypatch, files_read):
     """What is read is not built: that is the same for every file."""
     monkeypatch.setattr('model_loading.guess_encoder', lambda *_: None)  # takes seconds
 
@@ -305,6 +317,7 @@ def test_mutated_checkpoints(tmp_path, small_checkpoints, monkeypatch):
         )
         path = tmp_path / name
         path.write_bytes(content)
+        files_read.append(1)
         with pytest.raises(InputError) as error:  # no mutation makes a resnet of it
             load_model(path, 'cpu')
         assert str(path) in str(error.value) and '\n' not in str(error.value)
