@@ -41,6 +41,7 @@ LOCK, HOLDER = '.lock', '.holder.json'  # in the output folder
 MAX_WRITERS = 4  # processes that draw and write, for each rank
 POLL = 0.1  # seconds between looks at what other ranks have finished
 GRACE = 10.0  # seconds that an interrupted batch waits for the other ranks
+NETWORK_DELAY = 5.0  # seconds until a shared folder shows what another machine has written
 
 Item = TypeVar('Item')
 
@@ -53,7 +54,7 @@ class Outcome:
     image: str
     status: str = DONE  # or SKIPPED (empty target), or FAILED (unusable input, or not written)
     reason: str = ''  # one sentence, where it is not done
-    folders: tuple[str, ...] = ()  # of its targets, where it is done
+    rows: tuple[dict, ...] = ()  # of summary.csv, one for each target, where it is done
 
 
 # --------------------------------------------------------------------------- who explains what
@@ -134,7 +135,7 @@ class Group:
         while self._collected < self.store.add('reported', 0):
             key = f'outcome {self._collected}'
             found = json.loads(self.store.get(key))
-            new.append(Outcome(**found | {'folders': tuple(found['folders'])}))
+            new.append(Outcome(**found | {'rows': tuple(found['rows'])}))
             self.store.delete_key(key)
             self._collected += 1
         return new
@@ -147,7 +148,10 @@ class Group:
         common, own_name = self.store, uuid4().hex
         if self.rank > 0:
             common.set(f'rank {self.rank}', own_name)
-            self.store = PrefixStore(common.get(f'invitation of {own_name}').decode(), common)
+            invitation = f'invitation of {own_name}'
+            while not common.check([invitation]):  # `get` alone would not hear a signal
+                time.sleep(POLL)
+            self.store = PrefixStore(common.get(invitation).decode(), common)
             self.store.add('joined', 1)
             return
         self.store = PrefixStore(own_name, common)
@@ -299,16 +303,16 @@ class Writers:
         try:
             result()
             self.in_trouble = False
-        except OutputError as error:
-            self.in_trouble = True
-            outcome = replace(outcome, status=FAILED, reason=str(error), folders=())
+        except InputError as error:
+            self.in_trouble = isinstance(error, OutputError)
+            outcome = replace(outcome, status=FAILED, reason=str(error), rows=())
         except BrokenExecutor:
             self._pool = None  # the next image starts a new one
             reason = (
                 'the process that draws and writes was killed, probably for want of memory '
                 '(run the same command again; --figures none needs less)'
             )
-            outcome = replace(outcome, status=FAILED, reason=reason, folders=())
+            outcome = replace(outcome, status=FAILED, reason=reason, rows=())
         self.settle(outcome)
 
 

@@ -27,7 +27,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from attribution_figures import summary_figure
-from batch_job import DONE, FAILED, GRACE, POLL, SKIPPED, Alone, Group, Outcome
+from batch_job import DONE, FAILED, GRACE, NETWORK_DELAY, POLL, SKIPPED, Alone, Group, Outcome
 from faithfulness import METRICS, rank_correlation
 from html_report import Page, report_html, reproducing_command
 from result_files import OutputError, figure_writer, image_files, read_statistics, write_files
@@ -153,22 +153,28 @@ class Journal:
 
     def add(self, outcome: Outcome) -> None:
         """Add what came of an image."""
-        rows = _rows(outcome, self._output_dir)
-        self._rows.add(rows)
-        self._failures.add([row for row in rows if row['status'] == FAILED])
+        common = {
+            'image': outcome.image,
+            'number': outcome.number,
+            'status': outcome.status,
+            'reason': outcome.reason,
+        }
+        self._rows.add([{**row, **common} for row in outcome.rows or ({},)])
+        if outcome.status == FAILED:
+            self._failures.add([common])
 
-    def table(self, names: Sequence[str], complete: bool) -> pd.DataFrame:
+    def table(self, names: Sequence[str], complete: bool, patience: float = 0.0) -> pd.DataFrame:
         """What was added, in the order of the dataset, with the columns COLUMNS.
 
         names: of all images of the batch. complete: whether each was added. Images whose files
-        have disappeared since are listed as failed.
+        have disappeared since are listed as failed; patience: seconds after which to look again
+        for those that are not there.
         """
         table = read_table(io.StringIO(self._rows.text()))
-        gone = [
-            row.number
-            for row in table[table['status'] == DONE][['number', 'folder']].itertuples()
-            if not image_files(self._output_dir / row.folder)['statistics'].is_file()
-        ]
+        gone = self._gone(table)
+        if gone and patience:
+            time.sleep(patience)
+            gone = self._gone(table)
         table = table[~table['number'].isin(gone)]
         if complete:
             gone = sorted(set(range(len(names))) - set(table['number']))
@@ -181,6 +187,14 @@ class Journal:
         return pd.concat([table, lost_table]).sort_values(
             'number', kind='stable', ignore_index=True
         )
+
+    def _gone(self, table: pd.DataFrame) -> list[int]:
+        """The numbers of images that are done, but whose files are not there."""
+        return [
+            row.number
+            for row in table[table['status'] == DONE][['number', 'folder']].itertuples()
+            if not image_files(self._output_dir / row.folder)['statistics'].is_file()
+        ]
 
 
 class Progress:
@@ -223,7 +237,8 @@ class Progress:
         self.wait_for_others(GRACE)
         self._bar.close()
         complete = self._count == len(self._names)
-        table = self._journal.table(self._names, complete)
+        patience = NETWORK_DELAY if self._share.size > 1 else 0.0
+        table = self._journal.table(self._names, complete, patience)
         result = result_of(table, self._output_dir)
         try:
             write_summary(table, result, settings, defaults, self._output_dir)
@@ -238,27 +253,15 @@ def read_table(source: Path | io.StringIO) -> pd.DataFrame:
     return pd.read_csv(source, dtype=COLUMNS, keep_default_na=False, na_values=missing)
 
 
-def _rows(outcome: Outcome, output_dir: Path) -> list[dict]:
-    """The rows of summary.csv for one image: one for each target that was explained."""
-    common = {'image': outcome.image, 'number': outcome.number}
-    if outcome.status != DONE:
-        return [{**common, 'status': outcome.status, 'reason': outcome.reason}]
-    try:
-        found = [read_statistics(output_dir / folder) for folder in outcome.folders]
-    except (OSError, ValueError):
-        return [{**common, 'status': FAILED, 'reason': VANISHED}]
-    return [{**_row(statistics), **common, 'status': DONE} for statistics in found]
-
-
-def _row(statistics: dict) -> dict:
-    """The flat figures of one explanation."""
+def row_of(statistics: dict) -> dict:
+    """The row of summary.csv for one explanation."""
     shares = statistics['channel_shares'] or (None, None, None)
-    flags = [finding['flag'] for finding in statistics['verdict']]
-    return {
+    row = {
         **statistics,
         **dict(zip(('share_red', 'share_green', 'share_blue'), shares, strict=True)),
-        'flags': '; '.join(flags),
+        'flags': '; '.join(finding['flag'] for finding in statistics['verdict']),
     }
+    return {name: row[name] for name in COLUMNS if name in row}
 
 
 # --------------------------------------------------------------------------- at the end

@@ -55,7 +55,7 @@ from batch_job import (
     started_by_torchrun,
     writer_processes,
 )
-from batch_summary import BatchResult, Progress
+from batch_summary import BatchResult, Progress, row_of
 from faithfulness import (
     COMPARED_BASELINES,
     EFFORTS,
@@ -1640,8 +1640,8 @@ class _Batch:
             found = [statistics for statistics, _ in described]
         for statistics in found:
             _say_warnings(statistics)
-        folders = tuple(statistics['folder'] for statistics in found)
-        outcome = replace(outcome, folders=folders)
+        folders = [statistics['folder'] for statistics in found]
+        outcome = replace(outcome, rows=tuple(map(row_of, found)))
         if loaded.finished is None:
             writers.add(outcome, write_image, self.output_dir, described, self.figures)
         elif any(missing_figures(self.output_dir / folder, self.figures) for folder in folders):
@@ -1832,12 +1832,17 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a KeyboardInterrupt that cannot get lost.
 
     Python drops an exception that a signal handler raises while a destructor or a callback runs.
-    The signal's number stays here, and `check` raises again. A signal that is ignored, as shells
-    make background jobs ignore Ctrl-C, stays ignored.
+    The signal's number stays here, and `check` raises again. Signals that follow at once are one
+    with the first (torchrun passes on the Ctrl-C that its processes have had too), so that they
+    do not stop the summary from being written. A signal that is ignored, as shells make background
+    jobs ignore Ctrl-C, stays ignored.
     """
+
+    AT_ONCE = 3.0  # seconds
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._when = -math.inf
 
     def __enter__(self) -> StopSignals:
         self._before = {}
@@ -1852,7 +1857,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        self.number = number
+        if time.monotonic() - self._when < self.AT_ONCE:
+            return
+        self.number, self._when = number, time.monotonic()
         raise KeyboardInterrupt
 
     def check(self) -> None:

@@ -11,6 +11,8 @@ import glob
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -143,10 +145,17 @@ def write_image(output_dir: Path, described: Sequence[Description], figures: str
 
 
 def load_view(folder: str | Path) -> tuple[View, dict]:
-    """What the figures of an image folder show, read back from its files, and its statistics."""
+    """What the figures of an image folder show, read back from its files, and its statistics.
+    Raises InputError where they are missing or damaged."""
     folder = Path(folder)
-    with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
-        return view_of(dict(arrays)), read_statistics(folder)
+    try:
+        with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
+            return view_of(dict(arrays)), read_statistics(folder)
+    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise InputError(
+            f'the files in {folder} are damaged: {reason} (make them again with --overwrite)'
+        ) from None
 
 
 def redraw_figures(folder: str | Path, figures: str = 'all') -> None:

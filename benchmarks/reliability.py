@@ -152,7 +152,9 @@ def run_kills(count: int, images: int, seed: int, work: Path) -> dict:
 # --------------------------------------------------------------------------- ranks
 
 
-def torchrun(ranks: int, arguments: Sequence[str], *options: str) -> subprocess.Popen:
+def torchrun(
+    ranks: int, arguments: Sequence[str], *options: str, start_new_session: bool = False
+) -> subprocess.Popen:
     """Start the command line under torchrun, one thread for each rank."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
                f'--nproc_per_node={ranks}', *options,
@@ -160,7 +162,8 @@ def torchrun(ranks: int, arguments: Sequence[str], *options: str) -> subprocess.
     if ranks == 1 and not options:
         command = [sys.executable, str(ROOT / 'integrated_gradients.py'), *arguments]
     return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=start_new_session)  # fmt: skip
 
 
 def run_ranks(ranks: Sequence[int], images: int, size: int, work: Path) -> dict:

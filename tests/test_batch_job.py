@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -113,7 +114,7 @@ def test_every_image_is_claimed_once_and_told_once():
             assert read() == number
             time.sleep(0.02 if rank == 2 else 0.002)
             claimed[rank].append(number)
-            share.report(Outcome(number, str(number), folders=('a', 'b')))
+            share.report(Outcome(number, str(number), rows=({'folder': 'a'}, {'folder': 'b'})))
         share.leave()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
@@ -229,6 +230,34 @@ def test_images_that_become_unreadable_during_the_run(tmp_path, data):
     assert 'not found' in reasons['image_4']
 
 
+def test_damaged_maps_cost_one_image(tmp_path, data):
+    options = {'data_dir': data, 'output_dir': tmp_path / 'out', **QUICK}
+    batch_integrated_gradients_analysis(figures='none', **options)
+    maps = tmp_path / 'out' / 'image_1' / 'image_1_attributions.npz'
+    maps.write_bytes(maps.read_bytes()[:1000])
+    result = batch_integrated_gradients_analysis(**options)
+    (failed,) = result.failed
+    assert failed['image'] == 'image_1' and 'damaged' in failed['reason']
+    assert len(batch_integrated_gradients_analysis(overwrite=True, **options).images) == 5
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='process groups')
+def test_ctrl_c_under_torchrun_leaves_a_summary(tmp_path):
+    """The terminal gives it to all processes, and torchrun passes it on: twice within moments."""
+    arguments = [*SMALL, '--num_samples', '60', '--output_dir', str(tmp_path)]
+    process = torchrun(2, arguments, start_new_session=True)
+    deadline = time.time() + 120
+    while len(list(tmp_path.glob('*/*_statistics.json'))) < 3:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    content = json.loads((tmp_path / 'summary.json').read_text())
+    assert 3 <= len(content['images']) < 60 and not content['failed'], said
+    assert not list(tmp_path.rglob('.tmp*')) and not (tmp_path / '.lock').exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 1.5 MB."""
@@ -280,7 +309,7 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize('processes', [0, 1])
 def test_an_image_that_cannot_be_written_is_told(processes):
     with Writers(processes) as writers:
-        writers.add(Outcome(0, 'a', folders=('a',)), refuse)
+        writers.add(Outcome(0, 'a', rows=({'folder': 'a'},)), refuse)
     assert writers.finished() == [Outcome(0, 'a', FAILED, 'the disk is full')]
     assert writers.in_trouble
 
