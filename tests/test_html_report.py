@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import DEMO_MODEL, noise_image, save_image
 
+import batch_summary
 import integrated_gradients as module
 from batch_summary import StatisticsFiles, read_table
 from html_report import report_html, reproducing_command, show
@@ -246,6 +247,31 @@ def test_a_thousand_images(browser, batch, tmp_path):
     lazy = opened.evaluate("document.querySelectorAll('#images img[loading=lazy]').length")
     assert lazy == 1000
     opened.close()
+
+
+def test_pages_and_pictures_that_were_left_out(browser, batch, tmp_path, monkeypatch):
+    results = tmp_path / 'results'
+    shutil.copytree(batch, results)
+    for path in results.glob('*/*.png'):
+        path.unlink()
+    monkeypatch.setattr(batch_summary, 'PAGE_LENGTH', 2)
+    table, defaults = read_table(results / 'summary.csv'), asdict(Settings())
+    found = batch_summary.result_of(table, results)
+    batch_summary.write_summary(table, found, defaults, defaults, results)
+    opened = browser.new_page()
+    opened.goto((results / 'index.html').as_uri())
+    assert opened.locator('#images .open').count() == 2 and opened.locator('h2').count() > 1
+    opened.locator('nav a').first.click()
+    assert opened.url.endswith('index_2.html') and opened.locator('#images .open').count() == 1
+    assert opened.locator('[aria-current=page]').first.inner_text() == '2'
+    opened.locator('.open').first.click()
+    for place in ('#detail-slider', '#detail-attribution', '#detail-channels'):
+        assert not opened.locator(place).is_visible()
+    assert opened.locator('#detail-figures tr').count() > 10
+    opened.close()
+    monkeypatch.setattr(batch_summary, 'PAGE_LENGTH', 500)
+    batch_summary.write_summary(table, found, defaults, defaults, results)
+    assert not (results / 'index_2.html').exists()
 
 
 @pytest.mark.parametrize('width', [360, 1100])
