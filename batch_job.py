@@ -38,7 +38,7 @@ from segmentation_dataset import InputError
 
 DONE, SKIPPED, FAILED = 'done', 'skipped', 'failed'
 LOCK, HOLDER = '.lock', '.holder.json'  # in the output folder
-MAX_WRITERS = 4  # processes that draw and write, for each rank
+MAX_WRITERS = {False: 2, True: 8}  # processes that draw and write, for each rank: beside a GPU
 POLL = 0.1  # seconds between looks at what other ranks have finished
 GRACE = 10.0  # seconds that an interrupted batch waits for the other ranks
 NETWORK_DELAY = 5.0  # seconds until a shared folder shows what another machine has written
@@ -333,10 +333,10 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def writer_processes(images: int) -> int:
+def writer_processes(images: int, on_gpu: bool) -> int:
     """How many processes should write: none for a handful of images, whose start would take longer
-    than it saves."""
+    than it saves; more beside a GPU, which can explain faster than two could draw."""
     if images < 8:
         return 0
     ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return max(1, min(MAX_WRITERS, (os.cpu_count() or 1) // ranks))
+    return max(1, min(MAX_WRITERS[on_gpu], (os.cpu_count() or 1) // ranks))

@@ -1581,7 +1581,7 @@ def analyse_batch(
     share = share or Alone()
     batch = _Batch(ig, samples, settings, output_dir, figures, overwrite)
     progress = Progress(share, output_dir, [sample.name for sample in samples])
-    writers = Writers(writer_processes(len(samples)))
+    writers = Writers(writer_processes(len(samples), ig.device.type != 'cpu'))
     try:
         with writers:  # leaving it waits for what is being written
             for number, loaded in read_ahead(share, len(samples), batch.read):

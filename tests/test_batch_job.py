@@ -17,12 +17,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import DEMO_MODEL, ROOT, noise_image, save_image
 from torch.distributed import HashStore
 
 import batch_summary
 import integrated_gradients
-from batch_job import DONE, FAILED, SKIPPED, Alone, Group, Outcome, Writers, hold_folder, read_ahead
+from batch_job import (
+    DONE,
+    FAILED,
+    SKIPPED,
+    Alone,
+    Group,
+    Outcome,
+    Writers,
+    hold_folder,
+    read_ahead,
+    writer_processes,
+)
 from batch_summary import (
     COLUMNS,
     VANISHED,
@@ -35,7 +47,12 @@ from batch_summary import (
 from batch_summary import (
     batch_summary as summarise,
 )
-from integrated_gradients import InputError, OutputError, batch_integrated_gradients_analysis
+from integrated_gradients import (
+    InputError,
+    OutputError,
+    batch_integrated_gradients_analysis,
+    device_of_rank,
+)
 
 sys.path.append(str(ROOT / 'benchmarks'))
 
@@ -60,7 +77,7 @@ def data(tmp_path) -> Path:
 def alone(tmp_path_factory) -> Path:
     """What one process makes of a batch, undisturbed."""
     folder = tmp_path_factory.mktemp('alone')
-    process = torchrun(1, [*SMALL, '--num_samples', '9', '--output_dir', str(folder)])
+    process = torchrun(1, [*SMALL, '--num_samples', '6', '--output_dir', str(folder)])
     _, said = process.communicate()
     assert process.returncode == 0, said
     return folder
@@ -68,18 +85,18 @@ def alone(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize('ranks', [2, 3])
 def test_ranks_give_what_one_process_gives(tmp_path, alone, ranks):
-    process = torchrun(ranks, [*SMALL, '--num_samples', '9', '--output_dir', str(tmp_path)])
+    process = torchrun(ranks, [*SMALL, '--num_samples', '6', '--output_dir', str(tmp_path)])
     said, progress = process.communicate()
     assert process.returncode == 0, progress
     assert not differences(alone, tmp_path)
-    assert said.count('9 images explained') == 1  # one summary, and one bar
-    counts = [int(count) for count in re.findall(r'(\d)/9 \[', progress)]
-    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 9
+    assert said.count('6 images explained') == 1  # one summary, and one bar
+    counts = [int(count) for count in re.findall(r'(\d)/6 \[', progress)]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 6
 
 
 def test_when_a_rank_dies_the_others_start_again_and_finished_images_stay(tmp_path, alone):
     process = torchrun(
-        2, [*SMALL, '--num_samples', '9', '--output_dir', str(tmp_path)], '--max_restarts=1'
+        2, [*SMALL, '--num_samples', '6', '--output_dir', str(tmp_path)], '--max_restarts=1'
     )
     deadline = time.time() + 120
     while len(finished := list(tmp_path.glob('*/*_statistics.json'))) < 2:
@@ -153,8 +170,8 @@ def test_reading_ahead_raises_where_it_is_asked_for():
 
 
 def test_a_batch_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path):
-    """The README's table has fifty kills; these are a few of them."""
-    found = run_kills(int(os.environ.get('KILLS', 3)), 9, 1, tmp_path)
+    """The README's table has fifty kills; these are two of them."""
+    found = run_kills(int(os.environ.get('KILLS', 2)), 8, 1, tmp_path)
     assert found['files that differ from the undisturbed run'] == 0, found
 
 
@@ -300,6 +317,40 @@ def test_a_worker_that_is_killed_costs_one_image():
     first, second = writers.finished()
     assert (first.status, second.status) == (FAILED, DONE)
     assert 'was killed' in first.reason
+
+
+@pytest.mark.parametrize(
+    ('images', 'on_gpu', 'cores', 'ranks', 'expected'),
+    [(7, True, 64, 1, 0), (8, False, 16, 1, 2), (8, True, 64, 8, 8), (8, True, 16, 8, 2),
+     (8, False, 2, 3, 1)],
+)  # fmt: skip
+def test_writers_by_cores_and_ranks(monkeypatch, images, on_gpu, cores, ranks, expected):
+    monkeypatch.setattr(os, 'cpu_count', lambda: cores)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
+    assert writer_processes(images, on_gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ('device', 'ranks', 'gpu', 'expected'),
+    [('auto', 4, True, 'cuda:2'), ('cuda', 4, True, 'cuda:2'), ('auto', 1, True, 'auto'),
+     ('cpu', 4, True, 'cpu'), ('cuda:0', 4, True, 'cuda:0'), ('auto', 4, False, 'auto')],
+)  # fmt: skip
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch, device, ranks, gpu, expected):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    assert device_of_rank(device, ranks) == expected
+    assert chosen == ([torch.device('cuda:2')] if expected == 'cuda:2' else [])
+
+
+def test_more_ranks_than_gpus_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(InputError, match='no device cuda:2: there are 2 GPUs'):
+        device_of_rank('auto', 4)
 
 
 def refuse(*_: object) -> None:
