@@ -52,6 +52,7 @@ from batch_job import (
     Writers,
     hold_folder,
     read_ahead,
+    return_memory,
     started_by_torchrun,
     writer_processes,
 )
@@ -1588,6 +1589,7 @@ def analyse_batch(
                 before_image()
                 batch.explain(number, loaded, writers)
                 progress.add(writers.finished())
+                return_memory()
         progress.add(writers.finished())
         progress.wait_for_others()
     finally:  # an interrupted batch keeps a summary of what it finished
