@@ -283,7 +283,9 @@ class Writers:
             self._settle_some()
         try:
             if self._pool is None:
-                self._pool = ProcessPoolExecutor(self._processes, initializer=start_worker)
+                self._pool = ProcessPoolExecutor(
+                    self._processes, initializer=start_worker, initargs=(os.getpid(),)
+                )
             self._waiting[self._pool.submit(write, *arguments)] = outcome
         except BrokenExecutor:  # a process was killed while nothing was being written
             self._pool = None
@@ -326,7 +328,7 @@ class Writers:
         self.settle(outcome)
 
 
-def start_worker() -> None:
+def start_worker(parent: int) -> None:
     """Prepare a process that draws and writes: it takes only what time the computation leaves (else
     every parallel loop there would wait for a core), leaves Ctrl-C to its parent, and ends with
     it, however that ends."""
@@ -334,7 +336,7 @@ def start_worker() -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(os, 'nice'):
         os.nice(19)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
