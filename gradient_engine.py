@@ -568,11 +568,11 @@ class NonFiniteError(InputError):
         )
 
 
-def check_finite(values: torch.Tensor, what: str) -> None:
+def check_finite(values: torch.Tensor, what: str, alpha: float | None = None) -> None:
     """Raise NonFiniteError where one of a batch's samples (N, ...) holds a NaN or an infinity."""
     fine = torch.isfinite(values).flatten(1).all(dim=1)
     if not bool(fine.all()):
-        raise NonFiniteError(what, int((~fine).nonzero()[0]))
+        raise NonFiniteError(what, int((~fine).nonzero()[0]), alpha)
 
 
 class Score(Protocol):

@@ -728,7 +728,7 @@ class IntegratedGradients:
             gradient = None  # at the image, which all baselines share
             if at_image.requires_grad:
                 gradient = densities(at_image, graph, built, torch.ones_like(x))[0]
-                check_finite(gradient[None], 'the gradients at the image')
+                check_finite(gradient[None], 'the gradients', alpha=1.0)
             del graph
             walk = _Walk(self.engine, settings, x, built, logits, labels, gradient, nodes)
             bar = tqdm(total=None if tolerance else num_steps * len(baselines), unit='step',
