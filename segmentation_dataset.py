@@ -339,11 +339,9 @@ def _annotated_pixels(shape: list | dict, size: tuple[int, int]) -> np.ndarray:
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(shape, *size))).astype(bool)
     counts = shape['counts']
     counts = np.asarray(counts if isinstance(counts, list) else run_lengths(counts), np.int64)
-    if (
-        list(shape['size']) != list(size)
-        or counts.min(initial=0) < 0
-        or counts.sum() != np.prod(size)
-    ):
+    area = size[0] * size[1]
+    in_range = counts.min(initial=0) >= 0 and counts.max(initial=0) <= area  # their sum cannot wrap
+    if list(shape['size']) != list(size) or not in_range or counts.sum() != area:
         raise ValueError(f'its run lengths do not cover an image of {size[1]}×{size[0]}')
     inside = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return inside.reshape(size, order='F')

@@ -247,6 +247,7 @@ def test_run_lengths_are_those_of_pycocotools(seed):
         [[0, 0, float('nan'), 5, 5, 5]],
         {'size': [100000, 100000], 'counts': '05'},
         {'size': [40, 60], 'counts': [5, 5]},  # this gave what happened to lie in memory
+        {'size': [40, 60], 'counts': [2**62] * 4 + [2400]},  # 2400 in 64 bits
     ],
 )
 def test_annotations_that_broke_pycocotools(tmp_path, shape):
