@@ -10,12 +10,10 @@ to the process of rank 0, which keeps the summary.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -214,14 +212,6 @@ def _holder(folder: Path) -> str:
         return f' (process {found["process"]} on {found["host"]} since {found["since"]})'
     except (OSError, ValueError, KeyError, TypeError):
         return ''
-
-
-def return_memory() -> None:
-    """Give freed memory back to the operating system. glibc keeps it, a little more with every few
-    images, until a long batch holds a fifth more than it uses."""
-    if sys.platform == 'linux':
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL('libc.so.6').malloc_trim(0)
 
 
 # --------------------------------------------------------------------------- reading ahead

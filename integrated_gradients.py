@@ -52,7 +52,6 @@ from batch_job import (
     Writers,
     hold_folder,
     read_ahead,
-    return_memory,
     started_by_torchrun,
     writer_processes,
 )
@@ -743,6 +742,7 @@ class IntegratedGradients:
                     retried = (
                         f'computed again in float32, since in {dtype_name(walk.reduced)} {error}'
                     )
+                if retried:  # outside `except`, whose traceback would keep tensors alive
                     exact = replace(settings, precision='float32')
                     walk = _Walk(self.engine, exact, x, built, logits, labels, gradient, nodes)
                     walk.all(baselines, bar.update)
@@ -864,14 +864,14 @@ class IntegratedGradients:
                 forms += [f'object:{k + 1}' for k in range(max(1, len(context.objects)))]
             else:
                 forms.append(form)
-        found, empty = [], None
+        found, empty = [], ''
         for form in forms:
             try:
                 found.append(as_target(form, score, context))
-            except EmptyTargetError as error:
-                empty = error
-        if empty is not None and not (found and skip_empty):
-            raise empty
+            except EmptyTargetError as error:  # kept, it would keep all tensors of this call alive
+                empty = str(error)
+        if empty and not (found and skip_empty):
+            raise EmptyTargetError(empty)
         return found
 
 
@@ -1220,6 +1220,8 @@ def explain_image(
     except EmptyTargetError:
         if settings.on_empty != 'image':
             raise
+        explanations = []
+    if not explanations:  # outside `except`, whose traceback would keep tensors alive
         explanations = explain(['image'])
     return [(found, _explained_truth(found.target, truth)) for found in explanations]
 
@@ -1589,7 +1591,6 @@ def analyse_batch(
                 before_image()
                 batch.explain(number, loaded, writers)
                 progress.add(writers.finished())
-                return_memory()
         progress.add(writers.finished())
         progress.wait_for_others()
     finally:  # an interrupted batch keeps a summary of what it finished

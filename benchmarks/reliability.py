@@ -234,10 +234,13 @@ def run_watched(arguments: Sequence[str], output: Path, early: int, late: int) -
     table = read_table(output / 'summary.csv')
     spent = float(table['seconds'].sum())
 
+    width = max(2, late // 20)
+
     def memory(images: int) -> float:
-        width = max(2, late // 20)
         near = [size for _, rows, size in seen if abs(rows - images) <= width]
         return float(np.median(near)) / 2**20
+
+    changes = [memory(images) / memory(early) - 1 for images in range(early, late + 1, width)]
 
     return {
         'images': len(table),
@@ -248,6 +251,7 @@ def run_watched(arguments: Sequence[str], output: Path, early: int, late: int) -
         f'MiB of all processes around image {early}': round(memory(early)),
         f'MiB of all processes around image {late}': round(memory(late)),
         'change': f'{memory(late) / memory(early) - 1:+.1%}',
+        'changes on the way': f'{min(changes):+.1%} to {max(changes):+.1%}',
         'peak MiB of all processes': round(max(size for _, _, size in seen) / 2**20),
         'files for each image': sum(
             (output / str(table['folder'][0]) / f'{table["folder"][0]}_{end}').is_file()

@@ -1,5 +1,7 @@
 """The engine: closed forms, the axioms, an independent implementation, and good manners."""
 
+import contextlib
+import gc
 import re
 import subprocess
 import sys
@@ -15,10 +17,13 @@ import integrated_gradients as module
 from gradient_engine import StepBatch, is_out_of_memory
 from integrated_gradients import (
     BASELINES,
+    EmptyTargetError,
     Explanation,
     InputError,
     IntegratedGradients,
+    Settings,
     Target,
+    explain_image,
 )
 
 
@@ -354,6 +359,25 @@ def test_peak_memory_does_not_grow_with_the_number_of_steps():
         for steps in ('8', '256')
     )  # fmt: skip
     assert many < 1.05 * few
+
+
+@pytest.mark.parametrize('on_empty', ['skip', 'image'])
+def test_an_empty_target_leaves_nothing_for_the_garbage_collector(ig, on_empty):
+    """An exception that is kept keeps the frames it went through, with the network's graph."""
+    settings = Settings(num_steps=1, threshold=0.999999, on_empty=on_empty)
+
+    def living_tensors() -> int:
+        with contextlib.suppress(EmptyTargetError):
+            explain_image(ig, np.zeros((64, 64, 3), np.uint8), settings)
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+    living_tensors()  # what is prepared once stays
+    gc.collect()
+    gc.disable()
+    try:
+        assert living_tensors() == living_tensors()
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------ seeds and baselines
