@@ -25,7 +25,6 @@ from concurrent.futures import (
     wait,
 )
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -264,10 +263,10 @@ class Writers:
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 
-    def add(self, outcome: Outcome, write: Callable[..., object], *arguments: object) -> None:
+    def add(self, outcome: Outcome, write: Callable[[], object]) -> None:
         """Have an image written; its outcome is what is given, or FAILED where that fails."""
         if not self._processes:
-            self._settle(outcome, partial(write, *arguments))
+            self._settle(outcome, write)
             return
         while len(self._waiting) >= 2 * self._processes:
             self._settle_some()
@@ -276,10 +275,10 @@ class Writers:
                 self._pool = ProcessPoolExecutor(
                     self._processes, initializer=start_worker, initargs=(os.getpid(),)
                 )
-            self._waiting[self._pool.submit(write, *arguments)] = outcome
+            self._waiting[self._pool.submit(write)] = outcome
         except BrokenExecutor:  # a process was killed while nothing was being written
             self._pool = None
-            self.add(outcome, write, *arguments)
+            self.add(outcome, write)
 
     def settle(self, outcome: Outcome) -> None:
         """Note what came of an image for which nothing is to be written."""

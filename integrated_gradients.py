@@ -1397,10 +1397,22 @@ def load_sample(
 
 
 def explain_sample(
-    ig: IntegratedGradients, loaded: Loaded, settings: Settings, progress: bool = False
-) -> list[Description]:
-    """Explain a sample: what `write_image` writes."""
+    ig: IntegratedGradients,
+    loaded: Loaded,
+    settings: Settings,
+    output_dir: Path,
+    figures: str,
+    progress: bool = False,
+) -> tuple[list[dict], Callable[[], object] | None]:
+    """The statistics of a sample's targets, explained if need be, and what writes its files: None
+    where they are there already."""
     name = loaded.sample.name
+    if loaded.finished is not None:
+        judged = [_judge_again(statistics, settings, output_dir) for statistics in loaded.finished]
+        folders = [statistics['folder'] for statistics in judged]
+        if any(missing_figures(output_dir / folder, figures) for folder in folders):
+            return judged, partial(redraw_missing, output_dir, folders, figures)
+        return judged, None
     described = describe_targets(ig, name, loaded.image, loaded.truth, settings, progress)
     for statistics, _ in described:
         statistics |= {
@@ -1408,7 +1420,8 @@ def explain_sample(
             'folder': folder_name(name, settings, statistics['target']),
             'resume_key': loaded.key,
         }
-    return described
+    found = [statistics for statistics, _ in described]
+    return found, partial(write_image, output_dir, described, figures)
 
 
 def analyse_sample(
@@ -1428,13 +1441,10 @@ def analyse_sample(
     """
     record = settings_record(ig, settings)
     loaded = load_sample(sample, settings, record, output_dir, overwrite)
-    if loaded.finished is not None:
-        judged = [_judge_again(entry, settings, output_dir) for entry in loaded.finished]
-        redraw_missing(output_dir, [entry['folder'] for entry in judged], figures)
-        return judged
-    described = explain_sample(ig, loaded, settings, progress)
-    write_image(output_dir, described, figures)
-    return [statistics for statistics, _ in described]
+    found, write = explain_sample(ig, loaded, settings, output_dir, figures, progress)
+    if write is not None:
+        write()
+    return found
 
 
 def _judge_again(statistics: dict, settings: Settings, output_dir: Path) -> dict:
@@ -1634,23 +1644,19 @@ class _Batch:
             writers.settle(replace(outcome, status=FAILED, reason=str(error)))
 
     def _explain(self, loaded: Loaded, outcome: Outcome, writers: Writers) -> None:
-        if loaded.finished is not None:
-            found = [_judge_again(e, self.settings, self.output_dir) for e in loaded.finished]
-        else:
+        if loaded.finished is None:
             self._prepare_once()
-            checks = self.settings.evaluate is not None  # which take long: their bars are shown
-            described = explain_sample(self.ig, loaded, self.settings, checks)
-            found = [statistics for statistics, _ in described]
+        checks = self.settings.evaluate is not None  # which take long: their bars are shown
+        found, write = explain_sample(
+            self.ig, loaded, self.settings, self.output_dir, self.figures, checks
+        )
         for statistics in found:
             _say_warnings(statistics)
-        folders = [statistics['folder'] for statistics in found]
         outcome = replace(outcome, rows=tuple(map(row_of, found)))
-        if loaded.finished is None:
-            writers.add(outcome, write_image, self.output_dir, described, self.figures)
-        elif any(missing_figures(self.output_dir / folder, self.figures) for folder in folders):
-            writers.add(outcome, redraw_missing, self.output_dir, folders, self.figures)
-        else:
+        if write is None:
             writers.settle(outcome)
+        else:
+            writers.add(outcome, write)
 
     def _prepare_once(self) -> None:
         """Prepare the network on the batch's first image, whichever image is this process's first,

@@ -4,6 +4,7 @@
     python benchmarks/reliability.py ranks --ranks 1 2 3
     python benchmarks/reliability.py pipeline --images 100
     python benchmarks/reliability.py large --images 2000
+    python benchmarks/reliability.py writing --image_size 640
 
 kills: a batch is killed (SIGKILL) at random instants and started again; every few kills it is
     finished and compared, file by file, with an undisturbed run.
@@ -11,6 +12,7 @@ ranks: the same batch under torchrun with several numbers of processes, one thre
     are compared file by file, and the time with 1 and 2 ranks gives the throughput ratio.
 pipeline: the demo at 256x256; wall time of the command by the time spent explaining, and memory.
 large: many small synthetic images through a tiny network; memory between the first and the last.
+writing: what it takes to draw and write one image, and the bytes it leaves.
 Each writes benchmarks/results/reliability_NAME.md.
 """
 
@@ -40,7 +42,7 @@ from tqdm import tqdm  # noqa: E402
 
 import integrated_gradients  # noqa: E402
 from batch_summary import read_table  # noqa: E402
-from result_files import FILE_ENDINGS  # noqa: E402
+from result_files import FIGURES, FILE_ENDINGS, write_image  # noqa: E402
 
 DEMO = ['--model_path', str(ROOT / 'demo' / 'demo_model.pth'),
         '--data_dir', str(ROOT / 'demo' / 'Dataset_no_preprocessing')]  # fmt: skip
@@ -153,13 +155,16 @@ def run_kills(count: int, images: int, seed: int, work: Path) -> dict:
 
 
 def torchrun(
-    ranks: int, arguments: Sequence[str], *options: str, start_new_session: bool = False
+    ranks: int,
+    arguments: Sequence[str],
+    options: Sequence[str] = ('--standalone',),
+    start_new_session: bool = False,
 ) -> subprocess.Popen:
-    """Start the command line under torchrun, one thread for each rank."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-               f'--nproc_per_node={ranks}', *options,
-               str(ROOT / 'integrated_gradients.py'), *arguments]  # fmt: skip
-    if ranks == 1 and not options:
+    """Start the command line under torchrun, one thread for each rank; without torchrun for one
+    rank that stands alone."""
+    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={ranks}',
+               *options, str(ROOT / 'integrated_gradients.py'), *arguments]  # fmt: skip
+    if ranks == 1 and '--standalone' in options:
         command = [sys.executable, str(ROOT / 'integrated_gradients.py'), *arguments]
     return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -284,6 +289,31 @@ def run_large(images: int, work: Path) -> dict:
     return found
 
 
+def run_writing(size: int, work: Path) -> dict:
+    """Draw and write one image of the demo, with each choice of figures."""
+    from segmentation_dataset import list_samples
+
+    settings = integrated_gradients.Settings(num_steps=2, image_size=size, target='image')
+    model = integrated_gradients.load_model(DEMO[1], 'cpu')
+    preprocessing = integrated_gradients.input_preprocessing(model, settings)
+    ig = integrated_gradients.IntegratedGradients(model, 'cpu', preprocessing)
+    image = list_samples(DEMO[3])[0].image()
+    ((statistics, arrays),) = integrated_gradients.describe_targets(
+        ig, 'image', image, None, settings
+    )
+    found: dict[str, object] = {'image size': size}
+    for figures in FIGURES:
+        described = [({**statistics, 'folder': figures}, arrays)]
+        write_image(work, described, figures)  # once before: what is loaded at first use
+        started = time.process_time()
+        write_image(work, described, figures)
+        found[f'core-seconds, {figures}'] = round(time.process_time() - started, 2)
+        written = [path.stat().st_size for path in (work / figures).iterdir()]
+        found[f'megabytes, {figures}'] = round(sum(written) / 1e6, 1)
+        found[f'files, {figures}'] = len(written)
+    return found
+
+
 def tiny_model(work: Path) -> list[str]:
     """A small untrained network of segmentation-models-pytorch, and the flags for it."""
     import torch
@@ -326,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         'ranks': {'--images': 40, '--image_size': 128},
         'pipeline': {'--images': 100},
         'large': {'--images': 2000},
+        'writing': {'--image_size': 640},
     }.items():
         added = commands.add_parser(name)
         for flag, default in flags.items():
@@ -340,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         'ranks': lambda: run_ranks(args.ranks, args.images, args.image_size, work),
         'pipeline': lambda: run_pipeline(args.images, work),
         'large': lambda: run_large(args.images, work),
+        'writing': lambda: run_writing(args.image_size, work),
     }
     found = jobs[args.command]()
     words = ['benchmarks/reliability.py', *(sys.argv[1:] if argv is None else argv)]

@@ -8,10 +8,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +96,25 @@ def test_ranks_give_what_one_process_gives(tmp_path, alone, ranks):
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 6
 
 
+def test_two_machines_give_what_one_process_gives(tmp_path, alone):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    meeting = ['--nnodes=2', '--rdzv-backend=c10d', '--rdzv-id=test',
+               f'--rdzv-endpoint=localhost:{port}']  # fmt: skip
+    arguments = [*SMALL, '--num_samples', '6', '--output_dir', str(tmp_path)]
+    machines = [torchrun(1, arguments, meeting) for _ in range(2)]
+    for machine in machines:
+        _, said = machine.communicate(timeout=180)
+        assert machine.returncode == 0, said
+    assert not differences(alone, tmp_path)
+
+
 def test_when_a_rank_dies_the_others_start_again_and_finished_images_stay(tmp_path, alone):
     process = torchrun(
-        2, [*SMALL, '--num_samples', '6', '--output_dir', str(tmp_path)], '--max_restarts=1'
+        2,
+        [*SMALL, '--num_samples', '6', '--output_dir', str(tmp_path)],
+        ['--standalone', '--max_restarts=1'],
     )
     deadline = time.time() + 120
     while len(finished := list(tmp_path.glob('*/*_statistics.json'))) < 2:
@@ -252,7 +270,7 @@ def test_a_folder_that_is_deleted_under_the_run(tmp_path, data):
 
 
 def test_images_that_become_unreadable_during_the_run(tmp_path, data):
-    """A share that returns less than the file holds, a file that goes, one without permission."""
+    """A share that returns less than the file holds, and a file that goes."""
     (data / 'image_2.png').write_bytes((data / 'image_2.png').read_bytes()[:3000])
 
     def before_image() -> None:
@@ -329,11 +347,11 @@ def test_a_disk_that_fills_up(tmp_path, data, small_disk, capsys, copies):
 
 def test_a_worker_that_is_killed_costs_one_image():
     with Writers(1) as writers:
-        writers.add(Outcome(0, 'a'), os._exit, 1)
+        writers.add(Outcome(0, 'a'), partial(os._exit, 1))
         while writers._waiting:
             time.sleep(0.05)
             writers.settle_done()
-        writers.add(Outcome(1, 'b'), time.sleep, 0)
+        writers.add(Outcome(1, 'b'), partial(time.sleep, 0))
     first, second = writers.finished()
     assert (first.status, second.status) == (FAILED, DONE)
     assert 'was killed' in first.reason
@@ -373,7 +391,7 @@ def test_more_ranks_than_gpus_is_told(monkeypatch):
         device_of_rank('auto', 4)
 
 
-def refuse(*_: object) -> None:
+def refuse() -> None:
     raise OutputError('the disk is full')
 
 
