@@ -185,9 +185,12 @@ def summary_figure(
     _histogram(shares, ordered)
     _ratio_scatter(scatter, ordered, correlation)
     first = ordered.iloc[0]
+    targets = list(ordered['target'].value_counts().index)  # the most frequent first
+    steps = sorted({ordered['steps'].min(), ordered['steps'].max()})
     fig.suptitle(
-        f'{len(images)} images · target {first["target"]} · baseline {first["baseline"]} · '
-        f'{first["rule"]} rule, {first["steps"]} steps',
+        f'{ordered["image"].nunique()} images · target {", ".join(targets[:3])}'
+        f'{", …" if len(targets) > 3 else ""} · baseline {first["baseline"]} · '
+        f'{first["rule"]} rule, {" to ".join(map(str, steps))} steps',
         fontsize=FONT['heading'],
     )
     return fig

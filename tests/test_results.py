@@ -296,6 +296,16 @@ def test_summary_figure(count, known):
     assert len(texts_inside(summary_figure(pd.DataFrame(entries), 0.05), ticks_aside=True)) > 10
 
 
+def test_the_summary_figure_says_what_was_explained():
+    entries = [
+        statistics_for_figures(image=image, target=target, steps=steps)
+        for image, target, steps in [('a', 'image', 20), ('b', 'object:1', 50), ('b', 'image', 9)]
+    ]
+    title = summary_figure(pd.DataFrame(entries), 0.05).get_suptitle()
+    assert title.startswith('2 images · target image, object:1 · ')
+    assert title.endswith(' 9 to 50 steps')
+
+
 def test_pictures_are_legible_when_printed(tmp_path):
     path = tmp_path / 'a.png'
     attribution_figure(view(320, 320), statistics_for_figures()).savefig(path)
