@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,10 @@ DEMO_MODEL = ROOT / 'demo' / 'demo_model.pth'
 DEMO_DATA = ROOT / 'demo' / 'Dataset_no_preprocessing'
 DEMO_IMAGE = DEMO_DATA / 'test' / 'colin27_axial_079.jpg'
 SIZE = 128  # of the model input in most tests
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # beside other workers, more threads only wait for a core
+    os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='session')
