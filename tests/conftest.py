@@ -62,6 +62,12 @@ def brain(preprocessing) -> torch.Tensor:
     return preprocessing.normalise(np.clip(pixels + noise, 0, 255))
 
 
+@pytest.fixture(scope='session')
+def brain_detail(brain) -> torch.Tensor:
+    """The part of it around what the demo model finds, (1, 3, 64, 64), where many runs compare."""
+    return brain[..., 16:80, 16:80].clone()
+
+
 def save_image(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)

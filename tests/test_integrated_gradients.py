@@ -184,17 +184,17 @@ def test_completeness_gap_by_hand(total, score, low, gap):
     'rule, method', [('gauss-legendre', 'gausslegendre'), ('midpoint', 'riemann_middle')]
 )
 @pytest.mark.parametrize('baseline_type', ['zero', 'blur', 'mean'])
-def test_agreement_with_captum(exact_ig, brain, rule, method, baseline_type):
-    ours = exact_ig.explain(brain, baseline_type=baseline_type, num_steps=9, rule=rule)
+def test_agreement_with_captum(exact_ig, brain_detail, rule, method, baseline_type):
+    ours = exact_ig.explain(brain_detail, baseline_type=baseline_type, num_steps=9, rule=rule)
     assert ours.rule == rule
-    pixels = BASELINES[baseline_type](exact_ig.preprocessing.to_pixels(brain), None)
+    pixels = BASELINES[baseline_type](exact_ig.preprocessing.to_pixels(brain_detail), None)
     region = ours.region
 
     def mean_logit(images):
         return exact_ig.model(images)[:, 0][:, region].mean(dim=1)
 
     theirs = captum.attr.IntegratedGradients(mean_logit).attribute(
-        brain.double(),
+        brain_detail.double(),
         exact_ig.preprocessing.normalise(pixels).double(),
         n_steps=9,
         method=method,
@@ -207,10 +207,10 @@ def test_agreement_with_captum(exact_ig, brain, rule, method, baseline_type):
 
 
 @pytest.mark.parametrize('steps, batch', [(8, 4), (9, 4), (11, 4), (1, 4), (8, 8), (8, 9), (7, 1)])
-def test_step_batch_changes_nothing(exact_ig, brain, steps, batch):
+def test_step_batch_changes_nothing(exact_ig, brain_detail, steps, batch):
     one, many = (
         IntegratedGradients(exact_ig.model, 'cpu', exact_ig.preprocessing, size).explain(
-            brain, num_steps=steps
+            brain_detail, num_steps=steps
         )
         for size in (1, batch)
     )
@@ -585,25 +585,25 @@ class Counting(nn.Module):
         raise TypeError('counted as it is')
 
 
-def test_several_targets_share_the_forward_passes(exact_ig, brain):
+def test_several_targets_share_the_forward_passes(exact_ig, brain_detail):
     counting = Counting(exact_ig.model)
     engine = IntegratedGradients(counting, 'cpu', exact_ig.preprocessing, step_batch=2)
-    engine.explain(brain, num_steps=2)  # prepares
-    rows = torch.arange(128).view(-1, 1).expand(128, 128)
-    regions = [rows < 40, rows > 100, torch.ones(128, 128, dtype=torch.bool)]
+    engine.explain(brain_detail, num_steps=2)  # prepares
+    rows = torch.arange(64).view(-1, 1).expand(64, 64)
+    regions = [rows < 20, rows > 50, torch.ones(64, 64, dtype=torch.bool)]
     spent = []
     for targets in (regions[:1], regions):
         counting.forwards = counting.backwards = 0
-        together = engine.explain_targets(brain, targets, num_steps=9)
+        together = engine.explain_targets(brain_detail, targets, num_steps=9)
         spent.append((counting.forwards, counting.backwards))
         assert {one.forward_passes for one in together} == {counting.forwards}
     assert spent == [(9, 9), (9, 27)]  # prediction, F(x), F(x') and the nodes 0 and 1 are shared
     # A backward pass costs about as much as a forward pass: k targets (1 + k) / 2 of one.
     assert sum(spent[1]) < (1 + 0.6 * 2) * sum(spent[0])
     # The nodes suit all targets: with a fixed rule each is what it is alone.
-    together = engine.explain_targets(brain, regions, num_steps=9, rule='midpoint')
+    together = engine.explain_targets(brain_detail, regions, num_steps=9, rule='midpoint')
     for region, one in zip(regions, together, strict=True):
-        alone = engine.explain(brain, region, num_steps=9, rule='midpoint')
+        alone = engine.explain(brain_detail, region, num_steps=9, rule='midpoint')
         assert relative_error(one.attributions, alone.attributions) < 1e-9
         assert one.score == pytest.approx(alone.score)
         assert one.trend.scores == pytest.approx(alone.trend.scores)
