@@ -187,12 +187,12 @@ def summary_figure(
     first = ordered.iloc[0]
     targets = list(ordered['target'].value_counts().index)  # the most frequent first
     steps = sorted({ordered['steps'].min(), ordered['steps'].max()})
-    fig.suptitle(
+    title = (
         f'{ordered["image"].nunique()} images · target {", ".join(targets[:3])}'
         f'{", …" if len(targets) > 3 else ""} · baseline {first["baseline"]} · '
-        f'{first["rule"]} rule, {" to ".join(map(str, steps))} steps',
-        fontsize=FONT['heading'],
+        f'{first["rule"]} rule, {" to ".join(map(str, steps))} steps'
     )
+    fig.suptitle(wrap(title, fig.get_figwidth(), FONT['heading']), fontsize=FONT['heading'])
     return fig
 
 

@@ -44,8 +44,9 @@ import integrated_gradients  # noqa: E402
 from batch_summary import read_table  # noqa: E402
 from result_files import FIGURES, FILE_ENDINGS, write_image  # noqa: E402
 
-DEMO = ['--model_path', str(ROOT / 'demo' / 'demo_model.pth'),
-        '--data_dir', str(ROOT / 'demo' / 'Dataset_no_preprocessing')]  # fmt: skip
+DEMO_MODEL = ROOT / 'demo' / 'demo_model.pth'
+DEMO_DATA = ROOT / 'demo' / 'Dataset_no_preprocessing'
+DEMO = ['--model_path', str(DEMO_MODEL), '--data_dir', str(DEMO_DATA)]
 SMALL = ['--mode', 'batch', *DEMO, '--image_size', '64', '--num_steps', '2', '--target', 'image',
          '--step_batch', '1', '--device', 'cpu']  # fmt: skip
 COST = ('seconds', 'peak_memory_bytes', 'step_batch')  # what may differ between two runs
@@ -294,10 +295,10 @@ def run_writing(size: int, work: Path) -> dict:
     from segmentation_dataset import list_samples
 
     settings = integrated_gradients.Settings(num_steps=2, image_size=size, target='image')
-    model = integrated_gradients.load_model(DEMO[1], 'cpu')
+    model = integrated_gradients.load_model(DEMO_MODEL, 'cpu')
     preprocessing = integrated_gradients.input_preprocessing(model, settings)
     ig = integrated_gradients.IntegratedGradients(model, 'cpu', preprocessing)
-    image = list_samples(DEMO[3])[0].image()
+    image = list_samples(DEMO_DATA)[0].image()
     ((statistics, arrays),) = integrated_gradients.describe_targets(
         ig, 'image', image, None, settings
     )

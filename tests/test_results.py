@@ -306,6 +306,16 @@ def test_the_summary_figure_says_what_was_explained():
     assert title.endswith(' 9 to 50 steps')
 
 
+def test_a_long_title_of_the_summary_figure_stays_on_the_page():
+    entries = [
+        statistics_for_figures(image='a', target=target, baseline=f'/data/{LONG}.png')
+        for target in ('false-negative', 'false-positive', 'pixel:1234,5678', 'truth')
+    ]
+    figure = summary_figure(pd.DataFrame(entries), 0.05)
+    assert f'/data/{LONG}.png' in ''.join(figure.get_suptitle().split())
+    texts_inside(figure, ticks_aside=True)
+
+
 def test_pictures_are_legible_when_printed(tmp_path):
     path = tmp_path / 'a.png'
     attribution_figure(view(320, 320), statistics_for_figures()).savefig(path)
