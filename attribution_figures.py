@@ -21,10 +21,12 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from image_statistics import CLIP_PERCENTILE, shown
+from verdict import Thresholds, accuracy_warning, map_verdict
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap black
 TARGET_COLOUR, TRUTH_COLOUR = '#00c8ff', '#39d353'
 PREDICTION_TINT, TRUTH_TINT = (0.0, 0.78, 1.0), (0.22, 0.83, 0.33)
 DOTS_PER_INCH = 150
@@ -34,6 +36,7 @@ SMOOTHING = 0.006  # of the longer side: sigma of the overlay's blur
 SPECK = 1e-4  # a region smaller than this share of the image cannot be seen by its outline
 PAGE_SIDE, THUMBNAIL_SIDE = 640, 128  # pixels, longer side
 WARNING_COLOUR = '#b00020'
+UNSETTLED, UNSETTLED_OPACITY = '#a8a8a8', 0.25  # behind pixels of unsettled sign, and theirs
 MAX_NAMED_IMAGES = 40  # in the batch figure; beyond that names would overlap
 
 
@@ -43,11 +46,12 @@ class View:
 
     image: np.ndarray  # (h0, w0, 3) uint8: the original, perhaps shrunk
     original_size: tuple[int, int]  # (height, width) in original pixels: the axes' units
-    attributions: np.ndarray  # (3, h, w) float32
+    attributions: np.ndarray  # (C, h, w) float32
     predicted_mask: np.ndarray  # (h, w) bool
     region: np.ndarray  # (h, w) bool: the target region
     truth: np.ndarray | None  # (h, w) bool; None: unknown
     baseline: np.ndarray  # (h, w, 3) uint8
+    uncertainty: np.ndarray | None = None  # (h, w) float32, of `summed`; None: unknown
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -59,6 +63,18 @@ class View:
     def magnitude(self) -> np.ndarray:
         """(h, w): sum over the channels of |attribution|."""
         return np.abs(self.attributions).sum(axis=0)
+
+    @property
+    def summed(self) -> np.ndarray:
+        """(h, w): sum over the channels, with its sign."""
+        return self.attributions.sum(axis=0)
+
+    @property
+    def settled(self) -> np.ndarray:
+        """(h, w) bool: where the sign of the sum is not in doubt, as far as that is known."""
+        if self.uncertainty is None:
+            return np.ones(self.summed.shape, bool)
+        return np.abs(self.summed) >= self.uncertainty
 
 
 def clip_level(values: np.ndarray) -> float:
@@ -72,12 +88,12 @@ def attribution_figure(view: View, statistics: dict) -> Figure:
     sheet = Sheet(view, statistics, panels=6, bars=(3, 4, 5), trend=True)
     image, prediction, third, heat, overlay, signed = sheet.axes
     sheet.show(image, view.image, 'Image')
-    share = percent(statistics['prediction_ratio'])
+    share = shown('prediction_ratio', statistics['prediction_ratio'])
     sheet.show_mask(
         prediction, view.predicted_mask, PREDICTION_TINT, f'Prediction: {share} of the image'
     )
     if view.truth is not None:
-        dice = number(statistics['dice'])
+        dice = shown('dice', statistics['dice'])
         sheet.show_mask(third, view.truth, TRUTH_TINT, f'Ground truth (Dice {dice})')
     else:
         sheet.show(third, view.baseline, f'Baseline: {statistics["baseline"]}')
@@ -86,16 +102,19 @@ def attribution_figure(view: View, statistics: dict) -> Figure:
     drawn = sheet.show(heat, view.magnitude, 'Attribution', cmap='hot', norm=Normalize(0, level))
     sheet.bar(heat, drawn, '|attribution|, sum over channels', 'max')
 
-    sigma, smooth, scale, opacity = smoothed(view)
+    sigma, smooth, scale, opacity = smoothed(view.magnitude)
     sheet.show(overlay, in_grey(view.image), 'Attribution over the image')
     drawn = sheet.show(overlay, smooth, cmap='hot', norm=scale, alpha=opacity)
     sheet.bar(
         overlay, drawn, f'|attribution|, smoothed (sigma {sigma:.1f} px), transparent near 0', 'max'
     )
 
-    summed = view.attributions.sum(axis=0)
-    norm = CenteredNorm(0, clip_level(summed))
-    drawn = sheet.show(signed, summed, 'Signed: red raises the score', cmap='RdBu_r', norm=norm)
+    norm = CenteredNorm(0, clip_level(view.summed))
+    doubtful = not view.settled.all()
+    title = 'Signed: red raises the score' + (', grey is not settled' if doubtful else '')
+    opacity = np.where(view.settled, 1.0, UNSETTLED_OPACITY)
+    signed.set_facecolor(UNSETTLED)
+    drawn = sheet.show(signed, view.summed, title, cmap='RdBu_r', norm=norm, alpha=opacity)
     sheet.bar(signed, drawn, 'attribution, sum over channels', 'both')
 
     for axis, colour in ((heat, TARGET_COLOUR), (overlay, TARGET_COLOUR), (signed, 'black')):
@@ -108,10 +127,10 @@ def attribution_figure(view: View, statistics: dict) -> Figure:
     return sheet.figure
 
 
-def smoothed(view: View) -> tuple[float, np.ndarray, Normalize, np.ndarray]:
-    """The overlay's layer: sigma of the blur, |attribution| under it (h, w), scale, opacity."""
-    sigma = SMOOTHING * max(view.magnitude.shape)
-    smooth = cv2.GaussianBlur(view.magnitude, (0, 0), sigma)
+def smoothed(values: np.ndarray) -> tuple[float, np.ndarray, Normalize, np.ndarray]:
+    """The overlay's layer of a map (h, w): sigma of the blur, the map under it, scale, opacity."""
+    sigma = SMOOTHING * max(values.shape)
+    smooth = cv2.GaussianBlur(values, (0, 0), sigma)
     scale = Normalize(0, clip_level(smooth), clip=True)
     return sigma, smooth, scale, 0.9 * scale(smooth).filled(0) ** 0.75
 
@@ -122,23 +141,35 @@ def in_grey(image: np.ndarray) -> np.ndarray:
 
 
 def page_pictures(view: View) -> dict[str, np.ndarray]:
-    """Pictures for the page: image, overlay with the target's outline, and a small overlay;
-    (h, w, 3) uint8 of at most PAGE_SIDE and THUMBNAIL_SIDE pixels."""
+    """Pictures for the page: image, overlay with the target's outline, a small overlay, and an
+    overlay of the map's uncertainty, on its own scale; (h, w, 3) uint8 of at most PAGE_SIDE and
+    THUMBNAIL_SIDE pixels. Where the uncertainty is unknown, its picture is the plain grey image."""
     height, width = view.original_size
-    scale = PAGE_SIDE / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    factor = PAGE_SIDE / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
     image = cv2.resize(view.image, size, interpolation=cv2.INTER_AREA)
-    _, smooth, norm, opacity = smoothed(view)
-    heat = colormaps['hot'](norm(cv2.resize(smooth, size)))[..., :3] * 255
+    overlay = _page_overlay(view, image, view.magnitude)
+    uncertainty = np.zeros_like(view.magnitude) if view.uncertainty is None else view.uncertainty
+    small = [max(1, side * THUMBNAIL_SIDE // PAGE_SIDE) for side in size]
+    return {
+        'image': image,
+        'overlay': overlay,
+        'thumbnail': cv2.resize(overlay, small, interpolation=cv2.INTER_AREA),
+        'uncertainty': _page_overlay(view, image, uncertainty),
+    }
+
+
+def _page_overlay(view: View, image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A map (h, w) over the grey image, with the target's outline, at the image's size."""
+    size = image.shape[1::-1]
+    _, smooth, scale, opacity = smoothed(values)
+    heat = colormaps['hot'](scale(cv2.resize(smooth, size)))[..., :3] * 255
     opacity = cv2.resize(opacity, size)[..., None]
     overlay = (in_grey(image) * (1 - opacity) + heat * opacity).astype(np.uint8)
     region = cv2.resize(view.region.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
     outlines, _ = cv2.findContours(region, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     colour = tuple(round(255 * part) for part in to_rgb(TARGET_COLOUR))
-    overlay = cv2.drawContours(np.ascontiguousarray(overlay), outlines, -1, colour, 2)
-    small = [max(1, side * THUMBNAIL_SIDE // PAGE_SIDE) for side in size]
-    thumbnail = cv2.resize(overlay, small, interpolation=cv2.INTER_AREA)
-    return {'image': image, 'overlay': overlay, 'thumbnail': thumbnail}
+    return cv2.drawContours(np.ascontiguousarray(overlay), outlines, -1, colour, 2)
 
 
 def channels_figure(view: View, statistics: dict) -> Figure:
@@ -149,12 +180,11 @@ def channels_figure(view: View, statistics: dict) -> Figure:
     for axis, name, channel, share in zip(
         sheet.axes, ('Red', 'Green', 'Blue'), view.attributions, shares, strict=False
     ):
-        title = f'{name}: {percent(share)} of |attribution|'
+        title = f'{name}: {shown("share_in_prediction", share)} of |attribution|'
         drawn = sheet.show(axis, channel, title, cmap='RdBu_r', norm=norm)
         sheet.bar(axis, drawn, 'attribution, one scale for the three', 'both')
-    summed = view.attributions.sum(axis=0)
-    norm = CenteredNorm(0, clip_level(summed))
-    drawn = sheet.show(sheet.axes[3], summed, 'Sum of the channels', cmap='RdBu_r', norm=norm)
+    norm = CenteredNorm(0, clip_level(view.summed))
+    drawn = sheet.show(sheet.axes[3], view.summed, 'Sum of the channels', cmap='RdBu_r', norm=norm)
     sheet.bar(sheet.axes[3], drawn, 'attribution, own scale', 'both')
     for axis in sheet.axes:
         sheet.outline(axis, view.region, 'black', 'solid')
@@ -163,13 +193,17 @@ def channels_figure(view: View, statistics: dict) -> Figure:
 
 
 def summary_figure(
-    images: DataFrame, gap_tolerance: float, correlation: float | None = None
+    images: DataFrame,
+    gap_tolerance: float,
+    correlation: float | None = None,
+    limits: Thresholds | None = None,
 ) -> Figure:
     """A batch at a glance: gap and ratio of every image, where the model looks, ratio and Dice.
 
     images: one row an explanation, its statistics in the columns. correlation: Spearman's, of
-    attribution ratio and Dice.
+    attribution ratio and Dice. limits: those of the verdicts, by default the usual ones.
     """
+    limits = limits or Thresholds()
     fig = Figure(figsize=(13, 9), dpi=DOTS_PER_INCH, layout='constrained')
     gaps, ratios, shares, scatter = fig.subplots(2, 2).flat
     ordered = images.sort_values('image', kind='stable')
@@ -179,8 +213,9 @@ def summary_figure(
     gaps.legend(fontsize=FONT['label'])
     ratio = _values(ordered, 'attribution_ratio')
     _per_image(ratios, names, ratio, 'Attribution ratio (inside / outside)')
-    ratios.axhline(2, color='tab:green', label='above 2: focused on the prediction')
-    ratios.axhline(1, color='tab:red', label='below 1: background weighs more')
+    good, bad = limits.focus_ratio, limits.background_ratio
+    ratios.axhline(good, color='tab:green', label=f'above {good:g}: focused on the prediction')
+    ratios.axhline(bad, color='tab:red', label=f'below {bad:g}: background weighs more')
     ratios.legend(fontsize=FONT['label'])
     _histogram(shares, ordered)
     _ratio_scatter(scatter, ordered, correlation)
@@ -206,8 +241,7 @@ def _per_image(axis: Axes, names: Sequence[str], values: np.ndarray, title: str)
     axis.set_title(title, fontsize=FONT['title'])
     if len(names) <= MAX_NAMED_IMAGES:
         axis.bar(range(len(values)), values, color='tab:blue')
-        short = [textwrap.shorten(name, 28, placeholder='…') for name in names]
-        short = [name if len(name) <= 28 else name[:27] + '…' for name in short]
+        short = [name if len(name) <= 28 else name[:27] + '…' for name in names]
         axis.set_xticks(range(len(names)), short, rotation=60, ha='right', fontsize=8)
     else:  # one outline: thousands of bars would take minutes
         axis.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, color='tab:blue')
@@ -255,7 +289,7 @@ class Sheet:
     """
 
     TITLE, BAR, GAP, LINE = 0.5, 0.85, 0.25, 0.19  # inches; narrow panels' bars need more
-    TREND = (3.4, 2.0)  # inches: the corner for what happens along the path
+    TREND = (3.4, 1.75)  # inches: the corner for what happens along the path
 
     def __init__(
         self,
@@ -277,12 +311,15 @@ class Sheet:
         corner = self.TREND[0] if trend else 0.0  # of the page's foot; the caption has the rest
         self._centre = (self.width - corner) / 2
         heading = wrap(statistics['image'], self.width, FONT['heading'] * BOLD)
-        caption = wrap(caption_text(statistics), self.width - corner, FONT['caption'])
+        lines = caption_lines(statistics)
+        in_sentences = [line[0].upper() + line[1:] for line in lines]
+        lines = in_sentences if trend else [' · '.join(lines)]  # beside the corner there is room
+        caption = '\n'.join(wrap(line, self.width - corner, FONT['caption']) for line in lines)
         warning = accuracy_warning(statistics) or ''
         warning = wrap(warning, self.width - corner, FONT['caption'] * BOLD)
-        lines = caption.count('\n') + 1 + (warning.count('\n') + 1 if warning else 0)
+        depth = caption.count('\n') + 1 + (warning.count('\n') + 1 if warning else 0)
         top = self.GAP + 1.3 * self.LINE * (heading.count('\n') + 1)
-        bottom = self.GAP + max(self.LINE * (lines + 2), self.TREND[1] if trend else 0)
+        bottom = self.GAP + max(self.LINE * (depth + 2), self.TREND[1] if trend else 0)
         bar = self.BAR + (self.LINE if cell < 3 else 0)
         rows = [range(first, first + columns) for first in range(0, panels, columns)]
         depths = [  # each row: titles, panels, and colour bars where one of them has any
@@ -419,49 +456,21 @@ def wrap(text: str, inches: float, size: float) -> str:
     return textwrap.fill(text, max(8, int(inches * 72 / (size * 0.56))))
 
 
-def caption_text(statistics: dict) -> str:
+def caption_lines(statistics: dict) -> list[str]:
     """What was explained, how, and how exact it is."""
-    return (
+
+    def show(key: str) -> str:
+        return shown(key, statistics[key])
+
+    settled = 'unknown' if statistics['settled_share'] is None else show('settled_share')
+    return [
         f'Target: mean {statistics["score_type"]} over "{statistics["target"]}" '
-        f'({statistics["target_area"]:,} px) · baseline: {statistics["baseline"]} · '
-        f'{statistics["rule"]} rule, {statistics["steps"]} steps · '
-        f'F(x) = {statistics["score"]:.3g}, F(baseline) = {statistics["baseline_score"]:.3g} · '
-        f'completeness gap {percent(statistics["completeness_gap"])} · '
-        f'map error {percent(statistics["map_error"])} ({map_verdict(statistics["map_error"])}) · '
-        f'attribution ratio {number(statistics["attribution_ratio"])}'
-    )
-
-
-def accuracy_warning(statistics: dict) -> str | None:
-    """The sentence for a map that is less exact than was asked for; None where all is well."""
-    gap, allowed = statistics['completeness_gap'], statistics['settings']['gap_tolerance']
-    if statistics['within_tolerance'] is False:
-        return (
-            f'WARNING: the tolerance of {percent(statistics["settings"]["tolerance"])} was not '
-            f'reached in {statistics["steps"]} steps: map error '
-            f'{percent(statistics["map_error"])}, completeness gap {percent(gap)} '
-            '(allow more with --max_steps).'
-        )
-    if gap is None or gap <= allowed:
-        return None
-    return (
-        f'WARNING: the completeness gap of {percent(gap)} is above the tolerance of '
-        f'{percent(allowed)}: use more steps (--num_steps) before you rely on this map.'
-    )
-
-
-def map_verdict(error: float | None) -> str:
-    """What an estimated map error means, in words."""
-    if error is None:
-        return 'unknown'
-    if error <= 0.02:
-        return 'exact to the eye'
-    return 'settled, small details aside' if error <= 0.1 else 'only its broad features are settled'
-
-
-def percent(value: float | None) -> str:
-    return 'n/a' if value is None else f'{100 * value:.3g} %'
-
-
-def number(value: float | None) -> str:
-    return 'n/a' if value is None else f'{value:.3g}'
+        f'({statistics["target_area"]:,} px)',
+        f'baseline: {statistics["baseline"]} · {statistics["rule"]} rule, '
+        f'{statistics["steps"]} steps',
+        f'F(x) = {show("score")}, F(baseline) = {show("baseline_score")} · '
+        f'completeness gap {show("completeness_gap")}',
+        f'map error {show("map_error")} ({map_verdict(statistics["map_error"])})',
+        f'share of |attribution| whose sign is settled: {settled}',
+        f'attribution ratio {show("attribution_ratio")}',
+    ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -26,14 +27,13 @@ from concurrent.futures import (
 )
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from loky import ProcessPoolExecutor
 
-from result_files import OutputError
-from segmentation_dataset import InputError
+from errors import InputError, OutputError
 
 DONE, SKIPPED, FAILED = 'done', 'skipped', 'failed'
 LOCK, HOLDER = '.lock', '.holder.json'  # in the output folder
@@ -59,6 +59,32 @@ class Outcome:
 # --------------------------------------------------------------------------- who explains what
 
 
+class Share(Protocol):
+    """A process's share of a batch's images, and its way to tell rank 0 what came of them."""
+
+    rank: int
+    size: int  # processes in all
+
+    def claim(self, total: int, ahead: bool) -> int | None:
+        """The next number nobody has claimed; None where there is none, or where it is asked for
+        ahead of need and another process may be waiting for it."""
+
+    def report(self, outcome: Outcome) -> None:
+        """Tell rank 0 what came of an image."""
+
+    def collect(self) -> list[Outcome]:
+        """On rank 0: what was reported since the last call."""
+
+    def begin(self) -> None:
+        """Called by each process before its first image: the others wait for rank 0."""
+
+    def leave(self) -> None:
+        """Called by each process after its last report."""
+
+    def others_left(self) -> bool:
+        """Whether all but rank 0 have left."""
+
+
 class Alone:
     """All images, for one process."""
 
@@ -69,30 +95,29 @@ class Alone:
         self._outcomes: list[Outcome] = []
 
     def claim(self, total: int, ahead: bool) -> int | None:
-        """The next number nobody has claimed; None where there is none, or where it is asked for
-        ahead of need and another process may be waiting for it."""
+        """See `Share`."""
         if self._next >= total:
             return None
         self._next += 1
         return self._next - 1
 
     def report(self, outcome: Outcome) -> None:
-        """Tell rank 0 what came of an image."""
+        """See `Share`."""
         self._outcomes.append(outcome)
 
     def collect(self) -> list[Outcome]:
-        """On rank 0: what was reported since the last call."""
+        """See `Share`."""
         new, self._outcomes = self._outcomes, []
         return new
 
     def begin(self) -> None:
-        """Called by each process before its first image: the others wait for rank 0."""
+        """See `Share`."""
 
     def leave(self) -> None:
-        """Called by each process after its last report."""
+        """See `Share`."""
 
     def others_left(self) -> bool:
-        """Whether all but rank 0 have left."""
+        """See `Share`."""
         return True
 
 
@@ -117,30 +142,30 @@ class Group:
         return cls(distributed.PrefixStore('images', store), rank, size)
 
     def claim(self, total: int, ahead: bool) -> int | None:
-        """See `Alone`."""
+        """See `Share`."""
         if ahead and self.store.add('claimed', 0) >= total - self.size:
             return None
         number = self.store.add('claimed', 1) - 1
         return number if number < total else None
 
     def report(self, outcome: Outcome) -> None:
-        """See `Alone`."""
+        """See `Share`."""
         place = self.store.add('reported', 1) - 1
         self.store.set(f'outcome {place}', json.dumps(asdict(outcome)))
 
     def collect(self) -> list[Outcome]:
-        """See `Alone`."""
+        """See `Share`."""
         new = []
         while self._collected < self.store.add('reported', 0):
             key = f'outcome {self._collected}'
-            found = json.loads(self.store.get(key))
-            new.append(Outcome(**found | {'rows': tuple(found['rows'])}))
+            fields = json.loads(self.store.get(key))
+            new.append(Outcome(**fields | {'rows': tuple(fields['rows'])}))
             self.store.delete_key(key)
             self._collected += 1
         return new
 
     def begin(self) -> None:
-        """See `Alone`. After a restart torchrun's store may still hold what those that died have
+        """See `Share`. After a restart torchrun's store may still hold what those that died have
         left: rank 0 takes a part of it for those that are alive, and invites them there."""
         from torch.distributed import PrefixStore
 
@@ -162,18 +187,79 @@ class Group:
             time.sleep(POLL)
 
     def leave(self) -> None:
-        """See `Alone`."""
+        """See `Share`."""
         if self.rank > 0:
             self.store.add('left', 1)
 
     def others_left(self) -> bool:
-        """See `Alone`."""
+        """See `Share`."""
         return self.store.add('left', 0) == self.size - 1
+
+
+def device_of_rank(device: str, ranks: int) -> str:
+    """One GPU for each of several processes on a machine, where GPUs are to be used."""
+    import torch  # not above: the processes that draw do without
+
+    from model_loading import resolve_device
+
+    if ranks == 1 or device not in ('auto', 'cuda') or not torch.cuda.is_available():
+        return device
+    own = f'cuda:{os.environ["LOCAL_RANK"]}'
+    torch.cuda.set_device(resolve_device(own))
+    return own
 
 
 def started_by_torchrun() -> bool:
     """Whether this process is one of several that torchrun started."""
     return 'TORCHELASTIC_RUN_ID' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+
+# --------------------------------------------------------------------------- signals, the folder
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into a KeyboardInterrupt that cannot get lost.
+
+    Python drops an exception that a signal handler raises while a destructor or a callback runs.
+    The signal's number stays here, and `check` raises again. Signals that follow at once are one
+    with the first (torchrun passes on the Ctrl-C that its processes have had too), so that they
+    do not stop the summary from being written. A signal that is ignored, as shells make background
+    jobs ignore Ctrl-C, stays ignored.
+    """
+
+    AT_ONCE = 3.0  # seconds
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._when = -math.inf
+
+    def __enter__(self) -> StopSignals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if time.monotonic() - self._when < self.AT_ONCE:
+            return
+        self.number, self._when = number, time.monotonic()
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt where a signal has come."""
+        if self.number is not None:
+            raise KeyboardInterrupt
+
+    @property
+    def exit_status(self) -> int:
+        """What the shell expects of a process ended by that signal: 130 or 143."""
+        return 128 + (self.number or signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -207,8 +293,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def _holder(folder: Path) -> str:
     """Who holds a folder, in words; empty where that is not known."""
     try:
-        found = json.loads((folder / HOLDER).read_text())
-        return f' (process {found["process"]} on {found["host"]} since {found["since"]})'
+        holder = json.loads((folder / HOLDER).read_text())
+        return f' (process {holder["process"]} on {holder["host"]} since {holder["since"]})'
     except (OSError, ValueError, KeyError, TypeError):
         return ''
 
@@ -217,7 +303,7 @@ def _holder(folder: Path) -> str:
 
 
 def read_ahead(
-    share: Alone | Group, total: int, read: Callable[[int], Item]
+    share: Share, total: int, read: Callable[[int], Item]
 ) -> Iterator[tuple[int, Callable[[], Item]]]:
     """The numbers this process claims, each with a function that gives what was read, or raises
     what reading raised. The next one is read while the caller works on the one before."""

@@ -27,36 +27,30 @@ from scipy import stats
 from tqdm import tqdm
 
 from attribution_figures import summary_figure
-from batch_job import DONE, FAILED, GRACE, NETWORK_DELAY, POLL, SKIPPED, Alone, Group, Outcome
-from faithfulness import METRICS, rank_correlation
+from batch_job import DONE, FAILED, GRACE, NETWORK_DELAY, POLL, SKIPPED, Outcome, Share
+from errors import OutputError
 from html_report import Page, report_html, reproducing_command
-from result_files import OutputError, figure_writer, image_files, read_statistics, write_files
-from verdict import batch_findings, concerns
+from image_statistics import CHECK, COST, NESTED, NUMBER, RECORD, RESULT, STATISTICS, TEXT, WHOLE
+from map_metrics import rank_correlation
+from result_files import figure_writer, image_files, read_statistics, write_files
+from verdict import Thresholds, batch_findings, concerns
 
-TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'
-COLUMNS = {  # of summary.csv and summary.parquet
-    **dict.fromkeys(('image', 'status', 'reason', 'flags', 'target'), TEXT),
-    'target_area': WHOLE,
-    **dict.fromkeys(('score_type', 'baseline', 'rule'), TEXT),
-    **dict.fromkeys(('steps', 'gradient_evaluations', 'forward_passes', 'step_batch'), WHOLE),
-    'precision': TEXT, 'precision_deviation': NUMBER, 'seconds': NUMBER,
-    'peak_memory_bytes': WHOLE,
-    **dict.fromkeys(('score', 'baseline_score', 'attribution_sum', 'completeness_gap'), NUMBER),
-    'map_error': NUMBER, 'within_tolerance': TRUTH,
-    **dict.fromkeys((
-        'attribution_mean', 'attribution_std', 'attribution_min', 'attribution_max',
-        'attribution_ratio', 'attribution_in_prediction', 'attribution_in_background',
-        'share_in_prediction', 'share_in_truth', 'prediction_ratio'), NUMBER),
-    'prediction_area': WHOLE,
-    **dict.fromkeys(('dice', 'iou', 'pixel_accuracy', *METRICS), NUMBER),
-    **dict.fromkeys(('share_red', 'share_green', 'share_blue'), NUMBER),
-    **dict.fromkeys(('image_path', 'folder', 'resume_key'), TEXT),
+CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`
+_FLAT = {key: row.kind for key, row in STATISTICS.items() if row.kind != NESTED}
+_RECORDS = {key: kind for key, kind in _FLAT.items() if STATISTICS[key].group == RECORD}
+COLUMNS = {  # of summary.csv and summary.parquet: the flat statistics, and what a batch adds
+    'image': TEXT, **dict.fromkeys(('status', 'reason', 'flags'), TEXT),
+    **{key: kind for key, kind in _FLAT.items() if key not in _RECORDS},
+    **dict.fromkeys(CHANNELS, NUMBER),
+    **_RECORDS,
     'number': WHOLE,  # of the image in the batch, from 0
 }  # fmt: skip
-SUMMARISED = (  # figures whose median over a batch is given
-    'completeness_gap', 'map_error', 'attribution_ratio', 'share_in_prediction',
-    'share_in_truth', 'prediction_ratio', 'dice', 'iou', 'pixel_accuracy', 'seconds', *METRICS,
-)  # fmt: skip
+SUMMARISED = tuple(  # figures whose median over a batch is given
+    key
+    for group in (RESULT, COST, CHECK)
+    for key, row in STATISTICS.items()
+    if row.summarised and row.group == group
+)
 FAILURES = ('image', 'reason')  # columns of failures.csv
 NOT_REPEATED = ('evaluation', 'trend')  # in summary.json: long, and in each image's own file
 DEGENERATE_RATIO = 0.95  # a mask covering more than this looks like wrong preprocessing
@@ -201,7 +195,7 @@ class Progress:
     """What has come of the images so far; on rank 0 that of all ranks, with the bar and the
     summary."""
 
-    def __init__(self, share: Alone | Group, output_dir: Path, names: Sequence[str]) -> None:
+    def __init__(self, share: Share, output_dir: Path, names: Sequence[str]) -> None:
         """names: of the images of the batch."""
         self._share, self._output_dir, self._names = share, output_dir, names
         self._journal = Journal(output_dir) if share.rank == 0 else None
@@ -255,10 +249,10 @@ def read_table(source: Path | io.StringIO) -> pd.DataFrame:
 
 def row_of(statistics: dict) -> dict:
     """The row of summary.csv for one explanation."""
-    shares = statistics['channel_shares'] or (None, None, None)
+    shares = statistics['channel_shares'] or (None,) * len(CHANNELS)
     row = {
         **statistics,
-        **dict(zip(('share_red', 'share_green', 'share_blue'), shares, strict=True)),
+        **dict(zip(CHANNELS, shares, strict=True)),
         'flags': '; '.join(finding['flag'] for finding in statistics['verdict']),
     }
     return {name: row[name] for name in COLUMNS if name in row}
@@ -315,11 +309,11 @@ def median_interval(values: Sequence[float]) -> list[float] | None:
     for method in ('BCa', 'percentile'):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # SciPy warns where BCa is degenerate
-            found = stats.bootstrap(
+            interval = stats.bootstrap(
                 (np.asarray(values, float),), np.median, method=method, rng=np.random.default_rng(0)
             ).confidence_interval
-        if math.isfinite(found.low) and math.isfinite(found.high):
-            return [float(found.low), float(found.high)]
+        if math.isfinite(interval.low) and math.isfinite(interval.high):
+            return [float(interval.low), float(interval.high)]
     return None
 
 
@@ -348,7 +342,7 @@ def write_summary(
     """index.html (and index_2.html, … for many images), summary.csv and .parquet (one row an
     explanation), summary.json, summary.png; failures.csv where images failed.
 
-    settings: of this batch, as a dictionary; defaults: those that need not be said.
+    settings: of this batch, as they are recorded; defaults: those that need not be said.
     """
     writers: dict[Path, Callable[[Path], object]] = {
         output_dir / 'summary.csv': lambda path: table.to_csv(path, index=False),
@@ -360,8 +354,9 @@ def write_summary(
     done = table[table['status'] == DONE]
     if len(done):
         figure = summary_figure(
-            done, settings['gap_tolerance'], result.summary['ratio_dice_correlation']
-        )
+            done, settings['gap_tolerance'], result.summary['ratio_dice_correlation'],
+            Thresholds(**settings['thresholds']),
+        )  # fmt: skip
         writers[output_dir / 'summary.png'] = figure_writer(figure)
     pages = page_plan(done)
     for page, folders in pages:

@@ -13,19 +13,19 @@ cannot be improved runs as it is, and the user's network is not touched. Whether
 the same is measured on the user's input (`measure_deviation`).
 
 On top of it: reduced precision by autocast, checked against float32 on every image; the number of
-interpolation steps that go through the network at once, measured; and `Path`, which turns nodes of
-the path into attribution densities of one or several targets that share the forward passes.
+interpolation steps that go through the network at once, measured; and `PathSampler`, which turns
+nodes of a path into attribution densities of one or several targets that share the forward passes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,8 +34,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from attribution_path import AttributionPath, Score, segmentation_logits
+from errors import InputError, NonFiniteError, attempt
 from path_integral import norms
-from segmentation_dataset import InputError
 
 PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
 CHECKED_NODES = (0.25, 0.5)  # evaluated in float32 too, where precision is reduced
@@ -56,7 +57,6 @@ _METADATA_PROPERTIES = {
 class Preparation:
     """What was done to a private copy of a network, and what it changed."""
 
-    network: nn.Module = field(repr=False)  # the copy, or the user's own where that deviated
     folded: int  # batch norms folded into convolutions
     transposed: int  # convolutions whose backward runs as a forward convolution
     logit_deviation: float  # relative L2 difference of the logits from the original's
@@ -64,24 +64,20 @@ class Preparation:
     fell_back: bool  # the original is used, because the copy deviated too much
     compiled: bool = False  # by torch.compile
 
-    def record(self) -> dict[str, object]:
-        """All of it but the network, for the statistics file."""
-        return {name: value for name, value in vars(self).items() if name != 'network'}
 
+def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, Preparation]:
+    """A private copy of a network in evaluation mode, compared with the original, which comes back
+    where the copy deviates.
 
-def prepare(model: nn.Module, example: torch.Tensor) -> Preparation:
-    """Prepare a private copy of a network in evaluation mode and compare it with the original.
-
-    example: an input (1, 3, H, W) in the network's precision.
+    example: an input (1, C, H, W) in the network's precision.
     """
     network, folded, transposed = improved_copy(model, example)
     deviations = measure_deviation(model, network, example)
     fell_back = not max(deviations) <= EQUIVALENCE_TOLERANCE  # also where it is not a number
     if fell_back and example.device.type == 'cpu' and example.dtype == torch.float32:
         fell_back = not _same_in_double_precision(model, example)
-    return Preparation(
-        model if fell_back else network, folded, transposed, *deviations, fell_back=fell_back
-    )
+    preparation = Preparation(folded, transposed, *deviations, fell_back=fell_back)
+    return model if fell_back else network, preparation
 
 
 def _same_in_double_precision(model: nn.Module, example: torch.Tensor) -> bool:
@@ -287,18 +283,6 @@ def _padding_of(convolution: nn.Conv2d) -> tuple[int, int] | None:
 # --------------------------------------------------------------------------- equivalence
 
 
-def segmentation_logits(output: object) -> torch.Tensor:
-    """The logit map (N, C, h, w) in a model's output: itself, the first of a tuple (smp with an
-    auxiliary head), or under `out` (torchvision). Raises InputError for anything else."""
-    if isinstance(output, dict):
-        output = output.get('out')
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, torch.Tensor) or output.ndim != 4:
-        raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
-    return output
-
-
 def measure_deviation(
     original: nn.Module, network: nn.Module, example: torch.Tensor
 ) -> tuple[float, float]:
@@ -457,17 +441,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+class OutOfMemory(Exception):
+    """Memory does not suffice, whichever library noticed."""
+
+
 @contextlib.contextmanager
-def explained_memory(device: torch.device) -> Iterator[None]:
-    """Turn running out of memory into one sentence, an InputError."""
+def out_of_memory_is_one_error() -> Iterator[None]:
+    """Turn every way of running out of memory into OutOfMemory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        raise OutOfMemory(str(error)) from None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory so far in bytes: of the GPU's tensors, else of this process; None if unknown."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024
+
+
+@contextlib.contextmanager
+def explained_memory(device: torch.device) -> Iterator[None]:
+    """Turn running out of memory into one sentence, an InputError."""
+    try:
+        with out_of_memory_is_one_error():
+            yield
+    except OutOfMemory:
         raise InputError(
             f'not enough memory on {device} for the gradient of one image '
-            '(use a smaller --image_size, or --device cpu)'
+            '(use a smaller image size, or device cpu)'
         ) from None
 
 
@@ -494,7 +504,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def fingerprint(model: nn.Module) -> tuple:
     """Changes when a weight of the network does; costs a thousandth of a gradient."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    places = tuple((t.data_ptr(), t._version) for t in tensors)
+    places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     if not tensors:
         return places
     with torch.no_grad():
@@ -502,11 +512,23 @@ def fingerprint(model: nn.Module) -> tuple:
     return (*places, *sums.tolist())
 
 
+def check_finite(values: torch.Tensor, what: str, alphas: Sequence[float] = ()) -> None:
+    """Raise NonFiniteError where one of a batch's samples (N, ...) holds a NaN or an infinity.
+
+    alphas: of the samples, where they are interpolation steps.
+    """
+    fine = torch.isfinite(values).flatten(1).all(dim=1)
+    if not bool(fine.all()):
+        first = int((~fine).nonzero()[0])
+        raise NonFiniteError(what, alphas[first] if alphas else None)
+
+
 class GradientEngine:
     """Logits and gradients of a network, from its prepared copy.
 
     The copy is made on the first image, and again when the network's weights have changed.
-    forward_passes counts samples that went through the network for results (not for preparing).
+    forward_passes and gradient_evaluations count the samples that went through the network, forth
+    and back, for results (not for preparing).
     """
 
     def __init__(
@@ -515,6 +537,8 @@ class GradientEngine:
         self.model, self.device = model, device
         self.step_batch = StepBatch(device, step_batch)
         self.forward_passes = 0
+        self.gradient_evaluations = 0
+        self.network: nn.Module | None = None  # the prepared copy
         self.preparation: Preparation | None = None
         self._compiled = compiled
         self._reduced: dict[torch.dtype, nn.Module] = {}
@@ -526,159 +550,175 @@ class GradientEngine:
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.float32)
 
-    def prepare(self, x: torch.Tensor) -> None:
+    @contextlib.contextmanager
+    def running(self, x: torch.Tensor) -> Iterator[None]:
+        """Inside, the network may be run on inputs like x (1, C, H, W), whatever autograd mode the
+        caller is in; the user's network is left as it was. Out of memory is an InputError."""
+        with torch.inference_mode(False), frozen(self.model), explained_memory(self.device):
+            self._prepare(x)
+            yield
+
+    def _prepare(self, x: torch.Tensor) -> None:
         """Make the private copy, unless there is one of the network as it is now."""
-        found = fingerprint(self.model)
-        if found == self._fingerprint:
+        now = fingerprint(self.model)
+        if now == self._fingerprint:
             return
         self._reduced = {}
-        self.preparation = prepare(self.model, x.to(self.dtype))
+        self.network, self.preparation = prepared_copy(self.model, x.to(self.dtype))
         if self._compiled:
-            network = torch.compile(self.preparation.network, dynamic=False)
-            self.preparation = replace(self.preparation, network=network, compiled=True)
-        self._fingerprint = found
+            self.network = torch.compile(self.network, dynamic=False)
+            self.preparation = replace(self.preparation, compiled=True)
+        self._fingerprint = now
 
-    def run(self, x: torch.Tensor, reduced: torch.dtype | None = None) -> torch.Tensor:
-        """Images (N, 3, H, W) -> logits (N, C, h, w), both in the working precision, with a graph
-        where gradients are enabled. Raises NonFiniteError."""
+    def run(
+        self, x: torch.Tensor, reduced: torch.dtype | None = None, alphas: Sequence[float] = ()
+    ) -> torch.Tensor:
+        """Images (N, C, H, W) -> logits (N, K, h, w), both in the working precision, with a graph
+        where gradients are enabled. alphas: see `check_finite`. Raises NonFiniteError."""
         self.forward_passes += len(x)
-        network = self.preparation.network
         if reduced is None:
-            logits = segmentation_logits(network(x.to(self.dtype))).to(x.dtype)
+            logits = segmentation_logits(self.network(x.to(self.dtype))).to(x.dtype)
         else:
             if reduced not in self._reduced:
-                self._reduced[reduced] = reduced_copy(network, reduced)
+                self._reduced[reduced] = reduced_copy(self.network, reduced)
             with torch.autocast(self.device.type, dtype=reduced):
                 logits = segmentation_logits(self._reduced[reduced](x)).to(x.dtype)
-        check_finite(logits, 'the logits')
+        check_finite(logits, 'the logits', alphas)
         return logits
 
+    def densities(
+        self,
+        points: torch.Tensor,
+        logits: torch.Tensor,
+        targets: Sequence[Score],
+        velocities: torch.Tensor,
+        alphas: Sequence[float] = (),
+    ) -> torch.Tensor:
+        """Gradient times velocity of every target, from one forward pass: (steps, targets, C, H,
+        W).
 
-class NonFiniteError(InputError):
-    """Logits or gradients hold values that are not finite."""
-
-    def __init__(self, what: str, sample: int, alpha: float | None = None) -> None:
-        """what: they are. sample: the first in its batch. alpha: of the interpolation step."""
-        self.what, self.sample, self.alpha = what, sample, alpha
-        place = '' if alpha is None else f' at alpha = {alpha:.4g} between baseline and image'
-        self.finding = f'{what} are not finite{place}'
-        super().__init__(
-            f'{self.finding} (is the checkpoint damaged? with reduced precision, try '
-            '--precision float32)'
-        )
-
-
-def check_finite(values: torch.Tensor, what: str, alpha: float | None = None) -> None:
-    """Raise NonFiniteError where one of a batch's samples (N, ...) holds a NaN or an infinity."""
-    fine = torch.isfinite(values).flatten(1).all(dim=1)
-    if not bool(fine.all()):
-        raise NonFiniteError(what, int((~fine).nonzero()[0]), alpha)
-
-
-class Score(Protocol):
-    """A target: one number for every image."""
-
-    scale: float  # by which scores are multiplied on the way back, of the order of the region
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (N, C, h, w) -> scores (N,)."""
+        points: (steps, C, H, W), the leaf of the graph of `logits` (steps, K, h, w). velocities:
+        of the same shape or (1, C, H, W). alphas: see `check_finite`. Raises NonFiniteError.
+        """
+        by_target = []
+        for number, target in enumerate(targets, start=1):
+            # Samples do not mix in evaluation mode: the gradient of the sum is each one's own.
+            # Scaled by the region's size, so that what flows back from each pixel does not
+            # underflow.
+            scores = target(logits).sum() * target.scale
+            (gradient,) = torch.autograd.grad(scores, points, retain_graph=number < len(targets))
+            by_target.append(gradient * (velocities / target.scale))
+        self.gradient_evaluations += len(points)
+        densities = torch.stack(by_target, dim=1)
+        check_finite(densities, 'the gradients', alphas)
+        return densities
 
 
-def densities(
-    points: torch.Tensor, logits: torch.Tensor, targets: Sequence[Score], change: torch.Tensor
-) -> torch.Tensor:
-    """Gradient times change of every target, from one forward pass: (steps, targets, 3, H, W).
-
-    points: (steps, 3, H, W), the leaf of the graph of `logits` (steps, C, h, w).
-    """
-    found = []
-    for number, target in enumerate(targets, start=1):
-        # Samples do not mix in evaluation mode: the gradient of the sum is each one's own. Scaled
-        # by the region's size, so that what flows back from each pixel does not underflow.
-        scores = target(logits).sum() * target.scale
-        (gradient,) = torch.autograd.grad(scores, points, retain_graph=number < len(targets))
-        found.append(gradient * (change / target.scale))
-    return torch.stack(found, dim=1)
+# --------------------------------------------------------------------------- along a path
 
 
-@dataclass
-class Path:
-    """The straight path from a baseline to an image, and what was seen on it.
+@dataclass(frozen=True)
+class AtImage:
+    """What was found at the image itself, which all paths that end there share."""
 
-    Called with nodes, it gives their attribution densities (targets, 3, H, W), one after the
-    other; the nodes go through the network in step batches. `known` densities are not computed.
-    """
-
-    engine: GradientEngine
-    x: torch.Tensor  # (1, 3, H, W)
-    baseline: torch.Tensor  # (1, 3, H, W)
+    x: torch.Tensor  # (1, C, H, W)
+    logits: torch.Tensor  # (1, K, h, w)
     targets: Sequence[Score]
-    mask_of: Callable[[torch.Tensor], torch.Tensor]  # logits (N, C, h, w) -> (N, h, w) bool
-    final_mask: torch.Tensor  # (h, w) bool: at the image itself
-    reduced: torch.dtype | None = None
-    on_steps: Callable[[int], object] = lambda count: None
-    evaluations: int = 0  # gradients computed
-    known: dict[float, torch.Tensor] = field(default_factory=dict)
-    seen: dict[float, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    gradient: torch.Tensor | None  # (targets, C, H, W); None where the rule has no node there
+
+
+class PathSampler:
+    """The attribution densities along a path, and a log of what was seen on it.
+
+    Called with nodes, it gives their densities (targets, C, H, W), one after the other; the nodes
+    go through the network in step batches. Densities that were computed before they are asked for
+    (at the ends, or to check the precision) wait in `_ready`, and each is given out once.
+    """
+
+    def __init__(
+        self,
+        engine: GradientEngine,
+        path: AttributionPath,
+        at_image: AtImage,
+        overlap: Callable[[torch.Tensor], torch.Tensor],
+        on_steps: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        """overlap: logits (N, K, h, w) -> (N,), how much of the mask is there. on_steps: told the
+        number of nodes given out."""
+        self.engine, self.path, self.targets = engine, path, at_image.targets
+        self.reduced: torch.dtype | None = None  # precision; None: the network's own
+        self.scores: dict[float, torch.Tensor] = {}  # of the targets at each node, (targets,)
+        self.overlaps: dict[float, torch.Tensor] = {}
+        self._overlap, self._on_steps = overlap, on_steps
+        self._ready: dict[float, torch.Tensor] = {}
+        self._see_the_end(at_image)
+
+    def _see_the_end(self, at_image: AtImage) -> None:
+        """Take over what is known where the path ends."""
+        if self.path.image is not at_image.x:
+            return
+        self._log([1.0], at_image.logits)
+        if at_image.gradient is not None:
+            _, velocity = self.path.at(self._tensor([1.0]))
+            self._ready[1.0] = at_image.gradient * velocity
+
+    def see_the_ends(self, density_at_start: bool) -> None:
+        """Log the scores at both ends, as far as that was not done; density_at_start: and keep the
+        density at alpha = 0, which will be asked for, since it comes from the same pass."""
+        if density_at_start:
+            self._ready[0.0] = self._evaluate([0.0], None)[0]
+        for alpha in (0.0, 1.0):
+            if alpha not in self.scores:
+                points, _ = self.path.at(self._tensor([alpha]))
+                with torch.no_grad():
+                    self._log([alpha], self.engine.run(points))
 
     def __call__(self, alphas: np.ndarray) -> Iterator[torch.Tensor]:
-        waiting = [float(alpha) for alpha in alphas]
-        missing = [alpha for alpha in waiting if alpha not in self.known]
-        for alpha in waiting:
-            while alpha not in self.known:
+        wanted = [float(alpha) for alpha in alphas]
+        missing = [alpha for alpha in wanted if alpha not in self._ready]
+        for alpha in wanted:
+            while alpha not in self._ready:
                 chunk = missing[: self.engine.step_batch.size]
                 computed = self._compute(chunk)
-                if computed is None:  # outside `except`, whose traceback would keep tensors alive
+                if computed is None:
                     self.engine.step_batch.halve()
                     continue
-                self.known.update(zip(chunk, computed, strict=True))
+                self._ready.update(zip(chunk, computed, strict=True))
                 missing = missing[len(chunk) :]
-            self.on_steps(1)
-            yield self.known.pop(alpha)
+            self._on_steps(1)
+            yield self._ready.pop(alpha)
 
     def _compute(self, alphas: list[float]) -> torch.Tensor | None:
-        """Densities of a chunk, (steps, targets, 3, H, W); None where memory does not suffice."""
-        try:
-            with self.engine.step_batch.timed(len(alphas)):
-                return self.evaluate(alphas, self.reduced)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+        """Densities of a chunk, (steps, targets, C, H, W); None where memory does not suffice."""
 
-    def evaluate(
-        self, alphas: list[float], reduced: torch.dtype | None, noted: bool = True
+        def evaluate() -> torch.Tensor:
+            with self.engine.step_batch.timed(len(alphas)), out_of_memory_is_one_error():
+                return self._evaluate(alphas, self.reduced)
+
+        return attempt(evaluate, OutOfMemory)[0]
+
+    def _evaluate(
+        self, alphas: list[float], reduced: torch.dtype | None, logged: bool = True
     ) -> torch.Tensor:
-        """Densities at nodes, (steps, targets, 3, H, W), and a note of the scores there. Raises
-        NonFiniteError, which names the node."""
-        change = self.x - self.baseline
-        steps = torch.tensor(alphas, dtype=self.x.dtype).to(self.x.device, non_blocking=True)
-        points = self.baseline + steps.view(-1, 1, 1, 1) * change  # (steps, 3, H, W)
-        try:
-            with torch.enable_grad():
-                points.requires_grad_()
-                logits = self.engine.run(points, reduced)  # (steps, C, h, w)
-                found = densities(points, logits, self.targets, change)
-            check_finite(found, 'the gradients')
-        except NonFiniteError as error:
-            raise NonFiniteError(error.what, error.sample, alphas[error.sample]) from None
-        self.evaluations += len(alphas)
-        if noted:
-            self.note(alphas, logits.detach())
-        return found
+        """Densities at nodes, (steps, targets, C, H, W). Raises NonFiniteError, naming the node."""
+        points, velocities = self.path.at(self._tensor(alphas))  # (steps, C, H, W)
+        with torch.enable_grad():
+            points.requires_grad_()
+            logits = self.engine.run(points, reduced, alphas)  # (steps, K, h, w)
+            densities = self.engine.densities(points, logits, self.targets, velocities, alphas)
+        if logged:
+            self._log(alphas, logits.detach())
+        return densities
 
-    def note(self, alphas: list[float], logits: torch.Tensor) -> None:
+    def _tensor(self, alphas: list[float]) -> torch.Tensor:
+        image = self.path.image
+        return torch.tensor(alphas, dtype=image.dtype).to(image.device, non_blocking=True)
+
+    def _log(self, alphas: list[float], logits: torch.Tensor) -> None:
         """Remember the scores and the mask's overlap at nodes, without waiting for a GPU."""
         scores = torch.stack([target(logits) for target in self.targets], dim=1)
-        masks = self.mask_of(logits)
-        both = (masks & self.final_mask).sum(dim=(1, 2))
-        union = (masks | self.final_mask).sum(dim=(1, 2))
-        overlaps = torch.where(union > 0, both / union, 1.0)
-        self.seen.update(zip(alphas, zip(scores, overlaps, strict=True), strict=True))
-
-    def scores_at(self, alpha: float) -> torch.Tensor:
-        """The scores of the targets at a node that was seen, (targets,)."""
-        return self.seen[alpha][0]
+        self.scores.update(zip(alphas, scores, strict=True))
+        self.overlaps.update(zip(alphas, self._overlap(logits), strict=True))
 
     def check_precision(self, reduced: torch.dtype, nodes: Sequence[float]) -> float:
         """Relative L2 deviation of the map from float32, over nodes that are evaluated in both.
@@ -686,11 +726,14 @@ class Path:
         The largest of the targets'; infinite where it is not a number. The float32 densities are
         kept for the integral.
         """
-        exact = torch.cat([self.evaluate([node], None) for node in nodes])
-        self.known.update(zip(nodes, exact, strict=True))  # (nodes, targets, 3, H, W)
-        try:
-            rough = torch.cat([self.evaluate([node], reduced, noted=False) for node in nodes])
-        except NonFiniteError:
+        exact = torch.cat([self._evaluate([node], None) for node in nodes])
+        self._ready.update(zip(nodes, exact, strict=True))  # (nodes, targets, C, H, W)
+
+        def in_reduced_precision() -> torch.Tensor:
+            return torch.cat([self._evaluate([node], reduced, logged=False) for node in nodes])
+
+        rough, _ = attempt(in_reduced_precision, NonFiniteError)
+        if rough is None:
             return float('inf')
         off = norms((rough - exact).sum(dim=0)) / norms(exact.sum(dim=0))
         deviation = float(off.max())

@@ -15,27 +15,15 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from faithfulness import METRICS
+from image_statistics import METRICS, STATISTICS, shown
 from result_files import FILE_ENDINGS
-from verdict import RULES, concerns
+from verdict import FINDING_RULES, concerns
 
 TEMPLATE = 'report_template.html'
-COLUMNS = (  # statistic, heading, what it is
-    ('dice', 'Dice', 'overlap of prediction and truth, 0 to 1'),
-    ('attribution_ratio', 'Ratio', 'mean |attribution| in the prediction / in the background'),
-    ('completeness_gap', 'Gap', 'how far the sum of the map misses the change of the score'),
-    ('map_error', 'Map error', 'estimated relative L2 error of the map'),
-)
+_SHOWN = sorted((row.page, key) for key, row in STATISTICS.items() if row.page is not None)
+ON_PAGE = {key: STATISTICS[key] for _, key in _SHOWN}  # in the detail view, before METRICS
+IN_TABLE = {key: row for key, row in ON_PAGE.items() if row.heading}
 MOST_LISTED = 200  # skipped or failed images
-PERCENT = ('completeness_gap', 'map_error', 'prediction_ratio', 'share_in_prediction')
-FIGURES = (  # statistics shown in the detail view, before those of METRICS
-    ('dice', 'Dice'), ('attribution_ratio', 'Attribution ratio'),
-    ('completeness_gap', 'Completeness gap'), ('map_error', 'Map error (estimate)'),
-    ('share_in_prediction', 'Share of |attribution| in the prediction'),
-    ('prediction_ratio', 'Share of pixels predicted'), ('score', 'F(x)'),
-    ('baseline_score', 'F(baseline)'), ('gradient_evaluations', 'Gradient evaluations'),
-    ('seconds', 'Seconds'),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,7 @@ def report_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    flags = {rule.flag: rule.level for rule in RULES}
+    flags = {rule.flag: rule.level for rule in FINDING_RULES}
     used = {finding['flag'] for entry in images for finding in entry['verdict']}
     return environment.get_template(TEMPLATE).render(
         page=page,
@@ -82,12 +70,8 @@ def report_html(
             detail(entry, command, output_dir)
             for entry, command in zip(images, commands, strict=True)
         ],
-        meanings={
-            name: f'{metric.definition} ({metric.range}'
-            f'{metric.better and ", better " + metric.better}; {metric.source})'
-            for name, metric in METRICS.items()
-        },
-        columns=COLUMNS,
+        meanings={name: metric.explanation for name, metric in METRICS.items()},
+        columns=IN_TABLE,
         flags={flag: level for flag, level in flags.items() if flag in used},
         summary=summary_rows(summary),
         counts=summary,
@@ -106,7 +90,7 @@ def table_row(statistics: dict, output_dir: Path | None) -> dict:
         'target': statistics['target'],
         'thumbnail': files.get('thumbnail'),
         'cells': [
-            {'text': show(key, statistics[key]), 'value': statistics[key]} for key, _, _ in COLUMNS
+            {'text': shown(key, statistics[key]), 'value': statistics[key]} for key in IN_TABLE
         ],
         'verdict': statistics['verdict'],
         'concerns': concerns([finding['flag'] for finding in statistics['verdict']]),
@@ -127,9 +111,9 @@ def file_links(statistics: dict, output_dir: Path | None) -> dict[str, str]:
 def detail(statistics: dict, command: str, output_dir: Path | None) -> dict:
     """What the detail view shows of one image, as data for the page's script."""
     evaluation = statistics['evaluation'] or {}
-    figures = [[label, show(key, statistics[key]), ''] for key, label in FIGURES]
+    figures = [[row.label, shown(key, statistics[key]), ''] for key, row in ON_PAGE.items()]
     figures += [
-        [key.replace('_', ' '), show(key, statistics[key]), key]
+        [key.replace('_', ' '), shown(key, statistics[key]), key]
         for key in METRICS
         if statistics[key] is not None
     ]
@@ -146,8 +130,15 @@ def detail(statistics: dict, command: str, output_dir: Path | None) -> dict:
         'settings': statistics['settings'],
         'versions': statistics['versions'],
         'notes': statistics['notes'],
+        'settled': shown_if_known('settled_share', statistics),
+        'level': shown_if_known('uncertainty_level', statistics),
         'command': command,
     }
+
+
+def shown_if_known(key: str, statistics: dict) -> str | None:
+    """A figure as text, or None, by which the page leaves its place out."""
+    return None if statistics[key] is None else shown(key, statistics[key])
 
 
 def rounded(value: object) -> object:
@@ -167,16 +158,9 @@ def summary_rows(summary: dict) -> list[tuple[str, str, str]]:
         if name == key or value is None:
             continue
         interval = summary[f'interval_{name}']
-        between = ' to '.join(show(name, end) for end in interval) if interval else 'n/a'
-        rows.append((name.replace('_', ' '), show(name, value), between))
+        between = ' to '.join(shown(name, end) for end in interval) if interval else 'n/a'
+        rows.append((name.replace('_', ' '), shown(name, value), between))
     return rows
-
-
-def show(key: str, value: float | None) -> str:
-    """A figure as text."""
-    if value is None:
-        return 'n/a'
-    return f'{100 * value:.3g} %' if key in PERCENT else f'{value:.3g}'
 
 
 def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:

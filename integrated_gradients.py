@@ -9,8 +9,23 @@ For a network f (logit map), an image x and a baseline x', Integrated Gradients 
 output pixels, the *target region*. The attributions sum to F(x) - F(x') (completeness); how far
 the computed ones miss that is the *completeness gap*, reported with every explanation.
 
-Use it as a library (`load_model`, `IntegratedGradients`, `batch_integrated_gradients_analysis`)
-or from the command line: `python integrated_gradients.py --help`.
+The way of an image, from the command line to its files:
+
+    main              flags -> Settings                                   here
+    list_samples      folders and files -> Sample: image and truth        segmentation_dataset
+    load_model        checkpoint -> module and NetworkDescription         model_loading
+    analyse_sample    finished already? else explain, then write          here, finished_images
+    analyse_image     pixels -> input; explain; statistics; verdict       here, image_statistics
+    explain_with      prediction -> targets, paths; their integral        IntegratedGradients, here
+    StraightPath.at   alphas -> points and velocities                     attribution_path
+    PathSampler       nodes -> gradient times velocity, in step batches   gradient_engine
+    integrate         densities -> attributions and their error           path_integral
+    write_image       arrays and statistics -> figures and files          result_files
+
+Around it stand `analyse_batch` (many samples: batch_job, batch_summary, html_report) and
+`evaluate_explanation` (can the map be trusted? faithfulness). Use it as a library (`load_model`,
+`IntegratedGradients`, `batch_integrated_gradients_analysis`) or from the command line:
+`python integrated_gradients.py --help`.
 """
 
 from __future__ import annotations
@@ -19,17 +34,12 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import math
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -37,49 +47,53 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from attribution_figures import (
-    accuracy_warning,
-    attribution_figure,
-    channels_figure,
-    map_verdict,
-)
+from attribution_figures import attribution_figure, channels_figure
+from attribution_path import AttributionPath, StraightPath, plain_map
+from attribution_target import TARGETS, Target, TargetContext, build_target, build_targets, kind_of
 from batch_job import (
     FAILED,
     SKIPPED,
     Alone,
     Group,
     Outcome,
+    Share,
+    StopSignals,
     Writers,
+    device_of_rank,
     hold_folder,
     read_ahead,
     started_by_torchrun,
     writer_processes,
 )
 from batch_summary import BatchResult, Progress, row_of
-from faithfulness import (
-    COMPARED_BASELINES,
-    EFFORTS,
-    FORWARDS_A_GRADIENT,
-    METRICS,
-    Subject,
-    evaluate,
-    strong_blur,
+from errors import (
+    EmptyTargetError,
+    InputError,
+    NonFiniteError,
+    OutputError,
+    attempt,
+    check_choice,
+)
+from faithfulness import EFFORTS, evaluate_explanation, evaluation_cost, subject_of
+from finished_images import (
+    finished_statistics,
+    folder_name,
+    judged_again,
+    resume_key,
+    versions,
 )
 from gradient_engine import (
     CHECKED_NODES,
     PRECISIONS,
+    AtImage,
     GradientEngine,
-    NonFiniteError,
+    PathSampler,
     Preparation,
-    check_finite,
-    densities,
-    explained_memory,
-    frozen,
+    fingerprint,
+    peak_memory,
     reduced_dtype,
 )
-from gradient_engine import (
-    Path as GradientPath,
-)
+from image_statistics import explanation_statistics, mask_scores
 from model_loading import (
     ARCHITECTURES,
     DEFAULT_ARCHITECTURE,
@@ -89,9 +103,11 @@ from model_loading import (
     load_model,
     resolve_device,
 )
+from network_description import NetworkDescription, describe_network
 from path_integral import (
     ADAPTIVE,
     RULE_NAMES,
+    MeanIntegral,
     PathIntegral,
     first_nodes,
     integrate,
@@ -99,17 +115,13 @@ from path_integral import (
 from result_files import (
     FIGURES,
     Description,
-    OutputError,
-    image_files,
-    json_writer,
     load_view,
+    make_output_folder,
     missing_figures,
-    prepare_output,
-    read_statistics,
+    packed,
     redraw_figures,
     redraw_missing,
     view_of,
-    write_files,
     write_image,
 )
 from segmentation_dataset import (
@@ -117,138 +129,284 @@ from segmentation_dataset import (
     IMAGENET_STD,
     NORMALIZE_MODES,
     RESIZE_MODES,
-    InputError,
     Placement,
     Preprocessing,
     Sample,
     list_samples,
     read_image,
-    round_up_size,
     single_sample,
+    strong_blur,
 )
-from verdict import Thresholds, findings, parse_thresholds
+from verdict import Thresholds, accuracy_warning, parse_thresholds, statistics_text, verdict_of
 
 __all__ = [  # what users import from here, wherever it stands
     'BASELINES',
     'TARGETS',
     'BatchResult',
+    'Cost',
     'EmptyTargetError',
     'Explanation',
     'InputError',
     'IntegratedGradients',
+    'NetworkDescription',
     'OutputError',
+    'Preparation',
     'Preprocessing',
+    'Sample',
     'Settings',
     'Target',
+    'TargetContext',
+    'Trend',
     'analyse_batch',
+    'analyse_image',
     'analyse_sample',
     'attribution_figure',
     'batch_integrated_gradients_analysis',
+    'build_baselines',
+    'build_target',
     'channels_figure',
     'describe_image',
+    'describe_network',
     'describe_targets',
     'evaluate_explanation',
     'explain_image',
     'explanation_statistics',
+    'input_preprocessing',
     'list_samples',
     'load_model',
     'load_view',
     'main',
+    'mask_scores',
+    'plain_map',
     'read_image',
     'redraw_figures',
     'resolve_device',
     'statistics_text',
+    'subject_of',
     'view_of',
-]  # fmt: skip
-
-# --------------------------------------------------------------------------- constants
+]
 
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
-EACH_OBJECT = 'each-object'  # a target that stands for every object:K there is
-# Settings that `explain_targets` takes under the same name.
-EXPLAIN_SETTINGS = (
-    'num_steps', 'rule', 'tolerance', 'max_steps', 'score', 'threshold', 'baseline_draws', 'seed',
-    'precision', 'precision_tolerance',
-)  # fmt: skip
+DISPLAY_SIDE = 1024  # pixels: the longer side of the image that is kept for figures
 
 
-class EmptyTargetError(InputError):
-    """The target region holds no pixel."""
+# --------------------------------------------------------------------------- baselines
+#
+# A baseline is an image in pixel space, built from the image it stands against and then
+# normalised like it: (pixels (H, W, C) float32 0-255, generator) -> (H, W, C) float32 0-255. The
+# docstring is its line in --help.
 
 
-# --------------------------------------------------------------------------- results
+def zero_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """a black image (after normalisation that is not a zero tensor)"""
+    return np.zeros_like(pixels)
+
+
+def white_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """a white image"""
+    return np.full_like(pixels, 255)
+
+
+def random_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uniform noise, seeded; the attributions are averaged over several draws"""
+    return rng.uniform(0, 255, pixels.shape).astype(np.float32)
+
+
+def blur_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """the image under a Gaussian blur of 5 % of its longer side"""
+    return strong_blur(pixels)
+
+
+def mean_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """the image's mean colour everywhere"""
+    return np.broadcast_to(pixels.mean(axis=(0, 1)), pixels.shape).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class BaselineKind:
+    """A row of the table of baselines."""
+
+    build: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    drawn: bool = False  # whether the attributions are averaged over several draws
+
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.build(pixels, rng)
+
+
+BASELINES: dict[str, BaselineKind] = {
+    'zero': BaselineKind(zero_baseline),
+    'random': BaselineKind(random_baseline, drawn=True),
+    'blur': BaselineKind(blur_baseline),
+    'mean': BaselineKind(mean_baseline),
+    'white': BaselineKind(white_baseline),
+}
+
+
+def build_baselines(
+    kind: str, pixels: np.ndarray, preprocessing: Preprocessing, draws: int = 4, seed: int = 0
+) -> list[np.ndarray]:
+    """The baselines of that kind for an image: several draws for `random`, one for the others.
+
+    kind: a key of BASELINES, or the path of an image file (fitted to the image).
+    pixels: (H, W, C) float32, 0-255. Returns arrays of the same shape and range.
+    Raises InputError for an unknown kind or an unreadable file.
+    """
+    if kind in BASELINES:
+        rng = np.random.default_rng(seed)
+        return [BASELINES[kind](pixels, rng) for _ in range(draws if BASELINES[kind].drawn else 1)]
+    if not Path(kind).is_file():
+        raise InputError(
+            f'unknown baseline "{kind}" (choose from {", ".join(BASELINES)}, or give the path '
+            'of an image file)'
+        )
+    height, width = pixels.shape[:2]
+    image = read_image(kind)
+    if height == width:
+        return [replace(preprocessing, image_size=height).resize_image(image).astype(np.float32)]
+    return [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)]
+
+
+# --------------------------------------------------------------------------- settings
+
+MODEL, PREPROCESSING, ATTRIBUTION, CHECKS = 'model', 'preprocessing', 'attribution', 'checks'
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that is known of one setting: its flag, its help and its check are made from this."""
+
+    group: str  # of flags
+    meaning: str
+    choices: Sequence[str] | None = None
+    least: int | None = None  # a whole number of at least this
+    most: int | None = None
+    above: float | None = None
+    below: float | None = None
+    metavar: str | None = None
+    default_text: str = '%(default)s'  # in the help
+    instead_of: str = ''  # another setting; only one of the two may be given
+
+    def check(self, name: str, value: object) -> None:
+        """Raise InputError for a value that makes no sense. None is left to what it means."""
+        if value is None:
+            return
+        if self.choices is not None:
+            check_choice(name, value, self.choices)
+        if self.least is not None and (not isinstance(value, int) or value < self.least):
+            raise InputError(
+                f'{name} must be a whole number of at least {self.least}, not {value!r}'
+            )
+        if self.most is not None and value > self.most:
+            raise InputError(f'{name} must be at most {self.most}, not {value}')
+        if self.below is not None and not self.above < value < self.below:
+            raise InputError(
+                f'{name} must lie between {self.above:g} and {self.below:g}, not {value!r}'
+            )
+        if self.above is not None and not value > self.above:
+            raise InputError(f'{name} must be above {self.above:g}, not {value!r}')
+
+
+def setting(default: object, group: str, meaning: str, **known: object):
+    """A field of Settings with what is known of it; see `Setting`."""
+    return field(default=default, metadata={'setting': Setting(group, meaning, **known)})
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the numbers of an explanation; one object for CLI, API, notebook.
 
-    Raises InputError where a value makes no sense.
+    `target` may be given as text, several separated by spaces. Raises InputError where a value
+    makes no sense.
     """
 
-    target: str = 'predicted'  # several, separated by spaces, share their forward passes
-    score: str = 'logit'
-    threshold: float = 0.5
-    on_empty: str = 'skip'
-    baseline: str = 'zero'
-    baseline_draws: int = 4
-    seed: int = 0
-    rule: str = ADAPTIVE
-    num_steps: int = 50
-    tolerance: float | None = None  # refine until map error and gap are below it; no num_steps
-    max_steps: int = 200  # with a tolerance
-    precision: str = 'float32'
-    precision_tolerance: float = 0.03
-    gap_tolerance: float = 0.05
-    image_size: int | None = None  # None: the checkpoint's own, else 640
-    resize: str = 'stretch'
-    normalize: str = 'auto'
-    step_batch: int | None = None  # None: measured
-    compile: bool = False
-    evaluate: str | None = None  # checks of faithfulness, a key of EFFORTS
-    thresholds: Thresholds = field(default_factory=Thresholds)  # of the verdict
+    # fmt: off
+    step_batch: int | None = setting(None, MODEL, 'interpolation steps computed at once',
+        least=1, metavar='N', default_text='the fastest that fits')
+    compile: bool = setting(False, MODEL,
+        'use torch.compile: minutes at first, then faster on a GPU', default_text='off')
+    image_size: int | None = setting(None, PREPROCESSING,
+        'side of the square model input, rounded up to a multiple of 32', least=1,
+        most=MAX_IMAGE_SIZE, metavar='PIXELS',
+        default_text=f"the checkpoint's, else {DEFAULT_IMAGE_SIZE}")
+    resize: str = setting('stretch', PREPROCESSING, 'letterbox keeps the aspect ratio, pads black',
+        choices=RESIZE_MODES)
+    normalize: str = setting('auto', PREPROCESSING,
+        "auto: the checkpoint's mean and std, else ImageNet's; none: 0-1 as it is",
+        choices=NORMALIZE_MODES)
+    target: tuple[str, ...] = setting(('predicted',), ATTRIBUTION, 'one or several; '
+        + '; '.join(f'{kind.form}: {kind.meaning}' for kind in TARGETS.values()),
+        metavar='TARGET', default_text='predicted')  # several share their forward passes
+    score: str = setting('logit', ATTRIBUTION, 'what is averaged over the target', choices=SCORES)
+    threshold: float = setting(0.5, ATTRIBUTION, 'probability above which a pixel is predicted',
+        above=0, below=1)
+    on_empty: str = setting('skip', ATTRIBUTION,
+        'empty target: skip it, or explain the whole image', choices=ON_EMPTY)
+    baseline: str = setting('zero', ATTRIBUTION, 'the image to compare with; '
+        + '; '.join(f'{name}: {kind.build.__doc__}' for name, kind in BASELINES.items())
+        + '; or an image file', metavar='|'.join((*BASELINES, 'FILE')))
+    baseline_draws: int = setting(4, ATTRIBUTION,
+        'of baseline random: averaged, num_steps each', least=1, metavar='N')
+    seed: int = setting(0, ATTRIBUTION, 'of baseline random')
+    num_steps: int = setting(50, ATTRIBUTION, 'interpolation steps', least=1, metavar='N')
+    tolerance: float | None = setting(None, ATTRIBUTION,
+        'instead: as many steps as bring map error and completeness gap below T, for example 0.05',
+        above=0, metavar='T', default_text='off', instead_of='num_steps')
+    max_steps: int = setting(200, ATTRIBUTION, 'with --tolerance: at most so many', least=1,
+        metavar='N')
+    rule: str = setting(ADAPTIVE, ATTRIBUTION, 'quadrature rule', choices=RULE_NAMES)
+    precision: str = setting('float32', ATTRIBUTION,
+        'of the gradients; auto: reduced where it is faster here and the map stays within '
+        '--precision_tolerance', choices=PRECISIONS)
+    precision_tolerance: float = setting(0.03, ATTRIBUTION,
+        'relative L2 deviation of the map that auto accepts', above=0)
+    gap_tolerance: float = setting(0.05, ATTRIBUTION,
+        'completeness gap above which to warn', above=0)
+    evaluate: str | None = setting(None, CHECKS,
+        'check how far each map can be trusted; the cost is told first',
+        choices=tuple(EFFORTS), default_text='off')
+    thresholds: Thresholds = setting(  # noqa: RUF009
+        Thresholds(), CHECKS, 'of the verdict', metavar='NAME=VALUE',
+        default_text=' '.join(f'{k}={v:g}' for k, v in asdict(Thresholds()).items()))
+    # fmt: on
 
     def __post_init__(self) -> None:
-        _check_choice('rule', self.rule, RULE_NAMES)
-        _check_choice('precision', self.precision, PRECISIONS)
-        _check_choice('score', self.score, SCORES)
-        _check_choice('on_empty', self.on_empty, ON_EMPTY)
-        _check_choice('resize', self.resize, RESIZE_MODES)
-        _check_choice('normalize', self.normalize, NORMALIZE_MODES)
-        if self.evaluate is not None:
-            _check_choice('evaluate', self.evaluate, EFFORTS)
-        if not self.targets:
+        if isinstance(self.target, str):
+            object.__setattr__(self, 'target', tuple(self.target.split()))
+        for name, known in self.table().items():
+            known.check(name, getattr(self, name))
+        if not self.target:
             raise InputError('no target is given (use --target predicted)')
-        for target in self.targets:
-            _check_choice('target', target.partition(':')[0], (*TARGETS, EACH_OBJECT))
-        for name in ('num_steps', 'max_steps', 'baseline_draws', 'image_size', 'step_batch'):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f'{name} must be a whole number of at least 1, not {value!r}')
-        if self.image_size is not None and self.image_size > MAX_IMAGE_SIZE:
-            raise InputError(f'image_size must be at most {MAX_IMAGE_SIZE}, not {self.image_size}')
-        if not 0 < self.threshold < 1:
-            raise InputError(f'threshold must lie between 0 and 1, not {self.threshold!r}')
-        for name in ('gap_tolerance', 'precision_tolerance', 'tolerance'):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f'{name} must be above 0, not {value!r}')
+        for target in self.target:
+            kind_of(target)
         first_nodes(self.rule, self.steps, self.tolerance is not None)  # the rule has them
 
-    @property
-    def targets(self) -> list[str]:
-        return self.target.split()
+    @classmethod
+    def table(cls) -> dict[str, Setting]:
+        """What is known of each setting, by its name."""
+        return {f.name: f.metadata['setting'] for f in fields(cls)}
 
     @property
     def steps(self) -> int:
         """Interpolation steps for each baseline; with a tolerance at most."""
         return self.num_steps if self.tolerance is None else self.max_steps
 
+    @property
+    def several_targets(self) -> bool:
+        """Whether an image may have several explanations, each in a folder of its own."""
+        return len(self.target) > 1 or kind_of(self.target[0]).expand is not None
 
-def _check_choice(name: str, value: str, choices: Sequence[str] | dict) -> None:
-    if value not in choices:
-        raise InputError(f'unknown {name} "{value}" (choose from {", ".join(choices)})')
+    @property
+    def possible_first_targets(self) -> tuple[str, ...]:
+        """The targets of which one is explained first, in whatever image."""
+        return (*(kind_of(target).first or target for target in self.target), 'image')
+
+    def record(self) -> dict[str, object]:
+        """For the statistics file; the targets as on the command line."""
+        return {**asdict(self), 'target': ' '.join(self.target)}
+
+
+# --------------------------------------------------------------------------- results
 
 
 @dataclass(frozen=True)
@@ -261,44 +419,61 @@ class Trend:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """How an explanation was computed, and what it cost, for all targets of the image together."""
+
+    gradient_evaluations: int  # all gradients, those of the precision check included
+    forward_passes: int  # images through the network, for the prediction and the gradients
+    seconds: float
+    step_batch: int
+    peak_memory_bytes: int | None
+    precision: str  # what the gradients were computed in; they are summed in float32 or better
+    precision_deviation: float | None  # of the map from float32, relative L2; None: not reduced
+    retried: str | None  # why it was computed again in float32; None: it was not
+    preparation: Preparation
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The attributions of one image and everything needed to judge them.
 
     Tensors are on the CPU, except `attributions`, which are where the input was.
     """
 
-    attributions: torch.Tensor  # shape and device of the input, in units of the score
-    uncertainty: torch.Tensor | None  # estimated error of each, same shape; None: a single step
+    attributions: torch.Tensor  # (C, H, W), in units of the score
+    uncertainty: torch.Tensor | None  # (H, W): estimated error of their sum over the channels;
+    # None: a single step. Where precision was reduced, its deviation is spread evenly.
     prediction: torch.Tensor  # (h, w) float32: probability of what is explained, 0-1
     predicted_mask: torch.Tensor  # (h, w) bool
     region: torch.Tensor  # (h, w) bool: the target region R
-    baseline_pixels: np.ndarray  # (H, W, 3) float32, 0-255: the (first) baseline
+    baseline_pixels: np.ndarray  # (H, W, C) float32, 0-255: the (first) baseline
     target: str
     objective: Target  # F itself: logits -> score
     baseline: str
     rule: str
     steps: int  # interpolation steps per baseline (the most, where draws differ)
-    gradient_evaluations: int  # all gradients, those of the precision check included
-    forward_passes: int  # images through the network, for the prediction and the gradients
     score: float  # F(x)
     baseline_score: float  # F(x'), mean over the draws
     attribution_sum: float
-    seconds: float
-    step_batch: int
-    seed: int
-    peak_memory_bytes: int | None
-    precision: str  # what the gradients were computed in; they are summed in float32 or better
-    retried: str | None  # why it was computed again in float32; None: it was not
-    precision_deviation: float | None  # of the map from float32, relative L2; None: not reduced
     map_error: float | None  # estimated relative L2 error of the map; None: a single step
     tolerance: float | None
     trend: Trend  # on the way from the (first) baseline
-    preparation: Preparation
+    cost: Cost
 
     @property
     def score_type(self) -> str:
         """What is averaged over the region, one of SCORES."""
         return self.objective.score
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """All gradients, for all targets of the image together."""
+        return self.cost.gradient_evaluations
+
+    @property
+    def seconds(self) -> float:
+        """Time, for all targets of the image together."""
+        return self.cost.seconds
 
     @property
     def completeness_gap(self) -> float | None:
@@ -322,287 +497,28 @@ def completeness_gap(total: float, score: float, baseline_score: float) -> float
     return abs(total - change) / abs(change)
 
 
-# --------------------------------------------------------------------------- baselines
-#
-# A baseline is an image in pixel space, built from the image it stands against and then
-# normalised like it: (pixels (H, W, 3) float32 0-255, generator) -> (H, W, 3) float32 0-255.
-
-
-def zero_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A black image (after normalisation that is not a zero tensor)."""
-    return np.zeros_like(pixels)
-
-
-def white_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A white image."""
-    return np.full_like(pixels, 255)
-
-
-def random_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Uniform noise; seeded, and the attributions are averaged over several draws."""
-    return rng.uniform(0, 255, pixels.shape).astype(np.float32)
-
-
-def blur_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The image under a Gaussian blur of 5 % of its longer side."""
-    return strong_blur(pixels)
-
-
-def mean_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The image's mean colour everywhere."""
-    return np.broadcast_to(pixels.mean(axis=(0, 1)), pixels.shape).astype(np.float32)
-
-
-BASELINES: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    'zero': zero_baseline,
-    'random': random_baseline,
-    'blur': blur_baseline,
-    'mean': mean_baseline,
-    'white': white_baseline,
-}
-
-
-def build_baselines(
-    kind: str, pixels: np.ndarray, preprocessing: Preprocessing, draws: int = 4, seed: int = 0
-) -> list[np.ndarray]:
-    """The baselines of that kind for an image: several draws for `random`, one for the others.
-
-    kind: a key of BASELINES, or the path of an image file (fitted to the image).
-    pixels: (H, W, 3) float32, 0-255. Returns arrays of the same shape and range.
-    Raises InputError for an unknown kind or an unreadable file.
-    """
-    if kind in BASELINES:
-        rng = np.random.default_rng(seed)
-        return [BASELINES[kind](pixels, rng) for _ in range(draws if kind == 'random' else 1)]
-    if not Path(kind).is_file():
-        raise InputError(
-            f'unknown baseline "{kind}" (choose from {", ".join(BASELINES)}, or give the path '
-            'of an image file)'
-        )
-    height, width = pixels.shape[:2]
-    image = read_image(kind)
-    if height == width:
-        return [replace(preprocessing, image_size=height).resize_image(image).astype(np.float32)]
-    return [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)]
-
-
-# --------------------------------------------------------------------------- targets
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is explained: F(x) = sum of weights * s(f(x)), one number per image.
-
-    The weights are fixed before the path is walked: the mean over the region R of the logit (or
-    probability) of one channel per pixel. Equivalently they are the vector of the
-    vector-Jacobian product that gives the gradient.
-    """
-
-    name: str
-    weights: torch.Tensor  # (C, h, w) float32, sum 1
-    score: str = 'logit'  # one of SCORES
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (N, C, h, w) -> scores (N,)."""
-        values = logits if self.score == 'logit' else probabilities(logits)
-        return (values * self.weights.to(values)).sum(dim=(1, 2, 3))
-
-    @cached_property
-    def scale(self) -> float:
-        """The size of the region: what makes the largest weight 1."""
-        return 1 / (float(self.weights.abs().max()) or 1.0)
-
-    @property
-    def region(self) -> torch.Tensor:
-        """(h, w) bool: the output pixels that count."""
-        return (self.weights != 0).any(dim=0)
-
-
-@dataclass(frozen=True)
-class TargetContext:
-    """What a target may be built from: the network's answer on the original image."""
-
-    logits: torch.Tensor  # (C, h, w)
-    labels: torch.Tensor  # (h, w) int64: predicted class of every pixel, 0 background
-    truth: torch.Tensor | None = None  # (h, w) int64 labels
-    placement: Placement | None = None  # where the original image lies in the input
-
-    @cached_property
-    def objects(self) -> list[torch.Tensor]:
-        """Connected components (8 neighbours) of the predicted mask, (h, w) bool, largest first."""
-        mask = (self.labels > 0).cpu().numpy().astype(np.uint8)
-        count, numbers, sizes, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        order = sorted(range(1, count), key=lambda k: -sizes[k, cv2.CC_STAT_AREA])
-        return [torch.from_numpy(numbers == k).to(self.labels.device) for k in order]
-
-    def choose(self, region: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Weights (C, h, w): the mean over a region (h, w) of the channel of each label."""
-        channels = labels if len(self.logits) > 1 else torch.zeros_like(labels)
-        if channels[region].numel() and int(channels[region].max()) >= len(self.logits):
-            raise InputError(
-                f'the ground truth holds class {int(channels[region].max())}, but the model has '
-                f'only {len(self.logits)} classes (0 to {len(self.logits) - 1})'
-            )
-        weights = torch.zeros_like(self.logits, dtype=torch.float32)
-        weights.scatter_(0, channels.clamp(max=len(weights) - 1)[None], region.float()[None])
-        return weights / max(1, int(region.sum()))
-
-
-def predicted_target(context: TargetContext, argument: str) -> torch.Tensor:
-    """the predicted mask: pixels above the threshold (several classes: not background)"""
-    return context.choose(context.labels > 0, context.labels)
-
-
-def object_target(context: TargetContext, argument: str) -> torch.Tensor:
-    """the K-th largest connected part of the predicted mask, from 1"""
-    if not argument.isdecimal() or int(argument) < 1:
-        raise InputError(f'target "object:{argument}": K must be a whole number from 1')
-    if int(argument) > len(context.objects):
-        raise EmptyTargetError(
-            f'target "object:{argument}" is empty: the predicted mask has '
-            f'{len(context.objects)} objects (use --each_object, or --target predicted)'
-        )
-    return context.choose(context.objects[int(argument) - 1], context.labels)
-
-
-def truth_target(context: TargetContext, argument: str) -> torch.Tensor:
-    """the ground-truth mask"""
-    truth = _needed_truth(context, 'truth')
-    return context.choose(truth > 0, truth)
-
-
-def false_positive_target(context: TargetContext, argument: str) -> torch.Tensor:
-    """predicted, but not so in the ground truth: why did it see this?"""
-    truth = _needed_truth(context, 'false-positive')
-    return context.choose((context.labels > 0) & (context.labels != truth), context.labels)
-
-
-def false_negative_target(context: TargetContext, argument: str) -> torch.Tensor:
-    """in the ground truth, but not so predicted: why did it miss this?"""
-    truth = _needed_truth(context, 'false-negative')
-    return context.choose((truth > 0) & (context.labels != truth), truth)
-
-
-def _needed_truth(context: TargetContext, target: str) -> torch.Tensor:
-    """The ground-truth labels (h, w). Raises InputError where they are unknown."""
-    if context.truth is None:
-        raise InputError(
-            f'target "{target}" needs a ground-truth mask (give --mask_path, or use '
-            '--target predicted)'
-        )
-    if len(context.logits) == 1:  # one class: any label is foreground
-        return (context.truth > 0).long()
-    return context.truth
-
-
-def image_target(context: TargetContext, argument: str) -> torch.Tensor:
-    """every pixel"""
-    return context.choose(torch.ones_like(context.labels, dtype=torch.bool), context.labels)
-
-
-def pixel_target(context: TargetContext, argument: str) -> torch.Tensor:
-    """one output pixel, X to the right and Y down from 0,0 in the original image"""
-    try:
-        x, y = (int(part) for part in argument.split(','))
-    except ValueError:
-        raise InputError(f'target "pixel:{argument}" is not of the form pixel:X,Y') from None
-    height, width = context.placement.original_size if context.placement else context.labels.shape
-    if not (0 <= x < width and 0 <= y < height):
-        raise InputError(
-            f'target pixel {x},{y} lies outside the image (X from 0 to {width - 1}, '
-            f'Y from 0 to {height - 1})'
-        )
-    column, row = context.placement.to_model(x, y) if context.placement else (x, y)
-    region = torch.zeros_like(context.labels, dtype=torch.bool)
-    region[row, column] = True
-    return context.choose(region, context.labels)
-
-
-def class_target(context: TargetContext, argument: str) -> torch.Tensor:
-    """pixels won by class K, on the logit of K (models with several classes)"""
-    classes = len(context.logits)
-    if classes == 1:
-        raise InputError(f'target "class:{argument}": the model has one class (use predicted)')
-    if not argument.isdecimal() or int(argument) >= classes:
-        raise InputError(f'target "class:{argument}": K must be a class from 0 to {classes - 1}')
-    return context.choose(context.labels == int(argument), context.labels)
-
-
-@dataclass(frozen=True)
-class TargetKind:
-    """A row of the target table; the docstring of `build` is its line in --help."""
-
-    build: Callable[[TargetContext, str], torch.Tensor]
-    form: str  # how the user writes it
-
-
-TARGETS: dict[str, TargetKind] = {
-    'predicted': TargetKind(predicted_target, 'predicted'),
-    'object': TargetKind(object_target, 'object:K'),
-    'truth': TargetKind(truth_target, 'truth'),
-    'false-positive': TargetKind(false_positive_target, 'false-positive'),
-    'false-negative': TargetKind(false_negative_target, 'false-negative'),
-    'image': TargetKind(image_target, 'image'),
-    'pixel': TargetKind(pixel_target, 'pixel:X,Y'),
-    'class': TargetKind(class_target, 'class:K'),
-}
-
-
-def build_target(spec: str, context: TargetContext, score: str = 'logit') -> Target:
-    """The target that a user wrote as `spec`.
-
-    Raises InputError for a wrong spec, EmptyTargetError where its region holds no pixel.
-    """
-    kind, _, argument = spec.partition(':')
-    _check_choice('target', kind, TARGETS)
-    if (':' in TARGETS[kind].form) != bool(argument):
-        raise InputError(f'target "{spec}" is not of the form {TARGETS[kind].form}')
-    weights = TARGETS[kind].build(context, argument)
-    if not weights.any():
-        raise EmptyTargetError(
-            f'target "{spec}" is empty: no such pixel in this image '
-            '(use --target image to explain the whole logit map, or a lower --threshold)'
-        )
-    return Target(spec, weights, score)
-
-
-def as_target(form: str | Target | torch.Tensor, score: str, context: TargetContext) -> Target:
-    """A target given as a spec, a region (h, w) or a target object."""
-    if isinstance(form, Target):
-        return form
-    if isinstance(form, str):
-        return build_target(form, context, score)
-    region = torch.as_tensor(form, dtype=torch.bool, device=context.logits.device)
-    if region.shape != context.labels.shape:
-        raise InputError(
-            f'the target mask has shape {tuple(region.shape)}, the prediction '
-            f'{tuple(context.labels.shape)}'
-        )
-    if not region.any():
-        raise EmptyTargetError('the target mask is empty')
-    return Target('mask', context.choose(region, context.labels), score)
-
-
-def probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """(N, C, h, w) logits -> probabilities: sigmoid for one class, softmax for several."""
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
-
-
-def predicted_labels(logits: torch.Tensor, threshold: float) -> torch.Tensor:
-    """(…, C, h, w) logits -> (…, h, w) int64 classes: by threshold for one class, else the
-    highest."""
-    if logits.shape[-3] == 1:
-        return (logits[..., 0, :, :].sigmoid() > threshold).long()
-    return logits.argmax(dim=-3)
-
-
 # --------------------------------------------------------------------------- IntegratedGradients
+
+# What `explain` takes beside its own arguments.
+OPTIONS = {name for name, known in Settings.table().items() if known.group == ATTRIBUTION}
+OPTIONS -= {'target', 'baseline'}
+
+
+@dataclass(frozen=True)
+class Integration:
+    """What came of all paths of one image."""
+
+    mean: MeanIntegral
+    trend: PathSampler  # of the first path
+    start_scores: list[torch.Tensor]  # F at the start of each path, (targets,) each
+    reduced: torch.dtype | None
+    deviation: float  # of the map from float32, where reduced
 
 
 class IntegratedGradients:
     """Integrated Gradients of a segmentation network.
 
-    model: any torch.nn.Module mapping (N, 3, H, W) to logits (N, C, h, w); it is moved to the
+    model: any torch.nn.Module mapping (N, 3, H, W) to logits (N, K, h, w); it is moved to the
         device and otherwise left as it was found.
     device: 'auto', 'cuda', 'mps', 'cpu' or a torch.device.
     preprocessing: how inputs were normalised; by default the model's own, else ImageNet's.
@@ -621,13 +537,23 @@ class IntegratedGradients:
         self.device = resolve_device(device)
         self.model = model.to(self.device)
         self.engine = GradientEngine(self.model, self.device, step_batch, compile)
-        self.preprocessing = preprocessing or getattr(model, 'preprocessing', Preprocessing())
+        self._network = describe_network(self.model)
+        self._fingerprint = fingerprint(self.model)
+        self.preprocessing = preprocessing or self._network.preprocessing
+
+    @property
+    def network(self) -> NetworkDescription:
+        """What the network is, as it is now: described again after its weights have changed."""
+        now = fingerprint(self.model)
+        if now != self._fingerprint:
+            self._network, self._fingerprint = describe_network(self.model), now
+        return self._network
 
     def compute_integrated_gradients(
         self,
         input_tensor: torch.Tensor,
         baseline_type: str | torch.Tensor = 'zero',
-        num_steps: int = 50,
+        num_steps: int = Settings.num_steps,
         target: str | Target | torch.Tensor = 'predicted',
         **options: object,
     ) -> torch.Tensor:
@@ -649,8 +575,8 @@ class IntegratedGradients:
         input_tensor: torch.Tensor,
         target: str | Target | torch.Tensor = 'predicted',
         baseline_type: str | torch.Tensor = 'zero',
-        num_steps: int = 50,
-        rule: str = ADAPTIVE,
+        num_steps: int = Settings.num_steps,
+        rule: str = Settings.rule,
         **options: object,
     ) -> Explanation:
         """Explain one image. Arguments, options and errors: see `explain_targets`."""
@@ -663,312 +589,262 @@ class IntegratedGradients:
         input_tensor: torch.Tensor,
         targets: Sequence[str | Target | torch.Tensor],
         baseline_type: str | torch.Tensor = 'zero',
-        num_steps: int = 50,
-        rule: str = ADAPTIVE,
+        num_steps: int = Settings.num_steps,
+        rule: str = Settings.rule,
         *,
-        tolerance: float | None = None,
-        max_steps: int = 200,
-        score: str = 'logit',
-        threshold: float = 0.5,
         truth: np.ndarray | None = None,
         placement: Placement | None = None,
-        baseline_draws: int = 4,
-        seed: int = 0,
-        precision: str = 'float32',
-        precision_tolerance: float = 0.03,
         skip_empty: bool = False,
         progress: bool = False,
+        **options: object,
     ) -> list[Explanation]:
         """Explain several targets of one image; they share the forward passes.
 
         input_tensor: (3, H, W) or (1, 3, H, W), normalised as the model expects.
         targets: each a spec (a key of TARGETS, see --help), a Target, or an (h, w) boolean mask
-            of output pixels. EACH_OBJECT stands for `object:1`, `object:2`, … as many as there are.
+            of output pixels. 'each-object' stands for as many objects as there are.
         baseline_type: a key of BASELINES, an image file, or a tensor of the input's shape in
             the same normalised space.
-        num_steps, rule: interpolation steps for each baseline and the quadrature rule, one of
-            RULE_NAMES. tolerance: instead of num_steps, refine until the estimated map error and
-            the completeness gap are below it, with at most max_steps.
-        score: 'logit' or 'probability'. threshold: of the predicted mask, for one-class models.
+        num_steps, rule, and as options tolerance, max_steps, score, threshold, baseline_draws,
+            seed, on_empty, precision, precision_tolerance: see `Settings` and --help.
         truth: (h, w) class labels, for target 'truth'. placement: for target 'pixel:X,Y' in
             original image coordinates; without it X,Y are output pixels.
-        baseline_draws, seed: of the baseline 'random'.
-        precision: of the gradients, one of PRECISIONS; 'auto' reduces it where the hardware has
-            a faster type and the map deviates by at most precision_tolerance (relative L2).
         skip_empty: leave out targets whose region holds no pixel, unless all are empty.
 
         Raises InputError: wrong shapes or values, not enough memory; EmptyTargetError: a target
         region holds no pixel; NonFiniteError: logits or gradients that are not finite, also when
         computed again in float32 where precision was reduced.
         """
+        if unknown := options.keys() - OPTIONS:
+            raise TypeError(f'unexpected {", ".join(unknown)} (options: {", ".join(OPTIONS)})')
+        settings = Settings(num_steps=num_steps, rule=rule, **options)
+        return self.explain_with(settings, input_tensor, targets, baseline_type, truth, placement,
+                                 skip_empty, progress)  # fmt: skip
+
+    def explain_with(
+        self,
+        settings: Settings,
+        input_tensor: torch.Tensor,
+        targets: Sequence[str | Target | torch.Tensor] | None = None,
+        baseline: str | torch.Tensor | None = None,
+        truth: np.ndarray | None = None,
+        placement: Placement | None = None,
+        skip_empty: bool = False,
+        progress: bool = False,
+    ) -> list[Explanation]:
+        """`explain_targets` under whole settings. targets, baseline: instead of theirs."""
         started = time.perf_counter()
-        settings = Settings(
-            score=score, threshold=threshold, num_steps=num_steps, rule=rule,
-            tolerance=tolerance, max_steps=max_steps, baseline_draws=baseline_draws,
-            precision=precision, precision_tolerance=precision_tolerance,
-        )  # fmt: skip
-        x = self._check_input(input_tensor)  # (1, 3, H, W)
-        baselines = self._baselines(x, baseline_type, baseline_draws, seed)
-        with (
-            torch.inference_mode(False),
-            frozen(self.model),
-            explained_memory(self.device),
-        ):
-            self.engine.prepare(x)
-            passes = self.engine.forward_passes
-            nodes = first_nodes(rule, settings.steps, tolerance is not None)
-            at_image = x.clone().requires_grad_(bool(nodes[-1] == 1))
-            with torch.set_grad_enabled(at_image.requires_grad):
-                graph = self.engine.run(at_image)  # (1, C, h, w)
-            logits = graph.detach()
-            labels = predicted_labels(logits[0], threshold)
-            context = self._context(logits[0], labels, truth, placement)
-            built = self._targets(targets, score, context, skip_empty)
-            gradient = None  # at the image, which all baselines share
-            if at_image.requires_grad:
-                gradient = densities(at_image, graph, built, torch.ones_like(x))[0]
-                check_finite(gradient[None], 'the gradients', alpha=1.0)
-            del graph
-            walk = _Walk(self.engine, settings, x, built, logits, labels, gradient, nodes)
-            bar = tqdm(total=None if tolerance else num_steps * len(baselines), unit='step',
-                       desc='interpolation steps', leave=False, disable=not progress)  # fmt: skip
-            retried = None
-            with bar:
-                try:
-                    walk.all(baselines, bar.update)
-                except NonFiniteError as error:
-                    if walk.reduced is None:
-                        raise
-                    retried = (
-                        f'computed again in float32, since in {dtype_name(walk.reduced)} {error}'
-                    )
-                if retried:  # outside `except`, whose traceback would keep tensors alive
-                    exact = replace(settings, precision='float32')
-                    walk = _Walk(self.engine, exact, x, built, logits, labels, gradient, nodes)
-                    walk.all(baselines, bar.update)
-        common = {
-            'baseline_pixels': self.preprocessing.to_pixels(baselines[0]),
-            'baseline': baseline_type if isinstance(baseline_type, str) else 'tensor',
-            'rule': rule,
-            'steps': max(walk.steps),
-            'gradient_evaluations': walk.evaluations,
-            'forward_passes': self.engine.forward_passes - passes,
-            'seed': seed,
-            'step_batch': self.engine.step_batch.size,
-            'precision': dtype_name(walk.reduced or x.dtype),
-            'retried': retried,
-            'precision_deviation': walk.deviation if walk.reduced else None,
-            'tolerance': tolerance,
-            'preparation': self.engine.preparation,
-            'seconds': time.perf_counter() - started,
-            'peak_memory_bytes': peak_memory(self.device),
-        }
-        return [
-            self._explanation(input_tensor, number, target, walk, common)
-            for number, target in enumerate(built)
-        ]
+        engine, x = self.engine, self.check_input(input_tensor)  # (1, C, H, W)
+        baseline = settings.baseline if baseline is None else baseline
+        pixels, tensors = self._baselines(baseline, x, settings)
+        paths = [StraightPath(tensor, x) for tensor in tensors]
+        with engine.running(x):
+            counts = engine.forward_passes, engine.gradient_evaluations
+            forms = settings.target if targets is None else targets
+            build = partial(self._build_targets, forms, settings, truth, placement, skip_empty)
+            at_image, labels = self._look(x, settings, build)
+            total = None if settings.tolerance else settings.num_steps * len(paths)
+            with tqdm(total=total, unit='step', desc='interpolation steps', leave=False,
+                      disable=not progress) as bar:  # fmt: skip
+                walk = partial(self._walk, at_image, labels, paths, on_steps=bar.update)
+                integration, retried = self._in_precision(walk, settings)
+            counts = engine.forward_passes - counts[0], engine.gradient_evaluations - counts[1]
+        cost = Cost(
+            gradient_evaluations=counts[1],
+            forward_passes=counts[0],
+            seconds=time.perf_counter() - started,
+            step_batch=engine.step_batch.size,
+            peak_memory_bytes=peak_memory(self.device),
+            precision=dtype_name(integration.reduced or x.dtype),
+            precision_deviation=integration.deviation if integration.reduced else None,
+            retried=retried,
+            preparation=engine.preparation,
+        )
+        name = baseline if isinstance(baseline, str) else 'tensor'
+        explanation = partial(self._explanation, settings, at_image, labels, integration, cost,
+                              name, pixels, input_tensor.device)  # fmt: skip
+        return [explanation(number) for number in range(len(at_image.targets))]
 
     def prepare(self, input_tensor: torch.Tensor) -> None:
         """Prepare the network's private copy on this input, (3, H, W) or (1, 3, H, W), instead of
         on the first that is explained. Raises InputError as `explain_targets` does."""
-        x = self._check_input(input_tensor)
-        with torch.inference_mode(False), frozen(self.model), explained_memory(self.device):
-            self.engine.prepare(x)
+        with self.engine.running(self.check_input(input_tensor)):
+            pass
 
-    @staticmethod
-    def _explanation(
-        input_tensor: torch.Tensor, number: int, target: Target, walk: _Walk, common: dict
-    ) -> Explanation:
-        """The result for one of the targets."""
-        count = len(walk.found)
-        attributions = sum(found.integral[number] for found in walk.found) / count  # (3, H, W)
-        uncertainty, error = None, None
-        parts = [found.uncertainty for found in walk.found]
-        if all(part is not None for part in parts):
-            squares = sum(part[number].square() for part in parts)  # draws are independent
-            uncertainty = (squares.sqrt() / count).reshape(input_tensor.shape)
-            relative = float(uncertainty.norm() / attributions.norm())
-            error = math.hypot(relative, walk.deviation if walk.reduced else 0.0)
-        mask, prediction = _explained_class(target.name, walk.logits, walk.labels)
-        precise = attributions if attributions.device.type == 'mps' else attributions.double()
-        return Explanation(
-            attributions=attributions.reshape(input_tensor.shape).to(input_tensor.device),
-            uncertainty=None if uncertainty is None else uncertainty.cpu(),
-            prediction=prediction.cpu(),
-            predicted_mask=mask.cpu(),
-            region=target.region.cpu(),
-            target=target.name,
-            objective=target,
-            score=float(target(walk.logits)),
-            baseline_score=walk.baseline_score(number),
-            attribution_sum=float(precise.sum()),
-            map_error=error if error is None or math.isfinite(error) else None,
-            trend=_trend(walk.paths[0], number),
-            **common,
-        )
-
-    def _check_input(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The input as (1, 3, H, W) on the device, cut off from the caller's graph: float32, in
-        which gradients then accumulate, or float64 for a double-precision model."""
-        shape = tuple(tensor.shape)
-        if not (len(shape) == 3 or (len(shape) == 4 and shape[0] == 1)) or shape[-3] != 3:
-            raise InputError(f'input_tensor must be (3, H, W) or (1, 3, H, W), not {shape}')
+    def check_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The input as (1, C, H, W) on the device, cut off from the caller's graph: float32, in
+        which gradients then accumulate, or float64 for a double-precision model. Raises
+        InputError."""
+        self._network.check_input(tuple(tensor.shape))
         working = torch.float64 if self.engine.dtype == torch.float64 else torch.float32
         tensor = tensor.detach()
         if self.device.type == 'cuda' and tensor.device.type == 'cpu':
             tensor = tensor.pin_memory()  # copied while the GPU still works on what came before
-        x = tensor.to(self.device, working, non_blocking=True).reshape(1, *shape[-3:])
+        x = tensor.to(self.device, working, non_blocking=True).reshape(1, *tensor.shape[-3:])
         if not bool(torch.isfinite(x).all()):
             raise InputError('input_tensor holds values that are not finite')
         return x
 
-    def _baselines(
-        self, x: torch.Tensor, kind: str | torch.Tensor, draws: int, seed: int
-    ) -> list[torch.Tensor]:
-        """The baselines of an input (1, 3, H, W), each of its shape."""
-        if isinstance(kind, torch.Tensor):
-            if kind.numel() != x.numel():
-                raise InputError(f'the baseline must have the shape {tuple(x.shape)} of the input')
-            return [kind.detach().to(x).reshape(x.shape)]
+    def baseline_images(
+        self, kind: str, x: torch.Tensor, draws: int = 1, seed: int = 0
+    ) -> list[np.ndarray]:
+        """The baselines of a kind for an input (1, C, H, W), as images (H, W, C), 0-255."""
         pixels = self.preprocessing.to_pixels(x)
-        built = build_baselines(kind, pixels, self.preprocessing, draws, seed)
-        return [self.preprocessing.normalise(baseline).to(x) for baseline in built]
+        return build_baselines(kind, pixels, self.preprocessing, draws, seed)
 
-    @staticmethod
-    def _context(
-        logits: torch.Tensor,
-        labels: torch.Tensor,
+    def _baselines(
+        self, baseline: str | torch.Tensor, x: torch.Tensor, settings: Settings
+    ) -> tuple[np.ndarray, list[torch.Tensor]]:
+        """The baselines of an input, each of its shape, and the first as an image."""
+        if isinstance(baseline, torch.Tensor):
+            if baseline.numel() != x.numel():
+                raise InputError(f'the baseline must have the shape {tuple(x.shape)} of the input')
+            tensor = baseline.detach().to(x).reshape(x.shape)
+            return self.preprocessing.to_pixels(tensor), [tensor]
+        images = self.baseline_images(baseline, x, settings.baseline_draws, settings.seed)
+        return images[0], [self.preprocessing.normalise(image).to(x) for image in images]
+
+    def _look(
+        self,
+        x: torch.Tensor,
+        settings: Settings,
+        build: Callable[[torch.Tensor, torch.Tensor], list[Target]],
+    ) -> tuple[AtImage, torch.Tensor]:
+        """What the network says of the image itself, in one pass: prediction, targets, and, where
+        the rule has a node there, their gradient. Also the predicted labels, (h, w)."""
+        refined = settings.tolerance is not None
+        at_end = first_nodes(settings.rule, settings.steps, refined)[-1] == 1
+        point = x.clone().requires_grad_(bool(at_end))
+        with torch.set_grad_enabled(point.requires_grad):
+            graph = self.engine.run(point)  # (1, K, h, w)
+        logits = graph.detach()
+        labels = self._network.labels(logits[0], settings.threshold)
+        targets = build(logits, labels)
+        gradient = None
+        if at_end:  # a velocity of 1: each path that ends here multiplies by its own
+            gradient = self.engine.densities(point, graph, targets, torch.ones_like(x), (1.0,))[0]
+        return AtImage(x, logits, targets, gradient), labels
+
+    def _build_targets(
+        self,
+        forms: Sequence[str | Target | torch.Tensor],
+        settings: Settings,
         truth: np.ndarray | None,
         placement: Placement | None,
-    ) -> TargetContext:
-        """What targets are built from."""
+        skip_empty: bool,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> list[Target]:
+        """The target objects of whatever forms of targets the caller gave."""
         if truth is not None:
             truth = torch.as_tensor(truth, dtype=torch.int64, device=logits.device)
             if truth.shape != labels.shape:
                 raise InputError(
                     f'truth has shape {tuple(truth.shape)}, the prediction {tuple(labels.shape)}'
                 )
-        return TargetContext(logits, labels, truth, placement)
+        context = TargetContext(logits[0], labels, truth, placement, self._network)
+        return build_targets(forms, settings.score, context, skip_empty, settings.on_empty)
 
     @staticmethod
-    def _targets(
-        wanted: Sequence[str | Target | torch.Tensor],
-        score: str,
-        context: TargetContext,
-        skip_empty: bool,
-    ) -> list[Target]:
-        """The target objects of whatever forms of targets the caller gave."""
-        forms = []
-        for form in wanted:
-            if isinstance(form, str) and form == EACH_OBJECT:
-                forms += [f'object:{k + 1}' for k in range(max(1, len(context.objects)))]
-            else:
-                forms.append(form)
-        found, empty = [], ''
-        for form in forms:
-            try:
-                found.append(as_target(form, score, context))
-            except EmptyTargetError as error:  # kept, it would keep all tensors of this call alive
-                empty = str(error)
-        if empty and not (found and skip_empty):
-            raise EmptyTargetError(empty)
-        return found
+    def _in_precision(
+        walk: Callable[[Settings], Integration], settings: Settings
+    ) -> tuple[Integration, str | None]:
+        """The integration in the precision that was asked for, or, where that overflows, in
+        float32, and why."""
+        if settings.precision == 'float32':
+            return walk(settings), None
+        integration, overflow = attempt(partial(walk, settings), NonFiniteError)
+        if overflow is None:
+            return integration, None
+        wanted = 'reduced precision' if settings.precision == 'auto' else settings.precision
+        reason = f'computed again in float32, since in {wanted} {overflow}'
+        return walk(replace(settings, precision='float32')), reason
 
-
-class _Walk:
-    """The integration of one image's targets along the paths from its baselines."""
-
-    def __init__(
+    def _walk(
         self,
-        engine: GradientEngine,
-        settings: Settings,
-        x: torch.Tensor,
-        targets: list[Target],
-        logits: torch.Tensor,
+        at_image: AtImage,
         labels: torch.Tensor,
-        gradient: torch.Tensor | None,
-        nodes: np.ndarray,
-    ) -> None:
-        """gradient: at the image, (targets, 3, H, W); None where the rule has no node there.
-        nodes: those that are evaluated whatever is found."""
-        self.engine, self.settings, self.x, self.targets = engine, settings, x, targets
-        self.logits, self.labels, self.gradient, self.nodes = logits, labels, gradient, nodes
-        self.reduced: torch.dtype | None = None
-        self.deviation = 0.0  # of reduced precision from float32, of the whole map
-        self.found: list[PathIntegral] = []
-        self.paths: list[GradientPath] = []
-        self.steps: list[int] = []
+        paths: Sequence[AttributionPath],
+        settings: Settings,
+        on_steps: Callable[[int], object],
+    ) -> Integration:
+        """Integrate along the paths, one after the other, and average."""
+        x, refined = at_image.x, settings.tolerance is not None
+        nodes = first_nodes(settings.rule, settings.steps, refined)
+        mask = self._network.foreground(labels)
+        overlap = partial(mask_overlap, mask, self._network, settings.threshold)
+        mean, first, starts = MeanIntegral(), None, []
+        reduced, deviation = None, 0.0
+        for path in paths:
+            sampler = PathSampler(self.engine, path, at_image, overlap, on_steps)
+            sampler.see_the_ends(density_at_start=bool(nodes[0] == 0))
+            if first is None:
+                first = sampler
+                reduced, deviation = self._choose_precision(sampler, nodes, settings)
+                self.engine.step_batch.start(x.shape[-2] * x.shape[-1], reduced)
+            sampler.reduced = reduced
+            rounding = deviation if reduced else 0.0
+            enough = partial(exact_enough, settings.tolerance, rounding, sampler)
+            mean.add(integrate(sampler, settings.rule, settings.steps, enough if refined else None))
+            starts.append(sampler.scores[0.0])
+        return Integration(mean, first, starts, reduced, deviation)
 
-    @property
-    def evaluations(self) -> int:
-        """Gradients computed; the one at the image counts once."""
-        shared = 0 if self.gradient is None else 1
-        return shared + sum(path.evaluations for path in self.paths)
-
-    def baseline_score(self, number: int) -> float:
-        """F of one target at the baseline, mean over the draws."""
-        return float(np.mean([float(path.scores_at(0.0)[number]) for path in self.paths]))
-
-    def all(self, baselines: Sequence[torch.Tensor], on_steps: Callable[[int], object]) -> None:
-        """Walk the path from each baseline."""
-        for baseline in baselines:
-            path = self._path(baseline, on_steps)
-            if not self.paths:
-                self.reduced = self._choose_precision(path)
-                self.engine.step_batch.start(self.x.shape[-2] * self.x.shape[-1], self.reduced)
-            path.reduced = self.reduced
-            self.paths.append(path)
-            self.steps.append(0)
-            enough = partial(self._enough, path) if self.settings.tolerance else None
-            self.found.append(
-                integrate(self._counted(path), self.settings.rule, self.settings.steps, enough)
-            )
-
-    def _counted(self, path: GradientPath) -> Callable[[np.ndarray], Iterator[torch.Tensor]]:
-        def evaluate(nodes: np.ndarray) -> Iterator[torch.Tensor]:
-            self.steps[-1] += len(nodes)
-            return path(nodes)
-
-        return evaluate
-
-    def _path(self, baseline: torch.Tensor, on_steps: Callable[[int], object]) -> GradientPath:
-        """The path from a baseline, both ends seen: in float32, with as few passes as possible."""
-        mask_of = partial(foreground, threshold=self.settings.threshold)
-        path = GradientPath(self.engine, self.x, baseline, self.targets, mask_of,
-                            self.labels > 0, on_steps=on_steps)  # fmt: skip
-        path.note([1.0], self.logits)
-        if self.gradient is not None:
-            path.known[1.0] = self.gradient * (self.x - baseline)
-        if self.nodes[0] == 0:
-            path.known[0.0] = path.evaluate([0.0], None)[0]
-        else:
-            with torch.no_grad():
-                path.note([0.0], self.engine.run(baseline))
-        return path
-
-    def _choose_precision(self, path: GradientPath) -> torch.dtype | None:
-        """The reduced type, where it is wanted and, under `auto`, accurate enough."""
-        wanted, automatic = self.settings.precision, self.settings.precision == 'auto'
-        reduced = reduced_dtype(wanted, self.x.device)
+    def _choose_precision(
+        self, sampler: PathSampler, nodes: np.ndarray, settings: Settings
+    ) -> tuple[torch.dtype | None, float]:
+        """The reduced type, where it is wanted and, under `auto`, accurate enough; and the map's
+        deviation from float32 in it. nodes: those that are evaluated whatever is found."""
+        reduced = reduced_dtype(settings.precision, self.device)
         if reduced is None or self.engine.dtype != torch.float32:
-            return None
-        near = {int(np.abs(self.nodes - alpha).argmin()) for alpha in CHECKED_NODES}
-        self.deviation = path.check_precision(reduced, [float(self.nodes[k]) for k in sorted(near)])
-        limit = min(self.settings.precision_tolerance, (self.settings.tolerance or 1.0) / 2)
-        return None if automatic and self.deviation > limit else reduced
+            return None, 0.0
+        near = {int(np.abs(nodes - alpha).argmin()) for alpha in CHECKED_NODES}
+        deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(near)])
+        limit = min(settings.precision_tolerance, (settings.tolerance or 1.0) / 2)
+        refused = settings.precision == 'auto' and deviation > limit
+        return None if refused else reduced, deviation
 
-    def _enough(self, path: GradientPath, found: PathIntegral) -> bool:
-        """Whether map error and completeness gap of every target are below the tolerance."""
-        errors = found.errors()
-        if errors is None:
-            return False
-        totals = found.integral.sum(dim=(1, 2, 3))
-        rounding = self.deviation if self.reduced else 0.0
-        figures = torch.stack([errors, totals, path.scores_at(1.0), path.scores_at(0.0)], dim=1)
-        return all(
-            math.hypot(error, rounding) <= self.settings.tolerance
-            and (completeness_gap(total, high, low) or 0.0) <= self.settings.tolerance
-            for error, total, high, low in figures.tolist()
+    def _explanation(
+        self,
+        settings: Settings,
+        at_image: AtImage,
+        labels: torch.Tensor,
+        integration: Integration,
+        cost: Cost,
+        baseline: str,
+        baseline_pixels: np.ndarray,
+        device: torch.device,
+        number: int,
+    ) -> Explanation:
+        """The result for one of the targets."""
+        target, mean = at_image.targets[number], integration.mean
+        rounding = integration.deviation if integration.reduced else 0.0
+        attributions = mean.integral[number].clone()  # (C, H, W); a slice would keep all alive
+        uncertainty, error = None, None
+        if mean.uncertainty is not None:
+            relative = float(mean.uncertainty[number].clone().norm() / attributions.norm())
+            error = math.hypot(relative, rounding)
+            size = attributions.sum(dim=0).square().mean().sqrt()  # of a pixel, root mean square
+            uncertainty = mean.summed_uncertainty[number].hypot(rounding * size).cpu()
+        mask, prediction = self._network.explained(at_image.logits, labels, target.label)
+        return Explanation(
+            attributions=attributions.to(device),
+            uncertainty=uncertainty,
+            prediction=prediction.cpu(),
+            predicted_mask=mask.cpu(),
+            region=target.region.cpu(),
+            baseline_pixels=baseline_pixels,
+            target=target.name,
+            objective=replace(target, weights=target.weights.cpu()),
+            baseline=baseline,
+            rule=settings.rule,
+            steps=mean.evaluations,
+            score=float(target(at_image.logits)),
+            baseline_score=float(np.mean([float(s[number]) for s in integration.start_scores])),
+            attribution_sum=float(attributions.cpu().double().sum()),
+            map_error=error if error is None or math.isfinite(error) else None,
+            tolerance=settings.tolerance,
+            trend=trend_of(integration.trend, number),
+            cost=cost,
         )
 
 
@@ -977,198 +853,44 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def foreground(logits: torch.Tensor, threshold: float) -> torch.Tensor:
-    """(N, C, h, w) logits -> (N, h, w) bool: what is not background."""
-    return predicted_labels(logits, threshold) > 0
+def mask_overlap(
+    mask: torch.Tensor, network: NetworkDescription, threshold: float, logits: torch.Tensor
+) -> torch.Tensor:
+    """(N, K, h, w) logits -> (N,): IoU of the predicted masks with that of the image, (h, w)."""
+    masks = network.foreground(network.labels(logits, threshold))
+    both = (masks & mask).sum(dim=(1, 2))
+    union = (masks | mask).sum(dim=(1, 2))
+    return torch.where(union > 0, both / union, 1.0)
 
 
-def _trend(path: GradientPath, number: int) -> Trend:
+def exact_enough(
+    tolerance: float, rounding: float, sampler: PathSampler, running: PathIntegral
+) -> bool:
+    """Whether map error and completeness gap of every target are below the tolerance. rounding:
+    what reduced precision adds to the error of the map."""
+    errors = running.relative_errors()
+    if errors is None:
+        return False
+    totals = running.integral.sum(dim=(1, 2, 3))
+    ends = (sampler.scores[1.0], sampler.scores[0.0])
+    return all(
+        math.hypot(error, rounding) <= tolerance
+        and (completeness_gap(total, high, low) or 0.0) <= tolerance
+        for error, total, high, low in torch.stack([errors, totals, *ends], dim=1).tolist()
+    )
+
+
+def trend_of(sampler: PathSampler, number: int) -> Trend:
     """What one target saw along a path."""
-    alphas = sorted(path.seen)
+    alphas = sorted(sampler.scores)
     return Trend(
         tuple(alphas),
-        tuple(float(path.seen[alpha][0][number]) for alpha in alphas),
-        tuple(float(path.seen[alpha][1]) for alpha in alphas),
+        tuple(float(sampler.scores[alpha][number]) for alpha in alphas),
+        tuple(float(sampler.overlaps[alpha]) for alpha in alphas),
     )
 
 
-def _explained_class(
-    target: str, logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask (h, w) bool and probability (h, w) of class K for `class:K`, else of foreground."""
-    chances = probabilities(logits)[0].float()
-    kind, _, number = target.partition(':')
-    if kind == 'class':
-        return labels == int(number), chances[int(number)]
-    return labels > 0, chances[0] if len(chances) == 1 else 1 - chances[0]
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Peak memory so far in bytes: of the GPU's tensors, else of this process; None if unknown."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else peak * 1024
-
-
-# --------------------------------------------------------------------------- statistics
-
-
-def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = None) -> dict:
-    """The figures of one explanation, flat and ready for JSON; None where one does not apply.
-
-    truth: (h, w) bool, the pixels that really are of the explained class; None if unknown.
-    The figures of METRICS are None until `evaluate_explanation` has measured them.
-    |attribution| is summed over the channels. `attribution_ratio` is its mean inside the
-    predicted mask over its mean outside; `attribution_mean`, `_std`, `_min`, `_max` are of the
-    signed values of all channels and pixels, in units of the score.
-    """
-    signed = explanation.attributions.double().cpu().numpy().reshape(3, *_shape(explanation))
-    magnitude = np.abs(signed).sum(axis=0)  # (H, W)
-    total = magnitude.sum()
-    mask = explanation.predicted_mask.numpy()
-    inside = _mean(magnitude[mask])
-    outside = _mean(magnitude[~mask])
-    statistics = {
-        'target': explanation.target,
-        'target_area': int(explanation.region.sum()),
-        'score_type': explanation.score_type,
-        'baseline': explanation.baseline,
-        'rule': explanation.rule,
-        'steps': explanation.steps,
-        'gradient_evaluations': explanation.gradient_evaluations,
-        'forward_passes': explanation.forward_passes,
-        'step_batch': explanation.step_batch,
-        'precision': explanation.precision,
-        'precision_deviation': explanation.precision_deviation,
-        'seconds': explanation.seconds,
-        'peak_memory_bytes': explanation.peak_memory_bytes,
-        'score': explanation.score,
-        'baseline_score': explanation.baseline_score,
-        'attribution_sum': explanation.attribution_sum,
-        'completeness_gap': explanation.completeness_gap,
-        'map_error': explanation.map_error,
-        'within_tolerance': explanation.within_tolerance,
-        'attribution_mean': signed.mean(),
-        'attribution_std': signed.std(),
-        'attribution_min': signed.min(),
-        'attribution_max': signed.max(),
-        'attribution_ratio': inside / outside if inside is not None and outside else None,
-        'attribution_in_prediction': inside,
-        'attribution_in_background': outside,
-        'share_in_prediction': magnitude[mask].sum() / total if total and mask.any() else None,
-        'share_in_truth': None,
-        'prediction_ratio': mask.mean(),
-        'prediction_area': int(mask.sum()),
-        'dice': None,
-        'iou': None,
-        'pixel_accuracy': None,
-        'channel_shares': (np.abs(signed).sum(axis=(1, 2)) / total).tolist() if total else None,
-        'trend': {name: list(values) for name, values in vars(explanation.trend).items()},
-        'preparation': explanation.preparation.record(),
-        **dict.fromkeys(METRICS),
-        'evaluation': None,
-    }
-    if truth is not None:
-        statistics |= mask_scores(mask, truth)
-        if total and truth.any():
-            statistics['share_in_truth'] = magnitude[truth].sum() / total
-    return {key: _plain(value) for key, value in statistics.items()}
-
-
-def mask_scores(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Dice, IoU and pixel accuracy of two (h, w) bool masks; two empty masks agree fully."""
-    overlap, union = (prediction & truth).sum(), (prediction | truth).sum()
-    return {
-        'dice': 2 * overlap / (overlap + union) if union else 1.0,
-        'iou': overlap / union if union else 1.0,
-        'pixel_accuracy': (prediction == truth).mean(),
-    }
-
-
-def _shape(explanation: Explanation) -> tuple[int, int]:
-    return tuple(explanation.attributions.shape[-2:])
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if values.size else None
-
-
-def _plain(value: object) -> object:
-    """NumPy numbers as Python's; numbers that JSON cannot hold as None."""
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
-
-
-def statistics_text(statistics: dict) -> str:
-    """The statistics of one image as lines to read."""
-
-    def show(key: str, percent: bool = False) -> str:
-        value = statistics[key]
-        if value is None:
-            return 'n/a'
-        return f'{100 * value:.2f} %' if percent else f'{value:.4g}'
-
-    shares = statistics['channel_shares']
-    channels = ' / '.join(f'{100 * share:.1f} %' for share in shares) if shares else 'n/a'
-    lines = [
-        f'Attribution mean, std       {show("attribution_mean")}, {show("attribution_std")}',
-        f'Attribution min, max        {show("attribution_min")}, {show("attribution_max")}',
-        f'Attribution ratio           {show("attribution_ratio")}',
-        f'Mean |attribution|          {show("attribution_in_prediction")} in the prediction, '
-        f'{show("attribution_in_background")} in the background',
-        f'Share of |attribution|      {show("share_in_prediction", True)} in the prediction, '
-        f'{show("share_in_truth", True)} in the ground truth',
-        f'Red / green / blue share    {channels}',
-        f'Prediction ratio            {show("prediction_ratio", True)} '
-        f'({statistics["prediction_area"]:,} pixels)',
-        f'Dice, IoU, pixel accuracy   {show("dice")}, {show("iou")}, {show("pixel_accuracy")}',
-        f'F(x), F(baseline)           {show("score")}, {show("baseline_score")}',
-        f'Completeness gap            {show("completeness_gap", True)} '
-        f'({statistics["rule"]} rule, {statistics["steps"]} steps)',
-        f'Map error (estimate)        {show("map_error", True)}: '
-        f'{map_verdict(statistics["map_error"])}',
-        f'Time                        {statistics["seconds"]:.1f} s, '
-        f'{statistics["gradient_evaluations"]} gradient evaluations in {statistics["precision"]}, '
-        f'{statistics["step_batch"]} at once',
-    ]
-    heading = (
-        f'{statistics["image"]} (target {statistics["target"]}, baseline {statistics["baseline"]})'
-    )
-    return '\n  '.join([heading, *lines])
-
-
-# --------------------------------------------------------------------------- visualization
-
-
-def display_arrays(
-    explanation: Explanation, image: np.ndarray, truth: np.ndarray | None, placement: Placement
-) -> dict[str, np.ndarray]:
-    """All that the .npz file holds. Maps are at model resolution, padding included.
-
-    image: (H0, W0, 3) uint8, kept at a long side of at most 1024. truth: (h, w) bool or None.
-    """
-    scale = min(1.0, 1024 / max(image.shape[:2]))
-    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
-    arrays = {
-        'attributions': explanation.attributions.cpu().numpy().reshape(3, *_shape(explanation)),
-        'prediction': explanation.prediction.numpy(),
-        'predicted_mask': explanation.predicted_mask.numpy(),
-        'region': explanation.region.numpy(),
-        'baseline': np.clip(np.rint(explanation.baseline_pixels), 0, 255).astype(np.uint8),
-        'image': cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image,
-        'original_size': np.array(placement.original_size),
-        'content': np.array([placement.top, placement.left, placement.height, placement.width]),
-    }
-    return arrays if truth is None else arrays | {'truth': truth}
-
-
-# --------------------------------------------------------------------------- single and batch
+# --------------------------------------------------------------------------- one image
 
 
 def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preprocessing:
@@ -1176,14 +898,46 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
 
     The image size is rounded up to a multiple of 32, which encoder-decoders need.
     """
-    own = getattr(model, 'preprocessing', Preprocessing())
+    network = describe_network(model)
+    own = network.preprocessing
     mean, std = {
         'auto': (own.mean, own.std),
         'imagenet': (IMAGENET_MEAN, IMAGENET_STD),
         'none': ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     }[settings.normalize]
-    size = round_up_size(settings.image_size or own.image_size)
+    size = network.accepted_size(settings.image_size or own.image_size)
     return Preprocessing(size, settings.resize, mean, std)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """An image and its truth as the network takes them."""
+
+    x: torch.Tensor  # (1, C, S, S)
+    truth: np.ndarray | None  # (S, S) uint8 labels
+    placement: Placement
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing, image: np.ndarray, truth: np.ndarray | None):
+        """image: (H, W, 3) uint8. truth: (H, W) uint8 labels."""
+        return cls(
+            preprocessing.normalise(preprocessing.resize_image(image)),
+            None if truth is None else preprocessing.resize_mask(truth),
+            preprocessing.place(image.shape[:2]),
+        )
+
+    def explain(
+        self, ig: IntegratedGradients, settings: Settings, progress: bool
+    ) -> list[tuple[Explanation, np.ndarray | None]]:
+        """For each target the explanation, and the pixels (S, S) bool that truly are of its
+        class, if known. Of several targets, empty ones are left out."""
+        explanations = ig.explain_with(
+            settings, self.x, truth=self.truth, placement=self.placement, skip_empty=True,
+            progress=progress,
+        )  # fmt: skip
+        if self.truth is None:
+            return [(explanation, None) for explanation in explanations]
+        return [(one, one.objective.explained(self.truth)) for one in explanations]
 
 
 def explain_image(
@@ -1199,42 +953,10 @@ def explain_image(
     resolution, (S, S) bool or None. Of several targets, empty ones are left out. Where all are
     empty and `settings.on_empty` is 'image', the whole image is explained.
     """
-    preprocessing = ig.preprocessing
-    if truth is not None:
-        truth = preprocessing.resize_mask(truth)
-
-    def explain(targets: list[str]) -> list[Explanation]:
-        return ig.explain_targets(
-            preprocessing.normalise(preprocessing.resize_image(image)),
-            targets,
-            baseline_type=settings.baseline,
-            truth=truth,
-            placement=preprocessing.place(image.shape[:2]),
-            skip_empty=True,
-            progress=progress,
-            **{name: getattr(settings, name) for name in EXPLAIN_SETTINGS},
-        )
-
-    try:
-        explanations = explain(settings.targets)
-    except EmptyTargetError:
-        if settings.on_empty != 'image':
-            raise
-        explanations = []
-    if not explanations:  # outside `except`, whose traceback would keep tensors alive
-        explanations = explain(['image'])
-    return [(found, _explained_truth(found.target, truth)) for found in explanations]
+    return ModelInput.of(ig.preprocessing, image, truth).explain(ig, settings, progress)
 
 
-def _explained_truth(target: str, truth: np.ndarray | None) -> np.ndarray | None:
-    """The pixels that really are of the explained class, for `class:K`, else of foreground."""
-    kind, _, number = target.partition(':')
-    if truth is None:
-        return None
-    return truth == int(number) if kind == 'class' else truth > 0
-
-
-def describe_targets(
+def analyse_image(
     ig: IntegratedGradients,
     name: str,
     image: np.ndarray,
@@ -1247,118 +969,31 @@ def describe_targets(
     Arguments and errors as for `explain_image`; the figures are
     `attribution_figure(view_of(arrays), statistics)` and `channels_figure(...)`.
     """
-    notes = []
-    if truth is not None and truth.shape != image.shape[:2]:
-        notes.append(
-            f'the mask is {truth.shape[1]}×{truth.shape[0]}, the image '
-            f'{image.shape[1]}×{image.shape[0]}: the mask was resized (nearest neighbour)'
-        )
-    place = ig.preprocessing.place(image.shape[:2])
-    found = explain_image(ig, image, settings, truth, progress)
-    targets = [explanation.target for explanation, _ in found]
-    left_out = [t for t in settings.targets if t not in (*targets, EACH_OBJECT)]
-    if targets == ['image'] != settings.targets:
-        notes.append(f'target "{settings.target}" was empty: the whole image was explained')
-    elif left_out:
-        notes.append(f'empty, so left out: target {", ".join(left_out)}')
-    if found[0][0].retried:
-        notes.append(found[0][0].retried)
-    if found[0][0].preparation.fell_back:
-        notes.append(
-            'the faster copy of the network did not compute quite the same: the original was used'
-        )
+    given = ModelInput.of(ig.preprocessing, image, truth)
+    results = given.explain(ig, settings, progress)
+    common = {
+        'notes': notes_on(image, truth, settings, [one for one, _ in results]),
+        'targets': [one.target for one, _ in results],
+        'settings': settings_record(ig, settings),
+        'versions': versions(),
+    }
     described = []
-    for explanation, explained_truth in found:
+    for explanation, explained_truth in results:
         statistics = {
-            'image': name,
-            **explanation_statistics(explanation, explained_truth),
-            'notes': notes,
-            'targets': targets,
-            'settings': settings_record(ig, settings),
-            'versions': versions(),
-        }
+            'image': name, **explanation_statistics(explanation, explained_truth), **common
+        }  # fmt: skip
         if settings.evaluate:
             statistics |= evaluate_explanation(
-                ig, ig.preprocessing.normalise(ig.preprocessing.resize_image(image)), explanation,
-                settings.evaluate, explained_truth, place, settings.seed, progress,
+                ig, given.x, explanation, settings.evaluate, explained_truth, given.placement,
+                settings.seed, progress,
             )  # fmt: skip
-        statistics['verdict'] = verdict_of(statistics, settings)
-        described.append((statistics, display_arrays(explanation, image, explained_truth, place)))
+        statistics['verdict'] = verdict_of(statistics, settings.thresholds)
+        arrays = display_arrays(explanation, image, explained_truth, given.placement)
+        described.append((statistics, arrays))
     return described
 
 
-def verdict_of(statistics: dict, settings: Settings) -> list[dict]:
-    """The findings about one image, ready for JSON."""
-    return [asdict(finding) for finding in findings(statistics, settings.thresholds)]
-
-
-def evaluate_explanation(
-    ig: IntegratedGradients,
-    input_tensor: torch.Tensor,
-    explanation: Explanation,
-    effort: str = 'full',
-    truth: np.ndarray | None = None,
-    placement: Placement | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> dict:
-    """Check how far an explanation can be trusted.
-
-    input_tensor: what was explained. effort: a key of EFFORTS. truth: (h, w) bool, for
-    localisation. placement: for the padding check. Returns, ready for the statistics, the figures
-    of METRICS (None where one does not apply) and under `evaluation` what they were taken from.
-    """
-    _check_choice('evaluate', effort, EFFORTS)
-    started = time.perf_counter()
-    subject = subject_of(ig, input_tensor, explanation, truth, placement, seed)
-    with torch.inference_mode(False), frozen(ig.model), explained_memory(ig.device):
-        ig.engine.prepare(subject.x)
-        found = evaluate(subject, effort, seed, progress)
-    details = {'effort': effort, 'seconds': time.perf_counter() - started, **found.details}
-    return {**found.metrics, 'evaluation': details}
-
-
-def subject_of(
-    ig: IntegratedGradients,
-    input_tensor: torch.Tensor,
-    explanation: Explanation,
-    truth: np.ndarray | None = None,
-    placement: Placement | None = None,
-    seed: int = 0,
-) -> Subject:
-    """What the checks of `faithfulness` look at. Arguments: see `evaluate_explanation`."""
-    x = ig._check_input(input_tensor)  # (1, 3, H, W)
-    content = None
-    if placement is not None:
-        content = np.zeros(x.shape[-2:], bool)
-        placement.crop(content)[:] = True
-    pixels, rng = ig.preprocessing.to_pixels(x), np.random.default_rng(seed)
-    return Subject(
-        attributions=explanation.attributions.cpu().numpy().reshape(x.shape[1:]),
-        network=ig.model,
-        target=explanation.objective,
-        x=x,
-        baseline=ig.preprocessing.normalise(explanation.baseline_pixels).to(x),
-        preprocessing=ig.preprocessing,
-        region=explanation.region.numpy(),
-        prediction=explanation.predicted_mask.numpy(),
-        truth=truth,
-        content=content,
-        others={kind: BASELINES[kind](pixels, rng) for kind in COMPARED_BASELINES},
-        batch=ig.engine.step_batch.size,
-        run=ig.engine.run,
-    )
-
-
-def evaluation_cost(settings: Settings) -> str:
-    """What the checks will cost for each image and target, in words."""
-    work = EFFORTS[settings.evaluate]
-    steps = work.gradients() + work.forwards() / FORWARDS_A_GRADIENT
-    return (
-        f'--evaluate {settings.evaluate}: {work.forwards()} forward passes and '
-        f'{work.gradients()} gradients for each image and target, about as much work as '
-        f'{steps:.0f} more interpolation steps'
-    )
+describe_targets = analyse_image  # its name in earlier versions
 
 
 def describe_image(
@@ -1369,59 +1004,166 @@ def describe_image(
     settings: Settings,
     progress: bool = False,
 ) -> Description:
-    """The first (with one target: the only) entry of `describe_targets`."""
-    return describe_targets(ig, name, image, truth, settings, progress)[0]
+    """The first (with one target: the only) entry of `analyse_image`."""
+    return analyse_image(ig, name, image, truth, settings, progress)[0]
+
+
+def notes_on(
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    settings: Settings,
+    explanations: Sequence[Explanation],
+) -> list[str]:
+    """What was decided or left out, in sentences."""
+    notes = []
+    if truth is not None and truth.shape != image.shape[:2]:
+        notes.append(
+            f'the mask is {truth.shape[1]}×{truth.shape[0]}, the image '
+            f'{image.shape[1]}×{image.shape[0]}: the mask was resized (nearest neighbour)'
+        )
+    targets = [one.target for one in explanations]
+    asked = [target for target in settings.target if kind_of(target).expand is None]
+    left_out = [target for target in asked if target not in targets]
+    if targets == ['image'] != list(settings.target):
+        wanted = ' '.join(settings.target)
+        notes.append(f'target "{wanted}" was empty: the whole image was explained')
+    elif left_out:
+        notes.append(f'empty, so left out: target {", ".join(left_out)}')
+    if explanations[0].cost.retried:
+        notes.append(explanations[0].cost.retried)
+    if explanations[0].cost.preparation.fell_back:
+        notes.append(
+            'the faster copy of the network did not compute quite the same: the original was used'
+        )
+    return notes
+
+
+def display_arrays(
+    explanation: Explanation, image: np.ndarray, truth: np.ndarray | None, placement: Placement
+) -> dict[str, np.ndarray]:
+    """All that the .npz file holds. Maps are at model resolution, padding included.
+
+    image: (H0, W0, 3) uint8, kept at a long side of at most DISPLAY_SIDE. truth: (h, w) bool or
+    None.
+    """
+    scale = min(1.0, DISPLAY_SIDE / max(image.shape[:2]))
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    arrays = {
+        'attributions': explanation.attributions.cpu().numpy(),
+        'prediction': explanation.prediction.numpy(),
+        'predicted_mask': explanation.predicted_mask.numpy(),
+        'region': explanation.region.numpy(),
+        'baseline': np.clip(np.rint(explanation.baseline_pixels), 0, 255).astype(np.uint8),
+        'image': cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image,
+        'original_size': np.array(placement.original_size),
+        'content': np.array([placement.top, placement.left, placement.height, placement.width]),
+    }
+    if explanation.uncertainty is not None:
+        arrays |= packed(explanation.uncertainty.numpy())
+    return arrays if truth is None else arrays | {'truth': truth}
+
+
+def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
+    """All settings as they took effect and the network's identity, for the statistics file."""
+    record = {
+        **settings.record(),
+        **asdict(ig.preprocessing),
+        **ig.network.record(),
+        'device': str(ig.device),
+    }
+    if settings.baseline not in BASELINES and Path(settings.baseline).is_file():
+        content = Path(settings.baseline).read_bytes()
+        record['baseline_sha256'] = hashlib.sha256(content).hexdigest()
+    return record
+
+
+# --------------------------------------------------------------------------- one sample
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A sample as it was read, and what an earlier run has left of it."""
+class Output:
+    """Where results go, and what is written."""
+
+    folder: Path
+    figures: str = 'all'  # of each image, a key of FIGURES
+    overwrite: bool = False  # compute finished images again
+
+
+@dataclass(frozen=True)
+class LoadedSample:
+    """A sample as it was read."""
 
     sample: Sample
     image: np.ndarray  # (H, W, 3) uint8
     truth: np.ndarray | None  # (H, W) uint8
+
+    @classmethod
+    def of(cls, sample: Sample) -> LoadedSample:
+        """Read a sample. Raises InputError for an unusable one."""
+        return cls(sample, sample.image(), sample.truth())
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A sample, and what an earlier run has left of it."""
+
+    loaded: LoadedSample
     key: str  # see `resume_key`
     finished: list[dict] | None  # the statistics of its targets, where it need not be computed
 
+    @classmethod
+    def of(cls, loaded: LoadedSample, settings: Settings, record: dict, output: Output) -> Pending:
+        """record: of `settings_record`."""
+        key = resume_key(record, loaded.image, loaded.truth)
+        finished = None
+        if not output.overwrite:
+            finished = finished_statistics(
+                output.folder, loaded.sample.name, settings.possible_first_targets,
+                settings.several_targets, key,
+            )  # fmt: skip
+        return cls(loaded, key, finished)
 
-def load_sample(
-    sample: Sample, settings: Settings, record: dict, output_dir: Path, overwrite: bool = False
-) -> Loaded:
-    """Read a sample. record: of `settings_record`. Raises InputError for an unusable one."""
-    image, truth = sample.image(), sample.truth()
-    key = resume_key(record, image, truth)
-    finished = None
-    if not overwrite:
-        finished = finished_statistics(output_dir, sample.name, settings, key)
-    return Loaded(sample, image, truth, key, finished)
 
-
-def explain_sample(
+def statistics_of(
     ig: IntegratedGradients,
-    loaded: Loaded,
+    pending: Pending,
     settings: Settings,
-    output_dir: Path,
-    figures: str,
+    output: Output,
     progress: bool = False,
 ) -> tuple[list[dict], Callable[[], object] | None]:
     """The statistics of a sample's targets, explained if need be, and what writes its files: None
     where they are there already."""
-    name = loaded.sample.name
-    if loaded.finished is not None:
-        judged = [_judge_again(statistics, settings, output_dir) for statistics in loaded.finished]
+    if pending.finished is not None:
+        judged = [judged_again(one, settings.thresholds, output.folder) for one in pending.finished]
         folders = [statistics['folder'] for statistics in judged]
-        if any(missing_figures(output_dir / folder, figures) for folder in folders):
-            return judged, partial(redraw_missing, output_dir, folders, figures)
+        if any(missing_figures(output.folder / folder, output.figures) for folder in folders):
+            return judged, partial(redraw_missing, output.folder, folders, output.figures)
         return judged, None
-    described = describe_targets(ig, name, loaded.image, loaded.truth, settings, progress)
+    loaded, name = pending.loaded, pending.loaded.sample.name
+    described = analyse_image(ig, name, loaded.image, loaded.truth, settings, progress)
     for statistics, _ in described:
         statistics |= {
             'image_path': str(loaded.sample.image_path),
-            'folder': folder_name(name, settings, statistics['target']),
-            'resume_key': loaded.key,
+            'folder': folder_name(name, statistics['target'], settings.several_targets),
+            'resume_key': pending.key,
         }
     found = [statistics for statistics, _ in described]
-    return found, partial(write_image, output_dir, described, figures)
+    return found, partial(write_image, output.folder, described, output.figures)
+
+
+def analyse_loaded(
+    ig: IntegratedGradients,
+    loaded: LoadedSample,
+    settings: Settings,
+    output: Output,
+    progress: bool = False,
+) -> list[dict]:
+    """`analyse_sample` of a sample that was read already."""
+    pending = Pending.of(loaded, settings, settings_record(ig, settings), output)
+    found, write = statistics_of(ig, pending, settings, output, progress)
+    if write is not None:
+        write()
+    return found
 
 
 def analyse_sample(
@@ -1436,96 +1178,14 @@ def analyse_sample(
     """Explain one sample and write its files for each target.
 
     figures: a key of FIGURES. Returns the contents of the statistics files. A sample that was
-    finished before under the same settings, image, truth and checkpoint is read back instead,
+    finished before under the same settings, image, truth and network is read back instead,
     unless `overwrite`. Raises InputError for an unusable sample, OutputError if writing fails.
     """
-    record = settings_record(ig, settings)
-    loaded = load_sample(sample, settings, record, output_dir, overwrite)
-    found, write = explain_sample(ig, loaded, settings, output_dir, figures, progress)
-    if write is not None:
-        write()
-    return found
+    output = Output(output_dir, figures, overwrite)
+    return analyse_loaded(ig, LoadedSample.of(sample), settings, output, progress)
 
 
-def _judge_again(statistics: dict, settings: Settings, output_dir: Path) -> dict:
-    """Statistics of a finished image under today's thresholds, in the file too."""
-    verdict = verdict_of(statistics, settings)
-    if verdict != statistics['verdict']:
-        statistics = {**statistics, 'verdict': verdict}
-        statistics['settings'] |= {'thresholds': asdict(settings.thresholds)}
-        path = image_files(output_dir / statistics['folder'])['statistics']
-        write_files({path: json_writer(statistics)})
-    return statistics
-
-
-def folder_name(name: str, settings: Settings, target: str) -> str:
-    """The folder of an image, or of one of its targets where several may be explained."""
-    if len(settings.targets) == 1 and settings.target != EACH_OBJECT:
-        return name
-    return f'{name}_{target.replace(":", "-").replace(",", "-")}'
-
-
-def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
-    """All settings as they took effect, for the statistics file."""
-    return {
-        **asdict(settings),
-        **asdict(ig.preprocessing),
-        **getattr(ig.model, 'model_settings', {}),
-        'device': str(ig.device),
-    }
-
-
-def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str:
-    """A hash of everything that decides the files of an image."""
-    # These do not change what is computed.
-    without = ('step_batch', 'compile', 'device', 'model_path', 'thresholds')
-    decisive = {name: value for name, value in record.items() if name not in without}
-    digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
-    for array in (image, truth):
-        digest.update(repr(None if array is None else array.shape).encode())
-        digest.update(b'' if array is None else array.tobytes())
-    if record['baseline'] not in BASELINES and Path(record['baseline']).is_file():
-        digest.update(Path(record['baseline']).read_bytes())
-    return digest.hexdigest()
-
-
-def finished_statistics(
-    output_dir: Path, name: str, settings: Settings, key: str
-) -> list[dict] | None:
-    """The statistics of an image that was finished with this key; None if it must be computed."""
-    # Whichever target was not empty came first: one of those asked for, the largest object, or
-    # the whole image in their place.
-    possible = (*settings.targets, 'object:1', 'image')
-    for folder in dict.fromkeys(folder_name(name, settings, target) for target in possible):
-        first = _read_finished(output_dir / folder, key)
-        if first is None or first['target'] != first['targets'][0]:
-            continue
-        others = [
-            _read_finished(output_dir / folder_name(name, settings, target), key)
-            for target in first['targets'][1:]
-        ]
-        return None if None in others else [first, *others]
-    return None
-
-
-def _read_finished(folder: Path, key: str) -> dict | None:
-    """The statistics in a folder that belong to this key, if the maps are there too, else None."""
-    try:
-        statistics = read_statistics(folder)
-        same = statistics['resume_key'] == key
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return statistics if same and image_files(folder)['arrays'].is_file() else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    packages = ('torch', 'segmentation-models-pytorch', 'timm', 'numpy', 'opencv-python-headless')
-    found = {}
-    for package in packages:
-        with contextlib.suppress(ImportError):
-            found[package] = version(package)
-    return {'python': '.'.join(map(str, sys.version_info[:3]))} | found
+# --------------------------------------------------------------------------- many samples
 
 
 def choose_samples(samples: Sequence[Sample], count: int | None) -> list[Sample]:
@@ -1542,7 +1202,7 @@ def batch_integrated_gradients_analysis(
     output_dir: str | Path = 'integrated_gradients_results',
     num_samples: int | None = 10,
     baseline_type: str = 'zero',
-    num_steps: int = 50,
+    num_steps: int = Settings.num_steps,
     *,
     split: str | None = None,
     encoder: str | None = None,
@@ -1551,7 +1211,7 @@ def batch_integrated_gradients_analysis(
     figures: str = 'all',
     overwrite: bool = False,
     before_image: Callable[[], object] = lambda: None,
-    share: Alone | Group | None = None,
+    share: Share | None = None,
     **options: object,
 ) -> BatchResult:
     """Explain images of a dataset split, evenly spaced through it, and write a summary.
@@ -1564,17 +1224,31 @@ def batch_integrated_gradients_analysis(
     Raises InputError for an unusable model, folder or setting, or a folder that another run is
     using; OutputError if nothing can be written there.
     """
-    _check_choice('figures', figures, FIGURES)
     settings = Settings(baseline=baseline_type, num_steps=num_steps, **options)
-    share = share or Alone()
+    load = partial(load_explainer, model_path, settings, encoder, architecture, device)
+    output = Output(Path(output_dir), figures, overwrite)
+    return analyse_dataset(load, data_dir, split, num_samples, settings, output, before_image,
+                           share or Alone())  # fmt: skip
+
+
+def analyse_dataset(
+    load: Callable[[], IntegratedGradients],
+    data_dir: str | Path,
+    split: str | None,
+    num_samples: int | None,
+    settings: Settings,
+    output: Output,
+    before_image: Callable[[], object],
+    share: Share,
+) -> BatchResult:
+    """`batch_integrated_gradients_analysis` under whole settings. load: gives the explainer, once
+    data and output folder are known to be usable."""
+    check_choice('figures', output.figures, FIGURES)
     samples = choose_samples(list_samples(data_dir, split), num_samples)
-    output_dir = prepare_output(output_dir)
-    with hold_folder(output_dir) if share.rank == 0 else contextlib.nullcontext():
+    make_output_folder(output.folder)
+    with hold_folder(output.folder) if share.rank == 0 else contextlib.nullcontext():
         share.begin()
-        ig = _prepare(model_path, settings, encoder, architecture, device)
-        return analyse_batch(
-            ig, samples, settings, output_dir, before_image, figures, overwrite, share
-        )
+        return _Batch(load(), samples, settings, output).run(before_image, share)
 
 
 def analyse_batch(
@@ -1585,28 +1259,14 @@ def analyse_batch(
     before_image: Callable[[], object] = lambda: None,
     figures: str = 'all',
     overwrite: bool = False,
-    share: Alone | Group | None = None,
+    share: Share | None = None,
 ) -> BatchResult:
     """Explain the samples that are this process's share; on rank 0, write the summary of all.
 
     Arguments: see `batch_integrated_gradients_analysis`.
     """
-    share = share or Alone()
-    batch = _Batch(ig, samples, settings, output_dir, figures, overwrite)
-    progress = Progress(share, output_dir, [sample.name for sample in samples])
-    writers = Writers(writer_processes(len(samples), ig.device.type != 'cpu'))
-    try:
-        with writers:  # leaving it waits for what is being written
-            for number, loaded in read_ahead(share, len(samples), batch.read):
-                before_image()
-                batch.explain(number, loaded, writers)
-                progress.add(writers.finished())
-        progress.add(writers.finished())
-        progress.wait_for_others()
-    finally:  # an interrupted batch keeps a summary of what it finished
-        progress.add(writers.finished())
-        result = progress.finish(asdict(settings), asdict(Settings()))
-    return result
+    output = Output(output_dir, figures, overwrite)
+    return _Batch(ig, samples, settings, output).run(before_image, share or Alone())
 
 
 class _Batch:
@@ -1617,46 +1277,60 @@ class _Batch:
         ig: IntegratedGradients,
         samples: Sequence[Sample],
         settings: Settings,
-        output_dir: Path,
-        figures: str,
-        overwrite: bool,
+        output: Output,
     ) -> None:
-        self.ig, self.samples, self.settings = ig, samples, settings
-        self.output_dir, self.figures, self.overwrite = output_dir, figures, overwrite
+        self.ig, self.samples, self.settings, self.output = ig, samples, settings, output
         self._record = settings_record(ig, settings)
         self._prepared = False
 
-    def read(self, number: int) -> Loaded:
-        """Read one image; called from another thread."""
-        sample = self.samples[number]
-        return load_sample(sample, self.settings, self._record, self.output_dir, self.overwrite)
+    def run(self, before_image: Callable[[], object], share: Share) -> BatchResult:
+        """Explain this process's share; on rank 0, write the summary of all."""
+        names = [sample.name for sample in self.samples]
+        progress = Progress(share, self.output.folder, names)
+        writers = Writers(writer_processes(len(names), self.ig.device.type != 'cpu'))
+        try:
+            with writers:  # leaving it waits for what is being written
+                for number, pending in read_ahead(share, len(names), self._read):
+                    before_image()
+                    self._explain(number, pending, writers)
+                    progress.add(writers.finished())
+            progress.add(writers.finished())
+            progress.wait_for_others()
+        finally:  # an interrupted batch keeps a summary of what it finished
+            progress.add(writers.finished())
+            result = progress.finish(self.settings.record(), Settings().record())
+        return result
 
-    def explain(self, number: int, loaded: Callable[[], Loaded], writers: Writers) -> None:
+    def _read(self, number: int) -> Pending:
+        """Read one image; called from another thread."""
+        loaded = LoadedSample.of(self.samples[number])
+        return Pending.of(loaded, self.settings, self._record, self.output)
+
+    def _explain(self, number: int, pending: Callable[[], Pending], writers: Writers) -> None:
         """Explain one image, if need be, and have its files written."""
         outcome = Outcome(number, self.samples[number].name)
         try:
             if writers.in_trouble:  # the last image could not be written: can this one?
-                prepare_output(self.output_dir)
-            self._explain(loaded(), outcome, writers)
+                make_output_folder(self.output.folder)
+            found, write = self._statistics_of(pending())
         except EmptyTargetError as error:
             writers.settle(replace(outcome, status=SKIPPED, reason=str(error)))
         except InputError as error:
             writers.settle(replace(outcome, status=FAILED, reason=str(error)))
+        else:
+            for statistics in found:
+                say_warnings(statistics)
+            outcome = replace(outcome, rows=tuple(map(row_of, found)))
+            if write is None:
+                writers.settle(outcome)
+            else:
+                writers.add(outcome, write)
 
-    def _explain(self, loaded: Loaded, outcome: Outcome, writers: Writers) -> None:
-        if loaded.finished is None:
+    def _statistics_of(self, pending: Pending) -> tuple[list[dict], Callable[[], object] | None]:
+        if pending.finished is None:
             self._prepare_once()
         checks = self.settings.evaluate is not None  # which take long: their bars are shown
-        found, write = explain_sample(
-            self.ig, loaded, self.settings, self.output_dir, self.figures, checks
-        )
-        for statistics in found:
-            _say_warnings(statistics)
-        outcome = replace(outcome, rows=tuple(map(row_of, found)))
-        if write is None:
-            writers.settle(outcome)
-        else:
-            writers.add(outcome, write)
+        return statistics_of(self.ig, pending, self.settings, self.output, checks)
 
     def _prepare_once(self) -> None:
         """Prepare the network on the batch's first image, whichever image is this process's first,
@@ -1664,21 +1338,20 @@ class _Batch:
         if self._prepared:
             return
         self._prepared = True
-        preprocessing = self.ig.preprocessing
         for sample in self.samples:
             with contextlib.suppress(InputError):
-                self.ig.prepare(preprocessing.normalise(preprocessing.resize_image(sample.image())))
+                self.ig.prepare(ModelInput.of(self.ig.preprocessing, sample.image(), None).x)
                 return
 
 
-def _prepare(
+def load_explainer(
     model_path: str | Path,
     settings: Settings,
     encoder: str | None,
     architecture: str | None,
     device: str | torch.device,
 ) -> IntegratedGradients:
-    """The engine for a checkpoint under these settings."""
+    """What explains images by a checkpoint under these settings."""
     model = load_model(model_path, device, encoder, architecture)
     preprocessing = input_preprocessing(model, settings)
     asked = settings.image_size
@@ -1688,7 +1361,7 @@ def _prepare(
     return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 
 
-def _say_warnings(statistics: dict) -> None:
+def say_warnings(statistics: dict) -> None:
     """What the user must not miss about one image, on stderr."""
     for text in (*statistics['notes'], accuracy_warning(statistics)):
         if text:
@@ -1718,12 +1391,12 @@ def _count_or_all(text: str) -> int | None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; choices and defaults come from the tables and from Settings."""
-    default = Settings()
     parser = _Parser(
         prog='integrated_gradients.py',
         description='Integrated Gradients for segmentation models: why did it draw this mask?',
         epilog='Exit status: 0 done, 1 some images of a batch failed, 2 bad input, 130 Ctrl-C, '
         '143 SIGTERM.',
+        allow_abbrev=False,  # --step 50 would silently mean --step_batch 50
     )
     # fmt: off
     add = parser.add_argument_group('what to explain').add_argument
@@ -1744,7 +1417,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('--overwrite', action='store_true',
         help='compute images again that are finished (default: off)')
 
-    add = parser.add_argument_group('model').add_argument
+    group = parser.add_argument_group(MODEL)
+    add = group.add_argument
     add('--model_path', type=Path, required=True,
         help='checkpoint: .pth, .safetensors, or a folder of save_pretrained')
     add('--encoder',
@@ -1752,69 +1426,61 @@ def build_parser() -> argparse.ArgumentParser:
     add('--architecture', choices=ARCHITECTURES,
         help=f"default: the checkpoint's, else {DEFAULT_ARCHITECTURE}")
     add('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
-    add('--step_batch', type=_whole_number, default=default.step_batch, metavar='N',
-        help='interpolation steps computed at once (default: the fastest that fits)')
-    add('--compile', action='store_true',
-        help='use torch.compile: minutes at first, then faster on a GPU (default: off)')
-
-    add = parser.add_argument_group('preprocessing').add_argument
-    add('--image_size', type=_whole_number, default=default.image_size, metavar='PIXELS',
-        help="side of the square model input, rounded up to a multiple of 32 (default: the "
-             f"checkpoint's, else {DEFAULT_IMAGE_SIZE})")
-    add('--resize', choices=RESIZE_MODES, default=default.resize, help='default: %(default)s')
-    add('--normalize', choices=NORMALIZE_MODES, default=default.normalize,
-        help="auto: the checkpoint's mean and std, else ImageNet's; none: 0-1 as it is "
-             '(default: %(default)s)')
-
-    add = parser.add_argument_group('attribution').add_argument
-    rows = '; '.join(f'{k.form}: {" ".join(k.build.__doc__.split())}' for k in TARGETS.values())
-    add('--target', nargs='+', default=default.target, metavar='TARGET',
-        help=f'one or several; {rows} (default: %(default)s)')
-    add('--each_object', action='store_true',
-        help='explain every connected part of the predicted mask, instead of --target '
-             '(default: off)')
-    add('--score', choices=SCORES, default=default.score, help='default: %(default)s')
-    add('--threshold', type=float, default=default.threshold,
-        help='probability above which a pixel is predicted (default: %(default)s)')
-    add('--on_empty', choices=ON_EMPTY, default=default.on_empty,
-        help='empty target: skip it, or explain the whole image (default: %(default)s)')
-    add('--baseline', default=default.baseline, metavar='|'.join((*BASELINES, 'FILE')),
-        help='the image to compare with; zero is black (default: %(default)s)')
-    add('--baseline_draws', type=_whole_number, default=default.baseline_draws, metavar='N',
-        help='of baseline random: averaged, num_steps each (default: %(default)s)')
-    add('--seed', type=int, default=default.seed, help='of baseline random (default: %(default)s)')
-    how_many = parser._action_groups[-1].add_mutually_exclusive_group()
-    how_many.add_argument('--num_steps', type=_whole_number, default=default.num_steps,
-        metavar='N', help='interpolation steps (default: %(default)s)')
-    how_many.add_argument('--tolerance', type=float, default=default.tolerance, metavar='T',
-        help='instead: as many steps as bring map error and completeness gap below T, for '
-             'example 0.05 (default: off)')
-    add('--max_steps', type=_whole_number, default=default.max_steps, metavar='N',
-        help='with --tolerance: at most so many (default: %(default)s)')
-    add('--rule', choices=RULE_NAMES, default=default.rule,
-        help='quadrature rule (default: %(default)s)')
-    add('--precision', choices=PRECISIONS, default=default.precision,
-        help='of the gradients; auto: reduced where it is faster here and the map stays within '
-             '--precision_tolerance (default: %(default)s)')
-    add('--precision_tolerance', type=float, default=default.precision_tolerance,
-        help='relative L2 deviation of the map that auto accepts (default: %(default)s)')
-    add('--gap_tolerance', type=float, default=default.gap_tolerance,
-        help='completeness gap above which to warn (default: %(default)s)')
-
-    add = parser.add_argument_group('checks').add_argument
-    add('--evaluate', choices=tuple(EFFORTS), default=default.evaluate,
-        help='check how far each map can be trusted; the cost is told first (default: off)')
-    add('--thresholds', nargs='+', metavar='NAME=VALUE',
-        help='of the verdict; defaults: '
-             + ' '.join(f'{k}={v:g}' for k, v in asdict(default.thresholds).items()))
     # fmt: on
+    _add_settings(group, MODEL)
+    for name in (PREPROCESSING, ATTRIBUTION, CHECKS):
+        _add_settings(parser.add_argument_group(name), name)
     return parser
+
+
+def _add_settings(group: argparse._ArgumentGroup, name: str) -> None:
+    """The flags of all settings of a group, as their table tells them."""
+    own = {f.name: f for f in fields(Settings) if Settings.table()[f.name].group == name}
+    rivals = {Settings.table()[key].instead_of: key for key in own}
+    either = None
+    for key, one in own.items():
+        if key in rivals:
+            either = group.add_mutually_exclusive_group()
+        known = Settings.table()[key]
+        alone = key not in rivals and not known.instead_of
+        (group if alone else either).add_argument(f'--{key}', **_flag_of(one, known))
+        if key == 'target':
+            group.add_argument('--each_object', action='store_true',
+                               help='the same as --target each-object (default: off)')  # fmt: skip
+
+
+def _flag_of(one: object, known: Setting) -> dict[str, object]:
+    """How argparse reads a setting."""
+    meaning = known.meaning.replace('%', '%%')
+    flag: dict[str, object] = {'help': f'{meaning} (default: {known.default_text})'}
+    if one.type == 'bool':
+        return flag | {'action': 'store_true'}
+    flag |= {'default': one.default, 'choices': known.choices, 'metavar': known.metavar}
+    if one.name in ('target', 'thresholds'):
+        default = known.default_text if one.name == 'target' else None
+        return flag | {'nargs': '+', 'default': default}
+    if known.least is not None:
+        return flag | {'type': _whole_number}
+    kinds = {'int': int, 'float': float}
+    return flag | {'type': kinds.get(one.type.partition(' ')[0], str)}
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """The settings that the parsed flags ask for. Raises InputError where they make no sense."""
+    if args.each_object and args.target != 'predicted':
+        raise InputError('--each_object goes without --target')
+    given = {name: value for name, value in vars(args).items() if name in Settings.table()}
+    given['target'] = 'each-object' if args.each_object else args.target
+    if isinstance(given['target'], list):
+        given['target'] = tuple(given['target'])
+    given['thresholds'] = parse_thresholds(args.thresholds or ())
+    return Settings(**given)
 
 
 def say_cost(settings: Settings) -> None:
     """Tell what checks will cost, where some are wanted, before anything is computed."""
     if settings.evaluate:
-        print(evaluation_cost(settings), file=sys.stderr)
+        print(evaluation_cost(settings.evaluate), file=sys.stderr)
 
 
 def run_single(args: argparse.Namespace, settings: Settings) -> int:
@@ -1822,64 +1488,19 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     if args.image_path is None:
         raise InputError('--mode single needs --image_path (or use --mode batch with --data_dir)')
     say_cost(settings)
-    sample = single_sample(args.image_path, args.mask_path)
-    sample.image()  # a bad image is told before the model is loaded
-    output_dir = prepare_output(args.output_dir)
-    with hold_folder(output_dir):
-        ig = _prepare(args.model_path, settings, args.encoder, args.architecture, args.device)
-        found = analyse_sample(ig, sample, settings, output_dir, True, args.figures, args.overwrite)
+    # A bad image is told before the model is loaded.
+    loaded = LoadedSample.of(single_sample(args.image_path, args.mask_path))
+    output = Output(make_output_folder(args.output_dir), args.figures, args.overwrite)
+    with hold_folder(output.folder):
+        ig = load_explainer(args.model_path, settings, args.encoder, args.architecture, args.device)
+        found = analyse_loaded(ig, loaded, settings, output, progress=True)
     for statistics in found:
         print(statistics_text(statistics))
         for finding in statistics['verdict']:
             print(f'  {finding["flag"]}: {finding["text"]}')
-        print(f'Files in {output_dir / statistics["folder"]}')
-        _say_warnings(statistics)
+        print(f'Files in {output.folder / statistics["folder"]}')
+        say_warnings(statistics)
     return 0
-
-
-class StopSignals:
-    """Turns SIGINT and SIGTERM into a KeyboardInterrupt that cannot get lost.
-
-    Python drops an exception that a signal handler raises while a destructor or a callback runs.
-    The signal's number stays here, and `check` raises again. Signals that follow at once are one
-    with the first (torchrun passes on the Ctrl-C that its processes have had too), so that they
-    do not stop the summary from being written. A signal that is ignored, as shells make background
-    jobs ignore Ctrl-C, stays ignored.
-    """
-
-    AT_ONCE = 3.0  # seconds
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._when = -math.inf
-
-    def __enter__(self) -> StopSignals:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # only it may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        if time.monotonic() - self._when < self.AT_ONCE:
-            return
-        self.number, self._when = number, time.monotonic()
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt where a signal has come."""
-        if self.number is not None:
-            raise KeyboardInterrupt
-
-    @property
-    def exit_status(self) -> int:
-        """What the shell expects of a process ended by that signal: 130 or 143."""
-        return 128 + (self.number or signal.SIGINT)
 
 
 def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -> int:
@@ -1890,15 +1511,22 @@ def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -
     share = Group.of_torchrun() if started_by_torchrun() else Alone()
     if share.rank == 0:
         say_cost(settings)
-    result = batch_integrated_gradients_analysis(
-        args.model_path, args.data_dir, args.output_dir, args.num_samples,
-        split=args.split, encoder=args.encoder, architecture=args.architecture,
-        device=device_of_rank(args.device, share.size), baseline_type=settings.baseline,
-        figures=args.figures, overwrite=args.overwrite, before_image=stop.check, share=share,
-        **{k: v for k, v in vars(settings).items() if k != 'baseline'},
-    )  # fmt: skip
+    device = device_of_rank(args.device, share.size)
+    load = partial(load_explainer, args.model_path, settings, args.encoder, args.architecture,
+                   device)  # fmt: skip
+    output = Output(args.output_dir, args.figures, args.overwrite)
+    result = analyse_dataset(load, args.data_dir, args.split, args.num_samples, settings, output,
+                             stop.check, share)  # fmt: skip
     if share.rank > 0:
         return 0
+    print_summary(result)
+    if not result.unwritten:
+        print(f'Open {output.folder / "index.html"}')
+    return 1 if result.failed or result.unwritten else 0
+
+
+def print_summary(result: BatchResult) -> None:
+    """The summary of a batch; what the user must not miss on stderr."""
     counts = result.summary
     print(
         f'{counts["images"]} images explained, {counts["skipped"]} skipped (empty target), '
@@ -1915,18 +1543,6 @@ def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -
         print(f'WARNING: {counts["suspicion"]}', file=sys.stderr)
     if result.unwritten:
         print(f'error: {result.unwritten}', file=sys.stderr)
-    else:
-        print(f'Open {args.output_dir / "index.html"}')
-    return 1 if result.failed or result.unwritten else 0
-
-
-def device_of_rank(device: str, ranks: int) -> str:
-    """One GPU for each of several processes on a machine, where GPUs are to be used."""
-    if ranks == 1 or device not in ('auto', 'cuda') or not torch.cuda.is_available():
-        return device
-    own = f'cuda:{os.environ["LOCAL_RANK"]}'
-    torch.cuda.set_device(resolve_device(own))
-    return own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1948,19 +1564,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('interrupted; the same command goes on where this one stopped', file=sys.stderr)
         return stop.exit_status
-
-
-def settings_from(args: argparse.Namespace) -> Settings:
-    """The settings that the parsed flags ask for. Raises InputError where they make no sense."""
-    if args.each_object and args.target != Settings.target:
-        raise InputError('--each_object goes without --target')
-    given = [args.target] if isinstance(args.target, str) else args.target
-    names = {f.name for f in fields(Settings)} - {'target', 'thresholds'}
-    return Settings(
-        target=EACH_OBJECT if args.each_object else ' '.join(given),
-        thresholds=parse_thresholds(args.thresholds or ()),
-        **{name: value for name, value in vars(args).items() if name in names},
-    )
 
 
 if __name__ == '__main__':

@@ -23,7 +23,16 @@ import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
 
-from segmentation_dataset import IMAGENET_MEAN, IMAGENET_STD, InputError, Preprocessing
+from errors import InputError, one_line
+from network_description import (
+    ATTRIBUTE,
+    EXCLUSIVE,
+    FOREGROUND,
+    NetworkDescription,
+    network_digest,
+    size_multiple,
+)
+from segmentation_dataset import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 DEFAULT_ARCHITECTURE = 'unetplusplus'
 DEFAULT_ENCODER = 'efficientnet-b5'
@@ -74,8 +83,8 @@ def load_model(
     `encoder` and `architecture` win over settings stored in the checkpoint, which win over the
     defaults (U-Net++, EfficientNet-B5). The number of classes is read from the head.
 
-    The model comes back in evaluation mode, float32, on the device, with two attributes added:
-    `preprocessing` (a Preprocessing) and `model_settings` (a dict for the record).
+    The model comes back in evaluation mode, float32, on the device, with one attribute added,
+    `network_description` (a NetworkDescription); its preprocessing is also `model.preprocessing`.
 
     Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
     """
@@ -92,15 +101,24 @@ def load_model(
         _check_size(architecture, encoder, classes, options, state)
         model = create_model(architecture, encoder, classes, **options)
         model.load_state_dict(state)
-    model.preprocessing = preprocessing
-    model.model_settings = {
+    model = model.float().eval()
+    source = {
         'model_path': str(model_path),
         'model_sha256': file_digest(model_path),
         'architecture': architecture,
         'encoder': encoder,
         'classes': classes,
     }
-    return model.float().to(device).eval()
+    description = NetworkDescription(
+        size_multiple=size_multiple(model),
+        output_kind=FOREGROUND if classes == 1 else EXCLUSIVE,
+        preprocessing=preprocessing,
+        weights_sha256=network_digest(model),
+        source=source,
+    )
+    setattr(model, ATTRIBUTE, description)
+    model.preprocessing = preprocessing
+    return model.to(device)
 
 
 def _check_size(
@@ -165,7 +183,7 @@ def create_model(architecture: str, encoder: str, classes: int, **options: objec
     except Exception as error:  # what encoders raise at odd options is theirs
         close = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
         hint = f'; did you mean {" or ".join(close)}?' if close and encoder not in close else ''
-        reason = ' '.join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(
             f'cannot build {architecture} with encoder "{encoder}"{hint or ": " + reason}'
         ) from None
@@ -266,7 +284,7 @@ def _read_torch_file(path: Path) -> object:
             ) from None
         raise InputError(f'{path} is no PyTorch checkpoint or is damaged (copy it again)') from None
     except Exception as error:  # torch.load and the unpickler raise all kinds on damaged files
-        reason = ' '.join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise InputError(
             f'{path} is no PyTorch checkpoint or is damaged: {reason} (copy or save it again)'
         ) from None
@@ -396,7 +414,7 @@ def guess_architecture(state: dict[str, torch.Tensor], encoder: str) -> str | No
     return None
 
 
-def _skeleton(build: Callable[[], torch.nn.Module], *devices: str) -> torch.nn.Module | None:
+def _skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
     """A network for its names and shapes only: without memory where that works, which is fast.
     None where it cannot be built: not every name and every pair exists."""
     for device in ('meta', 'cpu'):

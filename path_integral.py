@@ -21,20 +21,22 @@ curvature), and these parts are taken to be independent: their squares add up. W
 smooth, errors of neighbouring intervals lean the same way: a third of what the finer rule changed
 there altogether (Richardson) is added.
 
-Mathematics only: `evaluate` turns nodes into densities, whatever the network.
+All of it is known twice: of each attribution, and of their sum over the channels, whose error is
+not the sum of theirs. Mathematics only: `evaluate` turns nodes into densities, and no network is
+known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from segmentation_dataset import InputError
+from errors import InputError
 
 ADAPTIVE = 'adaptive'
 FIRST_NODES = 5  # of the adaptive rule: both ends and three between
@@ -44,7 +46,7 @@ BISECTED_SHARE = 4  # each round bisects a quarter of the intervals, so that a G
 MAX_OPEN_INTERVALS = 128
 MAX_OPEN_BYTES = 256 * 2**20
 
-# alphas -> the densities there, (targets, 3, H, W), one after the other
+# alphas -> the densities there, (targets, C, H, W), one after the other
 Evaluate = Callable[[np.ndarray], Iterable[torch.Tensor]]
 
 
@@ -96,7 +98,7 @@ def gauss_kronrod_rule(steps: int) -> Rule:
     if steps not in counts:
         raise InputError(
             f'the gauss-kronrod rule has {", ".join(map(str, counts))} steps, not {steps} '
-            '(use one of these for --num_steps)'
+            '(use one of these for num_steps)'
         )
     nodes = _patterson_nodes(counts.index(steps))
     degree = 5 if steps == 3 else (3 * steps + 1) // 2
@@ -105,7 +107,7 @@ def gauss_kronrod_rule(steps: int) -> Rule:
 
 def _at_least_two(steps: int, name: str) -> None:
     if steps < 2:
-        raise InputError(f'the {name} rule needs at least 2 steps (use --num_steps 2 or more)')
+        raise InputError(f'the {name} rule needs at least 2 steps (use num_steps 2 or more)')
 
 
 def _interpolatory_weights(nodes: np.ndarray) -> np.ndarray:
@@ -173,12 +175,12 @@ def _nested_counts(rule: str, steps: int) -> list[int]:
     if rule not in NESTED:
         raise InputError(
             f'the {rule} rule cannot be refined to a tolerance, its nodes are not nested '
-            f'(use --rule {ADAPTIVE}, {", ".join(NESTED)}, or --num_steps)'
+            f'(use rule {ADAPTIVE}, {", ".join(NESTED)}, or num_steps)'
         )
     counts = [count for count in NESTED[rule] if count <= steps]
     if not counts:
         raise InputError(
-            f'the {rule} rule needs at least {NESTED[rule][0]} steps (use a larger --max_steps)'
+            f'the {rule} rule needs at least {NESTED[rule][0]} steps (use a larger max_steps)'
         )
     return counts
 
@@ -191,38 +193,59 @@ class IntervalError:
     """What is known about the error of the trapezoid rule on one interval."""
 
     bound: torch.Tensor  # (targets,): L2 norm of the bound
-    variance: torch.Tensor  # (targets, 3, H, W): squared, by bound or curvature
-    refinement: torch.Tensor  # (targets, 3, H, W): its half of the curvature, where that counts
+    variance: torch.Tensor  # (targets, C, H, W): squared, by bound or curvature
+    refinement: torch.Tensor  # (targets, C, H, W): its half of the curvature, where that counts
+
+
+# Of each attribution, and of their sum over the channels, which counts as one channel.
+ErrorPair = tuple[IntervalError, IntervalError]
+
+
+@dataclass
+class MapError:
+    """The estimated error of a map, gathered interval by interval; nothing is known without one."""
+
+    variance: torch.Tensor | None = None  # (targets, C, H, W): squared
+    refinement: torch.Tensor | None = None  # what finer intervals changed where it is smooth
+
+    def count(self, error: IntervalError, sign: int = 1) -> None:
+        """Count the error of an interval, or (sign -1) no longer."""
+        if self.variance is None:
+            self.variance, self.refinement = error.variance, error.refinement
+        else:
+            self.variance = self.variance + error.variance * sign
+            self.refinement = self.refinement + error.refinement * sign
+
+    @property
+    def uncertainty(self) -> torch.Tensor | None:
+        """Estimated error at each place, (targets, C, H, W); None for a single node."""
+        if self.variance is None:
+            return None
+        return (self.variance.clamp(min=0) + (self.refinement / 3) ** 2).sqrt()
 
 
 @dataclass
 class PathIntegral:
-    """A running integral of the density: the attributions, and their estimated squared error."""
+    """A running integral of the density: the attributions, and what is known of their error."""
 
-    integral: torch.Tensor | float = 0.0  # (targets, 3, H, W)
-    variance: torch.Tensor | float = 0.0  # (targets, 3, H, W); stays 0.0 for a single node
-    refinement: torch.Tensor | float = 0.0  # what finer intervals changed where it is smooth
+    integral: torch.Tensor  # (targets, C, H, W)
+    evaluations: int = 0  # of the density
+    error: MapError = field(default_factory=MapError)  # of each attribution
+    summed_error: MapError = field(default_factory=MapError)  # of their sum over the channels
 
-    @property
-    def uncertainty(self) -> torch.Tensor | None:
-        """Estimated error of each attribution, (targets, 3, H, W); None for a single node."""
-        if isinstance(self.variance, float):
-            return None
-        return (self.variance.clamp(min=0) + (self.refinement / 3) ** 2).sqrt()
+    def count(self, errors: ErrorPair, sign: int = 1) -> None:
+        """Count the errors of an interval, or (sign -1) no longer."""
+        self.error.count(errors[0], sign)
+        self.summed_error.count(errors[1], sign)
 
-    def errors(self) -> torch.Tensor | None:
+    def relative_errors(self) -> torch.Tensor | None:
         """Estimated relative L2 error of each target's map, (targets,); None for a single node."""
-        off = self.uncertainty
-        return None if off is None else norms(off) / norms(self.integral)
-
-    def add(self, error: IntervalError, sign: int = 1) -> None:
-        """Count the error of an interval, or no longer."""
-        self.variance = self.variance + error.variance * sign
-        self.refinement = self.refinement + error.refinement * sign
+        uncertainty = self.error.uncertainty
+        return None if uncertainty is None else norms(uncertainty) / norms(self.integral)
 
 
 def norms(maps: torch.Tensor) -> torch.Tensor:
-    """L2 norm of each map, (maps, 3, H, W) -> (maps,)."""
+    """L2 norm of each map, (maps, C, H, W) -> (maps,)."""
     return maps.flatten(1).norm(dim=1)
 
 
@@ -233,7 +256,7 @@ Enough = Callable[[PathIntegral], bool]
 def integrate(
     evaluate: Evaluate, rule: str, steps: int, enough: Enough | None = None
 ) -> PathIntegral:
-    """The integral of the density over [0, 1] and its estimated error.
+    """The integral of the density over [0, 1], its estimated error, and the evaluations it took.
 
     evaluate: nodes -> densities. rule: one of RULE_NAMES. steps: how often the density is
     evaluated; with `enough` at most, and the rule is refined from few nodes until that is True.
@@ -261,32 +284,43 @@ def interval_errors(
         return [IntervalError(sizes[0], squares[0], torch.zeros_like(squares[0]))]
     (a, m, b), (left, right) = densities, lengths
     half = (m * ((left + right) / 2) - a * (right / 2) - b * (left / 2)).mul_(0.5)
-    found = []
+    errors = []
     for size, square in zip(sizes, squares, strict=True):
         # Each of the two stands for 1/sqrt 2 of the pair's curvature, which is twice `half`.
         jumps = (size <= norms(half) * 2**0.5).view(-1, 1, 1, 1)
         variance = torch.where(jumps, square, 2 * half.square())
-        found.append(IntervalError(size, variance, torch.where(jumps, 0.0, half)))
-    return found
+        errors.append(IntervalError(size, variance, torch.where(jumps, 0.0, half)))
+    return errors
+
+
+def error_pairs(lengths: Sequence[float], densities: Sequence[torch.Tensor]) -> list[ErrorPair]:
+    """`interval_errors` of the densities, and of their sums over the channels."""
+    summed = [density.sum(dim=1, keepdim=True) for density in densities]
+    pairs = zip(interval_errors(lengths, densities), interval_errors(lengths, summed), strict=True)
+    return list(pairs)
 
 
 def sum_rule(evaluate: Evaluate, rule: Rule) -> PathIntegral:
     """The weighted sum of a fixed rule, in memory that does not grow with its steps."""
-    found = PathIntegral()
     lengths = np.diff(rule.nodes)
     if len(lengths):  # what lies outside the outermost nodes is as uncertain as what is beside it
         lengths[0] += rule.nodes[0]
         lengths[-1] += 1 - rule.nodes[-1]
+    running = None
     recent: list[torch.Tensor] = []  # densities whose intervals are still to be judged
     for number, density in enumerate(evaluate(rule.nodes)):
-        found.integral = found.integral + density * float(rule.weights[number])
+        part = density * float(rule.weights[number])
+        if running is None:
+            running = PathIntegral(part, len(rule.nodes))
+        else:
+            running.integral = running.integral + part
         recent.append(density)
         if len(recent) == 3 or (len(recent) == 2 and number == len(lengths)):
             between = lengths[number - len(recent) + 1 : number].tolist()
-            for error in interval_errors(between, recent):
-                found.add(error)
+            for errors in error_pairs(between, recent):
+                running.count(errors)
             recent = [density]
-    return found
+    return running
 
 
 def _integrate_nested(evaluate: Evaluate, rule: str, steps: int, enough: Enough) -> PathIntegral:
@@ -298,10 +332,10 @@ def _integrate_nested(evaluate: Evaluate, rule: str, steps: int, enough: Enough)
         fresh = [row for row, key in enumerate(keys) if key not in known]
         for row, density in zip(fresh, evaluate(level.nodes[fresh]), strict=True):
             known[keys[row]] = density
-        found = sum_rule(lambda _, keys=keys: (known[key] for key in keys), level)
-        if enough(found):
+        by_level = sum_rule(lambda _, keys=keys: (known[key] for key in keys), level)
+        if enough(by_level):
             break
-    return found
+    return by_level
 
 
 @dataclass(frozen=True)
@@ -310,7 +344,7 @@ class Interval:
 
     left: float
     right: float
-    densities: tuple[torch.Tensor, torch.Tensor]  # at its ends, (targets, 3, H, W) each
+    densities: tuple[torch.Tensor, torch.Tensor]  # at its ends, (targets, C, H, W) each
     bound: torch.Tensor  # (targets,): how much the map may still change here
     family: tuple[Sequence[float], Sequence[torch.Tensor]]  # lengths and densities it is judged by
     place: int  # in the family
@@ -320,21 +354,21 @@ class Interval:
         return (self.left + self.right) / 2
 
     @property
-    def error(self) -> IntervalError:
-        """Computed again where it is needed: to keep it would take two images more."""
-        return interval_errors(*self.family)[self.place]
+    def errors(self) -> ErrorPair:
+        """Computed again where they are needed: to keep them would take three images more."""
+        return error_pairs(*self.family)[self.place]
 
 
-def neighbours(
-    found: PathIntegral, nodes: Sequence[float], densities: Sequence[torch.Tensor]
-) -> list[Interval]:
-    """The two intervals between three nodes, or the one between two; their errors are counted."""
+def intervals_between(
+    nodes: Sequence[float], densities: Sequence[torch.Tensor]
+) -> list[tuple[Interval, ErrorPair]]:
+    """The two intervals between three nodes, or the one between two, with their errors."""
     family = ([b - a for a, b in pairwise(nodes)], densities)
     intervals = []
-    for place, error in enumerate(interval_errors(*family)):
-        found.add(error)
+    for place, errors in enumerate(error_pairs(*family)):
+        left, right = nodes[place : place + 2]
         ends = (densities[place], densities[place + 1])
-        intervals.append(Interval(nodes[place], nodes[place + 1], ends, error.bound, family, place))
+        intervals.append((Interval(left, right, ends, errors[0].bound, family, place), errors))
     return intervals
 
 
@@ -354,29 +388,81 @@ def integrate_adaptively(
         return sum_rule(evaluate, first)
     nodes, densities = first.nodes.tolist(), list(evaluate(first.nodes))
     weights = zip(densities, first.weights.tolist(), strict=True)
-    found = PathIntegral(sum(density * weight for density, weight in weights))
-    scale = norms(found.integral).clamp(min=torch.finfo(found.integral.dtype).tiny)
+    running = PathIntegral(sum(density * weight for density, weight in weights), len(nodes))
+    scale = norms(running.integral).clamp(min=torch.finfo(running.integral.dtype).tiny)
     intervals = []
     for start in range(0, len(nodes) - 1, 2):
-        intervals += neighbours(found, nodes[start : start + 3], densities[start : start + 3])
+        part = slice(start, start + 3)
+        for interval, errors in intervals_between(nodes[part], densities[part]):
+            running.count(errors)
+            intervals.append(interval)
     most = max(16, min(MAX_OPEN_INTERVALS, MAX_OPEN_BYTES // densities[0].nbytes))
-    spent = len(nodes)
-    while spent < steps and not (enough and enough(found)):
+    while running.evaluations < steps and not (enough and enough(running)):
         sizes = torch.stack([(priority(interval) / scale).max() for interval in intervals])
         order = sizes.argsort(descending=True, stable=True).tolist()[:most]
-        count = min(max(1, len(order) // BISECTED_SHARE), steps - spent)
+        count = min(max(1, len(order) // BISECTED_SHARE), steps - running.evaluations)
         cuts = [intervals[row] for row in order[:count]]
         intervals = [intervals[row] for row in sorted(order[count:])]
         for cut, density in zip(cuts, evaluate(np.array([c.middle for c in cuts])), strict=True):
-            intervals += _bisect(found, cut, density)
-        spent += count
-    return found
+            intervals += _bisect(running, cut, density)
+        running.evaluations += count
+    return running
 
 
-def _bisect(found: PathIntegral, cut: Interval, density: torch.Tensor) -> list[Interval]:
+def _bisect(running: PathIntegral, cut: Interval, density: torch.Tensor) -> list[Interval]:
     """Replace an interval's part of the integral and of its error by that of its two halves."""
     left, right = cut.densities
     length = cut.right - cut.left
-    found.integral += density * (length / 2) - (left + right) * (length / 4)
-    found.add(cut.error, -1)
-    return neighbours(found, [cut.left, cut.middle, cut.right], [left, density, right])
+    running.integral += density * (length / 2) - (left + right) * (length / 4)
+    running.count(cut.errors, -1)
+    halves = intervals_between([cut.left, cut.middle, cut.right], [left, density, right])
+    for _, errors in halves:
+        running.count(errors)
+    return [half for half, _ in halves]
+
+
+# --------------------------------------------------------------------------- several paths
+
+
+@dataclass
+class MeanIntegral:
+    """The mean of the integrals along several paths, and its error, in memory that does not grow
+    with their number. Errors of different paths are taken to be independent."""
+
+    count: int = 0
+    evaluations: int = 0  # of the density, on the path that took the most
+    total: torch.Tensor | float = 0.0  # (targets, C, H, W)
+    squares: torch.Tensor | None = None  # (targets, C, H, W): of the uncertainties, their sum
+    summed_squares: torch.Tensor | None = None  # (targets, 1, H, W): of the sum over channels
+
+    def add(self, one: PathIntegral) -> None:
+        """Take in the integral along one more path."""
+        self.total = self.total + one.integral
+        self.squares = self._with(self.squares, one.error)
+        self.summed_squares = self._with(self.summed_squares, one.summed_error)
+        self.evaluations = max(self.evaluations, one.evaluations)
+        self.count += 1
+
+    def _with(self, squares: torch.Tensor | None, error: MapError) -> torch.Tensor | None:
+        """The sum of squares with one more; None where one of the paths has a single node."""
+        uncertainty = error.uncertainty
+        if uncertainty is None or (self.count and squares is None):
+            return None
+        return uncertainty.square() if squares is None else squares + uncertainty.square()
+
+    @property
+    def integral(self) -> torch.Tensor:
+        """The mean, (targets, C, H, W)."""
+        return self.total / self.count
+
+    @property
+    def uncertainty(self) -> torch.Tensor | None:
+        """Estimated error of each attribution, (targets, C, H, W); None where it is unknown."""
+        return None if self.squares is None else self.squares.sqrt() / self.count
+
+    @property
+    def summed_uncertainty(self) -> torch.Tensor | None:
+        """Estimated error of their sum over the channels, (targets, H, W)."""
+        return (
+            None if self.summed_squares is None else self.summed_squares[:, 0].sqrt() / self.count
+        )

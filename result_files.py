@@ -20,24 +20,21 @@ import numpy as np
 from PIL import Image
 
 from attribution_figures import View, attribution_figure, channels_figure, page_pictures
-from segmentation_dataset import InputError, Placement
+from errors import InputError, OutputError, one_line
+from segmentation_dataset import Placement
 
 FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
     'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
-    'overlay': 'overlay.png', 'thumbnail': 'thumbnail.png', 'arrays': 'attributions.npz',
-    'statistics': 'statistics.json',
+    'overlay': 'overlay.png', 'uncertainty': 'uncertainty.png', 'thumbnail': 'thumbnail.png',
+    'arrays': 'attributions.npz', 'statistics': 'statistics.json',
 }  # fmt: skip
-FIGURES = {  # what --figures draws of each image
+FIGURES = {  # what --figures draws of each image; all: what the page shows too
     'none': (),
     'png': ('attribution', 'channels'),
-    'all': ('attribution', 'channels', 'image', 'overlay', 'thumbnail'),  # what the page shows too
+    'all': ('attribution', 'channels', 'image', 'overlay', 'uncertainty', 'thumbnail'),
 }
 
 Description = tuple[dict, dict[str, np.ndarray]]  # statistics, and the arrays figures need
-
-
-class OutputError(InputError):
-    """A result cannot be written."""
 
 
 @contextlib.contextmanager
@@ -52,7 +49,7 @@ def _explained_writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def prepare_output(folder: str | Path) -> Path:
+def make_output_folder(folder: str | Path) -> Path:
     """Make the output folder and try whether it can be written, before hours are spent."""
     folder = Path(folder)
     with _explained_writing(folder):
@@ -152,7 +149,7 @@ def load_view(folder: str | Path) -> tuple[View, dict]:
         with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
             return view_of(dict(arrays)), read_statistics(folder)
     except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = ' '.join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(
             f'the files in {folder} are damaged: {reason} (make them again with --overwrite)'
         ) from None
@@ -205,4 +202,18 @@ def view_of(arrays: dict[str, np.ndarray]) -> View:
         region=crop(arrays['region']),
         truth=crop(arrays['truth']) if 'truth' in arrays else None,
         baseline=crop(arrays['baseline']),
+        uncertainty=crop(unpacked(arrays)) if 'uncertainty' in arrays else None,
     )
+
+
+def packed(uncertainty: np.ndarray) -> dict[str, np.ndarray]:
+    """Uncertainties (H, W) from 0 up as the arrays of the file: half precision, which would
+    underflow, after scaling by the maximum, and that scale."""
+    scale = np.float32(uncertainty.max(initial=0))
+    halves = (uncertainty / (scale or 1)).astype(np.float16)
+    return {'uncertainty': halves, 'uncertainty_scale': scale}
+
+
+def unpacked(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The uncertainties (H, W) float32 that `packed` made arrays of."""
+    return arrays['uncertainty'].astype(np.float32) * arrays['uncertainty_scale']

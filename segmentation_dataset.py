@@ -26,6 +26,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
+from errors import InputError, one_line
+
 if TYPE_CHECKING:  # at run time only where tensors are made: processes that draw do without
     import torch
 
@@ -43,12 +45,9 @@ LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation: pycocotools needs 150 
 # on Windows.
 RESERVED_NAMES = r'(summary|failures|index(_\d+)?)\.\w+|(con|prn|aux|nul|com\d|lpt\d)(\..*)?'
 NAME_BYTES = 100  # file systems allow 255, and endings are added
+BLUR_SIGMA = 0.05  # of the longer side: of `strong_blur`
 
 warnings.filterwarnings('ignore', module=r'PIL\.')  # what matters is raised, in our own words
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, which file, what to do."""
 
 
 # --------------------------------------------------------------------------- reading pictures
@@ -87,7 +86,7 @@ def open_picture(path: str | Path, kind: str = 'image') -> Image.Image:
         raise InputError(f'not enough memory to open {kind} {path} (shrink it first)') from None
     except Exception as error:  # Pillow's decoders raise all kinds on damaged files
         raise InputError(
-            f'{kind} {path} is damaged and cannot be read: {_one_line(error)} '
+            f'{kind} {path} is damaged and cannot be read: {one_line(error)} '
             '(copy or export it again)'
         ) from None
 
@@ -140,7 +139,7 @@ def _converted(picture: Image.Image, path: str | Path) -> Image.Image:
         return picture if picture.mode == 'RGB' else picture.convert('RGB')
     except (ValueError, OSError, MemoryError) as error:
         raise InputError(
-            f'{path} cannot be converted to RGB: {_one_line(error)} (export it as PNG or JPEG)'
+            f'{path} cannot be converted to RGB: {one_line(error)} (export it as PNG or JPEG)'
         ) from None
 
 
@@ -148,11 +147,6 @@ def _check_finite(values: np.ndarray, path: str | Path) -> None:
     if values.dtype.kind == 'f' and not np.isfinite(values).all():
         count = int((~np.isfinite(values)).sum())
         raise InputError(f'{path} has {count:,} pixels that are not finite (export it again)')
-
-
-def _one_line(error: BaseException) -> str:
-    """The error's text on one line, for a message of ours."""
-    return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 # --------------------------------------------------------------------------- datasets
@@ -165,7 +159,6 @@ class Sample:
     name: str  # unique within the dataset and safe as a folder name
     image_path: Path
     read_truth: Callable[[], np.ndarray] | None = None
-    truth_path: Path | None = None  # the file the truth comes from
 
     def image(self) -> np.ndarray:
         """The image, (H, W, 3) uint8."""
@@ -183,7 +176,7 @@ def single_sample(image_path: str | Path, mask_path: str | Path | None = None) -
     if mask_path is not None:
         mask_path = Path(mask_path)
         name = safe_names([image_path])[0]
-        return Sample(name, image_path, lambda: read_mask(mask_path), mask_path)
+        return Sample(name, image_path, lambda: read_mask(mask_path))
     folder = image_path.parent
     if folder.is_dir():
         beside = _samples_of(folder.parent if folder.name == 'images' else folder)
@@ -258,7 +251,7 @@ def _paired_samples(images: Path, masks: Path | None) -> list[Sample]:
     for name, path in zip(safe_names(paths), paths, strict=True):
         mask = mask_of.get(path.stem)
         reader = None if mask is None else (lambda mask=mask: read_mask(mask))
-        samples.append(Sample(name, path, reader, mask))
+        samples.append(Sample(name, path, reader))
     return samples
 
 
@@ -281,10 +274,10 @@ def _coco_samples(folder: Path) -> list[Sample]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
             RecursionError, MemoryError) as error:  # fmt: skip
         raise InputError(
-            f'{source} is not a readable COCO file: {_one_line(error)} (export the dataset again)'
+            f'{source} is not a readable COCO file: {one_line(error)} (export the dataset again)'
         ) from None
     return [
-        Sample(name, path, lambda size=size, own=own: _merge_annotations(own, size, source), source)
+        Sample(name, path, lambda size=size, own=own: _merge_annotations(own, size, source))
         for name, (path, (size, own)) in zip(safe_names(list(found)), found.items(), strict=True)
     ]
 
@@ -319,7 +312,7 @@ def _merge_annotations(
             number = annotation.get('id') if isinstance(annotation, dict) else annotation
             raise InputError(
                 f'annotation {str(number)[:50]} in {source} cannot be read: '
-                f'{_one_line(error)} (export the dataset with segmentation masks)'
+                f'{one_line(error)} (export the dataset with segmentation masks)'
             ) from None
     return labels
 
@@ -482,10 +475,15 @@ class Preprocessing:
         """(3, H, W) or (1, 3, H, W) model input -> (H, W, 3) float32 pixels, 0-255."""
         import torch
 
-        image = tensor.detach().float().cpu().reshape(3, *tensor.shape[-2:]).permute(1, 2, 0)
+        image = tensor.detach().float().cpu().reshape(-1, *tensor.shape[-2:]).permute(1, 2, 0)
         return ((image * torch.tensor(self.std) + torch.tensor(self.mean)) * 255.0).numpy()
 
 
 def round_up_size(size: int) -> int:
     """The smallest multiple of 32 that is at least `size`: what encoder-decoders need."""
     return -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+
+def strong_blur(pixels: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) under a Gaussian blur of 5 % of its longer side."""
+    return cv2.GaussianBlur(pixels, (0, 0), BLUR_SIGMA * max(pixels.shape[:2]))

@@ -1,7 +1,7 @@
-"""What the numbers of an explanation mean, in plain words: findings from stated thresholds.
+"""What the figures of an explanation mean, in plain words: findings from stated thresholds.
 
-One table, `RULES`, holds every rule; `Thresholds` holds every number they compare with. Each rule
-looks at an image's statistics and says nothing where its figures were not measured.
+One table, `FINDING_RULES`, holds every rule; `Thresholds` holds every number they compare with.
+Each rule looks at an image's statistics and says nothing where its figures were not measured.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
-from segmentation_dataset import InputError
+from errors import InputError
+from image_statistics import shown
 
 GOOD, NOTE, CONCERN = 'good', 'note', 'concern'  # levels of a finding
 
@@ -43,7 +44,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Rule:
+class FindingRule:
     """A finding and when it holds; `holds` is asked only where every figure in `needs` is known."""
 
     flag: str
@@ -57,57 +58,58 @@ def _fails_controls(figures: dict, limits: Thresholds) -> bool:
     return max(figures['deletion_margin'], figures['insertion_margin']) <= limits.control_margin
 
 
-RULES: tuple[Rule, ...] = (
-    Rule('good focus', GOOD, ('attribution_ratio',),
+FINDING_RULES: tuple[FindingRule, ...] = (
+    FindingRule('good focus', GOOD, ('attribution_ratio',),
          lambda s, t: s['attribution_ratio'] > t.focus_ratio,
          'The predicted mask weighs {attribution_ratio:.3g} times as much as the background, '
          'pixel for pixel.'),
-    Rule('background focus', CONCERN, ('attribution_ratio',),
+    FindingRule('background focus', CONCERN, ('attribution_ratio',),
          lambda s, t: s['attribution_ratio'] < t.background_ratio,
          'The background weighs more than the predicted mask, pixel for pixel (attribution ratio '
          '{attribution_ratio:.3g}).'),
-    Rule('gap too large', CONCERN, ('completeness_gap', 'settings'),
+    FindingRule('gap too large', CONCERN, ('completeness_gap', 'settings'),
          lambda s, t: s['completeness_gap'] > s['settings']['gap_tolerance'],
          'The attributions miss the change of the score by {completeness_gap:.1%} (more than '
          '{settings[gap_tolerance]:.0%}): use more steps.'),
-    Rule('map not settled', NOTE, ('map_error',),
+    FindingRule('map not settled', NOTE, ('map_error',),
          lambda s, t: s['map_error'] > t.map_error,
          'Only the broad features of the map are settled (estimated error {map_error:.0%}): use '
          'more steps before reading details.'),
-    Rule('border artefact', CONCERN, ('rim_excess',),
+    FindingRule('border artefact', CONCERN, ('rim_excess',),
          lambda s, t: s['rim_excess'] > t.rim_excess,
          'The outer rim of the image holds {rim_excess:.2g} times the attribution that its area '
          'explains: look for labels, rulers or frames there.'),
-    Rule('padding artefact', CONCERN, ('padding_excess',),
+    FindingRule('padding artefact', CONCERN, ('padding_excess',),
          lambda s, t: s['padding_excess'] > t.padding_excess,
          'The letterbox padding holds {padding_excess:.2g} times the attribution that its area '
          'explains: the model reads the padding.'),
-    Rule('beats its controls', GOOD, ('deletion_margin', 'insertion_margin'),
+    FindingRule('beats its controls', GOOD, ('deletion_margin', 'insertion_margin'),
          lambda s, t: not _fails_controls(s, t),
          'Removing (or restoring) the pixels it names changes the score faster than a random map '
          'and an edge map do (margins: deletion {deletion_margin:+.2f}, insertion '
          '{insertion_margin:+.2f}).'),
-    Rule('fails its control', CONCERN, ('deletion_margin', 'insertion_margin'), _fails_controls,
+    FindingRule('fails its control', CONCERN, ('deletion_margin', 'insertion_margin'),
+         _fails_controls,
          'Neither deletion nor insertion beats both a random map and an edge map (margins '
          '{deletion_margin:+.2f}, {insertion_margin:+.2f}): the map does not tell which pixels '
          'matter.'),
-    Rule('survives randomisation', CONCERN, ('randomised_correlation',),
+    FindingRule('survives randomisation', CONCERN, ('randomised_correlation',),
          lambda s, t: s['randomised_correlation'] > t.randomised_correlation,
          'The map hardly changes when all weights are random (rank correlation '
          '{randomised_correlation:.2f}): it shows the image, not what the model learned.'),
-    Rule('unstable under noise', NOTE, ('max_sensitivity',),
+    FindingRule('unstable under noise', NOTE, ('max_sensitivity',),
          lambda s, t: s['max_sensitivity'] > t.max_sensitivity,
          'Noise too faint to see changes the map by {max_sensitivity:.0%}: rely on its broad '
          'features only.'),
-    Rule('unfaithful to patches', NOTE, ('infidelity',),
+    FindingRule('unfaithful to patches', NOTE, ('infidelity',),
          lambda s, t: s['infidelity'] > t.infidelity,
          'What the map says a patch is worth tells little about what happens without it '
          '(infidelity {infidelity:.2f} of 1).'),
-    Rule('unstable between baselines', CONCERN, ('baseline_correlation',),
+    FindingRule('unstable between baselines', CONCERN, ('baseline_correlation',),
          lambda s, t: s['baseline_correlation'] < t.baseline_correlation,
          'Other baselines give other maps (median rank correlation {baseline_correlation:.2f}): '
          'say which baseline you mean.'),
-    Rule('poor mask', NOTE, ('dice',),
+    FindingRule('poor mask', NOTE, ('dice',),
          lambda s, t: s['dice'] < t.dice,
          'The mask itself is poor (Dice {dice:.2f}): the map explains a mistake.'),
 )  # fmt: skip
@@ -119,7 +121,7 @@ def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding
     limits = limits or Thresholds()
     found = [
         Finding(rule.flag, rule.level, rule.text.format(**statistics))
-        for rule in RULES
+        for rule in FINDING_RULES
         if all(statistics.get(name) is not None for name in rule.needs)
         and rule.holds(statistics, limits)
     ]
@@ -127,19 +129,24 @@ def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding
     return sorted(found, key=lambda finding: order.index(finding.level))
 
 
+def verdict_of(statistics: dict, limits: Thresholds | None = None) -> list[dict]:
+    """The findings about one image, ready for JSON."""
+    return [asdict(finding) for finding in findings(statistics, limits)]
+
+
 def batch_findings(images: Sequence[Sequence[str]]) -> list[str]:
-    """How many images have each flag, in the order of RULES. images: the flags of each."""
+    """How many images have each flag, in the order of FINDING_RULES. images: the flags of each."""
     counts = Counter(flag for flags in images for flag in flags)
     return [
         f'{rule.flag}: {counts[rule.flag]} of {len(images)} images'
-        for rule in RULES
+        for rule in FINDING_RULES
         if counts[rule.flag]
     ]
 
 
 def concerns(flags: Sequence[str]) -> int:
     """How many of these flags are concerns."""
-    levels = {rule.flag: rule.level for rule in RULES}
+    levels = {rule.flag: rule.level for rule in FINDING_RULES}
     return sum(levels.get(flag) == CONCERN for flag in flags)
 
 
@@ -159,3 +166,70 @@ def parse_thresholds(pairs: Sequence[str]) -> Thresholds:
             raise InputError(f'threshold "{pair}" is not of the form {name}=NUMBER')
         limits = replace(limits, **{name: limit})
     return limits
+
+
+# --------------------------------------------------------------------------- how exact a map is
+
+
+def accuracy_warning(statistics: dict) -> str | None:
+    """The sentence for a map that is less exact than was asked for; None where all is well."""
+    settings, gap_tolerance = statistics['settings'], statistics['settings']['gap_tolerance']
+    error = shown('map_error', statistics['map_error'])
+    gap = shown('completeness_gap', statistics['completeness_gap'])
+    if statistics['within_tolerance'] is False:
+        return (
+            f'WARNING: the tolerance of {shown("map_error", settings["tolerance"])} was not '
+            f'reached in {statistics["steps"]} steps: map error {error}, completeness gap {gap} '
+            '(allow more with --max_steps).'
+        )
+    if statistics['completeness_gap'] is None or statistics['completeness_gap'] <= gap_tolerance:
+        return None
+    return (
+        f'WARNING: the completeness gap of {gap} is above the tolerance of '
+        f'{shown("completeness_gap", gap_tolerance)}: use more steps (--num_steps) before you '
+        'rely on this map.'
+    )
+
+
+def map_verdict(error: float | None) -> str:
+    """What an estimated map error means, in words."""
+    if error is None:
+        return 'unknown'
+    if error <= 0.02:
+        return 'exact to the eye'
+    return 'settled, small details aside' if error <= 0.1 else 'only its broad features are settled'
+
+
+def statistics_text(statistics: dict) -> str:
+    """The statistics of one image as lines to read."""
+
+    def show(key: str) -> str:
+        return shown(key, statistics[key], precise=True)
+
+    shares = statistics['channel_shares']
+    channels = ' / '.join(f'{100 * share:.1f} %' for share in shares) if shares else 'n/a'
+    lines = [
+        f'Attribution mean, std       {show("attribution_mean")}, {show("attribution_std")}',
+        f'Attribution min, max        {show("attribution_min")}, {show("attribution_max")}',
+        f'Attribution ratio           {show("attribution_ratio")}',
+        f'Mean |attribution|          {show("attribution_in_prediction")} in the prediction, '
+        f'{show("attribution_in_background")} in the background',
+        f'Share of |attribution|      {show("share_in_prediction")} in the prediction, '
+        f'{show("share_in_truth")} in the ground truth',
+        f'Red / green / blue share    {channels}',
+        f'Prediction ratio            {show("prediction_ratio")} '
+        f'({statistics["prediction_area"]:,} pixels)',
+        f'Dice, IoU, pixel accuracy   {show("dice")}, {show("iou")}, {show("pixel_accuracy")}',
+        f'F(x), F(baseline)           {show("score")}, {show("baseline_score")}',
+        f'Completeness gap            {show("completeness_gap")} '
+        f'({statistics["rule"]} rule, {statistics["steps"]} steps)',
+        f'Map error (estimate)        {show("map_error")}: {map_verdict(statistics["map_error"])}',
+        f'Sign settled                {show("settled_share")} of |attribution|',
+        f'Time                        {statistics["seconds"]:.1f} s, '
+        f'{statistics["gradient_evaluations"]} gradient evaluations in {statistics["precision"]}, '
+        f'{statistics["step_batch"]} at once',
+    ]
+    heading = (
+        f'{statistics["image"]} (target {statistics["target"]}, baseline {statistics["baseline"]})'
+    )
+    return '\n  '.join([heading, *lines])

@@ -217,9 +217,9 @@ def compare_profiles(arguments: argparse.Namespace) -> str:
     with FlopCounterMode(display=False) as counter:
         point = x.clone().requires_grad_()
         bench.model(point)[0, 0][region].mean().backward()
-    bench.ours.engine.prepare(x)
+    bench.ours.prepare(x)
     original = profile_gradient(bench.model, x, region)
-    prepared = profile_gradient(bench.ours.engine.preparation.network, x, region)
+    prepared = profile_gradient(bench.ours.engine.network, x, region)
     columns = (*original, *prepared)
     rows = [[part, *(column[part] for column in columns)] for part in columns[0]]
     rows.append(['**all**', *(sum(column.values()) for column in columns)])
@@ -285,10 +285,10 @@ def compare(arguments: argparse.Namespace) -> list[str]:
     exact, reduced = maps['float32'], maps['bfloat16']
     off = deviation(exact.attributions, maps['Captum'])
     row(f'{nodes} equal nodes, float32', theirs, seconds['float32'],
-        f'maps differ by {off:.1e}; {exact.step_batch} steps at once')  # fmt: skip
+        f'maps differ by {off:.1e}; {exact.cost.step_batch} steps at once')  # fmt: skip
     off = deviation(reduced.attributions, maps['Captum'])
     row(f'{nodes} equal nodes, bfloat16', theirs, seconds['bfloat16'],
-        f'maps differ by {off:.3f}, reported {reduced.precision_deviation:.3f}')  # fmt: skip
+        f'maps differ by {off:.3f}, reported {reduced.cost.precision_deviation:.3f}')  # fmt: skip
 
     if not arguments.skip_error:
         level, steps = equal_error_steps(bench, arguments.reference_nodes)

@@ -188,7 +188,7 @@ def run_case(
             rows.append({
                 'image': name, 'baseline': baseline, 'rule': rule, 'evaluations': steps,
                 **compare(found.integral[0].numpy(), reference.numpy()),
-                'estimate': float(found.errors()),
+                'estimate': float(found.relative_errors()),
                 'gap': abs(total - change) / abs(change),
             })  # fmt: skip
     temporary = path.with_suffix('.tmp')

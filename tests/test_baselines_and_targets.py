@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import noise_image, save_image
+from helpers import noise_image, save_image
 
 from integrated_gradients import (
     BASELINES,
@@ -13,8 +13,8 @@ from integrated_gradients import (
     TargetContext,
     build_baselines,
     build_target,
-    predicted_labels,
 )
+from network_description import NetworkDescription
 from segmentation_dataset import Preprocessing
 
 PIXELS = noise_image(32, 32).astype(np.float32)
@@ -87,7 +87,7 @@ ERRORS = ('false-positive', 'false-negative')
 def context(logits, truth=None, placement=None) -> TargetContext:
     logits = torch.tensor(logits, dtype=torch.float32)
     truth = None if truth is None else torch.tensor(truth)
-    return TargetContext(logits, predicted_labels(logits, 0.5), truth, placement)
+    return TargetContext(logits, NetworkDescription().labels(logits, 0.5), truth, placement)
 
 
 BINARY = [[[2.0, -1.0], [4.0, -3.0]]]  # (1, 2, 2)
@@ -240,4 +240,6 @@ def test_mask_and_target_objects_as_target(ig, brain):
 
 def test_the_table_documents_itself():
     for kind in TARGETS.values():
+        assert kind.meaning
+    for kind in BASELINES.values():
         assert kind.build.__doc__.strip()

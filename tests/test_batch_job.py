@@ -20,7 +20,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import DEMO_MODEL, ROOT, noise_image, save_image
+from helpers import (
+    DEMO_MODEL,
+    ROOT,
+    SMALL,
+    differences,
+    family,
+    noise_image,
+    save_image,
+    torchrun,
+)
 from torch.distributed import HashStore
 
 import batch_summary
@@ -33,6 +42,7 @@ from batch_job import (
     Group,
     Outcome,
     Writers,
+    device_of_rank,
     hold_folder,
     read_ahead,
     writer_processes,
@@ -49,16 +59,7 @@ from batch_summary import (
 from batch_summary import (
     batch_summary as summarise,
 )
-from integrated_gradients import (
-    InputError,
-    OutputError,
-    batch_integrated_gradients_analysis,
-    device_of_rank,
-)
-
-sys.path.append(str(ROOT / 'benchmarks'))
-
-from reliability import SMALL, differences, family, torchrun
+from integrated_gradients import InputError, OutputError, batch_integrated_gradients_analysis
 
 QUICK = {'model_path': DEMO_MODEL, 'num_steps': 1, 'image_size': 32, 'target': 'image',
          'device': 'cpu'}  # fmt: skip
@@ -191,12 +192,12 @@ def test_a_batch_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path):
     """The README's table has fifty kills; these are two of them."""
     # A process of its own: one that has computed in parallel must not fork.
     script = (
-        'import sys; from pathlib import Path; from reliability import run_kills\n'
+        'import sys; from pathlib import Path; from helpers import run_kills\n'
         'found = run_kills(2, 8, 1, Path(sys.argv[1]))\n'
         'assert found["files that differ from the undisturbed run"] == 0, found'
     )
-    subprocess.run([sys.executable, '-c', script, str(tmp_path)], cwd=ROOT / 'benchmarks',
-                   check=True, timeout=300)  # fmt: skip
+    subprocess.run([sys.executable, '-c', script, str(tmp_path)], cwd=ROOT / 'tests',
+                   env=os.environ | {'PYTHONPATH': str(ROOT)}, check=True, timeout=300)  # fmt: skip
     deadline = time.time() + 10  # the processes that wrote for those that were killed end too
     while workers := [one for one in Path('/proc').glob('[0-9]*') if is_orphan(one)]:
         assert time.time() < deadline, workers
@@ -502,7 +503,8 @@ def test_figures_can_be_left_out_and_drawn_later(tmp_path, data):
     written = (tmp_path / 'image_0' / 'image_0_statistics.json').stat().st_mtime_ns
     assert files('png') == numbers | {'attribution.png', 'channels.png'}
     assert files('all') == numbers | {
-        'attribution.png', 'channels.png', 'image.png', 'overlay.png', 'thumbnail.png'
+        'attribution.png', 'channels.png', 'image.png', 'overlay.png', 'thumbnail.png',
+        'uncertainty.png',
     }  # fmt: skip
     assert (tmp_path / 'image_0' / 'image_0_statistics.json').stat().st_mtime_ns == written
     with pytest.raises(InputError, match='unknown figures "svg"'):

@@ -14,7 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     DEMO_DATA,
     DEMO_IMAGE,
     DEMO_MODEL,
@@ -26,6 +26,7 @@ from conftest import (
 from PIL import Image
 
 import integrated_gradients
+from batch_job import StopSignals
 from integrated_gradients import batch_integrated_gradients_analysis, build_parser, main
 from model_loading import create_model
 
@@ -41,7 +42,7 @@ FAST = [
 ]
 SINGLE = [*FAST, '--image_path', str(DEMO_IMAGE)]
 FILES = ('attribution.png', 'channels.png', 'attributions.npz', 'statistics.json',
-         'image.png', 'overlay.png', 'thumbnail.png')  # fmt: skip
+         'image.png', 'overlay.png', 'uncertainty.png', 'thumbnail.png')  # fmt: skip
 DOCUMENTED_KEYS = {
     'image', 'target', 'baseline', 'rule', 'steps', 'gradient_evaluations', 'precision',
     'seconds', 'peak_memory_bytes', 'score', 'baseline_score', 'completeness_gap', 'map_error',
@@ -61,10 +62,10 @@ def run(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
 def computed(monkeypatch) -> list[int]:
     """Grows by one with every image that is explained."""
     found = []
-    explain = integrated_gradients.IntegratedGradients.explain_targets
+    explain = integrated_gradients.IntegratedGradients.explain_with
     monkeypatch.setattr(
         integrated_gradients.IntegratedGradients,
-        'explain_targets',
+        'explain_with',
         lambda *a, **k: found.append(1) or explain(*a, **k),
     )
     return found
@@ -298,7 +299,7 @@ def test_interrupted_batch_keeps_a_summary_and_says_how_to_go_on(tmp_path, numbe
 def test_a_signal_that_python_drops_still_stops():
     """An exception raised while a destructor runs is only printed."""
     before = signal.getsignal(signal.SIGTERM)
-    with integrated_gradients.StopSignals() as stop, warnings.catch_warnings():
+    with StopSignals() as stop, warnings.catch_warnings():
         warnings.simplefilter('ignore')
 
         class Unlucky:
@@ -316,7 +317,7 @@ def test_a_signal_that_python_drops_still_stops():
 def test_a_background_job_goes_on_ignoring_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with integrated_gradients.StopSignals() as stop:
+        with StopSignals() as stop:
             signal.raise_signal(signal.SIGINT)
             stop.check()
     finally:

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import faithfulness
+from attribution_path import plain_map
 from faithfulness import (
     COMPARED_BASELINES,
     EFFORTS,
@@ -22,24 +23,25 @@ from faithfulness import (
     METRICS,
     Effort,
     Subject,
-    edge_excess,
     evaluate,
+    redraw,
+    removal_order,
+    superpixels,
+    without,
+)
+from integrated_gradients import IntegratedGradients, Target, evaluate_explanation
+from map_metrics import (
+    edge_excess,
     holding_radii,
     infidelity,
     localisation,
     max_sensitivity,
-    plain_map,
     profile,
     rank_correlation,
-    redraw,
-    removal_order,
     signed_distance,
     similarity,
-    superpixels,
     top_overlap,
-    without,
 )
-from integrated_gradients import IntegratedGradients, Target, evaluate_explanation
 from segmentation_dataset import Preprocessing
 from verdict import findings
 
@@ -537,5 +539,5 @@ def test_the_stated_cost_is_what_is_spent(effort, monkeypatch):
 
 def test_every_metric_is_defined():
     for name, metric in METRICS.items():
-        assert metric.definition and metric.range and metric.source, name
+        assert metric.meaning and metric.range and metric.source, name
         assert metric.better in ('higher', 'lower', '')

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from helpers import relative_error
 from torch import nn
 
 import gradient_engine
@@ -15,7 +15,7 @@ from gradient_engine import (
     improved_copy,
     is_replaceable,
     measure_deviation,
-    prepare,
+    prepared_copy,
 )
 from model_loading import create_model
 
@@ -202,10 +202,10 @@ def test_real_networks_agree_to_rounding(architecture, encoder):
 
 def test_demo_model_in_single_precision(demo_model, brain):
     before = {name: value.clone() for name, value in demo_model.state_dict().items()}
-    prepared = prepare(demo_model, brain)
+    network, prepared = prepared_copy(demo_model, brain)
     assert not prepared.fell_back and prepared.folded == 70 and prepared.transposed > 30
     assert prepared.logit_deviation < 1e-5
-    assert prepared.network is not demo_model
+    assert network is not demo_model
     for name, value in demo_model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.requires_grad for parameter in demo_model.parameters())
@@ -219,8 +219,8 @@ def test_a_copy_that_deviates_is_not_used(monkeypatch, demo_model, brain):
         convolution.bias.data += 0.01
 
     monkeypatch.setattr(gradient_engine, 'fold', wrong)
-    prepared = prepare(demo_model, brain)
-    assert prepared.fell_back and prepared.network is demo_model
+    network, prepared = prepared_copy(demo_model, brain)
+    assert prepared.fell_back and network is demo_model
     assert prepared.logit_deviation > 1e-4
 
 
@@ -234,7 +234,7 @@ def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain
         return (1e-3, 1e-3) if example.dtype == torch.float32 else (1e-13, 1e-13)
 
     monkeypatch.setattr(gradient_engine, 'measure_deviation', measure)
-    prepared = prepare(network, brain)
+    _, prepared = prepared_copy(network, brain)
     assert measured == [torch.float32, torch.float64]
     assert not prepared.fell_back and prepared.gradient_deviation == 1e-3
 
@@ -245,8 +245,8 @@ def test_a_network_that_cannot_be_copied_runs_as_it_is(brain):
             raise TypeError('no copies')
 
     network = Stubborn(3, 1, 3).eval()
-    prepared = prepare(network, brain)
-    assert prepared.network is network and prepared.folded == prepared.transposed == 0
+    copied, prepared = prepared_copy(network, brain)
+    assert copied is network and prepared.folded == prepared.transposed == 0
 
 
 def test_improved_copy_of_a_network_in_training_mode_evaluates():

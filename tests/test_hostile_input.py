@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import DEMO_MODEL, ROOT, noise_image, save_image, square_mask, write_coco
+from helpers import DEMO_MODEL, ROOT, noise_image, save_image, square_mask, write_coco
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image

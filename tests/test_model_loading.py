@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
-from conftest import DEMO_MODEL
+from helpers import DEMO_MODEL
 
 from integrated_gradients import ARCHITECTURES, InputError, load_model
 from model_loading import create_model, guess_architecture, guess_encoder
@@ -48,8 +48,8 @@ def test_save_pretrained_folder_brings_its_own_settings(tmp_path):
     net.save_pretrained(tmp_path / 'saved')
     loaded = load_model(tmp_path / 'saved', 'cpu')
     assert same(loaded, net)
-    assert loaded.model_settings['architecture'] == 'unet'
-    assert loaded.model_settings['classes'] == 4
+    assert loaded.network_description.source['architecture'] == 'unet'
+    assert loaded.network_description.source['classes'] == 4
 
 
 def test_half_precision_comes_back_as_float32(tmp_path, network):
@@ -76,8 +76,8 @@ def test_own_settings_are_used_and_explicit_flags_win(tmp_path, network):
     torch.save({'state_dict': network.state_dict(), 'settings': settings}, path)
     loaded = load_model(path, 'cpu')
     assert same(loaded, network)
-    assert loaded.preprocessing.image_size == 96
-    assert loaded.preprocessing.mean == (0.5, 0.4, 0.3)
+    assert loaded.network_description.preprocessing.image_size == 96
+    assert loaded.network_description.preprocessing.mean == (0.5, 0.4, 0.3)
     settings['encoder'] = 'resnet18'  # wrong; the flag corrects it
     torch.save({'state_dict': network.state_dict(), 'settings': settings}, path)
     assert same(load_model(path, 'cpu', ENCODER), network)
@@ -87,7 +87,7 @@ def test_own_settings_are_used_and_explicit_flags_win(tmp_path, network):
 
 def test_demo_checkpoint_needs_no_flag():
     loaded = load_model(DEMO_MODEL, 'cpu')
-    assert loaded.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert loaded.network_description.preprocessing.mean == (0.5, 0.5, 0.5)
     assert DEMO_MODEL.stat().st_size < 14e6
 
 
@@ -98,7 +98,7 @@ def test_every_architecture_by_name(tmp_path, architecture):
     torch.save(net.state_dict(), tmp_path / 'm.pth')
     loaded = load_model(tmp_path / 'm.pth', 'cpu', encoder, architecture)
     assert same(loaded, net)
-    assert loaded.model_settings['classes'] == 3
+    assert loaded.network_description.source['classes'] == 3
 
 
 # ------------------------------------------------------------------ bad checkpoints

@@ -1,25 +1,36 @@
-"""The README tells the truth about flags, commands and files."""
+"""README and REFERENCE tell the truth about flags, tables, commands and files."""
 
 import json
 import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import integrated_gradients
-from faithfulness import METRICS
+from image_statistics import METRICS, NESTED, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
 from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
-from verdict import RULES, Thresholds
+from verdict import FINDING_RULES, Thresholds
 
-TEXT = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
-FLAGS = TEXT[TEXT.index('## All flags') : TEXT.index('## What is computed')]
+README = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
+REFERENCE = (ROOT / 'REFERENCE.md').read_text(encoding='utf-8')
+BOTH = README + REFERENCE
+FLAGS = REFERENCE[REFERENCE.index('## All flags') : REFERENCE.index('## Targets')]
 ROWS = dict(re.findall(r'^\| `(--\w+)[^`]*` \| (.*?) \|', FLAGS, re.MULTILINE))
+KINDS = {
+    TEXT: 'text',
+    WHOLE: 'whole number',
+    NUMBER: 'number',
+    TRUTH: 'yes or no',
+    NESTED: 'nested',
+}
+UNITS = {'%': 'share'}  # stored from 0 to 1, shown as per cent
 
 
-def test_readme_is_a_link():
+def test_readme_is_a_link_and_short():
     assert (ROOT / 'README.md').is_symlink()
     assert (ROOT / 'README.md').resolve() == ROOT / 'README_Integrated_Gradients.md'
+    assert len(README.splitlines()) <= 250
 
 
 def test_every_flag_stands_in_the_table_with_its_default():
@@ -33,26 +44,39 @@ def test_every_flag_stands_in_the_table_with_its_default():
 @pytest.mark.parametrize('table', [BASELINES, RULE_NAMES, {k.form: k for k in TARGETS.values()}])
 def test_every_entry_of_the_tables_is_explained(table):
     for name in table:
-        assert f'`{name}`' in TEXT
+        assert f'`{name}`' in REFERENCE
 
 
-def test_every_metric_stands_in_the_table_as_it_is_defined():
-    plain = TEXT.replace('\\|', '|')
-    for name, metric in METRICS.items():
-        row = (name, metric.definition, metric.range, metric.better or '–', metric.source)
-        assert '| `{}` | {} | {} | {} | {} |'.format(*row) in plain
+def test_every_check_stands_in_the_table_as_it_is_defined():
+    plain = REFERENCE.replace('\\|', '|')
+    for name, row in METRICS.items():
+        cells = (name, row.meaning, row.range, row.better or '–', row.source)
+        assert '| `{}` | {} | {} | {} | {} |'.format(*cells) in plain
+
+
+def test_every_statistic_stands_in_the_table_as_it_is_defined():
+    plain = REFERENCE.replace('\\|', '|')
+    missing = [
+        line
+        for key, row in STATISTICS.items()
+        if key not in METRICS
+        for line in [f'| `{key}` | {row.meaning} | {UNITS.get(row.unit, row.unit)} | '
+                     f'{KINDS[row.kind]} |'.replace('|  |', '| |')]
+        if line not in plain
+    ]  # fmt: skip
+    assert not missing, '\n'.join(missing)
 
 
 def test_every_finding_and_threshold_is_explained():
-    part = TEXT[TEXT.index('| finding | when |') : TEXT.index('**The page.**')]
-    for rule in RULES:
+    part = REFERENCE[REFERENCE.index('| finding | when |') :]
+    for rule in FINDING_RULES:
         assert rule.flag in part
     for name, limit in vars(Thresholds()).items():
         assert f'`{name}` ({limit:g})' in part
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r'```bash\n(.*?)```', TEXT, re.DOTALL)
+    blocks = re.findall(r'```bash\n(.*?)```', BOTH, re.DOTALL)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
     return [line for line in lines if line.startswith('python integrated_gradients.py')]
 
@@ -64,18 +88,28 @@ def test_the_commands_are_valid_and_name_files_that_exist(command):
     assert (ROOT / (args.image_path or args.data_dir)).exists()
 
 
-def test_linked_files_exist():
-    for target in re.findall(r'\]\((?!http|#)([^)]+)\)', TEXT):
-        assert (ROOT / target).exists(), target
+def test_linked_files_and_headings_exist():
+    for text, other in ((README, REFERENCE), (REFERENCE, README)):
+        headings = {
+            document: {anchor(line) for line in content.splitlines() if line.startswith('#')}
+            for document, content in ((None, text), ('other', other))
+        }
+        for target in re.findall(r'\]\((?!http)([^)]+)\)', text):
+            file, _, place = target.partition('#')
+            assert not file or (ROOT / file).exists(), target
+            known = headings['other' if file.endswith('.md') else None]
+            assert not place or place in known, target
 
 
-def test_statistics_are_explained(tmp_path):
+def anchor(heading: str) -> str:
+    """The address of a heading, as it is made from its text."""
+    return re.sub(r'[^\w -]', '', heading.lstrip('# ').lower()).strip().replace(' ', '-')
+
+
+def test_the_statistics_file_holds_what_the_table_says(tmp_path):
     single = shlex.split(commands()[0].replace('demo/', f'{ROOT}/demo/'))[2:]
-    quick = ['--image_size', '128', '--num_steps', '1', '--device', 'cpu']
+    quick = ['--image_size', '128', '--num_steps', '1', '--device', 'cpu', '--figures', 'none']
     arguments = [*single, *quick, '--output_dir', str(tmp_path)]
     assert integrated_gradients.main(arguments) == 0
     (path,) = tmp_path.glob('*/*_statistics.json')
-    described = TEXT[TEXT.index('| statistic |') :].replace('`_', '`attribution_')
-    aside = {'image', 'image_path', 'notes', 'settings', 'versions', 'resume_key'}
-    for key in json.loads(path.read_text()).keys() - aside - METRICS.keys():
-        assert f'`{key}`' in described, key
+    assert json.loads(path.read_text()).keys() == STATISTICS.keys()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import noise_image
+from helpers import noise_image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -16,14 +16,13 @@ import batch_summary
 import result_files
 from attribution_figures import (
     View,
-    accuracy_warning,
     attribution_figure,
     channels_figure,
     clip_level,
-    map_verdict,
     summary_figure,
 )
 from integrated_gradients import (
+    Cost,
     Explanation,
     OutputError,
     Preparation,
@@ -34,11 +33,14 @@ from integrated_gradients import (
     statistics_text,
 )
 from result_files import write_files
+from verdict import accuracy_warning, map_verdict
 
 MASK = torch.tensor([[True, False], [False, False]])
 
 
-def explanation(attributions, mask=MASK, score=10.0, baseline_score=0.0) -> Explanation:
+def explanation(
+    attributions, mask=MASK, score=10.0, baseline_score=0.0, uncertainty=None
+) -> Explanation:
     attributions = torch.as_tensor(attributions, dtype=torch.float32)
     return Explanation(
         attributions=attributions,
@@ -51,23 +53,24 @@ def explanation(attributions, mask=MASK, score=10.0, baseline_score=0.0) -> Expl
         baseline='zero',
         rule='midpoint',
         steps=4,
-        gradient_evaluations=4,
         score=score,
         baseline_score=baseline_score,
         attribution_sum=float(attributions.sum()),
-        seconds=1.0,
-        step_batch=1,
-        seed=0,
-        peak_memory_bytes=None,
-        precision='float32',
-        uncertainty=None,
-        forward_passes=5,
-        precision_deviation=None,
-        retried=None,
+        uncertainty=uncertainty,
         map_error=0.05,
         tolerance=None,
         trend=Trend((0.0, 0.5, 1.0), (baseline_score, 4.0, score), (0.0, 0.5, 1.0)),
-        preparation=Preparation(torch.nn.Identity(), 2, 1, 1e-7, 1e-6, False),
+        cost=Cost(
+            gradient_evaluations=4,
+            forward_passes=5,
+            seconds=1.0,
+            step_batch=1,
+            peak_memory_bytes=None,
+            precision='float32',
+            precision_deviation=None,
+            retried=None,
+            preparation=Preparation(2, 1, 1e-7, 1e-6, False),
+        ),
     )
 
 

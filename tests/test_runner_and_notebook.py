@@ -11,7 +11,7 @@ import time
 import nbclient
 import nbformat
 import pytest
-from conftest import DEMO_DATA, DEMO_IMAGE, DEMO_MODEL, ROOT
+from helpers import DEMO_DATA, DEMO_IMAGE, DEMO_MODEL, ROOT
 
 import run_integrated_gradients as runner
 

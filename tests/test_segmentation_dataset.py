@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_DATA, noise_image, save_image, square_mask, write_coco
+from helpers import DEMO_DATA, noise_image, save_image, square_mask, write_coco
 from PIL import Image
 from pycocotools import mask as coco_mask
 

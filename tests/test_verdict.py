@@ -10,9 +10,9 @@ import pytest
 from integrated_gradients import InputError
 from verdict import (
     CONCERN,
+    FINDING_RULES,
     GOOD,
     NOTE,
-    RULES,
     Thresholds,
     batch_findings,
     findings,
@@ -60,12 +60,12 @@ def test_concerns_come_first():
 
 
 def test_every_text_can_be_written_and_every_threshold_is_used():
-    figures = {name: 0.5 for rule in RULES for name in rule.needs} | SETTINGS
-    for rule in RULES:
-        text = rule.text.format(**figures, t=Thresholds())
+    figures = {name: 0.5 for rule in FINDING_RULES for name in rule.needs} | SETTINGS
+    for rule in FINDING_RULES:
+        text = rule.text.format(**figures)
         assert text.endswith('.') and '{' not in text
         names = {part[1] for part in string.Formatter().parse(rule.text) if part[1]}
-        assert {name.split('.')[0].split('[')[0] for name in names} <= {*rule.needs, 't'}
+        assert {name.split('.')[0].split('[')[0] for name in names} <= set(rule.needs)
     # Moving a threshold far to either side changes what is found in some image.
     for threshold in (field.name for field in fields(Thresholds)):
         assert flags(figures, **{threshold: -9.0}) != flags(figures, **{threshold: 9.0}), threshold

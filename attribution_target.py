@@ -1,0 +1,290 @@
+"""Targets: the one number of a segmentation that is explained.
+
+Everything hangs on choosing it well and saying so. `TARGETS` holds what a user may ask for; a row
+is one function from the network's answer on the original image to a `Target`, or one that says
+which targets a name stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+
+import cv2
+import numpy as np
+import torch
+
+from errors import EmptyTargetError, InputError, attempt, check_choice
+from network_description import NetworkDescription
+from segmentation_dataset import Placement
+
+ANY_NETWORK = NetworkDescription()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is explained: F(x) = sum of weights * s(f(x)), one number per image.
+
+    The weights are fixed before the path is walked: the mean over the region R of the logit (or
+    probability) of one channel per pixel. Equivalently they are the vector of the
+    vector-Jacobian product that gives the gradient.
+    """
+
+    name: str
+    weights: torch.Tensor  # (K, h, w) float32, sum 1
+    score: str = 'logit'  # one of SCORES
+    label: int | None = None  # the class that is explained; None: all that is not background
+    network: NetworkDescription = field(default=ANY_NETWORK, repr=False)  # what the logits mean
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K, h, w) -> scores (N,)."""
+        values = logits if self.score == 'logit' else self.network.probabilities(logits)
+        return (values * self.weights.to(values)).sum(dim=(1, 2, 3))
+
+    @cached_property
+    def scale(self) -> float:
+        """The size of the region: what makes the largest weight 1."""
+        return 1 / (float(self.weights.abs().max()) or 1.0)
+
+    @property
+    def region(self) -> torch.Tensor:
+        """(h, w) bool: the output pixels that count."""
+        return (self.weights != 0).any(dim=0)
+
+    def explained(self, labels: np.ndarray) -> np.ndarray:
+        """Labels (h, w) -> bool: the pixels of the explained class."""
+        return self.network.foreground(labels) if self.label is None else labels == self.label
+
+
+@dataclass(frozen=True)
+class TargetContext:
+    """What a target may be built from: the network's answer on the original image."""
+
+    logits: torch.Tensor  # (K, h, w)
+    labels: torch.Tensor  # (h, w) int64: predicted class of every pixel
+    truth: torch.Tensor | None = None  # (h, w) int64 labels
+    placement: Placement | None = None  # where the original image lies in the input
+    network: NetworkDescription = ANY_NETWORK
+
+    @property
+    def foreground(self) -> torch.Tensor:
+        """The predicted mask, (h, w) bool."""
+        return self.network.foreground(self.labels)
+
+    @cached_property
+    def objects(self) -> list[torch.Tensor]:
+        """Connected components (8 neighbours) of the predicted mask, (h, w) bool, largest first."""
+        mask = self.foreground.cpu().numpy().astype(np.uint8)
+        count, numbers, sizes, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+        order = sorted(range(1, count), key=lambda k: -sizes[k, cv2.CC_STAT_AREA])
+        return [torch.from_numpy(numbers == k).to(self.labels.device) for k in order]
+
+    def known_truth(self, target: str) -> torch.Tensor:
+        """The ground-truth labels (h, w). Raises InputError where they are unknown."""
+        if self.truth is None:
+            raise InputError(
+                f'target "{target}" needs a ground-truth mask (give --mask_path, or use '
+                '--target predicted)'
+            )
+        if len(self.logits) == 1:  # one class: any label is foreground
+            return self.network.foreground(self.truth).long()
+        return self.truth
+
+    def mean_over(
+        self, region: torch.Tensor, labels: torch.Tensor, label: int | None = None
+    ) -> Target:
+        """The mean over a region (h, w) bool, in each pixel of the logit map of its label (h, w);
+        label: the class that is explained. Raises InputError for a class the network lacks."""
+        channels = labels if len(self.logits) > 1 else torch.zeros_like(labels)
+        if channels[region].numel() and int(channels[region].max()) >= len(self.logits):
+            raise InputError(
+                f'the ground truth holds class {int(channels[region].max())}, but the model has '
+                f'only {len(self.logits)} classes (0 to {len(self.logits) - 1})'
+            )
+        weights = torch.zeros_like(self.logits, dtype=torch.float32)
+        weights.scatter_(0, channels.clamp(max=len(weights) - 1)[None], region.float()[None])
+        return Target('mask', weights / max(1, int(region.sum())), label=label,
+                      network=self.network)  # fmt: skip
+
+
+# --------------------------------------------------------------------------- the table
+#
+# Builders of targets: (context, what stands behind the colon) -> Target; the docstring is the
+# target's line in --help.
+
+
+def predicted_target(context: TargetContext, argument: str) -> Target:
+    """the predicted mask: pixels above the threshold (several classes: not background)"""
+    return context.mean_over(context.foreground, context.labels)
+
+
+def object_target(context: TargetContext, argument: str) -> Target:
+    """the K-th largest connected part of the predicted mask, from 1"""
+    if not argument.isdecimal() or int(argument) < 1:
+        raise InputError(f'target "object:{argument}": K must be a whole number from 1')
+    if int(argument) > len(context.objects):
+        raise EmptyTargetError(
+            f'target "object:{argument}" is empty: the predicted mask has '
+            f'{len(context.objects)} objects (use --each_object, or --target predicted)'
+        )
+    return context.mean_over(context.objects[int(argument) - 1], context.labels)
+
+
+def each_object(context: TargetContext) -> list[str]:
+    """every connected part of the predicted mask: object:1, object:2, …"""
+    return [f'object:{k + 1}' for k in range(max(1, len(context.objects)))]
+
+
+def truth_target(context: TargetContext, argument: str) -> Target:
+    """the ground-truth mask"""
+    truth = context.known_truth('truth')
+    return context.mean_over(context.network.foreground(truth), truth)
+
+
+def false_positive_target(context: TargetContext, argument: str) -> Target:
+    """predicted, but not so in the ground truth: why did it see this?"""
+    truth = context.known_truth('false-positive')
+    return context.mean_over(context.foreground & (context.labels != truth), context.labels)
+
+
+def false_negative_target(context: TargetContext, argument: str) -> Target:
+    """in the ground truth, but not so predicted: why did it miss this?"""
+    truth = context.known_truth('false-negative')
+    missed = context.network.foreground(truth) & (context.labels != truth)
+    return context.mean_over(missed, truth)
+
+
+def image_target(context: TargetContext, argument: str) -> Target:
+    """every pixel"""
+    return context.mean_over(torch.ones_like(context.labels, dtype=torch.bool), context.labels)
+
+
+def pixel_target(context: TargetContext, argument: str) -> Target:
+    """one output pixel, X to the right and Y down from 0,0 in the original image"""
+    try:
+        x, y = (int(part) for part in argument.split(','))
+    except ValueError:
+        raise InputError(f'target "pixel:{argument}" is not of the form pixel:X,Y') from None
+    height, width = context.placement.original_size if context.placement else context.labels.shape
+    if not (0 <= x < width and 0 <= y < height):
+        raise InputError(
+            f'target pixel {x},{y} lies outside the image (X from 0 to {width - 1}, '
+            f'Y from 0 to {height - 1})'
+        )
+    column, row = context.placement.to_model(x, y) if context.placement else (x, y)
+    region = torch.zeros_like(context.labels, dtype=torch.bool)
+    region[row, column] = True
+    return context.mean_over(region, context.labels)
+
+
+def class_target(context: TargetContext, argument: str) -> Target:
+    """pixels won by class K, on the logit of K (models with several classes)"""
+    classes = len(context.logits)
+    if classes == 1:
+        raise InputError(f'target "class:{argument}": the model has one class (use predicted)')
+    if not argument.isdecimal() or int(argument) >= classes:
+        raise InputError(f'target "class:{argument}": K must be a class from 0 to {classes - 1}')
+    label = int(argument)
+    return context.mean_over(context.labels == label, context.labels, label)
+
+
+@dataclass(frozen=True)
+class TargetKind:
+    """A row of the table of targets: one target, or a name that stands for several."""
+
+    form: str  # how the user writes it
+    build: Callable[[TargetContext, str], Target] | None = None
+    expand: Callable[[TargetContext], list[str]] | None = None  # what it stands for
+    first: str = ''  # of these, the one there is in every image
+
+    @property
+    def meaning(self) -> str:
+        return ' '.join((self.build or self.expand).__doc__.split())
+
+
+TARGETS: dict[str, TargetKind] = {
+    'predicted': TargetKind('predicted', predicted_target),
+    'object': TargetKind('object:K', object_target),
+    'each-object': TargetKind('each-object', expand=each_object, first='object:1'),
+    'truth': TargetKind('truth', truth_target),
+    'false-positive': TargetKind('false-positive', false_positive_target),
+    'false-negative': TargetKind('false-negative', false_negative_target),
+    'image': TargetKind('image', image_target),
+    'pixel': TargetKind('pixel:X,Y', pixel_target),
+    'class': TargetKind('class:K', class_target),
+}
+
+
+# --------------------------------------------------------------------------- from what users write
+
+
+def kind_of(spec: str) -> TargetKind:
+    """The row of TARGETS of a target as the user wrote it. Raises InputError."""
+    kind, _, argument = spec.partition(':')
+    check_choice('target', kind, TARGETS)
+    if (':' in TARGETS[kind].form) != bool(argument):
+        raise InputError(f'target "{spec}" is not of the form {TARGETS[kind].form}')
+    return TARGETS[kind]
+
+
+def build_target(spec: str, context: TargetContext, score: str = 'logit') -> Target:
+    """The target that a user wrote as `spec`.
+
+    Raises InputError for a wrong spec, EmptyTargetError where its region holds no pixel.
+    """
+    kind = kind_of(spec)
+    if kind.build is None:
+        raise InputError(f'target "{spec}" stands for several (use {kind.first})')
+    target = kind.build(context, spec.partition(':')[2])
+    if not target.weights.any():
+        raise EmptyTargetError(
+            f'target "{spec}" is empty: no such pixel in this image '
+            '(use --target image to explain the whole logit map, or a lower --threshold)'
+        )
+    return replace(target, name=spec, score=score)
+
+
+def as_target(form: str | Target | torch.Tensor, score: str, context: TargetContext) -> Target:
+    """A target given as a spec, a region (h, w) or a target object."""
+    if isinstance(form, Target):
+        return form
+    if isinstance(form, str):
+        return build_target(form, context, score)
+    region = torch.as_tensor(form, dtype=torch.bool, device=context.logits.device)
+    if region.shape != context.labels.shape:
+        raise InputError(
+            f'the target mask has shape {tuple(region.shape)}, the prediction '
+            f'{tuple(context.labels.shape)}'
+        )
+    if not region.any():
+        raise EmptyTargetError('the target mask is empty')
+    return replace(context.mean_over(region, context.labels), score=score)
+
+
+def build_targets(
+    forms: Sequence[str | Target | torch.Tensor],
+    score: str,
+    context: TargetContext,
+    skip_empty: bool,
+    on_empty: str,
+) -> list[Target]:
+    """The targets that were asked for, in whichever form, those that stand for several expanded.
+
+    skip_empty: leave out empty ones, unless all are. on_empty: 'image' explains the whole image
+    where all are empty. Raises EmptyTargetError.
+    """
+    expanded: list[str | Target | torch.Tensor] = []
+    for form in forms:
+        expand = kind_of(form).expand if isinstance(form, str) else None
+        expanded += expand(context) if expand else [form]
+    targets, last_empty = [], None
+    for form in expanded:
+        target, empty = attempt(partial(as_target, form, score, context), EmptyTargetError)
+        last_empty = empty or last_empty
+        targets += [] if target is None else [target]
+    if not targets and on_empty == 'image':
+        return [build_target('image', context, score)]
+    if last_empty and not (targets and skip_empty):
+        raise EmptyTargetError(last_empty)
+    return targets

@@ -1,0 +1,95 @@
+"""Which images are finished: the key by which results are recognised, and reading them back.
+
+An image is not computed again while everything that decides its files is the same: settings, the
+content of image, truth, baseline file and network, and the versions of the libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from result_files import image_files, json_writer, read_statistics, write_files
+from verdict import Thresholds, verdict_of
+
+# Settings that do not change what is computed, and where the same weights lie.
+NOT_DECISIVE = ('step_batch', 'compile', 'device', 'model_path', 'model_sha256', 'thresholds')
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = ('torch', 'segmentation-models-pytorch', 'timm', 'numpy', 'opencv-python-headless')
+    installed = {}
+    for package in packages:
+        with contextlib.suppress(ImportError):
+            installed[package] = version(package)
+    return {'python': '.'.join(map(str, sys.version_info[:3]))} | installed
+
+
+def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str:
+    """A hash of everything that decides the files of an image.
+
+    record: the settings as they took effect, with the identity of the network. image: (H, W, 3)
+    uint8. truth: (H, W) uint8.
+    """
+    decisive = {name: value for name, value in record.items() if name not in NOT_DECISIVE}
+    digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
+    for array in (image, truth):
+        digest.update(repr(None if array is None else array.shape).encode())
+        digest.update(b'' if array is None else array.tobytes())
+    return digest.hexdigest()
+
+
+def folder_name(name: str, target: str, several: bool) -> str:
+    """The folder of an image, or of one of its targets where several may be explained."""
+    return f'{name}_{target.replace(":", "-").replace(",", "-")}' if several else name
+
+
+def finished_statistics(
+    output_dir: Path, name: str, possible: Sequence[str], several: bool, key: str
+) -> list[dict] | None:
+    """The statistics of an image that was finished with this key; None if it must be computed.
+
+    possible: the targets of which one came first, whichever was not empty. several: whether each
+    target has a folder of its own.
+    """
+    for folder in dict.fromkeys(folder_name(name, target, several) for target in possible):
+        first = _read_finished(output_dir / folder, key)
+        if first is None or first['target'] != first['targets'][0]:
+            continue
+        others = [
+            _read_finished(output_dir / folder_name(name, target, several), key)
+            for target in first['targets'][1:]
+        ]
+        return None if None in others else [first, *others]
+    return None
+
+
+def _read_finished(folder: Path, key: str) -> dict | None:
+    """The statistics in a folder that belong to this key, if the maps are there too, else None."""
+    try:
+        statistics = read_statistics(folder)
+        same = statistics['resume_key'] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return statistics if same and image_files(folder)['arrays'].is_file() else None
+
+
+def judged_again(statistics: dict, limits: Thresholds, output_dir: Path) -> dict:
+    """Statistics of a finished image under today's thresholds, in the file too. Raises
+    OutputError."""
+    changed = {'verdict': verdict_of(statistics, limits)}
+    changed['settings'] = {**statistics['settings'], 'thresholds': asdict(limits)}
+    if any(statistics[key] != value for key, value in changed.items()):
+        statistics = {**statistics, **changed}
+        path = image_files(output_dir / statistics['folder'])['statistics']
+        write_files({path: json_writer(statistics)})
+    return statistics

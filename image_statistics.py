@@ -1,0 +1,373 @@
+"""The figures of one explanation: `STATISTICS` says of each what it is and how it is got.
+
+The statistics file, the columns of a batch's tables, its medians, the page, the printed text and
+the tables of REFERENCE.md are all made, or checked, from that table: a figure is added by adding a
+row. Nothing here needs torch, so that processes which only draw and write start quickly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from integrated_gradients import Explanation
+
+TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'  # kinds: types of columns
+NESTED = ''  # a kind: lists and dictionaries, in the image's own file only
+WORK, RESULT, COST, CHECK, RECORD = 'work', 'result', 'cost', 'check', 'record'  # groups
+
+CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap black
+
+# What the definitions of checks say.
+STRONGEST = 0.05  # share of the pixels that "top" means
+RIM = 0.05  # width of the outer rim, share of the longer side
+NEAR = 0.05  # "near the target": within this share of the longer side
+NOISE_RADIUS = 0.02  # of the pixel range: of max-sensitivity's perturbations
+
+
+# --------------------------------------------------------------------------- what is measured
+
+
+class Measured:
+    """An explanation, as statistics are taken from it."""
+
+    def __init__(self, explanation: Explanation, truth: np.ndarray | None) -> None:
+        """truth: (H, W) bool, the pixels that really are of the explained class, if known."""
+        self.explanation, self.truth = explanation, truth
+        self.mask = explanation.predicted_mask.numpy()  # (H, W) bool
+
+    @cached_property
+    def signed(self) -> np.ndarray:
+        """(C, H, W) float64: the attributions, in units of the score."""
+        return self.explanation.attributions.cpu().double().numpy()
+
+    @cached_property
+    def magnitude(self) -> np.ndarray:
+        """(H, W) float64: |attribution|, summed over the channels."""
+        return np.abs(self.signed).sum(axis=0)
+
+    @cached_property
+    def total(self) -> float:
+        """All |attribution| there is."""
+        return self.magnitude.sum()
+
+    @cached_property
+    def inside(self) -> float | None:
+        """Mean |attribution| of a predicted pixel."""
+        return _mean(self.magnitude[self.mask])
+
+    @cached_property
+    def outside(self) -> float | None:
+        """Mean |attribution| of any other pixel."""
+        return _mean(self.magnitude[~self.mask])
+
+    def share_in(self, mask: np.ndarray | None) -> float | None:
+        """The share of |attribution| that lies in a mask (H, W) bool."""
+        if mask is None or not (self.total and mask.any()):
+            return None
+        return self.magnitude[mask].sum() / self.total
+
+    @property
+    def ratio(self) -> float | None:
+        return self.inside / self.outside if self.inside is not None and self.outside else None
+
+    @cached_property
+    def summed(self) -> np.ndarray:
+        """(H, W) float64: |sum over the channels|, which the uncertainty is of."""
+        return np.abs(self.signed.sum(axis=0))
+
+    @property
+    def settled_share(self) -> float | None:
+        """The share of it on pixels whose sign the uncertainty leaves no doubt about."""
+        uncertainty = self.explanation.uncertainty
+        if uncertainty is None or not self.summed.any():
+            return None
+        return self.summed[self.summed >= uncertainty.numpy()].sum() / self.summed.sum()
+
+    @property
+    def uncertainty_level(self) -> float | None:
+        """The 99th percentile of the uncertainty by that of what it is of."""
+        uncertainty = self.explanation.uncertainty
+        level = np.percentile(self.summed, CLIP_PERCENTILE)
+        if uncertainty is None or not level:
+            return None
+        return np.percentile(uncertainty.numpy(), CLIP_PERCENTILE) / level
+
+    @cached_property
+    def scores(self) -> dict[str, float | None]:
+        """Of the predicted mask against the truth."""
+        if self.truth is None:
+            return {'dice': None, 'iou': None, 'pixel_accuracy': None}
+        return mask_scores(self.mask, self.truth)
+
+    @property
+    def channel_shares(self) -> list[float] | None:
+        if not self.total:
+            return None
+        return (np.abs(self.signed).sum(axis=(1, 2)) / self.total).tolist()
+
+
+def mask_scores(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Dice, IoU and pixel accuracy of two (h, w) bool masks; two empty masks agree fully."""
+    overlap, union = (prediction & truth).sum(), (prediction | truth).sum()
+    return {
+        'dice': 2 * overlap / (overlap + union) if union else 1.0,
+        'iou': overlap / union if union else 1.0,
+        'pixel_accuracy': (prediction == truth).mean(),
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+# --------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """The meaning of one figure, and all that is done with it."""
+
+    meaning: str
+    kind: str = NUMBER  # TEXT, WHOLE, NUMBER, TRUTH or NESTED
+    group: str = RESULT  # WORK, RESULT, COST, CHECK or RECORD
+    of: Callable[[Measured], object] | None = None  # None: other parts of the program give it
+    unit: str = ''  # '%': a share from 0 to 1, shown as per cent; 'px' of the model input; …
+    summarised: bool = False  # whether a batch gives its median
+    page: int | None = None  # its place in the page's detail view
+    label: str = ''  # its name there
+    heading: str = ''  # of its column in the page's table, where it has one
+    range: str = ''  # of a check: the values there are
+    better: str = ''  # of a check: 'higher', 'lower', '' where neither is
+    source: str = ''  # of a check
+
+    @property
+    def explanation(self) -> str:
+        """The definition of a check in one line."""
+        better = self.better and f', better {self.better}'
+        return f'{self.meaning} ({self.range}{better}; {self.source})'
+
+
+def _check(meaning: str, range: str, better: str, source: str) -> Statistic:
+    """A row that is measured by `faithfulness`."""
+    return Statistic(meaning, NUMBER, CHECK, summarised=True, range=range, better=better,
+                     source=source)  # fmt: skip
+
+
+_ARRAS = 'Arras et al. 2022'
+_YEH = 'Yeh et al. 2019'
+_PETSIUK = 'Petsiuk et al. 2018'
+_ADEBAYO = 'Adebayo et al. 2018'
+_STURMFELS = 'Sturmfels et al. 2020'
+
+STATISTICS: dict[str, Statistic] = {
+    'image': Statistic('name of the image', TEXT, RECORD),
+    'target': Statistic('what is explained', TEXT, WORK, lambda m: m.explanation.target),
+    'target_area': Statistic('size of the target region', WHOLE, WORK,
+        lambda m: int(m.explanation.region.sum()), 'px'),
+    'score_type': Statistic('what is averaged over the region: logit or probability', TEXT, WORK,
+        lambda m: m.explanation.score_type),
+    'baseline': Statistic('what the image is compared with', TEXT, WORK,
+        lambda m: m.explanation.baseline),
+    'rule': Statistic('quadrature rule', TEXT, WORK, lambda m: m.explanation.rule),
+    'steps': Statistic('interpolation steps for each baseline (the most, where draws differ)',
+        WHOLE, WORK, lambda m: m.explanation.steps),
+    'gradient_evaluations': Statistic(
+        'all gradients computed, those of the precision check included', WHOLE, COST,
+        lambda m: m.explanation.cost.gradient_evaluations, page=10, label='Gradient evaluations'),
+    'forward_passes': Statistic(
+        'images through the network, for the prediction and the gradients', WHOLE, COST,
+        lambda m: m.explanation.cost.forward_passes),
+    'step_batch': Statistic('interpolation steps computed at once', WHOLE, COST,
+        lambda m: m.explanation.cost.step_batch),
+    'precision': Statistic('type the gradients were computed in', TEXT, WORK,
+        lambda m: m.explanation.cost.precision),
+    'precision_deviation': Statistic(
+        'measured relative L2 deviation of the map from float32, where precision was reduced',
+        NUMBER, WORK, lambda m: m.explanation.cost.precision_deviation),
+    'seconds': Statistic('time for all targets of the image together', NUMBER, COST,
+        lambda m: m.explanation.cost.seconds, 's', True, page=11, label='Seconds'),
+    'peak_memory_bytes': Statistic(
+        "peak memory so far: of the GPU's tensors, on a CPU of the whole process", WHOLE, COST,
+        lambda m: m.explanation.cost.peak_memory_bytes, 'bytes'),
+    'score': Statistic("F(x): the target's score on the image", of=lambda m: m.explanation.score,
+        unit='score', page=8, label='F(x)'),
+    'baseline_score': Statistic("F(x'): its score on the baseline, mean over the draws",
+        of=lambda m: m.explanation.baseline_score, unit='score', page=9, label='F(baseline)'),
+    'attribution_sum': Statistic('sum of the attributions',
+        of=lambda m: m.explanation.attribution_sum, unit='score'),
+    'completeness_gap': Statistic(
+        'how far the sum of the map misses the change of the score, by that change',
+        of=lambda m: m.explanation.completeness_gap, unit='%', summarised=True, page=3,
+        label='Completeness gap', heading='Gap'),
+    'map_error': Statistic('estimated relative L2 error of the map',
+        of=lambda m: m.explanation.map_error, unit='%', summarised=True, page=4,
+        label='Map error (estimate)', heading='Map error'),
+    'settled_share': Statistic(
+        'share of |attribution|, summed over channels with its sign, on pixels where it is at '
+        'least its uncertainty', of=lambda m: m.settled_share, unit='%', summarised=True,
+        page=5, label='Share of |attribution| whose sign is settled'),
+    'uncertainty_level': Statistic(
+        f'{CLIP_PERCENTILE}th percentile of the uncertainty by that of the |attribution| it is of',
+        of=lambda m: m.uncertainty_level, unit='%'),
+    'within_tolerance': Statistic('whether map error and gap are below the tolerance', TRUTH,
+        of=lambda m: m.explanation.within_tolerance),
+    'attribution_mean': Statistic('mean of the signed attributions, all pixels and channels',
+        of=lambda m: m.signed.mean(), unit='score'),
+    'attribution_std': Statistic('their standard deviation', of=lambda m: m.signed.std(),
+        unit='score'),
+    'attribution_min': Statistic('the lowest of them', of=lambda m: m.signed.min(), unit='score'),
+    'attribution_max': Statistic('the highest of them', of=lambda m: m.signed.max(), unit='score'),
+    'attribution_ratio': Statistic(
+        'mean |attribution| (summed over channels) inside the predicted mask by its mean outside',
+        of=lambda m: m.ratio, summarised=True, page=2, label='Attribution ratio',
+        heading='Ratio'),
+    'attribution_in_prediction': Statistic('mean |attribution| inside the predicted mask',
+        of=lambda m: m.inside, unit='score'),
+    'attribution_in_background': Statistic('mean |attribution| outside it',
+        of=lambda m: m.outside, unit='score'),
+    'share_in_prediction': Statistic('share of |attribution| that lies in the predicted mask',
+        of=lambda m: m.share_in(m.mask), unit='%', summarised=True, page=6,
+        label='Share of |attribution| in the prediction'),
+    'share_in_truth': Statistic('share that lies in the ground truth',
+        of=lambda m: m.share_in(m.truth), unit='%', summarised=True),
+    'prediction_ratio': Statistic('share of predicted pixels', of=lambda m: m.mask.mean(),
+        unit='%', summarised=True, page=7, label='Share of pixels predicted'),
+    'prediction_area': Statistic('number of predicted pixels', WHOLE,
+        of=lambda m: int(m.mask.sum()), unit='px'),
+    'dice': Statistic('Dice of prediction and truth, 0 to 1; two empty masks score 1',
+        of=lambda m: m.scores['dice'], summarised=True, page=1, label='Dice', heading='Dice'),
+    'iou': Statistic('intersection over union of the two', of=lambda m: m.scores['iou'],
+        summarised=True),
+    'pixel_accuracy': Statistic('share of pixels on which they agree',
+        of=lambda m: m.scores['pixel_accuracy'], summarised=True),
+    'channel_shares': Statistic(
+        "share of |attribution| of each input channel (share_red, … in a batch's tables)", NESTED,
+        of=lambda m: m.channel_shares),
+    'trend': Statistic(
+        'at every node of the path from the (first) baseline: alpha, F, and the IoU of the '
+        'predicted mask there with that on the image', NESTED,
+        of=lambda m: {name: list(values) for name, values in vars(m.explanation.trend).items()}),
+    'preparation': Statistic(
+        "the network's private copy: batch norms folded, convolutions run backwards as forward "
+        'ones, relative deviation of logits and gradient, whether the original was used instead',
+        NESTED, COST, lambda m: dict(vars(m.explanation.cost.preparation))),
+
+    # What `--evaluate` measures.
+    'deletion_area': _check(
+        'area under the score while pixels are removed, most relevant first; 1 is F(x), 0 the '
+        'score of the filled image; mean over fills and units',
+        'about 0 to 1', 'lower', _PETSIUK),
+    'insertion_area': _check(
+        'the same while pixels are put back into the filled image', 'about 0 to 1', 'higher',
+        _PETSIUK),
+    'deletion_margin': _check(
+        'deletion area of the better of the two controls (random map, Sobel edges) minus that of '
+        'the map', '-1 to 1', 'higher', _PETSIUK),
+    'insertion_margin': _check(
+        'insertion area of the map minus that of the better control', '-1 to 1', 'higher',
+        _PETSIUK),
+    'infidelity': _check(
+        'squared difference of what the map says random patches are worth and what replacing them '
+        'by the baseline changes, best scale, relative to the change', '0 to 1', 'lower', _YEH),
+    'max_sensitivity': _check(
+        f'largest relative L2 change of the map under uniform noise of {NOISE_RADIUS:.0%} of the '
+        'pixel range', '0 and up', 'lower', _YEH),
+    'randomised_correlation': _check(
+        'rank correlation of the signed map with that of the network whose weights are all '
+        'redrawn', '-1 to 1', 'lower', _ADEBAYO),
+    'randomised_ssim': _check(
+        'structural similarity of the two magnitudes', '-1 to 1', 'lower', _ADEBAYO),
+    'baseline_correlation': _check(
+        'rank correlation of |attribution| between baselines, median of all pairs', '-1 to 1',
+        'higher', _STURMFELS),
+    'baseline_overlap': _check(
+        f'overlap of the strongest {STRONGEST:.0%} of pixels, median of all pairs', '0 to 1',
+        'higher', _STURMFELS),
+    **{
+        f'{name}_in_{where}': _check(f'{text}{of}', '0 to 1', 'higher', source)
+        for where, of in (('prediction', 'the predicted mask'), ('truth', 'the ground truth'))
+        for name, text, source in (
+            ('mass', 'relevance mass accuracy: share of |attribution| inside ', _ARRAS),
+            ('rank', 'relevance rank accuracy: share of the n strongest pixels inside, n being '
+             'the size of ', _ARRAS),
+            ('pointing', 'pointing game: whether the strongest pixel lies inside ',
+             'Zhang et al. 2016'),
+            ('top', f'top-k intersection: share of the strongest {STRONGEST:.0%} of pixels '
+             'inside ', 'Theiner et al. 2021'),
+        )
+    },
+    **{
+        f'{who}_radius_{share}': _check(
+            f'distance from the target within which {share} % of {what} lies, in pixels of the '
+            'model input; 0: inside', '0 and up', '', source)
+        for who, what, source in (
+            ('context', '|attribution|', 'this toolkit'),
+            ('receptive', '|gradient of the target at the input|', 'Luo et al. 2016'))
+        for share in (50, 90, 95)
+    },
+    'context_inside': _check('share of |attribution| inside the target', '0 to 1', '',
+                             'this toolkit'),
+    'context_near': _check(
+        f'share outside it, but within {NEAR:.0%} of the longer side', '0 to 1', '',
+        'this toolkit'),
+    'rim_excess': _check(
+        f'share of |attribution| in the outer rim ({RIM:.0%} of the longer side, target '
+        'left out) over its share of the area', '0 and up', 'lower', 'this toolkit'),
+    'padding_excess': _check(
+        'the same for letterbox padding', '0 and up', 'lower', 'this toolkit'),
+    'evaluation': Statistic('what those were taken from: curves, profile, stages, pairs of '
+        'baselines', NESTED, of=lambda m: None),
+
+    'notes': Statistic('what was decided or left out, in sentences', NESTED, RECORD),
+    'targets': Statistic('all targets explained in the same run', NESTED, RECORD),
+    'settings': Statistic('all settings as they took effect', NESTED, RECORD),
+    'versions': Statistic('versions of what decides the numbers', NESTED, RECORD),
+    'verdict': Statistic('the findings: flag, level (good, note, concern) and sentence', NESTED,
+                         RECORD),
+    'image_path': Statistic('the file of the image', TEXT, RECORD),
+    'folder': Statistic("the folder of the image's files", TEXT, RECORD),
+    'resume_key': Statistic('hash of everything that decides the files', TEXT, RECORD),
+}  # fmt: skip
+
+METRICS = {key: row for key, row in STATISTICS.items() if row.group == CHECK and row.source}
+
+
+def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = None) -> dict:
+    """The figures of one explanation, flat and ready for JSON; None where one does not apply.
+
+    truth: (h, w) bool, the pixels that really are of the explained class; None if unknown.
+    STATISTICS says what each figure is. Those of METRICS are None until `evaluate_explanation` has
+    measured them.
+    """
+    measured = Measured(explanation, truth)
+    return {
+        key: _plain(row.of(measured)) if row.of else None
+        for key, row in STATISTICS.items()
+        if row.of or key in METRICS
+    }
+
+
+def _plain(value: object) -> object:
+    """NumPy numbers as Python's; numbers that JSON cannot hold as None."""
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+# --------------------------------------------------------------------------- as text
+
+
+def shown(key: str, value: float | None, precise: bool = False) -> str:
+    """A figure as text, by its unit. precise: with a digit more."""
+    if value is None:
+        return 'n/a'
+    if key in STATISTICS and STATISTICS[key].unit == '%':
+        return f'{100 * value:.2f} %' if precise else f'{100 * value:.3g} %'
+    return f'{value:.4g}' if precise else f'{value:.3g}'

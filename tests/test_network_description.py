@@ -1,0 +1,166 @@
+"""What a network is, which one it is, and that results of another are never taken for its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEMO_MODEL, ROOT, noise_image, save_image
+from torch import nn
+
+from integrated_gradients import (
+    InputError,
+    IntegratedGradients,
+    Preprocessing,
+    Settings,
+    analyse_batch,
+    list_samples,
+    load_model,
+)
+from model_loading import create_model
+from network_description import (
+    EXCLUSIVE,
+    FOREGROUND,
+    NetworkDescription,
+    describe_network,
+    network_digest,
+)
+
+
+class Scaled(nn.Module):
+    """Brightness times a factor that is no weight."""
+
+    def __init__(self, factor: float = 1.0, formula=None) -> None:
+        super().__init__()
+        self.factor, self.formula = factor, formula or (lambda v: v)
+        self.conv = nn.Conv2d(3, 1, 1)
+        nn.init.constant_(self.conv.weight, 1.0)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        return self.formula(self.conv(x)) * self.factor
+
+
+class AlsoScaled(Scaled):
+    def forward(self, x):
+        return self.formula(self.conv(x)) * self.factor + 1
+
+
+def changed(net: nn.Module) -> nn.Module:
+    net.conv.weight.data.mul_(2)
+    return net
+
+
+OTHERS = [
+    lambda: changed(Scaled()),  # weights
+    lambda: Scaled(2.0),  # an attribute
+    lambda: Scaled(formula=torch.tanh),  # a function
+    lambda: Scaled(formula=lambda v: v + 1),  # a formula
+    lambda: AlsoScaled(),  # the code of forward
+    lambda: Scaled().double(),  # the type of the weights
+]
+
+
+def test_networks_that_differ_have_different_digests():
+    digests = [network_digest(make()) for make in (Scaled, *OTHERS)]
+    assert len(set(digests[:3] + digests[4:])) == len(digests) - 1
+    assert network_digest(Scaled()) == digests[0]
+    closed = [network_digest(Scaled(formula=lambda v, k=k: v * k)) for k in (1, 2)]
+    assert closed[0] != closed[1]
+
+
+def test_the_digest_is_the_same_in_another_process():
+    script = (
+        'from model_loading import load_model; import sys\n'
+        'print(load_model(sys.argv[1], "cpu").network_description.weights_sha256)'
+    )
+    done = subprocess.run([sys.executable, '-c', script, str(DEMO_MODEL)], cwd=ROOT,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout.strip() == load_model(DEMO_MODEL, 'cpu').network_description.weights_sha256
+
+
+def test_a_second_network_in_the_same_folder_is_never_taken_for_the_first(tmp_path):
+    save_image(tmp_path / 'data' / 'a.png', noise_image())
+    samples = list_samples(tmp_path / 'data')
+    settings = Settings(target='image', num_steps=2, image_size=32)
+
+    def score_of(net: nn.Module) -> float:
+        ig = IntegratedGradients(net, 'cpu', Preprocessing(32))
+        result = analyse_batch(ig, samples, settings, tmp_path / 'out', figures='none')
+        return result.images[0]['score']
+
+    first = score_of(Scaled())
+    assert score_of(Scaled()) == first
+    written = (tmp_path / 'out' / 'a' / 'a_statistics.json').stat().st_mtime_ns
+    for make in OTHERS[:2] + OTHERS[3:5]:
+        assert score_of(make()) != first
+    assert score_of(Scaled()) == first  # computed again: the folder held another's
+    assert (tmp_path / 'out' / 'a' / 'a_statistics.json').stat().st_mtime_ns != written
+
+
+def test_a_network_that_is_trained_on_is_another_network(tmp_path):
+    save_image(tmp_path / 'data' / 'a.png', noise_image())
+    net = Scaled()
+    ig = IntegratedGradients(net, 'cpu', Preprocessing(32))
+    settings = Settings(target='image', num_steps=2)
+    for _ in range(2):
+        before = ig.network.weights_sha256
+        result = analyse_batch(ig, list_samples(tmp_path / 'data'), settings, tmp_path / 'out',
+                               figures='none')  # fmt: skip
+        expected = ig.explain(torch.ones(3, 32, 32), 'image', num_steps=1)
+        assert result.images[0]['settings']['weights_sha256'] == before
+        changed(net)
+        assert ig.network.weights_sha256 != before
+        again = ig.explain(torch.ones(3, 32, 32), 'image', num_steps=1)
+        assert again.score == pytest.approx(2 * expected.score)
+
+
+# ------------------------------------------------------------------ meaning
+
+
+def test_what_a_loaded_network_is():
+    found = load_model(DEMO_MODEL, 'cpu').network_description
+    assert (found.channels, found.size_multiple, found.output_kind) == (3, 32, FOREGROUND)
+    assert found.preprocessing.mean == (0.5, 0.5, 0.5) and found.background == 0
+    assert found.source['model_path'] == str(DEMO_MODEL) and found.source['classes'] == 1
+
+
+def test_any_module_is_described():
+    found = describe_network(create_model('unet', 'resnet18', 3))
+    assert found.source == {} and found.output_kind is None
+    assert found.preprocessing == Preprocessing()
+    net = Scaled()
+    net.preprocessing = Preprocessing(64, mean=(0.5,) * 3)
+    assert IntegratedGradients(net, 'cpu').preprocessing.image_size == 64
+
+
+def test_outputs_by_hand():
+    network = NetworkDescription()
+    binary = torch.tensor([[[[2.0, -1.0]]]])  # (1, 1, 1, 2)
+    several = torch.tensor([[[[3.0, 0.0]], [[0.0, 5.0]], [[0.0, 0.0]]]])  # (1, 3, 1, 2)
+    assert network.kind(binary) == FOREGROUND and network.kind(several) == EXCLUSIVE
+    assert network.labels(binary, 0.5).tolist() == [[[1, 0]]]
+    assert network.labels(binary, 0.9).tolist() == [[[0, 0]]]
+    assert network.labels(several, 0.5).tolist() == [[[0, 1]]]
+    assert network.probabilities(several).sum(dim=1) == pytest.approx(np.ones((1, 1, 2)))
+    mask, chance = network.explained(several, network.labels(several, 0.5)[0], None)
+    assert mask.tolist() == [[False, True]]
+    expected = 1 - network.probabilities(several)[0, 0]
+    torch.testing.assert_close(chance, expected)
+    mask, _ = network.explained(several, network.labels(several, 0.5)[0], 0)
+    assert mask.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(('multiple', 'size', 'accepted'), [(1, 100, 128), (16, 640, 640),
+                                                            (14, 200, 224)])  # fmt: skip
+def test_accepted_sizes(multiple, size, accepted):
+    assert NetworkDescription(size_multiple=multiple).accepted_size(size) == accepted
+
+
+def test_input_of_another_shape_is_told():
+    with pytest.raises(InputError, match=r'\(3, H, W\) or \(1, 3, H, W\), not \(2, 3, 8, 8\)'):
+        NetworkDescription().check_input((2, 3, 8, 8))
+    NetworkDescription(channels=4).check_input((4, 8, 8))
