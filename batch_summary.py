@@ -30,13 +30,13 @@ from attribution_figures import summary_figure
 from batch_job import DONE, FAILED, GRACE, NETWORK_DELAY, POLL, SKIPPED, Outcome, Share
 from errors import OutputError
 from html_report import Page, report_html, reproducing_command
-from image_statistics import CHECK, COST, NESTED, NUMBER, RECORD, RESULT, STATISTICS, TEXT, WHOLE
+from image_statistics import CHECK, COMPOUND, COST, NUMBER, RECORD, RESULT, STATISTICS, TEXT, WHOLE
 from map_metrics import rank_correlation
 from result_files import figure_writer, image_files, read_statistics, write_files
 from verdict import Thresholds, batch_findings, concerns
 
 CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`
-_FLAT = {key: row.kind for key, row in STATISTICS.items() if row.kind != NESTED}
+_FLAT = {key: row.kind for key, row in STATISTICS.items() if row.kind != COMPOUND}
 _RECORDS = {key: kind for key, kind in _FLAT.items() if STATISTICS[key].group == RECORD}
 COLUMNS = {  # of summary.csv and summary.parquet: the flat statistics, and what a batch adds
     'image': TEXT, **dict.fromkeys(('status', 'reason', 'flags'), TEXT),

@@ -299,9 +299,9 @@ def measure_deviation(
     return relative_difference(other_logits, logits), relative_difference(other_gradient, gradient)
 
 
-def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_difference(other: torch.Tensor, expected: torch.Tensor) -> float:
     """L2 norm of the difference, relative to the expected; 0 where both are zero."""
-    difference, size = float((found - expected).norm()), float(expected.norm())
+    difference, size = float((other - expected).norm()), float(expected.norm())
     return difference / size if size else (0.0 if difference == 0 else float('inf'))
 
 
@@ -327,8 +327,8 @@ def cpu_has_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 products (x86: AVX-512 or AMX; ARM)."""
     if not hasattr(torch.cpu, 'get_capabilities'):  # torch before 2.10
         return False
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16'))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16'))
 
 
 def reduced_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from integrated_gradients import Explanation
 
 TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'  # kinds: types of columns
-NESTED = ''  # a kind: lists and dictionaries, in the image's own file only
+COMPOUND = ''  # a kind: lists and dictionaries, in the image's own file only
 WORK, RESULT, COST, CHECK, RECORD = 'work', 'result', 'cost', 'check', 'record'  # groups
 
 CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap black
@@ -135,7 +135,7 @@ class Statistic:
     """The meaning of one figure, and all that is done with it."""
 
     meaning: str
-    kind: str = NUMBER  # TEXT, WHOLE, NUMBER, TRUTH or NESTED
+    kind: str = NUMBER  # TEXT, WHOLE, NUMBER, TRUTH or COMPOUND
     group: str = RESULT  # WORK, RESULT, COST, CHECK or RECORD
     of: Callable[[Measured], object] | None = None  # None: other parts of the program give it
     unit: str = ''  # '%': a share from 0 to 1, shown as per cent; 'px' of the model input; …
@@ -248,16 +248,16 @@ STATISTICS: dict[str, Statistic] = {
     'pixel_accuracy': Statistic('share of pixels on which they agree',
         of=lambda m: m.scores['pixel_accuracy'], summarised=True),
     'channel_shares': Statistic(
-        "share of |attribution| of each input channel (share_red, … in a batch's tables)", NESTED,
+        "share of |attribution| of each input channel (share_red, … in a batch's tables)", COMPOUND,
         of=lambda m: m.channel_shares),
     'trend': Statistic(
         'at every node of the path from the (first) baseline: alpha, F, and the IoU of the '
-        'predicted mask there with that on the image', NESTED,
+        'predicted mask there with that on the image', COMPOUND,
         of=lambda m: {name: list(values) for name, values in vars(m.explanation.trend).items()}),
     'preparation': Statistic(
         "the network's private copy: batch norms folded, convolutions run backwards as forward "
         'ones, relative deviation of logits and gradient, whether the original was used instead',
-        NESTED, COST, lambda m: dict(vars(m.explanation.cost.preparation))),
+        COMPOUND, COST, lambda m: dict(vars(m.explanation.cost.preparation))),
 
     # What `--evaluate` measures.
     'deletion_area': _check(
@@ -323,13 +323,13 @@ STATISTICS: dict[str, Statistic] = {
     'padding_excess': _check(
         'the same for letterbox padding', '0 and up', 'lower', 'this toolkit'),
     'evaluation': Statistic('what those were taken from: curves, profile, stages, pairs of '
-        'baselines', NESTED, of=lambda m: None),
+        'baselines', COMPOUND, of=lambda m: None),
 
-    'notes': Statistic('what was decided or left out, in sentences', NESTED, RECORD),
-    'targets': Statistic('all targets explained in the same run', NESTED, RECORD),
-    'settings': Statistic('all settings as they took effect', NESTED, RECORD),
-    'versions': Statistic('versions of what decides the numbers', NESTED, RECORD),
-    'verdict': Statistic('the findings: flag, level (good, note, concern) and sentence', NESTED,
+    'notes': Statistic('what was decided or left out, in sentences', COMPOUND, RECORD),
+    'targets': Statistic('all targets explained in the same run', COMPOUND, RECORD),
+    'settings': Statistic('all settings as they took effect', COMPOUND, RECORD),
+    'versions': Statistic('versions of what decides the numbers', COMPOUND, RECORD),
+    'verdict': Statistic('the findings: flag, level (good, note, concern) and sentence', COMPOUND,
                          RECORD),
     'image_path': Statistic('the file of the image', TEXT, RECORD),
     'folder': Statistic("the folder of the image's files", TEXT, RECORD),

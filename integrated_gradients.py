@@ -115,10 +115,10 @@ from path_integral import (
 from result_files import (
     FIGURES,
     Description,
+    display_arrays,
     load_view,
     make_output_folder,
     missing_figures,
-    packed,
     redraw_figures,
     redraw_missing,
     view_of,
@@ -132,6 +132,7 @@ from segmentation_dataset import (
     Placement,
     Preprocessing,
     Sample,
+    choose_samples,
     list_samples,
     read_image,
     single_sample,
@@ -188,7 +189,6 @@ __all__ = [  # what users import from here, wherever it stands
 
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
-DISPLAY_SIDE = 1024  # pixels: the longer side of the image that is kept for figures
 
 
 # --------------------------------------------------------------------------- baselines
@@ -269,7 +269,7 @@ def build_baselines(
 
 # --------------------------------------------------------------------------- settings
 
-MODEL, PREPROCESSING, ATTRIBUTION, CHECKS = 'model', 'preprocessing', 'attribution', 'checks'
+MODEL, PREPROCESSING, ATTRIBUTION, CHECKING = 'model', 'preprocessing', 'attribution', 'checks'
 
 
 @dataclass(frozen=True)
@@ -362,11 +362,11 @@ class Settings:
         'relative L2 deviation of the map that auto accepts', above=0)
     gap_tolerance: float = setting(0.05, ATTRIBUTION,
         'completeness gap above which to warn', above=0)
-    evaluate: str | None = setting(None, CHECKS,
+    evaluate: str | None = setting(None, CHECKING,
         'check how far each map can be trusted; the cost is told first',
         choices=tuple(EFFORTS), default_text='off')
     thresholds: Thresholds = setting(  # noqa: RUF009
-        Thresholds(), CHECKS, 'of the verdict', metavar='NAME=VALUE',
+        Thresholds(), CHECKING, 'of the verdict', metavar='NAME=VALUE',
         default_text=' '.join(f'{k}={v:g}' for k, v in asdict(Thresholds()).items()))
     # fmt: on
 
@@ -1038,31 +1038,6 @@ def notes_on(
     return notes
 
 
-def display_arrays(
-    explanation: Explanation, image: np.ndarray, truth: np.ndarray | None, placement: Placement
-) -> dict[str, np.ndarray]:
-    """All that the .npz file holds. Maps are at model resolution, padding included.
-
-    image: (H0, W0, 3) uint8, kept at a long side of at most DISPLAY_SIDE. truth: (h, w) bool or
-    None.
-    """
-    scale = min(1.0, DISPLAY_SIDE / max(image.shape[:2]))
-    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
-    arrays = {
-        'attributions': explanation.attributions.cpu().numpy(),
-        'prediction': explanation.prediction.numpy(),
-        'predicted_mask': explanation.predicted_mask.numpy(),
-        'region': explanation.region.numpy(),
-        'baseline': np.clip(np.rint(explanation.baseline_pixels), 0, 255).astype(np.uint8),
-        'image': cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image,
-        'original_size': np.array(placement.original_size),
-        'content': np.array([placement.top, placement.left, placement.height, placement.width]),
-    }
-    if explanation.uncertainty is not None:
-        arrays |= packed(explanation.uncertainty.numpy())
-    return arrays if truth is None else arrays | {'truth': truth}
-
-
 def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
     """All settings as they took effect and the network's identity, for the statistics file."""
     record = {
@@ -1147,8 +1122,8 @@ def statistics_of(
             'folder': folder_name(name, statistics['target'], settings.several_targets),
             'resume_key': pending.key,
         }
-    found = [statistics for statistics, _ in described]
-    return found, partial(write_image, output.folder, described, output.figures)
+    by_target = [statistics for statistics, _ in described]
+    return by_target, partial(write_image, output.folder, described, output.figures)
 
 
 def analyse_loaded(
@@ -1160,10 +1135,10 @@ def analyse_loaded(
 ) -> list[dict]:
     """`analyse_sample` of a sample that was read already."""
     pending = Pending.of(loaded, settings, settings_record(ig, settings), output)
-    found, write = statistics_of(ig, pending, settings, output, progress)
+    by_target, write = statistics_of(ig, pending, settings, output, progress)
     if write is not None:
         write()
-    return found
+    return by_target
 
 
 def analyse_sample(
@@ -1186,14 +1161,6 @@ def analyse_sample(
 
 
 # --------------------------------------------------------------------------- many samples
-
-
-def choose_samples(samples: Sequence[Sample], count: int | None) -> list[Sample]:
-    """That many samples evenly spaced through the list; all of them for None."""
-    if count is None or count >= len(samples):
-        return list(samples)
-    rows = np.linspace(0, len(samples) - 1, count).round().astype(int)
-    return [samples[row] for row in rows]
 
 
 def batch_integrated_gradients_analysis(
@@ -1312,15 +1279,15 @@ class _Batch:
         try:
             if writers.in_trouble:  # the last image could not be written: can this one?
                 make_output_folder(self.output.folder)
-            found, write = self._statistics_of(pending())
+            by_target, write = self._statistics_of(pending())
         except EmptyTargetError as error:
             writers.settle(replace(outcome, status=SKIPPED, reason=str(error)))
         except InputError as error:
             writers.settle(replace(outcome, status=FAILED, reason=str(error)))
         else:
-            for statistics in found:
+            for statistics in by_target:
                 say_warnings(statistics)
-            outcome = replace(outcome, rows=tuple(map(row_of, found)))
+            outcome = replace(outcome, rows=tuple(map(row_of, by_target)))
             if write is None:
                 writers.settle(outcome)
             else:
@@ -1394,8 +1361,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog='integrated_gradients.py',
         description='Integrated Gradients for segmentation models: why did it draw this mask?',
-        epilog='Exit status: 0 done, 1 some images of a batch failed, 2 bad input, 130 Ctrl-C, '
-        '143 SIGTERM.',
+        epilog='Exit status: 0 done, 1 some images of a batch failed or its summary could not be '
+        'written, 2 bad input, 130 Ctrl-C, 143 SIGTERM.',
         allow_abbrev=False,  # --step 50 would silently mean --step_batch 50
     )
     # fmt: off
@@ -1428,7 +1395,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     # fmt: on
     _add_settings(group, MODEL)
-    for name in (PREPROCESSING, ATTRIBUTION, CHECKS):
+    for name in (PREPROCESSING, ATTRIBUTION, CHECKING):
         _add_settings(parser.add_argument_group(name), name)
     return parser
 
@@ -1493,8 +1460,8 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     output = Output(make_output_folder(args.output_dir), args.figures, args.overwrite)
     with hold_folder(output.folder):
         ig = load_explainer(args.model_path, settings, args.encoder, args.architecture, args.device)
-        found = analyse_loaded(ig, loaded, settings, output, progress=True)
-    for statistics in found:
+        by_target = analyse_loaded(ig, loaded, settings, output, progress=True)
+    for statistics in by_target:
         print(statistics_text(statistics))
         for finding in statistics['verdict']:
             print(f'  {finding["flag"]}: {finding["text"]}')

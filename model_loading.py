@@ -397,8 +397,8 @@ def guess_encoder(state: dict[str, torch.Tensor], near: str = '') -> str | None:
         candidate = _skeleton(lambda name=name: smp.encoders.get_encoder(name, weights=None))
         if candidate is None:
             continue
-        found = {f'encoder.{key}': value for key, value in candidate.state_dict().items()}
-        if _shapes(found, encoder=True) == wanted:
+        tensors = {f'encoder.{key}': value for key, value in candidate.state_dict().items()}
+        if _shapes(tensors, encoder=True) == wanted:
             return name
     return None
 

@@ -15,13 +15,18 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 from PIL import Image
 
 from attribution_figures import View, attribution_figure, channels_figure, page_pictures
 from errors import InputError, OutputError, one_line
 from segmentation_dataset import Placement
+
+if TYPE_CHECKING:
+    from integrated_gradients import Explanation
 
 FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
     'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
@@ -33,6 +38,8 @@ FIGURES = {  # what --figures draws of each image; all: what the page shows too
     'png': ('attribution', 'channels'),
     'all': ('attribution', 'channels', 'image', 'overlay', 'uncertainty', 'thumbnail'),
 }
+
+DISPLAY_SIDE = 1024  # pixels: the longer side of the image that is kept for figures
 
 Description = tuple[dict, dict[str, np.ndarray]]  # statistics, and the arrays figures need
 
@@ -204,6 +211,31 @@ def view_of(arrays: dict[str, np.ndarray]) -> View:
         baseline=crop(arrays['baseline']),
         uncertainty=crop(unpacked(arrays)) if 'uncertainty' in arrays else None,
     )
+
+
+def display_arrays(
+    explanation: Explanation, image: np.ndarray, truth: np.ndarray | None, placement: Placement
+) -> dict[str, np.ndarray]:
+    """All that the .npz file holds. Maps are at model resolution, padding included.
+
+    image: (H0, W0, 3) uint8, kept at a long side of at most DISPLAY_SIDE. truth: (h, w) bool or
+    None.
+    """
+    scale = min(1.0, DISPLAY_SIDE / max(image.shape[:2]))
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    arrays = {
+        'attributions': explanation.attributions.cpu().numpy(),
+        'prediction': explanation.prediction.numpy(),
+        'predicted_mask': explanation.predicted_mask.numpy(),
+        'region': explanation.region.numpy(),
+        'baseline': np.clip(np.rint(explanation.baseline_pixels), 0, 255).astype(np.uint8),
+        'image': cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image,
+        'original_size': np.array(placement.original_size),
+        'content': np.array([placement.top, placement.left, placement.height, placement.width]),
+    }
+    if explanation.uncertainty is not None:
+        arrays |= packed(explanation.uncertainty.numpy())
+    return arrays if truth is None else arrays | {'truth': truth}
 
 
 def packed(uncertainty: np.ndarray) -> dict[str, np.ndarray]:

@@ -258,7 +258,7 @@ def _paired_samples(images: Path, masks: Path | None) -> list[Sample]:
 def _coco_samples(folder: Path) -> list[Sample]:
     """Images of a COCO export. One that no annotation names is a negative sample: empty mask."""
     source = folder / COCO_FILE
-    found: dict[Path, tuple[tuple[int, int], list[dict]]] = {}
+    images: dict[Path, tuple[tuple[int, int], list[dict]]] = {}
     try:
         content = json.loads(source.read_text(encoding='utf-8'))
         annotations: dict[object, list[dict]] = {}
@@ -268,7 +268,7 @@ def _coco_samples(folder: Path) -> list[Sample]:
             path = _path_inside(folder, str(entry['file_name']), source)
             size = (int(entry['height']), int(entry['width']))
             # A file that is listed twice is one image with the annotations of both entries.
-            found.setdefault(path, (size, []))[1].extend(annotations.get(entry['id'], []))
+            images.setdefault(path, (size, []))[1].extend(annotations.get(entry['id'], []))
     except InputError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
@@ -278,7 +278,7 @@ def _coco_samples(folder: Path) -> list[Sample]:
         ) from None
     return [
         Sample(name, path, lambda size=size, own=own: _merge_annotations(own, size, source))
-        for name, (path, (size, own)) in zip(safe_names(list(found)), found.items(), strict=True)
+        for name, (path, (size, own)) in zip(safe_names(list(images)), images.items(), strict=True)
     ]
 
 
@@ -370,6 +370,14 @@ def run_lengths(text: str | bytes) -> list[int]:
             value -= 1 << shift
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
     return counts
+
+
+def choose_samples(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    """That many samples evenly spaced through the list; all of them for None."""
+    if count is None or count >= len(samples):
+        return list(samples)
+    rows = np.linspace(0, len(samples) - 1, count).round().astype(int)
+    return [samples[row] for row in rows]
 
 
 def safe_names(paths: Sequence[Path]) -> list[str]:

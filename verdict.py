@@ -119,14 +119,14 @@ def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding
     """The findings about one image, concerns first. statistics: of its statistics file; a figure
     that is missing or None was not measured."""
     limits = limits or Thresholds()
-    found = [
+    holding = [
         Finding(rule.flag, rule.level, rule.text.format(**statistics))
         for rule in FINDING_RULES
         if all(statistics.get(name) is not None for name in rule.needs)
         and rule.holds(statistics, limits)
     ]
     order = (CONCERN, NOTE, GOOD)
-    return sorted(found, key=lambda finding: order.index(finding.level))
+    return sorted(holding, key=lambda finding: order.index(finding.level))
 
 
 def verdict_of(statistics: dict, limits: Thresholds | None = None) -> list[dict]:

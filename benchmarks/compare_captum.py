@@ -261,6 +261,32 @@ def equal_error_steps(bench: Bench, reference_nodes: int) -> tuple[float, int]:
     return level, STEP_COUNTS[bisect_left(STEP_COUNTS, True, hi=len(STEP_COUNTS) - 1, key=reaches)]
 
 
+def compare_sharing(bench: Bench, gauss: dict, repeats: int, row: Callable[..., None]) -> None:
+    """The rows of several targets and of several images."""
+    nodes = gauss['num_steps']
+    parts = thirds(bench.regions[0])
+    seconds, _ = interleave(
+        {
+            'Captum': lambda: [bench.captum(0, nodes, part) for part in parts],
+            'ours': lambda: bench.ours.explain_targets(bench.images[0], parts, **gauss),
+            'one': lambda: bench.explain(0, **gauss),
+        },
+        repeats,
+    )
+    row('3 targets of one image', seconds['Captum'], seconds['ours'],
+        f'{seconds["ours"] / seconds["one"]:.2f} times one target')  # fmt: skip
+
+    some = range(len(bench.images))
+    seconds, _ = interleave(
+        {
+            'Captum': lambda: [bench.captum(k, nodes) for k in some],
+            'ours': lambda: [bench.explain(k, **gauss) for k in some],
+        },
+        1,
+    )
+    row(f'{len(some)} images', seconds['Captum'], seconds['ours'])
+
+
 def compare(arguments: argparse.Namespace) -> list[str]:
     """The rows of the table."""
     bench = load(arguments, arguments.batch)
@@ -302,27 +328,7 @@ def compare(arguments: argparse.Namespace) -> list[str]:
         remark = f'relative L2 {level:.3f}: {CAPTUM_NODES} nodes of theirs, {steps} of ours'
         row('equal map error, float32', seconds['Captum'], seconds['ours'], remark)
 
-    parts = thirds(bench.regions[0])
-    seconds, _ = interleave(
-        {
-            'Captum': lambda: [bench.captum(0, nodes, part) for part in parts],
-            'ours': lambda: bench.ours.explain_targets(bench.images[0], parts, **gauss),
-            'one': lambda: bench.explain(0, **gauss),
-        },
-        repeats,
-    )
-    row('3 targets of one image', seconds['Captum'], seconds['ours'],
-        f'{seconds["ours"] / seconds["one"]:.2f} times one target')  # fmt: skip
-
-    some = range(len(bench.images))
-    seconds, _ = interleave(
-        {
-            'Captum': lambda: [bench.captum(k, nodes) for k in some],
-            'ours': lambda: [bench.explain(k, **gauss) for k in some],
-        },
-        1,
-    )
-    row(f'{len(some)} images', seconds['Captum'], seconds['ours'])
+    compare_sharing(bench, gauss, repeats, row)
     return rows
 
 

@@ -1,4 +1,5 @@
-"""Does a batch survive, scale and stay small? One command for each row of the README's table.
+"""Does a batch survive, scale and stay small? One command for each row of
+REFERENCE's table.
 
     python benchmarks/reliability.py kills --kills 50
     python benchmarks/reliability.py ranks --ranks 1 2 3

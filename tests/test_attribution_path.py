@@ -7,24 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from helpers import relative_error
-from torch import nn
+from helpers import Function, relative_error
 
 from attribution_path import StraightPath, plain_map
 from gradient_engine import AtImage, GradientEngine, PathSampler
-from integrated_gradients import IntegratedGradients, Target
+from integrated_gradients import Target
 from path_integral import ADAPTIVE, MeanIntegral, integrate
-
-
-class Formula(nn.Module):
-    """A network (N, C, H, W) -> (N, 1, 1, 1) from a formula of one image's values."""
-
-    def __init__(self, formula):
-        super().__init__()
-        self.formula = formula
-
-    def forward(self, x):
-        return self.formula(x).reshape(len(x), 1, 1, 1)
 
 
 @pytest.fixture
@@ -65,7 +53,7 @@ def test_a_straight_path_has_one_velocity(images):
 
 def test_the_reference_in_closed_form(images):
     baseline, x = images
-    found = plain_map(Formula(lambda v: (v**2).sum((1, 2, 3))), x, baseline, WHOLE, 3)
+    found = plain_map(Function(lambda v: (v**2).sum((1, 2, 3))), x, baseline, WHOLE, 3)
     assert found == pytest.approx((x**2 - baseline**2)[0].numpy())
 
 
@@ -101,7 +89,7 @@ def test_a_bent_path_is_complete_and_gives_its_own_map(images):
     """F = red * green at one place: along r = alpha, g = alpha^2 red gets 1/3, green 2/3."""
     _, x = images
     black = torch.zeros_like(x)
-    network = Formula(lambda v: v[:, 0, 0, 0] * v[:, 1, 0, 0])
+    network = Function(lambda v: v[:, 0, 0, 0] * v[:, 1, 0, 0])
     mean, _, _ = sampled(network, [BentPath(black, x)], x, 'gauss-legendre', 4)
     product = float(x[0, 0, 0, 0] * x[0, 1, 0, 0])
     found = mean.integral[0]
@@ -114,7 +102,7 @@ def test_a_path_may_end_elsewhere_than_at_the_image(images):
     """A noisy copy: what is known at the image is not taken for its end."""
     baseline, x = images
     noisy = x + 0.5
-    network = Formula(lambda v: (v**3).sum((1, 2, 3)))
+    network = Function(lambda v: (v**3).sum((1, 2, 3)))
     mean, (sampler,), _ = sampled(network, [StraightPath(baseline, noisy)], x, steps=65)
     exact = noisy**3 - baseline**3
     assert relative_error(mean.integral[0], exact[0]) < 0.01
@@ -140,7 +128,7 @@ def test_baselines_drawn_from_data_are_a_path_too():
     generator = torch.Generator().manual_seed(1)
     x = torch.ones(1, 3, 2, 2, dtype=torch.float64)
     drawn = 0.1 * torch.randn(600, 3, 2, 2, generator=generator, dtype=torch.float64)
-    network = Formula(lambda v: (v**2).sum((1, 2, 3)))
+    network = Function(lambda v: (v**2).sum((1, 2, 3)))
     mean, _, _ = sampled(network, [StratifiedPath(drawn, x)], x, 'midpoint', 600, batch=64)
     exact = (x**2 - drawn**2).mean(dim=0)
     assert relative_error(mean.integral[0], exact) < 0.02
@@ -151,7 +139,7 @@ def test_baselines_drawn_from_data_are_a_path_too():
 
 def test_the_mean_over_paths_is_the_mean_of_their_maps(images):
     baseline, x = images
-    network = Formula(lambda v: (v**4).sum((1, 2, 3)))
+    network = Function(lambda v: (v**4).sum((1, 2, 3)))
     starts = [baseline, 2 * baseline, baseline - 1]
     paths = [StraightPath(start, x) for start in starts]
     mean, samplers, engine = sampled(network, paths, x)
@@ -169,7 +157,7 @@ def test_the_mean_over_paths_is_the_mean_of_their_maps(images):
 
 def test_one_path_with_a_single_node_leaves_the_error_unknown(images):
     baseline, x = images
-    network = Formula(lambda v: (v**2).sum((1, 2, 3)))
+    network = Function(lambda v: (v**2).sum((1, 2, 3)))
     mean, _, _ = sampled(network, [StraightPath(baseline, x)] * 2, x, 'midpoint', 1, shared=False)
     assert mean.uncertainty is None and mean.summed_uncertainty is None
 
@@ -212,9 +200,9 @@ def test_the_error_of_the_sum_is_honest(rule):
     assert 0 < float(true.norm()) <= 1.2 * float(found.summed_error.uncertainty.norm())
 
 
-def test_uncertainty_of_an_explanation(exact_ig, brain_detail):
-    found = exact_ig.explain(brain_detail, num_steps=17)
-    finer = exact_ig.explain(brain_detail, num_steps=129)
+def test_uncertainty_of_an_explanation(ig, brain_detail):
+    found = ig.explain(brain_detail, num_steps=17)
+    finer = ig.explain(brain_detail, num_steps=129)
     off = (found.attributions - finer.attributions).sum(dim=0)
     assert found.uncertainty.shape == off.shape == (64, 64)
     assert float(off.norm()) < 1.5 * float(found.uncertainty.norm())
@@ -222,6 +210,4 @@ def test_uncertainty_of_an_explanation(exact_ig, brain_detail):
     right = found.attributions.sum(dim=0).sign() == finer.attributions.sum(dim=0).sign()
     wrong_share = float((settled & ~right).sum() / settled.sum())
     assert wrong_share < 0.1 and float((~settled & ~right).sum()) > 0
-    assert IntegratedGradients(exact_ig.model, 'cpu').explain(
-        brain_detail, 'image', num_steps=1
-    ).uncertainty is None  # fmt: skip
+    assert ig.explain(brain_detail, 'image', num_steps=1).uncertainty is None

@@ -10,7 +10,7 @@ import captum.attr
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, relative_error
+from helpers import ROOT, Function, relative_error
 from torch import nn
 
 import integrated_gradients as module
@@ -25,17 +25,6 @@ from integrated_gradients import (
     Target,
     explain_image,
 )
-
-
-class Function(nn.Module):
-    """A network (N, 3, H, W) -> (N, 1, 1, 1) from a formula of one image's values."""
-
-    def __init__(self, formula):
-        super().__init__()
-        self.formula = formula
-
-    def forward(self, x):
-        return self.formula(x).reshape(len(x), 1, 1, 1)
 
 
 def explain(formula, x, baseline, **options) -> Explanation:
@@ -107,7 +96,7 @@ def test_all_rules_agree_as_steps_grow(x, baseline):
 
 def test_completeness_on_a_trained_network(ig, brain):
     few = ig.explain(brain, num_steps=16)
-    many = ig.explain(brain, num_steps=256)
+    many = ig.explain(brain, num_steps=128)
     assert many.map_error < few.map_error / 3
     change = many.score - many.baseline_score
     assert abs(float(many.attributions.sum()) - change) / abs(change) < 0.05
@@ -145,20 +134,20 @@ def test_implementation_invariance_batch_norm_folded_or_not():
     torch.testing.assert_close(maps[0], maps[1], atol=1e-6, rtol=1e-4)
 
 
-def test_linearity_in_the_target(exact_ig, brain):
+def test_linearity_in_the_target(exact_ig, brain_detail):
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.rand(2, 1, 128, 128, generator=generator) / 128**2
+    first, second = torch.rand(2, 1, 64, 64, generator=generator) / 64**2
     one, two, both = (
-        exact_ig.explain(brain, Target('t', weights), num_steps=5).attributions
+        exact_ig.explain(brain_detail, Target('t', weights), num_steps=5).attributions
         for weights in (first, second, 2 * first - 3 * second)
     )
     assert relative_error(both, 2 * one - 3 * two) < 1e-5
 
 
-def test_exchanging_image_and_baseline_changes_the_sign(exact_ig, brain):
-    black = torch.full_like(brain, -1.0)
-    there = exact_ig.explain(brain, 'image', black, 6).attributions
-    back = exact_ig.explain(black, 'image', brain, 6).attributions
+def test_exchanging_image_and_baseline_changes_the_sign(exact_ig, brain_detail):
+    black = torch.full_like(brain_detail, -1.0)
+    there = exact_ig.explain(brain_detail, 'image', black, 6).attributions
+    back = exact_ig.explain(black, 'image', brain_detail, 6).attributions
     assert relative_error(there, -back) < 1e-5
 
 
@@ -181,9 +170,9 @@ def test_completeness_gap_by_hand(total, score, low, gap):
 
 
 @pytest.mark.parametrize(
-    'rule, method', [('gauss-legendre', 'gausslegendre'), ('midpoint', 'riemann_middle')]
+    ('rule', 'method', 'baseline_type'),
+    [('gauss-legendre', 'gausslegendre', 'zero'), ('midpoint', 'riemann_middle', 'blur')],
 )
-@pytest.mark.parametrize('baseline_type', ['zero', 'blur', 'mean'])
 def test_agreement_with_captum(exact_ig, brain_detail, rule, method, baseline_type):
     ours = exact_ig.explain(brain_detail, baseline_type=baseline_type, num_steps=9, rule=rule)
     assert ours.rule == rule
@@ -356,7 +345,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_steps():
     few, many = (
         int(subprocess.run([sys.executable, '-c', script, steps], capture_output=True,
                            text=True, check=True, cwd=ROOT).stdout)
-        for steps in ('8', '256')
+        for steps in ('8', '128')
     )  # fmt: skip
     assert many < 1.05 * few
 
@@ -615,8 +604,8 @@ def test_the_same_target_object_may_be_given_twice(ig, brain):
     assert relative_error(second.attributions, first.attributions) < 1e-6
 
 
-def test_open_rules_need_two_more_forward_passes(exact_ig, brain):
-    found = exact_ig.explain(brain, num_steps=9, rule='midpoint')
+def test_open_rules_need_two_more_forward_passes(exact_ig, brain_detail):
+    found = exact_ig.explain(brain_detail, num_steps=9, rule='midpoint')
     assert found.cost.forward_passes == 11 and found.gradient_evaluations == 9
 
 
@@ -624,13 +613,13 @@ def test_open_rules_need_two_more_forward_passes(exact_ig, brain):
 
 
 @pytest.mark.parametrize('rule', ['adaptive', 'clenshaw-curtis'])
-def test_a_tolerance_is_reached_and_is_true(ig, brain, rule):
-    found = ig.explain(brain, rule=rule, tolerance=0.15, max_steps=150)
+def test_a_tolerance_is_reached_and_is_true(ig, brain_detail, rule):
+    found = ig.explain(brain_detail, rule=rule, tolerance=0.15, max_steps=150)
     assert found.within_tolerance and found.map_error <= 0.15 and found.completeness_gap <= 0.15
     assert found.steps == found.gradient_evaluations < 150
-    reference = ig.explain(brain, rule='trapezoid', num_steps=129)
+    reference = ig.explain(brain_detail, rule='trapezoid', num_steps=129)
     assert relative_error(found.attributions, reference.attributions) < 0.15
-    assert found.uncertainty.shape == brain.shape[-2:] and (found.uncertainty >= 0).all()
+    assert found.uncertainty.shape == brain_detail.shape[-2:] and (found.uncertainty >= 0).all()
 
 
 def test_a_tolerance_out_of_reach_is_told(ig, brain):

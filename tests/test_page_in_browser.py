@@ -127,6 +127,20 @@ def test_the_slider_moves_the_overlay(page):
     assert '100%' in page.evaluate(clip)
 
 
+def test_the_overlay_can_be_switched_to_its_uncertainty(page):
+    page.locator('.open', has_text='second').click()
+    overlay = page.locator('#slide-overlay')
+    assert overlay.get_attribute('src').endswith('second_overlay.png')
+    page.get_by_label('its uncertainty').check()
+    assert overlay.get_attribute('src').endswith('second_uncertainty.png')
+    assert overlay.get_attribute('alt').startswith('The uncertainty')
+    said = page.locator('#detail-layer').inner_text()
+    assert said.count('%') == 2 and 'null' not in said
+    page.locator('#before').click()  # another image starts with its attribution again
+    assert overlay.get_attribute('src').endswith('_overlay.png')
+    assert page.get_by_label('attribution', exact=True).is_checked()
+
+
 def test_an_evil_name_is_text(browser, batch, tmp_path):
     """Names are cleaned when a dataset is read; the page does not rely on that."""
     content, images = json.loads((batch / 'summary.json').read_text()), images_of(batch)

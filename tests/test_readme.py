@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 import integrated_gradients
-from image_statistics import METRICS, NESTED, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
+from image_statistics import COMPOUND, METRICS, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
 from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
 from verdict import FINDING_RULES, Thresholds
 
@@ -22,7 +22,7 @@ KINDS = {
     WHOLE: 'whole number',
     NUMBER: 'number',
     TRUTH: 'yes or no',
-    NESTED: 'nested',
+    COMPOUND: 'nested',
 }
 UNITS = {'%': 'share'}  # stored from 0 to 1, shown as per cent
 

@@ -55,7 +55,23 @@ def test_enter_everywhere_runs_the_demo(tmp_path):
     assert 'adaptive rule, 3 steps' in seen
 
 
-def test_a_batch_on_the_users_own_model_and_data(tmp_path):
+def answering(answers: list[tuple[str, str]], monkeypatch) -> list[str]:
+    """Have the runner, in this process, think that a user at a terminal gives these answers, each
+    to a question that holds its first word; gives the questions that were asked."""
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        expected, given = answers.pop(0)
+        assert expected in question
+        return given
+
+    monkeypatch.setattr('builtins.input', answer)
+    monkeypatch.setattr('sys.stdin.isatty', lambda: True, raising=False)
+    return asked
+
+
+def test_a_batch_on_the_users_own_model_and_data(tmp_path, monkeypatch, capsys):
     model = tmp_path / 'models_20250609_105424' / 'best_model.pth'
     model.parent.mkdir()
     shutil.copy(DEMO_MODEL, model)
@@ -63,27 +79,33 @@ def test_a_batch_on_the_users_own_model_and_data(tmp_path):
     data.mkdir(parents=True)
     for name in (NAME, 'colin27_axial_081'):
         shutil.copy(DEMO_DATA / 'test' / f'{name}.jpg', data)
-    answers = [('Data folder', ''), ('1 one image', '7'), ('Please answer', '2'),
+    answers = [('Data folder', ''), ('1 one image', '7'), ('1 one image', '2'),
                ('How many', 'all'), ('Baseline', 'blur'), ('Interpolation steps', '2')]  # fmt: skip
-    status, seen = converse(answers, tmp_path)
-    assert status == 0, seen
-    assert 'Model: models_20250609_105424/best_model.pth' in seen
+    answering(answers, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert runner.main([*FAST, '--figures', 'none']) == 0 and not answers
+    said = capsys.readouterr().out
+    assert 'Model: models_20250609_105424/best_model.pth' in said and 'Please answer 1, 2' in said
     assert (tmp_path / 'integrated_gradients_results' / 'summary.csv').is_file()
 
 
-def test_declining_the_demo_and_bad_answers_are_one_sentence(tmp_path):
-    status, seen = converse([('Run the bundled demo', 'n')], tmp_path)
-    assert status == 2 and 'error: nothing to run' in seen and 'Traceback' not in seen
+def test_declining_the_demo_and_bad_answers_are_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    answering([('Run the bundled demo', 'n')], monkeypatch)
+    assert runner.main(FAST) == 2
+    assert 'error: nothing to run' in capsys.readouterr().err
     prompts = ['Run the bundled', '1 one image', 'Image [', 'Baseline']
     answers = [*((prompt, '') for prompt in prompts), ('Interpolation steps', 'many')]
-    status, seen = converse(answers, tmp_path)
-    assert status == 2 and '"many" is not a whole number' in seen
+    answering(answers, monkeypatch)
+    with pytest.raises(SystemExit) as ended:  # argparse's own way out
+        runner.main(FAST)
+    assert ended.value.code == 2
+    assert '"many" is not a whole number' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('flags', [['--yes'], []])
-def test_unattended(tmp_path, flags):
+def test_unattended_without_a_terminal(tmp_path):
     done = subprocess.run(
-        [*COMMAND, *flags, '--num_steps', '2'], cwd=tmp_path, capture_output=True, text=True,
+        [*COMMAND, '--num_steps', '2'], cwd=tmp_path, capture_output=True, text=True,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -91,14 +113,21 @@ def test_unattended(tmp_path, flags):
     assert (tmp_path / 'integrated_gradients_results' / NAME).is_dir()
 
 
-def test_missing_data_is_told(tmp_path):
+def test_unattended_with_yes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('builtins.input', lambda question: pytest.fail(f'asked: {question}'))
+    assert runner.main([*FAST, '--yes', '--num_steps', '2']) == 0
+    assert 'Attribution ratio' in capsys.readouterr().out
+    assert (tmp_path / 'integrated_gradients_results' / NAME).is_dir()
+
+
+def test_missing_data_is_told(tmp_path, monkeypatch, capsys):
     model = tmp_path / 'models_a' / 'best_model.pth'
     model.parent.mkdir()
     shutil.copy(DEMO_MODEL, model)
-    done = subprocess.run([*COMMAND, '--yes'], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert 'data folder not found: Dataset_no_preprocessing' in done.stderr
-    assert 'Traceback' not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert runner.main([*FAST, '--yes']) == 2
+    assert 'data folder not found: Dataset_no_preprocessing' in capsys.readouterr().err
 
 
 def test_newest_model_comes_first(tmp_path):
@@ -111,9 +140,11 @@ def test_newest_model_comes_first(tmp_path):
     assert found == ['models_c', 'models_a', 'models_b']
 
 
-def test_help_names_the_documented_paths():
-    done = subprocess.run([*COMMAND, '--help'], capture_output=True, text=True, check=True)
-    assert 'models_*/best_model.pth' in done.stdout and '--yes' in done.stdout
+def test_help_names_the_documented_paths(capsys):
+    with pytest.raises(SystemExit) as ended:
+        runner.main(['--help'])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and 'models_*/best_model.pth' in said and '--yes' in said
 
 
 def test_notebook_is_committed_without_outputs_and_runs_top_to_bottom(monkeypatch):

@@ -1,0 +1,205 @@
+"""Settings travel whole: one field makes flag, help, check, record and resume key."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from helpers import noise_image, save_image, tiny_model
+
+import integrated_gradients
+from errors import EmptyTargetError, InputError, attempt
+from finished_images import resume_key
+from integrated_gradients import (
+    OPTIONS,
+    IntegratedGradients,
+    Settings,
+    Target,
+    analyse_sample,
+    build_parser,
+    main,
+    settings_from,
+)
+from segmentation_dataset import Sample
+from verdict import Thresholds
+
+
+def test_every_setting_is_a_flag_with_its_default_and_its_meaning():
+    actions = {action.dest: action for action in build_parser()._actions}
+    for field in fields(Settings):
+        known = Settings.table()[field.name]
+        assert known.meaning in actions[field.name].help.replace('%%', '%')
+        assert actions[field.name].choices == known.choices
+    args = build_parser().parse_args(['--model_path', 'm'])
+    assert settings_from(args) == Settings()
+
+
+CHANGED = {
+    'step_batch': 2, 'compile': True, 'image_size': 96, 'resize': 'letterbox', 'normalize': 'none',
+    'target': ('image', 'pixel:1,2'), 'score': 'probability', 'threshold': 0.25,
+    'on_empty': 'image', 'baseline': 'blur', 'baseline_draws': 2, 'seed': -3, 'num_steps': 9,
+    'tolerance': 0.5, 'max_steps': 17, 'rule': 'trapezoid', 'precision': 'bfloat16',
+    'precision_tolerance': 0.5, 'gap_tolerance': 0.5, 'evaluate': 'quick',
+    'thresholds': Thresholds(dice=0.9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', CHANGED)
+def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name):
+    value = CHANGED[name]
+    words = {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
+    argv = ['--model_path', 'm', f'--{name}', *words.get(name, [str(value)])]
+    settings = settings_from(build_parser().parse_args(argv))
+    assert settings == replace(Settings(), **{name: value})
+    image = noise_image()
+    keys = [resume_key(one.record(), image, None) for one in (Settings(), settings)]
+    cost_only = name in ('step_batch', 'compile', 'thresholds')
+    assert (keys[0] == keys[1]) == cost_only
+    json.dumps(settings.record(), allow_nan=False)
+
+
+def test_all_settings_are_tried_above():
+    assert CHANGED.keys() == Settings.table().keys()
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'said'),
+    [
+        ({'num_steps': 0}, 'num_steps must be a whole number of at least 1, not 0'),
+        ({'num_steps': 2.5}, 'num_steps must be a whole number'),
+        ({'image_size': 10**6}, 'image_size must be at most 16384'),
+        ({'threshold': 1.0}, 'threshold must lie between 0 and 1'),
+        ({'tolerance': 0}, 'tolerance must be above 0'),
+        ({'tolerance': float('nan')}, 'tolerance must be above 0'),
+        ({'rule': 'simpson'}, 'unknown rule "simpson"'),
+        ({'target': ''}, 'no target is given'),
+        ({'target': 'nonsense'}, 'unknown target "nonsense"'),
+        ({'target': 'pixel'}, 'not of the form pixel:X,Y'),
+        ({'target': ('image', 'each-object:3')}, 'not of the form each-object'),
+        ({'evaluate': 'all'}, 'unknown evaluate "all"'),
+        ({'rule': 'gauss-kronrod', 'num_steps': 50}, '3, 7, 15, 31, 63 steps'),
+    ],
+)
+def test_values_that_make_no_sense(wrong, said):
+    with pytest.raises(InputError, match=said):
+        Settings(**wrong)
+
+
+def test_targets_may_be_given_as_text():
+    assert Settings(target='image truth').target == ('image', 'truth')
+    assert Settings(target='image truth').record()['target'] == 'image truth'
+    assert not Settings().several_targets
+    assert Settings(target='each-object').several_targets
+    assert Settings(target='each-object').possible_first_targets == ('object:1', 'image')
+
+
+def test_flags_must_be_written_in_full(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(['--model_path', 'm', '--image_path', 'a.png', '--step', '50'])
+    assert ended.value.code == 2
+    assert 'unrecognized arguments: --step 50' in capsys.readouterr().err
+
+
+def test_an_option_that_explains_nothing_is_refused():
+    ig = IntegratedGradients(torch.nn.Conv2d(3, 1, 1), 'cpu')
+    x = torch.ones(3, 8, 8)
+    for name in ('image_size', 'evaluate', 'steps'):
+        with pytest.raises(TypeError, match=name):
+            ig.explain(x, 'image', **{name: None})
+    assert OPTIONS.isdisjoint({'image_size', 'evaluate', 'thresholds', 'compile'})
+
+
+# ------------------------------------------------------------------ targets
+
+
+def blobs() -> IntegratedGradients:
+    """A network that predicts where red is bright."""
+    conv = torch.nn.Conv2d(3, 1, 1)
+    torch.nn.init.zeros_(conv.weight)
+    conv.weight.data[0, 0] = 1
+    torch.nn.init.constant_(conv.bias, -0.5)
+    return IntegratedGradients(conv, 'cpu')
+
+
+def test_each_object_is_a_target_that_expands_itself():
+    x = torch.zeros(3, 16, 16)
+    x[0, 1:5, 1:5], x[0, 8:10, 8:10] = 1, 1
+    found = blobs().explain_targets(x, ['each-object', 'image'], num_steps=2)
+    assert [one.target for one in found] == ['object:1', 'object:2', 'image']
+    assert [int(one.region.sum()) for one in found] == [16, 4, 256]
+    with pytest.raises(InputError, match='has 0 objects'):
+        blobs().explain_targets(torch.zeros(3, 16, 16), ['each-object'], num_steps=2)
+
+
+def test_the_whole_image_stands_in_where_all_are_empty():
+    x = torch.zeros(3, 16, 16)
+    with pytest.raises(EmptyTargetError):
+        blobs().explain(x, num_steps=2)
+    found = blobs().explain(x, num_steps=2, on_empty='image')
+    assert found.target == 'image' and found.cost.forward_passes == 2  # the prediction, and x'
+
+
+def test_a_target_carries_its_class():
+    net = torch.nn.Conv2d(3, 3, 1)
+    x = torch.rand(3, 16, 16)
+    ig = IntegratedGradients(net, 'cpu')
+    labels = net(x[None]).argmax(dim=1)[0]
+    label = int(labels[0, 0])
+    found = ig.explain(x, f'class:{label}', num_steps=2)
+    assert found.objective.label == label
+    assert torch.equal(found.predicted_mask, labels == label)
+    named = Target(f'class:{label}', found.objective.weights)  # a name alone says nothing
+    assert torch.equal(ig.explain(x, named, num_steps=2).predicted_mask, labels != 0)
+
+
+# ------------------------------------------------------------------ finished images, errors
+
+
+def test_new_thresholds_are_recorded_also_where_they_change_no_verdict(tmp_path):
+    model = integrated_gradients.load_model(tiny_model(tmp_path)[1], 'cpu')
+    settings = Settings(target='image', num_steps=2, image_size=32)
+    ig = IntegratedGradients(
+        model, 'cpu', integrated_gradients.input_preprocessing(model, settings)
+    )
+    sample = Sample('a', save_image(tmp_path / 'a.png', noise_image()))
+    (first,) = analyse_sample(ig, sample, settings, tmp_path / 'out', figures='none')
+    changed = replace(settings, thresholds=Thresholds(padding_excess=7.0))  # nothing is padded
+    (again,) = analyse_sample(ig, sample, changed, tmp_path / 'out', figures='none')
+    assert again['verdict'] == first['verdict'] and again['seconds'] == first['seconds']
+    path = tmp_path / 'out' / 'a' / 'a_statistics.json'
+    assert json.loads(path.read_text())['settings']['thresholds']['padding_excess'] == 7.0
+
+
+def test_a_baseline_file_counts_by_its_content(tmp_path):
+    model = integrated_gradients.load_model(tiny_model(tmp_path)[1], 'cpu')
+    ig = IntegratedGradients(model, 'cpu')
+    path = save_image(tmp_path / 'healthy.png', noise_image())
+    settings = Settings(baseline=str(path))
+    records = [integrated_gradients.settings_record(ig, settings)]
+    save_image(path, noise_image(seed=1))
+    records.append(integrated_gradients.settings_record(ig, settings))
+    assert records[0]['baseline_sha256'] != records[1]['baseline_sha256']
+    assert 'baseline_sha256' not in integrated_gradients.settings_record(ig, Settings())
+
+
+def test_an_attempt_that_fails_keeps_nothing_alive():
+    kept = []
+
+    def work():
+        tensor = torch.zeros(3)
+        kept.append(weakref.ref(tensor))
+        raise InputError('too bad')
+
+    gc.disable()
+    try:
+        assert attempt(work, InputError) == (None, 'too bad')
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+    assert attempt(lambda: 3, InputError) == (3, None)
+    with pytest.raises(KeyError):
+        attempt(lambda: {}[1], InputError)
