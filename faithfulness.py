@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations, product
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 from attribution_path import Score, plain_map, segmentation_logits
 from errors import InputError
+from explanation import Explanation
+from gradient_engine import GradientEngine
 from image_statistics import METRICS, NEAR, NOISE_RADIUS
 from map_metrics import (
     Curve,
@@ -48,9 +50,6 @@ from map_metrics import (
     top_overlap,
 )
 from segmentation_dataset import Placement, Preprocessing, strong_blur
-
-if TYPE_CHECKING:
-    from integrated_gradients import Explanation, IntegratedGradients
 
 FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
 LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
@@ -205,8 +204,24 @@ class Subject:
         return scores
 
 
+class Explainer(Protocol):
+    """What is asked of `IntegratedGradients`."""
+
+    model: nn.Module
+    engine: GradientEngine
+    preprocessing: Preprocessing
+
+    def check_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The input as (1, C, H, W) on the network's device."""
+
+    def baseline_images(
+        self, kind: str, x: torch.Tensor, draws: int = 1, seed: int = 0
+    ) -> list[np.ndarray]:
+        """The baselines of a kind for an input, as images (H, W, C), 0-255."""
+
+
 def subject_of(
-    ig: IntegratedGradients,
+    ig: Explainer,
     input_tensor: torch.Tensor,
     explanation: Explanation,
     truth: np.ndarray | None = None,
@@ -637,7 +652,7 @@ def evaluate(
 
 
 def evaluate_explanation(
-    ig: IntegratedGradients,
+    ig: Explainer,
     input_tensor: torch.Tensor,
     explanation: Explanation,
     effort: str = 'full',

@@ -187,17 +187,24 @@ def find_followers(network: nn.Module, example: torch.Tensor) -> dict[nn.Conv2d,
 
 
 def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Give a convolution the weights that make it compute norm(convolution(x)), in place."""
-    scale = 1 / (norm.running_var.double() + norm.eps).sqrt()
-    shift = -norm.running_mean.double() * scale
+    """Give a convolution the weights that make it compute norm(convolution(x)), in place.
+
+    In double precision, on the CPU: MPS has none.
+    """
+
+    def exact(values: torch.Tensor) -> torch.Tensor:
+        return values.detach().cpu().double()
+
+    scale = 1 / (exact(norm.running_var) + norm.eps).sqrt()
+    shift = -exact(norm.running_mean) * scale
     if norm.affine:
-        scale, shift = scale * norm.weight.double(), shift * norm.weight.double() + norm.bias
-    dtype = convolution.weight.dtype
+        scale, shift = scale * exact(norm.weight), shift * exact(norm.weight) + exact(norm.bias)
     if convolution.bias is not None:
-        shift = shift + convolution.bias.double() * scale
-    weight = convolution.weight.double() * scale.view(-1, 1, 1, 1)
-    convolution.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    convolution.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
+        shift = shift + exact(convolution.bias) * scale
+    weight = exact(convolution.weight) * scale.view(-1, 1, 1, 1)
+    like = convolution.weight
+    convolution.weight = nn.Parameter(weight.to(like), requires_grad=False)
+    convolution.bias = nn.Parameter(shift.to(like), requires_grad=False)
 
 
 def _rest_of(norm: nn.BatchNorm2d) -> nn.Module | None:

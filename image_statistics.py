@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from integrated_gradients import Explanation
+    from explanation import Explanation
 
 TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'  # kinds: types of columns
 COMPOUND = ''  # a kind: lists and dictionaries, in the image's own file only

@@ -26,7 +26,7 @@ from errors import InputError, OutputError, one_line
 from segmentation_dataset import Placement
 
 if TYPE_CHECKING:
-    from integrated_gradients import Explanation
+    from explanation import Explanation
 
 FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
     'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',

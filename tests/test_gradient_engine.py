@@ -256,3 +256,25 @@ def test_improved_copy_of_a_network_in_training_mode_evaluates():
     expected = copy.deepcopy(network).eval()(x)
     assert relative_error(improved(x), expected) < 1e-5
     assert network.training
+
+
+class WithoutDouble(torch.Tensor):
+    """A tensor of a device that has no float64, as MPS."""
+
+    def double(self):
+        raise TypeError('no float64 here')
+
+    def cpu(self):
+        return super().cpu().as_subclass(torch.Tensor)
+
+
+def test_folding_asks_no_device_for_double_precision():
+    conv, norm = nn.Conv2d(3, 4, 3), randomise(nn.BatchNorm2d(4))
+    expected = norm(conv(x := torch.randn(1, 3, 8, 8)))
+    for module in (conv, norm):
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if value.is_floating_point():
+                delattr(module, name)
+                setattr(module, name, value.detach().as_subclass(WithoutDouble))
+    gradient_engine.fold(conv, norm)
+    torch.testing.assert_close(conv(x).as_subclass(torch.Tensor), expected.detach())

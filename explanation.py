@@ -1,0 +1,99 @@
+"""What an explanation is: the attributions of one image and everything needed to judge them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from attribution_target import Target
+from gradient_engine import Preparation
+
+
+@dataclass(frozen=True)
+class Trend:
+    """What happens along the path, at the nodes used, from the baseline to the image."""
+
+    alphas: tuple[float, ...]  # rising
+    scores: tuple[float, ...]  # F there
+    mask_iou: tuple[float, ...]  # of the predicted mask there with the one on the image
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How an explanation was computed, and what it cost, for all targets of the image together."""
+
+    gradient_evaluations: int  # all gradients, those of the precision check included
+    forward_passes: int  # images through the network, for the prediction and the gradients
+    seconds: float
+    step_batch: int
+    peak_memory_bytes: int | None
+    precision: str  # what the gradients were computed in; they are summed in float32 or better
+    precision_deviation: float | None  # of the map from float32, relative L2; None: not reduced
+    retried: str | None  # why it was computed again in float32; None: it was not
+    preparation: Preparation
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The attributions of one image and everything needed to judge them.
+
+    Tensors are on the CPU, except `attributions`, which are where the input was.
+    """
+
+    attributions: torch.Tensor  # (C, H, W), in units of the score
+    uncertainty: torch.Tensor | None  # (H, W): estimated error of their sum over the channels;
+    # None: a single step. Where precision was reduced, its deviation is spread evenly.
+    prediction: torch.Tensor  # (h, w) float32: probability of what is explained, 0-1
+    predicted_mask: torch.Tensor  # (h, w) bool
+    region: torch.Tensor  # (h, w) bool: the target region R
+    baseline_pixels: np.ndarray  # (H, W, C) float32, 0-255: the (first) baseline
+    target: str
+    objective: Target  # F itself: logits -> score
+    baseline: str
+    rule: str
+    steps: int  # interpolation steps per baseline (the most, where draws differ)
+    score: float  # F(x)
+    baseline_score: float  # F(x'), mean over the draws
+    attribution_sum: float
+    map_error: float | None  # estimated relative L2 error of the map; None: a single step
+    tolerance: float | None
+    trend: Trend  # on the way from the (first) baseline
+    cost: Cost
+
+    @property
+    def score_type(self) -> str:
+        """What is averaged over the region, one of SCORES."""
+        return self.objective.score
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """All gradients, for all targets of the image together."""
+        return self.cost.gradient_evaluations
+
+    @property
+    def seconds(self) -> float:
+        """Time, for all targets of the image together."""
+        return self.cost.seconds
+
+    @property
+    def completeness_gap(self) -> float | None:
+        """|sum of attributions - (F(x) - F(x'))| / |F(x) - F(x')|; None where F(x) = F(x')."""
+        return completeness_gap(self.attribution_sum, self.score, self.baseline_score)
+
+    @property
+    def within_tolerance(self) -> bool | None:
+        """Whether map error and completeness gap are below the tolerance; None without one."""
+        if self.tolerance is None:
+            return None
+        reached = self.map_error is not None and self.map_error <= self.tolerance
+        return reached and (self.completeness_gap or 0) <= self.tolerance
+
+
+def completeness_gap(total: float, score: float, baseline_score: float) -> float | None:
+    """The relative completeness gap; None where the two scores agree to float32 precision."""
+    change = score - baseline_score
+    if abs(change) <= 1e-6 * max(abs(score), abs(baseline_score), 1e-6):
+        return None
+    return abs(total - change) / abs(change)
