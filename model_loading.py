@@ -1,48 +1,44 @@
-"""Loading segmentation-models-pytorch checkpoints of every common form, and choosing a device.
+"""Building a segmentation-models-pytorch network for the weights in a checkpoint, and choosing a
+device.
 
-No code in a checkpoint is ever run: files are read with `weights_only=True`. What does not fit
-is explained in one sentence that says which encoder and architecture the file looks like.
+`checkpoint_reading` finds the weights. Architecture and encoder are those asked for, else those
+stored with the weights, else the defaults; where neither was said and the defaults do not fit, those
+that the weights' names and shapes show.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import hashlib
-import json
 import math
-import pickle
 import re
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
 
+from checkpoint_reading import INFLATION, read_checkpoint
 from errors import InputError, one_line
 from network_description import (
     ATTRIBUTE,
     EXCLUSIVE,
     FOREGROUND,
     NetworkDescription,
+    accepted_sizes,
     network_digest,
-    size_multiple,
 )
-from segmentation_dataset import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from segmentation_dataset import IMAGENET_MEAN, IMAGENET_STD, RESIZE_MODES, Preprocessing
 
 DEFAULT_ARCHITECTURE = 'unetplusplus'
 DEFAULT_ENCODER = 'efficientnet-b5'
 DEFAULT_IMAGE_SIZE = 640
 ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
-STATE_DICT_KEYS = ('model_state_dict', 'state_dict', 'model', 'net')
-STATE_DICT_PREFIXES = ('module.', '_orig_mod.', 'model.')
 MAX_CLASSES = 256  # labels are bytes
 MAX_IMAGE_SIZE = 16384
-INFLATION = 4  # a checkpoint's model may have so many times the numbers its file holds
 
 
 def resolve_device(name: str | torch.device = 'auto') -> torch.device:
@@ -74,29 +70,40 @@ def load_model(
     device: str | torch.device = 'auto',
     encoder: str | None = None,
     architecture: str | None = None,
+    weights_key: str | None = None,
+    model_options: Mapping[str, object] | None = None,
 ) -> torch.nn.Module:
     """Load a segmentation-models-pytorch checkpoint for inference.
 
-    Reads a state dict, plain or under `model_state_dict`, `state_dict`, `model` or `net`, with
-    or without the prefixes of DataParallel, Lightning and torch.compile; `.safetensors`; and
-    folders of `save_pretrained`. No code in the file is ever run (`weights_only=True`).
-    `encoder` and `architecture` win over settings stored in the checkpoint, which win over the
-    defaults (U-Net++, EfficientNet-B5). The number of classes is read from the head.
+    Finds the weights wherever in the file they lie, under any prefix, beside whatever else;
+    `.safetensors`; folders of `save_pretrained`. No code in the file is ever run. `encoder` and
+    `architecture` win over settings stored in the checkpoint, which win over the defaults
+    (U-Net++, EfficientNet-B5); where none was said and the defaults do not fit, those are taken
+    that the weights look like. The number of classes is read from the head. weights_key: which of
+    several networks in the file. model_options: further arguments of the architecture, for what
+    leaves no trace in the weights; they win over those stored.
 
     The model comes back in evaluation mode, float32, on the device, with one attribute added,
-    `network_description` (a NetworkDescription); its preprocessing is also `model.preprocessing`.
+    `network_description` (a NetworkDescription, whose `notes` say what was decided); its
+    preprocessing is also `model.preprocessing`.
 
     Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
     """
     model_path = Path(model_path)
     device = resolve_device(device)
-    state, stored = _read_checkpoint(model_path)
-    architecture = architecture or stored.get('architecture') or DEFAULT_ARCHITECTURE
-    encoder = encoder or stored.get('encoder') or DEFAULT_ENCODER
-    options = stored.get('options', {})
-    state = {k: v for k, v in state.items() if not k.startswith('classification_head.')}
+    checkpoint = read_checkpoint(model_path, weights_key)
+    stored, notes = checkpoint.settings, list(checkpoint.notes)
+    state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
     classes = _count_classes(state, model_path)
     preprocessing = _stored_preprocessing(stored, model_path)
+    options = {**stored.get('options', {}), **(model_options or {})}
+    if options.pop('activation', None) is not None:
+        notes.append('its last activation is left out: what is explained is the logit before it')
+    names = (architecture or stored.get('architecture'), encoder or stored.get('encoder'))
+    architecture, encoder = names[0] or DEFAULT_ARCHITECTURE, names[1] or DEFAULT_ENCODER
+    if names == (None, None) and not _fits(state, architecture, encoder, classes, options):
+        architecture, encoder, note = _looks_like(state, architecture, encoder)
+        notes += note
     with _explained_mismatch(state, model_path, architecture, encoder):
         _check_size(architecture, encoder, classes, options, state)
         model = create_model(architecture, encoder, classes, **options)
@@ -108,17 +115,65 @@ def load_model(
         'architecture': architecture,
         'encoder': encoder,
         'classes': classes,
+        **({'weights_key': checkpoint.key} if checkpoint.others else {}),
+        **({'model_options': dict(model_options)} if model_options else {}),
     }
+    multiple, fixed = accepted_sizes(model)
+    if fixed:
+        preprocessing = replace(preprocessing, image_size=fixed)
     description = NetworkDescription(
-        size_multiple=size_multiple(model),
+        size_multiple=multiple,
+        fixed_size=fixed,
         output_kind=FOREGROUND if classes == 1 else EXCLUSIVE,
         preprocessing=preprocessing,
         weights_sha256=network_digest(model),
         source=source,
+        notes=tuple(notes),
     )
     setattr(model, ATTRIBUTE, description)
     model.preprocessing = preprocessing
     return model.to(device)
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, object]:
+    """Arguments of an architecture, each given as NAME=VALUE; values as Python writes them, or
+    text. Raises InputError."""
+    options: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition('=')
+        if not equals or not name.isidentifier():
+            raise InputError(f'model option "{pair}" is not of the form NAME=VALUE')
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            options[name] = value
+    return options
+
+
+def _fits(
+    state: dict[str, torch.Tensor], architecture: str, encoder: str, classes: int, options: dict
+) -> bool:
+    """Whether the weights have the names and shapes of this network."""
+    outline = _skeleton(lambda: create_model(architecture, encoder, classes, **options))
+    return outline is not None and all(
+        _shapes(outline.state_dict(), part) == _shapes(state, part) for part in (True, False)
+    )
+
+
+def _looks_like(
+    state: dict[str, torch.Tensor], architecture: str, encoder: str
+) -> tuple[str, str, list[str]]:
+    """Architecture and encoder that the weights show, and the sentence that says so; as they were
+    where nothing is recognised."""
+    like_encoder = guess_encoder(state, encoder)
+    like = like_encoder and guess_architecture(state, like_encoder)
+    if not like:
+        return architecture, encoder, []
+    note = (
+        f'by the names and shapes of its weights this is {like} with encoder {like_encoder} '
+        '(say otherwise with --architecture and --encoder)'
+    )
+    return like, like_encoder, [note]
 
 
 def _check_size(
@@ -157,6 +212,8 @@ def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
         mean, std = (tuple(float(value) for value in values) for values in (mean, std))
         fine = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
         fine = fine and size == int(size) and 1 <= size <= MAX_IMAGE_SIZE
+        resize = stored.get('resize') or 'stretch'
+        fine = fine and resize in RESIZE_MODES
     except (TypeError, ValueError, OverflowError, RuntimeError):
         fine = False
     if not fine:
@@ -164,7 +221,7 @@ def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
             f'{path} holds settings that make no sense (image_size: a whole number up to '
             f'{MAX_IMAGE_SIZE}; mean and std: three numbers; save it again without them)'
         )
-    return Preprocessing(image_size=int(size), mean=mean, std=std)
+    return Preprocessing(int(size), resize, mean, std)
 
 
 def create_model(architecture: str, encoder: str, classes: int, **options: object):
@@ -197,141 +254,6 @@ def file_digest(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The state dict of a checkpoint, prefixes removed, and the settings stored with it."""
-    if path.is_dir():
-        return _read_pretrained_folder(path)
-    if not path.is_file():
-        raise InputError(f'model file not found: {path} (check --model_path)')
-    if path.stat().st_size == 0:
-        raise InputError(f'model file is empty (0 bytes): {path} (copy or save it again)')
-    if path.suffix == '.safetensors':
-        return _strip_prefixes(_read_safetensors(path)), {}
-    _check_archive(path)
-    content = _read_torch_file(path)
-    settings = content.get('settings', {}) if isinstance(content, dict) else {}
-    for key in STATE_DICT_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(map(_is_plain_tensor, content.values()))
-        or not all(isinstance(name, str) for name in content)
-    ):
-        raise InputError(
-            f'{path} holds no state dict (looked under {", ".join(STATE_DICT_KEYS)}; '
-            'save it with torch.save(model.state_dict(), path))'
-        )
-    return _strip_prefixes(content), _plain_settings(settings)
-
-
-def _is_plain_tensor(value: object) -> bool:
-    """Whether a value is a tensor that holds all its numbers."""
-    return (
-        torch.is_tensor(value)
-        and value.layout == torch.strided
-        and value.device.type == 'cpu'
-        and not value.is_quantized
-    )
-
-
-def _plain_settings(settings: object) -> dict:
-    """The settings stored with a checkpoint; none where they are not what we store."""
-    if not isinstance(settings, dict):
-        return {}
-    options = settings.get('options', {})
-    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        return {}
-    names = (settings.get('architecture'), settings.get('encoder'))
-    return settings if all(isinstance(name, str | None) for name in names) else {}
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse a zip file that grows when it is unpacked, which torch.save never writes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except Exception:  # no zip file, or damaged: torch.load says so
-        return
-    if unpacked > INFLATION * path.stat().st_size:
-        raise InputError(
-            f'{path} was refused: it would grow to {unpacked / 2**20:,.0f} MiB when unpacked '
-            '(save only the weights: torch.save(model.state_dict(), path))'
-        )
-
-
-def _read_torch_file(path: Path) -> object:
-    """torch.load that runs no code. NumPy numbers, common in training logs, are let through."""
-    scalar = np._core.multiarray.scalar
-    numbers = [scalar, (scalar, 'numpy.core.multiarray.scalar'), np.dtype, np.dtypes.Float64DType]
-    numbers += [np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType]
-    try:
-        with torch.serialization.safe_globals(numbers), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of pickle protocols; the error says enough
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        if (
-            zipfile.is_zipfile(path)
-            or 'GLOBAL' in str(error)
-            or 'weights_only' in str(error).lower()
-        ):
-            raise InputError(
-                f'{path} was refused: it holds pickled Python objects, which could run code '
-                '(save only the weights: torch.save(model.state_dict(), path))'
-            ) from None
-        raise InputError(f'{path} is no PyTorch checkpoint or is damaged (copy it again)') from None
-    except Exception as error:  # torch.load and the unpickler raise all kinds on damaged files
-        reason = one_line(error, 120)
-        raise InputError(
-            f'{path} is no PyTorch checkpoint or is damaged: {reason} (copy or save it again)'
-        ) from None
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:  # the library raises its own, unexported error class
-        raise InputError(f'{path} is no safetensors file or is damaged: {error}') from None
-
-
-def _read_pretrained_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """A folder of `model.save_pretrained`: config.json beside model.safetensors."""
-    config_path, weights_path = folder / 'config.json', folder / 'model.safetensors'
-    if not config_path.is_file() or not weights_path.is_file():
-        raise InputError(
-            f'{folder} is no save_pretrained folder: it lacks config.json or model.safetensors '
-            '(give the checkpoint file, or a folder that model.save_pretrained wrote)'
-        )
-    try:
-        config = json.loads(config_path.read_text(encoding='utf-8'))
-        name = config.pop('_model_class')
-        named = isinstance(name, str)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        named = False
-    if not named:
-        raise InputError(f'{config_path} is not what save_pretrained writes') from None
-    names = {cls.__name__: key for key, cls in smp.MODEL_ARCHITECTURES_MAPPING.items()}
-    if name not in names:
-        raise InputError(f'{config_path} names an unknown architecture "{name}"')
-    taken = ('encoder_name', 'encoder_weights', 'in_channels', 'classes', 'aux_params')
-    settings = {
-        'architecture': names[name],
-        'encoder': config.get('encoder_name'),
-        'options': {k: v for k, v in config.items() if k not in taken and not k.startswith('_')},
-    }
-    return _read_safetensors(weights_path), settings
-
-
-def _strip_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Remove what wrappers (DataParallel, torch.compile, Lightning) put before every name."""
-    while prefix := next(
-        (p for p in STATE_DICT_PREFIXES if state and all(k.startswith(p) for k in state)), None
-    ):
-        state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
 
 
 def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
 from types import CodeType
 
@@ -34,11 +33,13 @@ class NetworkDescription:
 
     channels: int = 3  # C
     size_multiple: int = 1  # both sides of the input must be multiples of it
+    fixed_size: int | None = None  # the only side that it takes, where there is one
     output_kind: str | None = None  # FOREGROUND or EXCLUSIVE; None: by the number of logit maps
     background: int = 0  # the label that is no object
     preprocessing: Preprocessing = field(default_factory=Preprocessing)  # what it was trained with
     weights_sha256: str = ''  # of the weights and the structure, wherever they came from
     source: dict[str, object] = field(default_factory=dict)  # file, architecture, encoder, classes
+    notes: tuple[str, ...] = ()  # what was decided when it was loaded, in sentences
 
     def kind(self, logits: torch.Tensor) -> str:
         """What logits (…, K, h, w) mean."""
@@ -74,23 +75,38 @@ class NetworkDescription:
         return self.foreground(labels), 1 - chances[self.background]
 
     def accepted_size(self, size: int) -> int:
-        """The smallest side from `size` on that the network takes; a multiple of 32, which
-        encoder-decoders need, also where the network itself could not be asked."""
-        step = math.lcm(SIZE_MULTIPLE, self.size_multiple)
+        """The smallest side from `size` on that the network takes. Where it could not be asked,
+        or takes any, a multiple of 32, which encoder-decoders are made for."""
+        if self.fixed_size:
+            return self.fixed_size
+        step = self.size_multiple if self.size_multiple > 1 else SIZE_MULTIPLE
         return -(-size // step) * step
 
     def check_input(self, shape: tuple[int, ...]) -> None:
-        """Raise InputError for a shape that is not (C, H, W) or (1, C, H, W)."""
+        """Raise InputError for a shape that is not (C, H, W) or (1, C, H, W), or of a size that
+        the network does not take."""
         fits = len(shape) == 3 or (len(shape) == 4 and shape[0] == 1)
         if not fits or shape[-3] != self.channels:
             c = self.channels
             raise InputError(f'input_tensor must be ({c}, H, W) or (1, {c}, H, W), not {shape}')
+        height, width = shape[-2:]
+        if self.fixed_size and (height, width) != (self.fixed_size,) * 2:
+            raise InputError(
+                f'the network takes inputs of {self.fixed_size}×{self.fixed_size} only, not '
+                f'{width}×{height}'
+            )
+        step = self.size_multiple
+        if height % step or width % step:
+            raise InputError(
+                f'the network takes sides that are multiples of {step}, not {width}×{height} '
+                f'(pad it to {-(-width // step) * step}×{-(-height // step) * step})'
+            )
 
     def record(self) -> dict[str, object]:
         """For the statistics file: where the network came from, and which one it is. What was
         done to the input stands there by itself, since settings may override it."""
         own = asdict(self)
-        del own['preprocessing'], own['source']
+        del own['preprocessing'], own['source'], own['notes']
         return {**self.source, **own}
 
 
@@ -102,24 +118,25 @@ def describe_network(
     preprocessing: what it was trained with; None: what `load_model` found, else what the user set
     as `model.preprocessing`, else ImageNet's.
     """
-    known = getattr(model, ATTRIBUTE, None) or NetworkDescription()
+    known = getattr(model, ATTRIBUTE, None)
+    if known is None:
+        multiple, fixed = accepted_sizes(model)
+        known = NetworkDescription(size_multiple=multiple, fixed_size=fixed)
     own = preprocessing or getattr(model, 'preprocessing', None) or known.preprocessing
-    return NetworkDescription(
-        channels=known.channels,
-        size_multiple=known.size_multiple,
-        output_kind=known.output_kind,
-        background=known.background,
-        preprocessing=own,
-        weights_sha256=network_digest(model),
-        source=known.source,
-    )
+    return replace(known, preprocessing=own, weights_sha256=network_digest(model))
 
 
-def size_multiple(model: torch.nn.Module) -> int:
-    """What both sides of an smp model's input must be multiples of; 1 where it does not say."""
+def accepted_sizes(model: torch.nn.Module) -> tuple[int, int | None]:
+    """What both sides of an smp model's input must be multiples of (1 where it does not say), and
+    the only side it takes, where there is one."""
+    encoder = getattr(model, 'encoder', None)
+    fixed = None
+    if getattr(encoder, 'is_fixed_input_size', False) is True:
+        sides = getattr(encoder, 'input_size', None)
+        fixed = int(sides[-1]) if isinstance(sides, (tuple, list)) else None
     if not getattr(model, 'requires_divisible_input_shape', False):
-        return 1
-    return int(getattr(getattr(model, 'encoder', None), 'output_stride', 1))
+        return 1, fixed
+    return int(getattr(encoder, 'output_stride', 1)), fixed
 
 
 # --------------------------------------------------------------------------- identity
