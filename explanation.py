@@ -35,6 +35,10 @@ class Cost:
     preparation: Preparation
 
 
+def _of_the_cost(name: str) -> property:
+    return property(lambda explanation: getattr(explanation.cost, name))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """The attributions of one image and everything needed to judge them.
@@ -67,15 +71,16 @@ class Explanation:
         """What is averaged over the region, one of SCORES."""
         return self.objective.score
 
-    @property
-    def gradient_evaluations(self) -> int:
-        """All gradients, for all targets of the image together."""
-        return self.cost.gradient_evaluations
-
-    @property
-    def seconds(self) -> float:
-        """Time, for all targets of the image together."""
-        return self.cost.seconds
+    # What it cost may be asked of the explanation itself.
+    gradient_evaluations = _of_the_cost('gradient_evaluations')
+    forward_passes = _of_the_cost('forward_passes')
+    seconds = _of_the_cost('seconds')
+    step_batch = _of_the_cost('step_batch')
+    peak_memory_bytes = _of_the_cost('peak_memory_bytes')
+    precision = _of_the_cost('precision')
+    precision_deviation = _of_the_cost('precision_deviation')
+    retried = _of_the_cost('retried')
+    preparation = _of_the_cost('preparation')
 
     @property
     def completeness_gap(self) -> float | None:

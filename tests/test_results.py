@@ -222,7 +222,7 @@ LONG = 'a_very_long_file_name_as_exported_by_annotation_tools_png.rf.' + '012345
 
 @pytest.mark.parametrize('draw', [attribution_figure, channels_figure])
 @pytest.mark.parametrize(
-    ('size', 'name'), zip(SHAPES, ['scan', LONG, LONG, 'scan', LONG], strict=True)
+    ('size', 'name'), [*zip(SHAPES, ['scan', LONG, LONG, 'scan', LONG], strict=True)]
 )
 def test_no_text_is_cut_off_or_overlaps_another(draw, size, name):
     statistics = statistics_for_figures(image=name, target='pixel:100,200', dice=0.5)
@@ -443,3 +443,9 @@ def test_an_explanation_keeps_no_network_alive(ig, brain):
             waiting += part.values() if isinstance(part, dict) else part
         elif hasattr(part, '__dataclass_fields__'):
             waiting += vars(part).values()
+
+
+def test_what_an_explanation_cost_may_be_asked_of_itself():
+    found = explanation(HAND)
+    for name, value in vars(found.cost).items():
+        assert getattr(found, name) == value
