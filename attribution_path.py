@@ -17,12 +17,13 @@ sum, and `gradient_engine.PathSampler` stands between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from errors import InputError
 
@@ -81,18 +82,36 @@ def plain_map(
     for step in range(steps):
         point = torch.lerp(baseline, x, (step + 0.5) / steps).detach().requires_grad_()
         with torch.enable_grad():
-            score = target(segmentation_logits(network(point))).sum()
+            score = target(segmentation_logits(network(point), x.shape[-2:])).sum()
             total += torch.autograd.grad(score, point)[0]
     return (total * (x - baseline) / steps)[0].cpu().numpy()
 
 
-def segmentation_logits(output: object) -> torch.Tensor:
-    """The logit map (N, K, h, w) in a model's output: itself, the first of a tuple (smp with an
-    auxiliary head), or under `out` (torchvision). Raises InputError for anything else."""
+def segmentation_logits(output: object, size: Sequence[int] | None = None) -> torch.Tensor:
+    """The logit map (N, K, h, w) in a model's output.
+
+    The output itself; of several maps (deep supervision, auxiliary heads) the first that has the
+    input's size, else the largest; in a dictionary or an object what lies under `out` or `logits`.
+    size: (H, W) of the input: a smaller map is enlarged to it (bilinear). A map of a single pixel,
+    one number an image, is left as it is. Raises InputError where there is no map.
+    """
+    for name in ('out', 'logits'):
+        if isinstance(output, dict) and name in output:
+            output = output[name]
+        elif not isinstance(output, (torch.Tensor, dict, tuple, list)) and hasattr(output, name):
+            output = getattr(output, name)
     if isinstance(output, dict):
-        output = output.get('out')
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, torch.Tensor) or output.ndim != 4:
+        output = list(output.values())
+    several = output if isinstance(output, (tuple, list)) else [output]
+    maps = [one for one in several if isinstance(one, torch.Tensor) and one.ndim == 4]
+    if not maps:
         raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
-    return output
+    if size is None:
+        return maps[0]
+    size = tuple(size)
+    largest = max(maps, key=lambda one: one.shape[-2] * one.shape[-1])  # the first of these
+    logits = next((one for one in maps if tuple(one.shape[-2:]) == size), largest)
+    height, width = logits.shape[-2:]
+    if height * width > 1 and height <= size[0] and width <= size[1] and (height, width) != size:
+        return F.interpolate(logits, size, mode='bilinear', align_corners=False)
+    return logits

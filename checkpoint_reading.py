@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,8 @@ def _weights_of(content: object, path: Path, weights_key: str | None) -> Checkpo
         )
     if normalisation and not {'mean', 'std'} & settings.keys():
         settings = {**settings, **normalisation}
-        notes.append(f'mean and std are those stored beside the weights: {normalisation}')
+        said = ', '.join(f'{name} {values}' for name, values in normalisation.items())
+        notes.append(f'stored beside the weights, so used: {said}')
     return Checkpoint(networks[key], settings, key, others, tuple(notes))
 
 
@@ -160,10 +161,9 @@ def is_plain_tensor(value: object) -> bool:
 
 def _prefixes(tensors: dict[str, torch.Tensor]) -> list[str]:
     """What stands before the names of each encoder-decoder among the names."""
-    found = dict.fromkeys(
-        name[: match.start()] for name in tensors if (match := re.search(rf'(?:^|(?<=\.)){HEAD}', name))
-    )  # fmt: skip
-    return [p for p in found if any(name.startswith(p + ENCODER) for name in tensors)]
+    heads = (re.search(rf'(?:^|(?<=\.)){re.escape(HEAD)}', name) for name in tensors)
+    prefixes = dict.fromkeys(head.string[: head.start()] for head in heads if head)
+    return [p for p in prefixes if any(name.startswith(p + ENCODER) for name in tensors)]
 
 
 def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -375,14 +375,15 @@ def _read_folder(folder: Path, weights_key: str | None) -> Checkpoint:
             f'{folder} holds neither {" nor ".join(WEIGHTS_FILES)} '
             '(give the checkpoint file, or a folder that model.save_pretrained wrote)'
         )
-    found = _weights_of(_read_file(weights_path), weights_path, weights_key)
     settings = _pretrained_settings(config_path) if config_path.is_file() else {}
-    notes = found.notes
+    checkpoint = _weights_of(_read_file(weights_path), weights_path, weights_key)
+    notes = checkpoint.notes
     if (folder / TRANSFORM_FILE).is_file():
         transforms = _saved_transforms(folder / TRANSFORM_FILE)
         settings |= transforms
-        notes += (f'from {TRANSFORM_FILE}: {transforms or "nothing that is known"}',)
-    return Checkpoint(found.state, {**found.settings, **settings}, found.key, found.others, notes)
+        said = ', '.join(f'{key} {value}' for key, value in transforms.items())
+        notes += (f'from {TRANSFORM_FILE}: {said or "nothing that is known here"}',)
+    return replace(checkpoint, settings={**checkpoint.settings, **settings}, notes=notes)
 
 
 def _pretrained_settings(config_path: Path) -> dict[str, object]:

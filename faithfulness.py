@@ -145,7 +145,7 @@ class Subject:
 
     def logits(self, points: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, K, h, w)."""
-        return segmentation_logits((self.run or self.network)(points))
+        return segmentation_logits((self.run or self.network)(points), points.shape[-2:])
 
     def map_of(
         self, steps: int, x: torch.Tensor | None = None, baseline: torch.Tensor | None = None

@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -63,6 +64,7 @@ class Preparation:
     gradient_deviation: float  # of one gradient
     fell_back: bool  # the original is used, because the copy deviated too much
     compiled: bool = False  # by torch.compile
+    compile_failure: str | None = None  # why it could not be
 
 
 def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, Preparation]:
@@ -299,7 +301,7 @@ def measure_deviation(
     for one in (original, network):
         x = example.detach().clone().requires_grad_()
         with torch.enable_grad():
-            logits = segmentation_logits(one(x))
+            logits = segmentation_logits(one(x), x.shape[-2:])
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
         results.append((logits.detach(), gradient))
     (logits, gradient), (other_logits, other_gradient) = results
@@ -488,6 +490,24 @@ def explained_memory(device: torch.device) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def explained_network(shape: Sequence[int]) -> Iterator[None]:
+    """Around the network only: turn whatever it raises on an input of that shape into one
+    sentence, an InputError; but for running out of memory, after which less may be tried."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        text = next(iter(str(error).strip().splitlines()), '')
+        raise InputError(
+            f'the network cannot be run on an input of shape {tuple(shape)}: '
+            f'{type(error).__name__}: {text[:300]} (are size and channels those of its training?)'
+        ) from error
+
+
 # --------------------------------------------------------------------------- the engine
 
 
@@ -559,9 +579,15 @@ class GradientEngine:
 
     @contextlib.contextmanager
     def running(self, x: torch.Tensor) -> Iterator[None]:
-        """Inside, the network may be run on inputs like x (1, C, H, W), whatever autograd mode the
-        caller is in; the user's network is left as it was. Out of memory is an InputError."""
-        with torch.inference_mode(False), frozen(self.model), explained_memory(self.device):
+        """Inside, the network may be run on inputs like x (1, C, H, W), whatever autograd mode or
+        autocast the caller is in; the user's network is left as it was. Out of memory is an
+        InputError, and so is what the network raises."""
+        with (
+            torch.inference_mode(False),
+            torch.autocast(self.device.type, enabled=False),
+            frozen(self.model),
+            explained_memory(self.device),
+        ):
             self._prepare(x)
             yield
 
@@ -571,10 +597,16 @@ class GradientEngine:
         if now == self._fingerprint:
             return
         self._reduced = {}
-        self.network, self.preparation = prepared_copy(self.model, x.to(self.dtype))
+        with explained_network(x.shape):
+            self.network, self.preparation = prepared_copy(self.model, x.to(self.dtype))
         if self._compiled:
-            self.network = torch.compile(self.network, dynamic=False)
-            self.preparation = replace(self.preparation, compiled=True)
+            compiled = torch.compile(self.network, dynamic=False)
+            _, failure = attempt(partial(measure_deviation, self.network, compiled, x), Exception)
+            if failure is None:
+                self.network = compiled
+            self.preparation = replace(
+                self.preparation, compiled=failure is None, compile_failure=failure
+            )
         self._fingerprint = now
 
     def run(
@@ -583,13 +615,13 @@ class GradientEngine:
         """Images (N, C, H, W) -> logits (N, K, h, w), both in the working precision, with a graph
         where gradients are enabled. alphas: see `check_finite`. Raises NonFiniteError."""
         self.forward_passes += len(x)
-        if reduced is None:
-            logits = segmentation_logits(self.network(x.to(self.dtype))).to(x.dtype)
-        else:
-            if reduced not in self._reduced:
-                self._reduced[reduced] = reduced_copy(self.network, reduced)
-            with torch.autocast(self.device.type, dtype=reduced):
-                logits = segmentation_logits(self._reduced[reduced](x)).to(x.dtype)
+        if reduced is not None and reduced not in self._reduced:
+            self._reduced[reduced] = reduced_copy(self.network, reduced)
+        network = self.network if reduced is None else self._reduced[reduced]
+        casting = {'dtype': reduced} if reduced else {'enabled': False}
+        with torch.autocast(self.device.type, **casting), explained_network(x.shape):
+            output = network(x.to(self.dtype) if reduced is None else x)
+        logits = segmentation_logits(output, x.shape[-2:]).to(x.dtype)
         check_finite(logits, 'the logits', alphas)
         return logits
 
@@ -613,7 +645,10 @@ class GradientEngine:
             # Scaled by the region's size, so that what flows back from each pixel does not
             # underflow.
             scores = target(logits).sum() * target.scale
-            (gradient,) = torch.autograd.grad(scores, points, retain_graph=number < len(targets))
+            with explained_network(points.shape):
+                (gradient,) = torch.autograd.grad(
+                    scores, points, retain_graph=number < len(targets)
+                )
             by_target.append(gradient * (velocities / target.scale))
         self.gradient_evaluations += len(points)
         densities = torch.stack(by_target, dim=1)

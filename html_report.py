@@ -171,13 +171,20 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
     used = statistics['settings']
     words = ['python', 'integrated_gradients.py', '--model_path', str(used.get('model_path'))]
     words += ['--image_path', str(statistics['image_path'])]
-    for name in ('encoder', 'architecture'):
+    for name in ('encoder', 'architecture', 'weights_key'):
         words += [f'--{name}', str(used[name])] if name in used else []
+    if used.get('model_options'):
+        options = used['model_options'].items()
+        words += ['--model_option', *(f'{key}={value!r}' for key, value in options)]
     for name, default in defaults.items():
         value = used[name]
         if value == default or value is None:
             continue
-        if name == 'target':
+        if name in ('normalize', 'pixel_range') and used.get('mean'):
+            continue  # mean and std are given as they took effect
+        if isinstance(value, list | tuple):
+            words += [f'--{name}', *map(str, value)]
+        elif name == 'target':
             words += ['--each_object'] if value == 'each-object' else ['--target', *value.split()]
         elif name == 'thresholds':
             changed = {key: limit for key, limit in value.items() if limit != default[key]}

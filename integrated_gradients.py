@@ -102,6 +102,7 @@ from model_loading import (
     DEFAULT_IMAGE_SIZE,
     MAX_IMAGE_SIZE,
     load_model,
+    parse_options,
     resolve_device,
 )
 from network_description import NetworkDescription, describe_network
@@ -190,6 +191,7 @@ __all__ = [  # what users import from here, wherever it stands
 
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
+PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
 
 
 # --------------------------------------------------------------------------- baselines
@@ -330,11 +332,19 @@ class Settings:
         'side of the square model input, rounded up to a multiple of 32', least=1,
         most=MAX_IMAGE_SIZE, metavar='PIXELS',
         default_text=f"the checkpoint's, else {DEFAULT_IMAGE_SIZE}")
-    resize: str = setting('stretch', PREPROCESSING, 'letterbox keeps the aspect ratio, pads black',
-        choices=RESIZE_MODES)
+    resize: str | None = setting(None, PREPROCESSING,
+        'letterbox keeps the aspect ratio, pads black', choices=RESIZE_MODES,
+        default_text="the checkpoint's, else stretch")
     normalize: str = setting('auto', PREPROCESSING,
         "auto: the checkpoint's mean and std, else ImageNet's; none: 0-1 as it is",
         choices=NORMALIZE_MODES)
+    mean: tuple[float, ...] | None = setting(None, PREPROCESSING,
+        'of each channel in training, instead of --normalize', metavar='M',
+        default_text='by --normalize')
+    std: tuple[float, ...] | None = setting(None, PREPROCESSING,
+        'the same: standard deviation', metavar='S', default_text='by --normalize')
+    pixel_range: str = setting('0-1', PREPROCESSING,
+        'of the pixels that the network was given, and of --mean and --std', choices=PIXEL_RANGES)
     target: tuple[str, ...] = setting(('predicted',), ATTRIBUTION, 'one or several; '
         + '; '.join(f'{kind.form}: {kind.meaning}' for kind in TARGETS.values()),
         metavar='TARGET', default_text='predicted')  # several share their forward passes
@@ -376,6 +386,8 @@ class Settings:
             object.__setattr__(self, 'target', tuple(self.target.split()))
         for name, known in self.table().items():
             known.check(name, getattr(self, name))
+        for name in ('mean', 'std'):
+            _check_numbers(name, getattr(self, name), least=0.0 if name == 'std' else -math.inf)
         if not self.target:
             raise InputError('no target is given (use --target predicted)')
         for target in self.target:
@@ -405,6 +417,19 @@ class Settings:
     def record(self) -> dict[str, object]:
         """For the statistics file; the targets as on the command line."""
         return {**asdict(self), 'target': ' '.join(self.target)}
+
+
+def _check_numbers(name: str, values: Sequence[float] | None, least: float) -> None:
+    """Raise InputError for what is no three finite numbers above `least`."""
+    if values is None:
+        return
+    try:
+        fine = len(values) == 3 and all(math.isfinite(v) and v > least for v in values)
+    except TypeError:
+        fine = False
+    if not fine:
+        above = ' above 0' if least == 0 else ''
+        raise InputError(f'{name} must be three numbers{above}, one for each channel, not {values}')
 
 
 # --------------------------------------------------------------------------- IntegratedGradients
@@ -804,19 +829,25 @@ def trend_of(sampler: PathSampler, number: int) -> Trend:
 
 
 def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preprocessing:
-    """How images become input of this model under these settings; explicit settings win.
+    """How images become input of this model: by the settings, else as stored with the checkpoint,
+    else by default (640, stretched, ImageNet's mean and std).
 
-    The image size is rounded up to a multiple of 32, which encoder-decoders need.
+    The image size is rounded up to one that the network takes.
     """
     network = describe_network(model)
     own = network.preprocessing
+    scale = PIXEL_RANGES[settings.pixel_range]
     mean, std = {
         'auto': (own.mean, own.std),
         'imagenet': (IMAGENET_MEAN, IMAGENET_STD),
-        'none': ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        'none': ((0.0, 0.0, 0.0), (1.0 / scale,) * 3),
     }[settings.normalize]
+    if settings.pixel_range != '0-1' and settings.normalize == 'auto':
+        mean, std = (0.0, 0.0, 0.0), (1.0 / scale,) * 3  # as they are, from 0 to 255
+    mean = mean if settings.mean is None else tuple(value / scale for value in settings.mean)
+    std = std if settings.std is None else tuple(value / scale for value in settings.std)
     size = network.accepted_size(settings.image_size or own.image_size)
-    return Preprocessing(size, settings.resize, mean, std)
+    return Preprocessing(size, settings.resize or own.resize, mean, std)
 
 
 @dataclass(frozen=True)
@@ -941,6 +972,9 @@ def notes_on(
         notes.append(f'empty, so left out: target {", ".join(left_out)}')
     if explanations[0].cost.retried:
         notes.append(explanations[0].cost.retried)
+    if explanations[0].cost.preparation.compile_failure:
+        reason = explanations[0].cost.preparation.compile_failure.strip().splitlines()[0][:200]
+        notes.append(f'torch.compile failed, so the network runs without it: {reason}')
     if explanations[0].cost.preparation.fell_back:
         notes.append(
             'the faster copy of the network did not compute quite the same: the original was used'
@@ -1084,6 +1118,8 @@ def batch_integrated_gradients_analysis(
     split: str | None = None,
     encoder: str | None = None,
     architecture: str | None = None,
+    weights_key: str | None = None,
+    model_options: dict[str, object] | None = None,
     device: str | torch.device = 'auto',
     figures: str = 'all',
     overwrite: bool = False,
@@ -1102,7 +1138,8 @@ def batch_integrated_gradients_analysis(
     using; OutputError if nothing can be written there.
     """
     settings = Settings(baseline=baseline_type, num_steps=num_steps, **options)
-    load = partial(load_explainer, model_path, settings, encoder, architecture, device)
+    source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options)
+    load = partial(load_explainer, source, settings)
     output = Output(Path(output_dir), figures, overwrite)
     return analyse_dataset(load, data_dir, split, num_samples, settings, output, before_image,
                            share or Alone())  # fmt: skip
@@ -1221,20 +1258,28 @@ class _Batch:
                 return
 
 
-def load_explainer(
-    model_path: str | Path,
-    settings: Settings,
-    encoder: str | None,
-    architecture: str | None,
-    device: str | torch.device,
-) -> IntegratedGradients:
+@dataclass(frozen=True)
+class NetworkSource:
+    """Where a network comes from: the arguments of `load_model`."""
+
+    model_path: str | Path
+    device: str | torch.device = 'auto'
+    encoder: str | None = None
+    architecture: str | None = None
+    weights_key: str | None = None
+    model_options: dict[str, object] | None = None
+
+
+def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradients:
     """What explains images by a checkpoint under these settings."""
-    model = load_model(model_path, device, encoder, architecture)
+    device, model = source.device, load_model(**vars(source))
+    for note in describe_network(model).notes:
+        print(f'note: {note}', file=sys.stderr)
     preprocessing = input_preprocessing(model, settings)
     asked = settings.image_size
     if asked is not None and asked != preprocessing.image_size:
         size = preprocessing.image_size
-        print(f'note: image size {asked} is not divisible by 32, using {size}', file=sys.stderr)
+        print(f'note: the network does not take image size {asked}, using {size}', file=sys.stderr)
     return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 
 
@@ -1302,6 +1347,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"an smp encoder (default: the checkpoint's, else {DEFAULT_ENCODER})")
     add('--architecture', choices=ARCHITECTURES,
         help=f"default: the checkpoint's, else {DEFAULT_ARCHITECTURE}")
+    add('--weights_key', metavar='KEY',
+        help='which of several networks in the checkpoint (default: the first that is no average)')
+    add('--model_option', nargs='+', default=[], metavar='NAME=VALUE',
+        help='of the architecture, where it leaves no trace in the weights, for example '
+             "encoder_output_stride=8 (default: the checkpoint's, else smp's)")
     add('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     # fmt: on
     _add_settings(group, MODEL)
@@ -1333,6 +1383,8 @@ def _flag_of(one: object, known: Setting) -> dict[str, object]:
     if one.type == 'bool':
         return flag | {'action': 'store_true'}
     flag |= {'default': one.default, 'choices': known.choices, 'metavar': known.metavar}
+    if one.name in ('mean', 'std'):
+        return flag | {'nargs': '+', 'type': float}
     if one.name in ('target', 'thresholds'):
         default = known.default_text if one.name == 'target' else None
         return flag | {'nargs': '+', 'default': default}
@@ -1348,10 +1400,16 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise InputError('--each_object goes without --target')
     given = {name: value for name, value in vars(args).items() if name in Settings.table()}
     given['target'] = 'each-object' if args.each_object else args.target
-    if isinstance(given['target'], list):
-        given['target'] = tuple(given['target'])
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     given['thresholds'] = parse_thresholds(args.thresholds or ())
     return Settings(**given)
+
+
+def source_from(args: argparse.Namespace, device: str) -> NetworkSource:
+    """The network that the parsed flags name."""
+    options = parse_options(args.model_option)
+    return NetworkSource(args.model_path, device, args.encoder, args.architecture,
+                         args.weights_key, options or None)  # fmt: skip
 
 
 def say_cost(settings: Settings) -> None:
@@ -1369,7 +1427,7 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     loaded = LoadedSample.of(single_sample(args.image_path, args.mask_path))
     output = Output(make_output_folder(args.output_dir), args.figures, args.overwrite)
     with hold_folder(output.folder):
-        ig = load_explainer(args.model_path, settings, args.encoder, args.architecture, args.device)
+        ig = load_explainer(source_from(args, args.device), settings)
         by_target = analyse_loaded(ig, loaded, settings, output, progress=True)
     for statistics in by_target:
         print(statistics_text(statistics))
@@ -1389,8 +1447,7 @@ def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -
     if share.rank == 0:
         say_cost(settings)
     device = device_of_rank(args.device, share.size)
-    load = partial(load_explainer, args.model_path, settings, args.encoder, args.architecture,
-                   device)  # fmt: skip
+    load = partial(load_explainer, source_from(args, device), settings)
     output = Output(args.output_dir, args.figures, args.overwrite)
     result = analyse_dataset(load, args.data_dir, args.split, args.num_samples, settings, output,
                              stop.check, share)  # fmt: skip

@@ -2,8 +2,8 @@
 device.
 
 `checkpoint_reading` finds the weights. Architecture and encoder are those asked for, else those
-stored with the weights, else the defaults; where neither was said and the defaults do not fit, those
-that the weights' names and shapes show.
+stored with the weights, else the defaults; where neither was said and the defaults do not fit,
+those that the weights' names and shapes show.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def accepted_sizes(model: torch.nn.Module) -> tuple[int, int | None]:
     the only side it takes, where there is one."""
     encoder = getattr(model, 'encoder', None)
     fixed = None
-    if getattr(encoder, 'is_fixed_input_size', False) is True:
+    dynamic = getattr(getattr(encoder, 'model', None), 'dynamic_img_size', False)
+    if getattr(encoder, 'is_fixed_input_size', False) is True and not dynamic:
         sides = getattr(encoder, 'input_size', None)
         fixed = int(sides[-1]) if isinstance(sides, (tuple, list)) else None
     if not getattr(model, 'requires_divisible_input_shape', False):

@@ -5,11 +5,13 @@ import gc
 import re
 import subprocess
 import sys
+import types
 
 import captum.attr
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT, Function, relative_error
 from torch import nn
 
@@ -24,6 +26,8 @@ from integrated_gradients import (
     Settings,
     Target,
     explain_image,
+    explanation_statistics,
+    plain_map,
 )
 
 
@@ -272,9 +276,10 @@ def test_out_of_memory_on_one_step_is_one_sentence():
         explain(model, torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2))
 
 
-def test_other_errors_of_a_model_are_not_swallowed():
-    with pytest.raises(RuntimeError, match='broken layer'):
-        explain(Hungry(0, RuntimeError('broken layer')), torch.ones(1, 3, 2, 2), 'zero')
+def test_other_errors_of_a_model_are_one_sentence():
+    with pytest.raises(InputError, match=r'shape \(1, 3, 2, 2\): RuntimeError: broken') as caught:
+        explain(Hungry(0, RuntimeError('broken\nlayer')), torch.ones(1, 3, 2, 2), 'zero')
+    assert isinstance(caught.value.__cause__, RuntimeError) and '\n' not in str(caught.value)
     assert not is_out_of_memory(ValueError('out of memory'))
 
 
@@ -445,6 +450,44 @@ def test_callers_autograd_mode_and_layout_do_not_matter(ig, brain):
     assert strided.grad is None
 
 
+class Shrinking(nn.Module):
+    """A map of a quarter of the input's size."""
+
+    def forward(self, v):
+        return F.avg_pool2d(v.sum(1, keepdim=True), 4)
+
+
+def test_a_smaller_map_is_enlarged_to_the_input():
+    x = torch.rand(1, 3, 32, 48)
+    found = explain(Shrinking(), x, torch.zeros_like(x), num_steps=2)
+    assert found.region.shape == found.prediction.shape == (32, 48)
+    assert found.completeness_gap < 1e-4
+    explanation_statistics(found)
+    plain = plain_map(Shrinking(), x, torch.zeros_like(x), found.objective, 3)
+    assert relative_error(found.attributions, torch.from_numpy(plain)) < 1e-5
+
+
+def test_an_outer_autocast_does_not_matter(smooth_network, brain):
+    engine = IntegratedGradients(smooth_network, 'cpu')
+    expected = engine.compute_integrated_gradients(brain, num_steps=3, target='image')
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = engine.compute_integrated_gradients(brain, num_steps=3, target='image')
+    assert torch.equal(found, expected)
+
+
+def test_where_nothing_can_be_compiled_it_runs_as_it_is(smooth_network, brain, monkeypatch):
+    def fails(*_, **__):
+        def broken(x):
+            raise RuntimeError('no C++ compiler\nwas found')
+
+        return broken
+
+    monkeypatch.setattr(torch, 'compile', fails)
+    found = IntegratedGradients(smooth_network, 'cpu', compile=True).explain(brain, 'image')
+    assert not found.preparation.compiled and 'no C++' in found.preparation.compile_failure
+    assert found.attributions.abs().sum() > 0
+
+
 def test_double_precision_model_agrees_with_single(brain):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 1)).eval()
@@ -456,8 +499,21 @@ def test_double_precision_model_agrees_with_single(brain):
     assert relative_error(single, double) < 1e-5
 
 
-@pytest.mark.parametrize('wrapping', [lambda y: (y, 1), lambda y: [y], lambda y: {'out': y}])
-def test_outputs_in_a_tuple_or_dictionary(wrapping, x):
+@pytest.mark.parametrize(
+    'wrapping',
+    [
+        lambda y: (y, 1),
+        lambda y: [y],
+        lambda y: {'out': y},
+        lambda y: {'aux': y[..., :2, :2], 'out': y},
+        lambda y: {'logits': y, 'loss': y.sum()},
+        lambda y: types.SimpleNamespace(logits=y),
+        lambda y: {'mask': y},
+        lambda y: [F.avg_pool2d(y, 2), y],  # deep supervision: the full-size map
+        lambda y: (y, y[:, :, :1, :1]),
+    ],
+)
+def test_outputs_in_a_tuple_a_dictionary_or_an_object(wrapping, x):
     class Wrapped(nn.Module):
         def forward(self, v):
             return wrapping(v.sum(1, keepdim=True))

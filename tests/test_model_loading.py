@@ -1,7 +1,5 @@
 """Every form of checkpoint, and every bad one."""
 
-import argparse
-
 import numpy as np
 import pytest
 import safetensors.torch
@@ -10,7 +8,7 @@ import torch
 from helpers import DEMO_MODEL
 
 from integrated_gradients import ARCHITECTURES, InputError, load_model
-from model_loading import create_model, guess_architecture, guess_encoder
+from model_loading import create_model, guess_architecture, guess_encoder, parse_options
 
 ENCODER = 'timm-mobilenetv3_small_minimal_100'
 
@@ -109,15 +107,6 @@ def test_every_architecture_by_name(tmp_path, architecture):
 # ------------------------------------------------------------------ bad checkpoints
 
 
-@pytest.mark.parametrize(
-    'content', [lambda net: net, lambda net: {'args': argparse.Namespace(a=1)}]
-)
-def test_whole_models_and_other_objects_are_refused(tmp_path, network, content):
-    torch.save(content(network), tmp_path / 'm.pth')
-    with pytest.raises(InputError, match='save only the weights'):
-        load_model(tmp_path / 'm.pth', 'cpu', ENCODER)
-
-
 def test_missing_empty_and_damaged_files(tmp_path, network):
     torch.save(network.state_dict(), tmp_path / 'whole.pth')
     whole = (tmp_path / 'whole.pth').read_bytes()
@@ -149,12 +138,57 @@ def test_networks_of_another_library(tmp_path):
         load_model(tmp_path / 'm.pth', 'cpu')
 
 
-def test_wrong_encoder_or_architecture_says_what_the_file_looks_like(tmp_path):
+def test_what_the_weights_look_like_is_taken_where_nothing_else_was_said(tmp_path):
     torch.save(create_model('fpn', 'resnet18', 2).state_dict(), tmp_path / 'm.pth')
+    found = load_model(tmp_path / 'm.pth', 'cpu').network_description
+    assert (found.source['architecture'], found.source['encoder']) == ('fpn', 'resnet18')
+    assert 'this is fpn with encoder resnet18' in found.notes[0]
     with pytest.raises(InputError, match='add --architecture fpn --encoder resnet18'):
-        load_model(tmp_path / 'm.pth', 'cpu')
+        load_model(tmp_path / 'm.pth', 'cpu', 'resnet34')
     with pytest.raises(InputError, match='looks like fpn with encoder resnet18'):
         load_model(tmp_path / 'm.pth', 'cpu', 'resnet18', 'unet')
+
+
+def test_options_that_leave_no_trace_in_the_weights(tmp_path):
+    net = smp.DeepLabV3Plus(ENCODER, encoder_weights=None, encoder_output_stride=8).eval()
+    torch.save(net.state_dict(), tmp_path / 'm.pth')
+    loaded = [
+        load_model(tmp_path / 'm.pth', 'cpu', ENCODER, 'deeplabv3plus', model_options=options)
+        for options in (None, parse_options(['encoder_output_stride=8']))
+    ]
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        same_as = [torch.equal(model(x), net(x)) for model in loaded]
+    assert same_as == [False, True]
+    assert loaded[1].network_description.source['model_options'] == {'encoder_output_stride': 8}
+
+
+@pytest.mark.parametrize(
+    ('pairs', 'options'),
+    [
+        (['a=8', 'b=(1, 2)', 'c=None', 'd=swish'],
+         {'a': 8, 'b': (1, 2), 'c': None, 'd': 'swish'}),
+        ([], {}),
+    ],
+)  # fmt: skip
+def test_model_options(pairs, options):
+    assert parse_options(pairs) == options
+
+
+@pytest.mark.parametrize('pair', ['a', '=3', 'a b=3', '__import__("os")'])
+def test_model_options_that_are_none(pair):
+    with pytest.raises(InputError, match='of the form NAME=VALUE'):
+        parse_options([pair])
+
+
+def test_the_activation_is_left_out_and_said(tmp_path):
+    net = smp.Unet(ENCODER, encoder_weights=None, activation='sigmoid').eval()
+    net.save_pretrained(tmp_path / 'saved')
+    loaded = load_model(tmp_path / 'saved', 'cpu')
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x).sigmoid(), net(x))
+    assert 'activation is left out' in loaded.network_description.notes[0]
 
 
 def test_other_decoder_settings_and_timm_encoders_are_told(tmp_path):

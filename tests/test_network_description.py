@@ -154,8 +154,8 @@ def test_outputs_by_hand():
     assert mask.tolist() == [[True, False]]
 
 
-@pytest.mark.parametrize(('multiple', 'size', 'accepted'), [(1, 100, 128), (16, 640, 640),
-                                                            (14, 200, 224)])  # fmt: skip
+@pytest.mark.parametrize(('multiple', 'size', 'accepted'), [(1, 100, 128), (16, 100, 112),
+                                                            (14, 200, 210)])  # fmt: skip
 def test_accepted_sizes(multiple, size, accepted):
     assert NetworkDescription(size_multiple=multiple).accepted_size(size) == accepted
 
@@ -164,3 +164,18 @@ def test_input_of_another_shape_is_told():
     with pytest.raises(InputError, match=r'\(3, H, W\) or \(1, 3, H, W\), not \(2, 3, 8, 8\)'):
         NetworkDescription().check_input((2, 3, 8, 8))
     NetworkDescription(channels=4).check_input((4, 8, 8))
+    with pytest.raises(InputError, match=r'multiples of 32, not 100×80 \(pad it to 128×96\)'):
+        NetworkDescription(size_multiple=32).check_input((3, 80, 100))
+    with pytest.raises(InputError, match='224×224 only, not 32×32'):
+        NetworkDescription(fixed_size=224).check_input((3, 32, 32))
+    with pytest.raises(InputError, match='multiples of 32'):
+        unet = create_model('unetplusplus', 'resnet18', 1)
+        IntegratedGradients(unet, 'cpu').explain(torch.rand(3, 80, 100), 'image')
+
+
+def test_a_vision_transformer_takes_its_own_size():
+    encoder = 'tu-vit_tiny_patch16_224.augreg_in21k'
+    found = describe_network(create_model('dpt', encoder, 1))
+    assert (found.fixed_size, found.accepted_size(640)) == (224, 224)
+    free = describe_network(create_model('dpt', encoder, 1, dynamic_img_size=True))
+    assert (free.fixed_size, free.size_multiple, free.accepted_size(100)) == (None, 16, 112)

@@ -21,10 +21,11 @@ from integrated_gradients import (
     Target,
     analyse_sample,
     build_parser,
+    input_preprocessing,
     main,
     settings_from,
 )
-from segmentation_dataset import Sample
+from segmentation_dataset import IMAGENET_MEAN, Preprocessing, Sample
 from verdict import Thresholds
 
 
@@ -40,6 +41,7 @@ def test_every_setting_is_a_flag_with_its_default_and_its_meaning():
 
 CHANGED = {
     'step_batch': 2, 'compile': True, 'image_size': 96, 'resize': 'letterbox', 'normalize': 'none',
+    'mean': (0.5, 0.5, 0.25), 'std': (0.5, 0.25, 0.5), 'pixel_range': '0-255',
     'target': ('image', 'pixel:1,2'), 'score': 'probability', 'threshold': 0.25,
     'on_empty': 'image', 'baseline': 'blur', 'baseline_draws': 2, 'seed': -3, 'num_steps': 9,
     'tolerance': 0.5, 'max_steps': 17, 'rule': 'trapezoid', 'precision': 'bfloat16',
@@ -51,7 +53,8 @@ CHANGED = {
 @pytest.mark.parametrize('name', CHANGED)
 def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name):
     value = CHANGED[name]
-    words = {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
+    words = {name: list(map(str, CHANGED[name])) for name in ('mean', 'std')}
+    words |= {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
     argv = ['--model_path', 'm', f'--{name}', *words.get(name, [str(value)])]
     settings = settings_from(build_parser().parse_args(argv))
     assert settings == replace(Settings(), **{name: value})
@@ -82,6 +85,10 @@ def test_all_settings_are_tried_above():
         ({'target': ('image', 'each-object:3')}, 'not of the form each-object'),
         ({'evaluate': 'all'}, 'unknown evaluate "all"'),
         ({'rule': 'gauss-kronrod', 'num_steps': 50}, '3, 7, 15, 31, 63 steps'),
+        ({'mean': (0.5,)}, 'mean must be three numbers'),
+        ({'mean': 0.5}, 'mean must be three numbers'),
+        ({'std': (1.0, 0.0, 1.0)}, 'std must be three numbers above 0'),
+        ({'mean': (float('nan'),) * 3}, 'mean must be three numbers'),
     ],
 )
 def test_values_that_make_no_sense(wrong, said):
@@ -111,6 +118,33 @@ def test_an_option_that_explains_nothing_is_refused():
         with pytest.raises(TypeError, match=name):
             ig.explain(x, 'image', **{name: None})
     assert OPTIONS.isdisjoint({'image_size', 'evaluate', 'thresholds', 'compile'})
+
+
+def test_the_order_of_precedence_of_preprocessing():
+    """Flag, stored with the checkpoint, default."""
+    net = torch.nn.Conv2d(3, 1, 1)
+
+    def used(**settings) -> Preprocessing:
+        return input_preprocessing(net, Settings(**settings))
+
+    assert used() == Preprocessing()
+    net.preprocessing = Preprocessing(96, 'letterbox', (0.5,) * 3, (0.25,) * 3)
+    assert used() == net.preprocessing
+    assert used(resize='stretch', image_size=64).resize == 'stretch'
+    assert used(mean=(0.1, 0.2, 0.3)).mean == (0.1, 0.2, 0.3)
+    assert used(mean=(0.1, 0.2, 0.3)).std == (0.25,) * 3
+    assert used(normalize='imagenet').mean == IMAGENET_MEAN
+
+
+def test_pixels_from_0_to_255():
+    net = torch.nn.Conv2d(3, 1, 1)
+    pixels = noise_image(32, 32)
+    plain = input_preprocessing(net, Settings(pixel_range='0-255', image_size=32))
+    torch.testing.assert_close(plain.normalise(pixels)[0, 0], torch.tensor(pixels[..., 0]).float())
+    settings = Settings(pixel_range='0-255', image_size=32, mean=(120.0,) * 3, std=(60.0,) * 3)
+    expected = (torch.tensor(pixels[..., 1]).float() - 120) / 60
+    found = input_preprocessing(net, settings).normalise(pixels)[0, 1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------ targets
