@@ -1349,7 +1349,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"default: the checkpoint's, else {DEFAULT_ARCHITECTURE}")
     add('--weights_key', metavar='KEY',
         help='which of several networks in the checkpoint (default: the first that is no average)')
-    add('--model_option', nargs='+', default=[], metavar='NAME=VALUE',
+    add('--model_option', nargs='+', metavar='NAME=VALUE',
         help='of the architecture, where it leaves no trace in the weights, for example '
              "encoder_output_stride=8 (default: the checkpoint's, else smp's)")
     add('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
@@ -1407,7 +1407,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 def source_from(args: argparse.Namespace, device: str) -> NetworkSource:
     """The network that the parsed flags name."""
-    options = parse_options(args.model_option)
+    options = parse_options(args.model_option or ())
     return NetworkSource(args.model_path, device, args.encoder, args.architecture,
                          args.weights_key, options or None)  # fmt: skip
 
