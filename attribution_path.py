@@ -92,8 +92,8 @@ def segmentation_logits(output: object, size: Sequence[int] | None = None) -> to
 
     The output itself; of several maps (deep supervision, auxiliary heads) the first that has the
     input's size, else the largest; in a dictionary or an object what lies under `out` or `logits`.
-    size: (H, W) of the input: a smaller map is enlarged to it (bilinear). A map of a single pixel,
-    one number an image, is left as it is. Raises InputError where there is no map.
+    size: (H, W) of the input; without it the first map is taken. Raises InputError where there is
+    no map.
     """
     for name in ('out', 'logits'):
         if isinstance(output, dict) and name in output:
@@ -108,10 +108,14 @@ def segmentation_logits(output: object, size: Sequence[int] | None = None) -> to
         raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
     if size is None:
         return maps[0]
-    size = tuple(size)
     largest = max(maps, key=lambda one: one.shape[-2] * one.shape[-1])  # the first of these
-    logits = next((one for one in maps if tuple(one.shape[-2:]) == size), largest)
-    height, width = logits.shape[-2:]
+    return next((one for one in maps if tuple(one.shape[-2:]) == tuple(size)), largest)
+
+
+def enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Logits (N, K, h, w) that are smaller than (H, W) at that size (bilinear); others as they
+    are, and a map of a single pixel, one number an image, too."""
+    (height, width), size = logits.shape[-2:], tuple(size)
     if height * width > 1 and height <= size[0] and width <= size[1] and (height, width) != size:
         return F.interpolate(logits, size, mode='bilinear', align_corners=False)
     return logits

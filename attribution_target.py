@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import torch
 
+from attribution_path import enlarged
 from errors import EmptyTargetError, InputError, attempt, check_choice
 from network_description import NetworkDescription
 from segmentation_dataset import Placement
@@ -38,7 +39,9 @@ class Target:
     network: NetworkDescription = field(default=ANY_NETWORK, repr=False)  # what the logits mean
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (N, K, h, w) -> scores (N,)."""
+        """Logits (N, K, h, w) -> scores (N,). Where the network's map is smaller than that of the
+        weights, it is enlarged."""
+        logits = enlarged(logits, self.weights.shape[-2:])
         values = logits if self.score == 'logit' else self.network.probabilities(logits)
         return (values * self.weights.to(values)).sum(dim=(1, 2, 3))
 

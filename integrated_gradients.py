@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 from attribution_figures import attribution_figure, channels_figure
-from attribution_path import AttributionPath, StraightPath, plain_map
+from attribution_path import AttributionPath, StraightPath, enlarged, plain_map
 from attribution_target import TARGETS, Target, TargetContext, build_target, build_targets, kind_of
 from batch_job import (
     FAILED,
@@ -652,7 +652,7 @@ class IntegratedGradients:
         point = x.clone().requires_grad_(bool(at_end))
         with torch.set_grad_enabled(point.requires_grad):
             graph = self.engine.run(point)  # (1, K, h, w)
-        logits = graph.detach()
+        logits = enlarged(graph.detach(), x.shape[-2:])
         labels = self._network.labels(logits[0], settings.threshold)
         targets = build(logits, labels)
         gradient = None
@@ -792,7 +792,7 @@ def mask_overlap(
     mask: torch.Tensor, network: NetworkDescription, threshold: float, logits: torch.Tensor
 ) -> torch.Tensor:
     """(N, K, h, w) logits -> (N,): IoU of the predicted masks with that of the image, (h, w)."""
-    masks = network.foreground(network.labels(logits, threshold))
+    masks = network.foreground(network.labels(enlarged(logits, mask.shape), threshold))
     both = (masks & mask).sum(dim=(1, 2))
     union = (masks | mask).sum(dim=(1, 2))
     return torch.where(union > 0, both / union, 1.0)
@@ -1278,8 +1278,8 @@ def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradi
     preprocessing = input_preprocessing(model, settings)
     asked = settings.image_size
     if asked is not None and asked != preprocessing.image_size:
-        size = preprocessing.image_size
-        print(f'note: the network does not take image size {asked}, using {size}', file=sys.stderr)
+        size, step = preprocessing.image_size, describe_network(model).step
+        print(f'note: image size {asked} is not divisible by {step}, using {size}', file=sys.stderr)
     return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 
 

@@ -77,10 +77,12 @@ class NetworkDescription:
     def accepted_size(self, size: int) -> int:
         """The smallest side from `size` on that the network takes. Where it could not be asked,
         or takes any, a multiple of 32, which encoder-decoders are made for."""
-        if self.fixed_size:
-            return self.fixed_size
-        step = self.size_multiple if self.size_multiple > 1 else SIZE_MULTIPLE
-        return -(-size // step) * step
+        return self.fixed_size or -(-size // self.step) * self.step
+
+    @property
+    def step(self) -> int:
+        """Sides are rounded up to a multiple of it."""
+        return self.fixed_size or (self.size_multiple if self.size_multiple > 1 else SIZE_MULTIPLE)
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise InputError for a shape that is not (C, H, W) or (1, C, H, W), or of a size that
