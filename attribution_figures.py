@@ -180,7 +180,7 @@ def channels_figure(view: View, statistics: dict) -> Figure:
     for axis, name, channel, share in zip(
         sheet.axes, ('Red', 'Green', 'Blue'), view.attributions, shares, strict=False
     ):
-        title = f'{name}: {shown("share_in_prediction", share)} of |attribution|'
+        title = f'{name}: {shown("channel_shares", share)} of |attribution|'
         drawn = sheet.show(axis, channel, title, cmap='RdBu_r', norm=norm)
         sheet.bar(axis, drawn, 'attribution, one scale for the three', 'both')
     norm = CenteredNorm(0, clip_level(view.summed))
@@ -462,7 +462,8 @@ def caption_lines(statistics: dict) -> list[str]:
     def show(key: str) -> str:
         return shown(key, statistics[key])
 
-    settled = 'unknown' if statistics['settled_share'] is None else show('settled_share')
+    share = statistics.get('settled_share')  # older results have none
+    settled = 'unknown' if share is None else shown('settled_share', share)
     return [
         f'Target: mean {statistics["score_type"]} over "{statistics["target"]}" '
         f'({statistics["target_area"]:,} px)',

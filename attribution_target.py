@@ -7,6 +7,7 @@ which targets a name stands for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -200,6 +201,7 @@ class TargetKind:
     build: Callable[[TargetContext, str], Target] | None = None
     expand: Callable[[TargetContext], list[str]] | None = None  # what it stands for
     first: str = ''  # of these, the one there is in every image
+    argument: str = ''  # what may stand behind the colon, a regular expression
 
     @property
     def meaning(self) -> str:
@@ -208,14 +210,14 @@ class TargetKind:
 
 TARGETS: dict[str, TargetKind] = {
     'predicted': TargetKind('predicted', predicted_target),
-    'object': TargetKind('object:K', object_target),
+    'object': TargetKind('object:K', object_target, argument=r'0*[1-9]\d*'),
     'each-object': TargetKind('each-object', expand=each_object, first='object:1'),
     'truth': TargetKind('truth', truth_target),
     'false-positive': TargetKind('false-positive', false_positive_target),
     'false-negative': TargetKind('false-negative', false_negative_target),
     'image': TargetKind('image', image_target),
-    'pixel': TargetKind('pixel:X,Y', pixel_target),
-    'class': TargetKind('class:K', class_target),
+    'pixel': TargetKind('pixel:X,Y', pixel_target, argument=r'-?\d+,-?\d+'),
+    'class': TargetKind('class:K', class_target, argument=r'\d+'),
 }
 
 
@@ -229,6 +231,13 @@ def kind_of(spec: str) -> TargetKind:
     if (':' in TARGETS[kind].form) != bool(argument):
         raise InputError(f'target "{spec}" is not of the form {TARGETS[kind].form}')
     return TARGETS[kind]
+
+
+def check_form(spec: str) -> None:
+    """Raise InputError for a target that no image can have, before anything is computed."""
+    kind, argument = kind_of(spec), spec.partition(':')[2]
+    if argument and not re.fullmatch(kind.argument, argument):
+        raise InputError(f'target "{spec}" is not of the form {kind.form} ({kind.meaning})')
 
 
 def build_target(spec: str, context: TargetContext, score: str = 'logit') -> Target:

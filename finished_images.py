@@ -14,14 +14,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 
+from image_statistics import COMPOUND, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
 from result_files import image_files, json_writer, read_statistics, write_files
 from verdict import Thresholds, verdict_of
 
-# Settings that do not change what is computed, and where the same weights lie.
-NOT_DECISIVE = ('step_batch', 'compile', 'device', 'model_path', 'model_sha256', 'thresholds')
+# Settings that do not change what is computed, and where the network, which has a digest, is from.
+NOT_DECISIVE = (
+    'step_batch', 'compile', 'device', 'thresholds', 'model_path', 'model_sha256', 'architecture',
+    'encoder', 'classes', 'weights_key', 'model_options',
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -41,6 +46,8 @@ def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str
     uint8. truth: (H, W) uint8.
     """
     decisive = {name: value for name, value in record.items() if name not in NOT_DECISIVE}
+    if 'baseline_sha256' in decisive:  # a file: wherever it lies
+        del decisive['baseline']
     digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
     for array in (image, truth):
         digest.update(repr(None if array is None else array.shape).encode())
@@ -77,10 +84,29 @@ def _read_finished(folder: Path, key: str) -> dict | None:
     """The statistics in a folder that belong to this key, if the maps are there too, else None."""
     try:
         statistics = read_statistics(folder)
-        same = statistics['resume_key'] == key
+        same = statistics['resume_key'] == key and statistics['folder'] == folder.name
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return statistics if same and image_files(folder)['arrays'].is_file() else None
+    there = same and _is_whole(statistics) and image_files(folder)['arrays'].is_file()
+    return statistics if there else None
+
+
+# Of the statistics that are no plain figures: what others are built on.
+TYPES = {
+    'targets': list, 'settings': dict, 'verdict': list, 'notes': list, 'versions': dict,
+    'trend': dict, 'evaluation': (dict, NoneType), 'channel_shares': (list, NoneType),
+}  # fmt: skip
+
+
+def _is_whole(statistics: dict) -> bool:
+    """Whether the content of a statistics file is what we write: a damaged one counts as none."""
+    kinds = {TEXT: str, WHOLE: int, NUMBER: (int, float), TRUTH: bool}
+    return STATISTICS.keys() <= statistics.keys() and all(
+        isinstance(statistics[key], TYPES.get(key, object))
+        if row.kind == COMPOUND
+        else statistics[key] is None or isinstance(statistics[key], kinds[row.kind])
+        for key, row in STATISTICS.items()
+    ) and bool(statistics['targets'])  # fmt: skip
 
 
 def judged_again(statistics: dict, limits: Thresholds, output_dir: Path) -> dict:

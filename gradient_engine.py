@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from attribution_path import AttributionPath, Score, segmentation_logits
 from errors import InputError, NonFiniteError, attempt
+from network_description import plain_attributes
 from path_integral import norms
 
 PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
@@ -515,7 +516,8 @@ def explained_network(shape: Sequence[int]) -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    wants = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # Parameters made in inference mode take no part in gradients anyway.
+    wants = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
     try:
         model.eval()
         for parameter, _ in wants:
@@ -529,14 +531,18 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def fingerprint(model: nn.Module) -> tuple:
-    """Changes when a weight of the network does; costs a thousandth of a gradient."""
+    """Changes when the network does: a plain attribute, or a weight, by where it lies, how often
+    it was changed in place, and three sums; costs a thousandth of a gradient."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    known = (plain_attributes(model), *places)
     if not tensors:
-        return places
-    with torch.no_grad():
-        sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors])
-    return (*places, *sums.tolist())
+        return known
+    with torch.no_grad():  # the second and third see values that change places
+        sums = [t.sum(dtype=torch.float32) for t in tensors]
+        sums += [t.flatten()[::2].sum(dtype=torch.float32) for t in tensors]
+        sums += [t.flatten()[: t.numel() // 2].sum(dtype=torch.float32) for t in tensors]
+    return (*known, *torch.stack(sums).tolist())
 
 
 def check_finite(values: torch.Tensor, what: str, alphas: Sequence[float] = ()) -> None:
@@ -744,6 +750,7 @@ class PathSampler:
     ) -> torch.Tensor:
         """Densities at nodes, (steps, targets, C, H, W). Raises NonFiniteError, naming the node."""
         points, velocities = self.path.at(self._tensor(alphas))  # (steps, C, H, W)
+        points = points.detach()  # which are marked below, and may be the path's own
         with torch.enable_grad():
             points.requires_grad_()
             logits = self.engine.run(points, reduced, alphas)  # (steps, K, h, w)

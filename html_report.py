@@ -130,15 +130,11 @@ def detail(statistics: dict, command: str, output_dir: Path | None) -> dict:
         'settings': statistics['settings'],
         'versions': statistics['versions'],
         'notes': statistics['notes'],
-        'settled': shown_if_known('settled_share', statistics),
-        'level': shown_if_known('uncertainty_level', statistics),
+        'settled': statistics['settled_share']
+        and shown('settled_share', statistics['settled_share']),
+        'level': shown('uncertainty_level', statistics['uncertainty_level']),
         'command': command,
     }
-
-
-def shown_if_known(key: str, statistics: dict) -> str | None:
-    """A figure as text, or None, by which the page leaves its place out."""
-    return None if statistics[key] is None else shown(key, statistics[key])
 
 
 def rounded(value: object) -> object:

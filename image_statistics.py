@@ -249,7 +249,7 @@ STATISTICS: dict[str, Statistic] = {
         of=lambda m: m.scores['pixel_accuracy'], summarised=True),
     'channel_shares': Statistic(
         "share of |attribution| of each input channel (share_red, … in a batch's tables)", COMPOUND,
-        of=lambda m: m.channel_shares),
+        of=lambda m: m.channel_shares, unit='%'),
     'trend': Statistic(
         'at every node of the path from the (first) baseline: alpha, F, and the IoU of the '
         'predicted mask there with that on the image', COMPOUND,
@@ -369,5 +369,7 @@ def shown(key: str, value: float | None, precise: bool = False) -> str:
     if value is None:
         return 'n/a'
     if key in STATISTICS and STATISTICS[key].unit == '%':
-        return f'{100 * value:.2f} %' if precise else f'{100 * value:.3g} %'
+        text = f'{100 * value:.2f}' if precise else f'{100 * value:.3g}'
+        whole = float(text) == 100 and value < 1  # nearly all is not all
+        return f'{"above 99.9" if whole else text} %'
     return f'{value:.4g}' if precise else f'{value:.3g}'

@@ -35,6 +35,8 @@ import contextlib
 import hashlib
 import io
 import math
+import numbers
+import operator
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,7 +51,15 @@ from tqdm import tqdm
 
 from attribution_figures import attribution_figure, channels_figure
 from attribution_path import AttributionPath, StraightPath, enlarged, plain_map
-from attribution_target import TARGETS, Target, TargetContext, build_target, build_targets, kind_of
+from attribution_target import (
+    TARGETS,
+    Target,
+    TargetContext,
+    build_target,
+    build_targets,
+    check_form,
+    kind_of,
+)
 from batch_job import (
     FAILED,
     SKIPPED,
@@ -191,6 +201,7 @@ __all__ = [  # what users import from here, wherever it stands
 
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
+MOST_STEPS = 100_000
 PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
 
 
@@ -246,6 +257,15 @@ BASELINES: dict[str, BaselineKind] = {
 }
 
 
+def check_baseline(kind: str) -> None:
+    """Raise InputError for what is neither a key of BASELINES nor a file."""
+    if not isinstance(kind, str) or (kind not in BASELINES and not Path(kind).is_file()):
+        raise InputError(
+            f'unknown baseline "{kind}" (choose from {", ".join(BASELINES)}, or give the path '
+            'of an image file)'
+        )
+
+
 def build_baselines(
     kind: str, pixels: np.ndarray, preprocessing: Preprocessing, draws: int = 4, seed: int = 0
 ) -> list[np.ndarray]:
@@ -258,11 +278,7 @@ def build_baselines(
     if kind in BASELINES:
         rng = np.random.default_rng(seed)
         return [BASELINES[kind](pixels, rng) for _ in range(draws if BASELINES[kind].drawn else 1)]
-    if not Path(kind).is_file():
-        raise InputError(
-            f'unknown baseline "{kind}" (choose from {", ".join(BASELINES)}, or give the path '
-            'of an image file)'
-        )
+    check_baseline(kind)
     height, width = pixels.shape[:2]
     image = read_image(kind)
     if height == width:
@@ -290,24 +306,30 @@ class Setting:
     default_text: str = '%(default)s'  # in the help
     instead_of: str = ''  # another setting; only one of the two may be given
 
-    def check(self, name: str, value: object) -> None:
-        """Raise InputError for a value that makes no sense. None is left to what it means."""
-        if value is None:
-            return
+    def checked(self, name: str, value: object) -> object:
+        """The value, numbers as Python's own. Raises InputError for one that makes no sense."""
         if self.choices is not None:
-            check_choice(name, value, self.choices)
-        if self.least is not None and (not isinstance(value, int) or value < self.least):
-            raise InputError(
-                f'{name} must be a whole number of at least {self.least}, not {value!r}'
-            )
-        if self.most is not None and value > self.most:
-            raise InputError(f'{name} must be at most {self.most}, not {value}')
-        if self.below is not None and not self.above < value < self.below:
-            raise InputError(
-                f'{name} must lie between {self.above:g} and {self.below:g}, not {value!r}'
-            )
-        if self.above is not None and not value > self.above:
-            raise InputError(f'{name} must be above {self.above:g}, not {value!r}')
+            check_choice(name, value if isinstance(value, str) else repr(value), self.choices)
+        if self.least is not None:
+            try:
+                value = None if isinstance(value, bool) else operator.index(value)
+            except TypeError:
+                value = None
+            if value is None or value < self.least:
+                raise InputError(f'{name} must be a whole number of at least {self.least}')
+            if self.most is not None and value > self.most:
+                raise InputError(f'{name} must be at most {self.most}, not {value}')
+        if self.above is not None:
+            fine = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            fine = fine and math.isfinite(value) and value > self.above
+            if self.below is not None and not (fine and value < self.below):
+                raise InputError(
+                    f'{name} must lie between {self.above:g} and {self.below:g}, not {value!r}'
+                )
+            if not fine:
+                raise InputError(f'{name} must be above {self.above:g}, not {value!r}')
+            value = float(value)
+        return value
 
 
 def setting(default: object, group: str, meaning: str, **known: object):
@@ -358,13 +380,14 @@ class Settings:
         + '; or an image file', metavar='|'.join((*BASELINES, 'FILE')))
     baseline_draws: int = setting(4, ATTRIBUTION,
         'of baseline random: averaged, num_steps each', least=1, metavar='N')
-    seed: int = setting(0, ATTRIBUTION, 'of baseline random')
-    num_steps: int = setting(50, ATTRIBUTION, 'interpolation steps', least=1, metavar='N')
+    seed: int = setting(0, ATTRIBUTION, 'of baseline random', least=0)
+    num_steps: int = setting(50, ATTRIBUTION, 'interpolation steps', least=1, most=MOST_STEPS,
+        metavar='N')
     tolerance: float | None = setting(None, ATTRIBUTION,
         'instead: as many steps as bring map error and completeness gap below T, for example 0.05',
         above=0, metavar='T', default_text='off', instead_of='num_steps')
     max_steps: int = setting(200, ATTRIBUTION, 'with --tolerance: at most so many', least=1,
-        metavar='N')
+        most=MOST_STEPS, metavar='N')
     rule: str = setting(ADAPTIVE, ATTRIBUTION, 'quadrature rule', choices=RULE_NAMES)
     precision: str = setting('float32', ATTRIBUTION,
         'of the gradients; auto: reduced where it is faster here and the map stays within '
@@ -382,16 +405,24 @@ class Settings:
     # fmt: on
 
     def __post_init__(self) -> None:
-        if isinstance(self.target, str):
-            object.__setattr__(self, 'target', tuple(self.target.split()))
-        for name, known in self.table().items():
-            known.check(name, getattr(self, name))
+        targets = self.target.split() if isinstance(self.target, str) else self.target
+        if not isinstance(targets, (list, tuple)) or not all(isinstance(t, str) for t in targets):
+            raise InputError(f'target must be text, or several, not {self.target!r}')
+        object.__setattr__(self, 'target', tuple(targets))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:  # None: not said
+                value = one.metadata['setting'].checked(one.name, value)
+                object.__setattr__(self, one.name, value)
+        if not isinstance(self.compile, bool) or not isinstance(self.thresholds, Thresholds):
+            raise InputError('compile must be True or False, and thresholds of class Thresholds')
+        check_baseline(self.baseline)
         for name in ('mean', 'std'):
             _check_numbers(name, getattr(self, name), least=0.0 if name == 'std' else -math.inf)
         if not self.target:
             raise InputError('no target is given (use --target predicted)')
         for target in self.target:
-            kind_of(target)
+            check_form(target)
         first_nodes(self.rule, self.steps, self.tolerance is not None)  # the rule has them
 
     @classmethod
@@ -497,6 +528,8 @@ class IntegratedGradients:
         Each image of a batch gets its own target. Options and errors: see `explain`.
         """
         images = input_tensor if input_tensor.ndim == 4 else input_tensor.unsqueeze(0)
+        if not len(images):
+            raise InputError('input_tensor holds no image')
         results = [
             self.explain(
                 image, target=target, baseline_type=baseline_type, num_steps=num_steps, **options
@@ -576,6 +609,8 @@ class IntegratedGradients:
         with engine.running(x):
             counts = engine.forward_passes, engine.gradient_evaluations
             forms = settings.target if targets is None else targets
+            if not len(forms):
+                raise InputError('no target is given (use predicted)')
             build = partial(self._build_targets, forms, settings, truth, placement, skip_empty)
             at_image, labels = self._look(x, settings, build)
             total = None if settings.tolerance else settings.num_steps * len(paths)
@@ -590,7 +625,7 @@ class IntegratedGradients:
             seconds=time.perf_counter() - started,
             step_batch=engine.step_batch.size,
             peak_memory_bytes=peak_memory(self.device),
-            precision=dtype_name(integration.reduced or x.dtype),
+            precision=dtype_name(integration.reduced or engine.dtype),
             precision_deviation=integration.deviation if integration.reduced else None,
             retried=retried,
             preparation=engine.preparation,
@@ -632,7 +667,7 @@ class IntegratedGradients:
     ) -> tuple[np.ndarray, list[torch.Tensor]]:
         """The baselines of an input, each of its shape, and the first as an image."""
         if isinstance(baseline, torch.Tensor):
-            if baseline.numel() != x.numel():
+            if tuple(baseline.shape) not in (tuple(x.shape), tuple(x.shape[1:])):
                 raise InputError(f'the baseline must have the shape {tuple(x.shape)} of the input')
             tensor = baseline.detach().to(x).reshape(x.shape)
             return self.preprocessing.to_pixels(tensor), [tensor]
@@ -965,7 +1000,7 @@ def notes_on(
     targets = [one.target for one in explanations]
     asked = [target for target in settings.target if kind_of(target).expand is None]
     left_out = [target for target in asked if target not in targets]
-    if targets == ['image'] != list(settings.target):
+    if targets == ['image'] and 'image' not in settings.target:
         wanted = ' '.join(settings.target)
         notes.append(f'target "{wanted}" was empty: the whole image was explained')
     elif left_out:
@@ -1006,6 +1041,10 @@ class Output:
     folder: Path
     figures: str = 'all'  # of each image, a key of FIGURES
     overwrite: bool = False  # compute finished images again
+
+    def __post_init__(self) -> None:
+        check_choice('figures', self.figures, FIGURES)
+        object.__setattr__(self, 'folder', Path(self.folder))
 
 
 @dataclass(frozen=True)
@@ -1157,7 +1196,6 @@ def analyse_dataset(
 ) -> BatchResult:
     """`batch_integrated_gradients_analysis` under whole settings. load: gives the explainer, once
     data and output folder are known to be usable."""
-    check_choice('figures', output.figures, FIGURES)
     samples = choose_samples(list_samples(data_dir, split), num_samples)
     make_output_folder(output.folder)
     with hold_folder(output.folder) if share.rank == 0 else contextlib.nullcontext():
@@ -1388,7 +1426,7 @@ def _flag_of(one: object, known: Setting) -> dict[str, object]:
     if one.name in ('target', 'thresholds'):
         default = known.default_text if one.name == 'target' else None
         return flag | {'nargs': '+', 'default': default}
-    if known.least is not None:
+    if known.least == 1:
         return flag | {'type': _whole_number}
     kinds = {'int': int, 'float': float}
     return flag | {'type': kinds.get(one.type.partition(' ')[0], str)}

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import PurePath
-from types import CodeType
+from types import CodeType, ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,8 +26,10 @@ from segmentation_dataset import SIZE_MULTIPLE, Preprocessing
 FOREGROUND = 'foreground'  # one logit map: the probability of the one class is its sigmoid
 EXCLUSIVE = 'exclusive'  # several: a softmax over classes, of which one is background
 ATTRIBUTE = 'network_description'  # of a module that `load_model` made
-MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, 'preprocessing'}  # attributes looked at apart
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, PurePath)
+HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, 'preprocessing'}  # seen to elsewhere
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device, PurePath,
+         np.generic, slice, range)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,53 +151,138 @@ def accepted_sizes(model: torch.nn.Module) -> tuple[int, int | None]:
 
 
 def network_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of that by which two modules compute different things: weights and buffers, the tree
-    of modules with their plain attributes, and the code of their forward methods."""
-    digest = hashlib.sha256()
+    """SHA-256 of that by which two modules compute different things, as far as it can be seen:
+    weights and buffers, and all of `structure_digest`."""
+    digest = hashlib.sha256(structure_digest(model).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(name.encode())
-        for part in _parts(tensor, set()):
-            digest.update(part)
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        kind = type(module)
-        digest.update(f'{name} {kind.__module__}.{kind.__qualname__}'.encode())
-        own = {key: value for key, value in vars(module).items() if key not in MODULE_PARTS}
-        for part in (*_code(getattr(kind, 'forward', None), seen), *_parts(own, seen)):
+        for part in _tensor(tensor):
             digest.update(part)
     return digest.hexdigest()
 
 
-def _parts(value: object, seen: set[int]) -> Iterator[bytes]:
-    """A value's numbers and texts, at any depth, and the code of its functions; nothing that would
-    hold an address, since the digest must be the same in the next process."""
+def structure_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a network without its weights: the tree of modules, their attributes and hooks,
+    and the code of their classes and of what that code uses, but for what libraries hold."""
+    digest = hashlib.sha256()
+    kept: dict[int, object] = {}  # what was seen; kept, so that no id is used twice
+    for name, module in model.named_modules():
+        digest.update(name.encode())
+        for part in (*_parts(type(module), kept), *_attributes(module, kept)):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def plain_attributes(model: torch.nn.Module) -> tuple:
+    """The numbers and texts among the attributes of a network's modules; quickly."""
+    return tuple(
+        value
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, PLAIN) and key not in MODULE_PARTS
+    )
+
+
+def _attributes(module: torch.nn.Module, kept: dict[int, object]) -> Iterator[bytes]:
+    """What belongs to a module itself: its attributes, and the hooks that change what it gives."""
+    own = {key: value for key, value in vars(module).items() if key not in MODULE_PARTS}
+    hooks = {key: list(vars(module).get(key, {}).values()) for key in HOOKS}
+    for value in (own, hooks):
+        yield from _parts(value, kept)
+
+
+def _parts(value: object, kept: dict[int, object]) -> Iterator[bytes]:
+    """All of a value that may decide what is computed, at any depth; nothing that would hold an
+    address, since the digest must be the same in the next process."""
     if value is None or isinstance(value, PLAIN):
         yield f'{type(value).__name__} {value!r}'.encode(errors='backslashreplace')
-    elif isinstance(value, torch.Tensor):
-        yield f'{value.dtype} {tuple(value.shape)}'.encode()
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, np.ndarray):
-        yield f'{value.dtype} {value.shape}'.encode() + value.tobytes()
-    elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
-        seen.add(id(value))
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from (*_parts(key, seen), *_parts(part, seen))
-    elif callable(value) and not isinstance(value, (type, torch.nn.Module)):
-        yield from _code(value, seen)
-
-
-def _code(function: object, seen: set[int]) -> Iterator[bytes]:
-    """What a Python function does: its byte code, its constants, and what it closes over."""
-    function = getattr(function, '__func__', function)
-    code = getattr(function, '__code__', None)
-    if code is None or id(function) in seen:
         return
-    seen.add(id(function))
+    if id(value) in kept:
+        return
+    kept[id(value)] = value
+    if isinstance(value, torch.Tensor):
+        yield from _tensor(value)
+    elif isinstance(value, np.ndarray):
+        yield f'{value.dtype} {value.shape}'.encode()
+        if value.dtype.hasobject:
+            yield from _parts(value.tolist(), kept)
+        else:
+            yield value.tobytes()
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from (*_parts(key, kept), *_parts(part, kept))
+    elif isinstance(value, (set, frozenset)):
+        yield b' '.join(sorted(b''.join(_parts(part, {})) for part in value))
+    elif isinstance(value, partial):
+        yield from _parts((value.func, value.args, value.keywords), kept)
+    elif isinstance(value, type):
+        yield from _class(value, kept)
+    elif hasattr(value, '__code__') or hasattr(value, '__func__'):
+        yield from _function(value, kept)
+    elif isinstance(value, ModuleType):
+        yield value.__name__.encode()
+    elif isinstance(value, torch.nn.Module):  # one that is no registered child
+        yield from (*_parts(type(value), kept), *_attributes(value, kept))
+        yield from _parts([*value.parameters(), *value.buffers(), *value.children()], kept)
+    else:  # an object of any other class, or a function in C
+        yield getattr(value, '__qualname__', type(value).__qualname__).encode()
+        settings = isinstance(value, (SimpleNamespace, Namespace))
+        if settings or not _of_library(type(value).__module__):
+            yield from _parts(type(value), kept)
+            yield from _parts(getattr(value, '__dict__', None), kept)
+
+
+def _tensor(value: torch.Tensor) -> Iterator[bytes]:
+    """A tensor's type, shape and numbers, as far as it has any."""
+    try:
+        yield f'{value.dtype} {tuple(value.shape)} {value.layout}'.encode()
+        dense = value.detach().cpu().to_dense() if value.is_sparse else value.detach().cpu()
+        numbers = dense.resolve_conj().resolve_neg().contiguous().flatten()
+        yield numbers.view(torch.uint8).numpy().tobytes()
+    except (RuntimeError, TypeError, NotImplementedError, ValueError):  # meta, nested, not yet made
+        return
+
+
+def _class(kind: type, kept: dict[int, object]) -> Iterator[bytes]:
+    """The name of a class, and, where it is no library's, its code and its attributes."""
+    for base in kind.__mro__:
+        yield f'{base.__module__}.{base.__qualname__}'.encode()
+        if not _of_library(base.__module__):
+            own = {k: v for k, v in vars(base).items() if not k.startswith('__') or callable(v)}
+            for name, value in own.items():
+                value = getattr(value, '__func__', getattr(value, 'fget', value))
+                if isinstance(value, (*PLAIN, list, tuple, dict)) or hasattr(value, '__code__'):
+                    yield from (name.encode(), *_parts(value, kept))
+
+
+@cache
+def _of_library(module: str) -> bool:
+    """Whether a module is of an installed library or of Python: its name stands for its code."""
+    package = module.partition('.')[0]
+    if package in ('builtins', *sys.stdlib_module_names):
+        return package != '__main__'
+    file = str(getattr(sys.modules.get(package), '__file__', None) or '')
+    return 'site-packages' in file or 'dist-packages' in file
+
+
+def _function(function: object, kept: dict[int, object]) -> Iterator[bytes]:
+    """What a Python function does: its byte code, its constants, and all that it uses by name."""
+    bound = getattr(function, '__self__', None)
+    function = getattr(function, '__func__', function)
+    yield getattr(function, '__qualname__', '').encode()
+    code = getattr(function, '__code__', None)
+    if not isinstance(code, CodeType) or _of_library(str(function.__module__)):
+        return
     yield from _byte_code(code)
-    yield from _parts(function.__defaults__, seen)
+    yield from _parts((function.__defaults__, function.__kwdefaults__), kept)
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # not filled yet
-            yield from _parts(cell.cell_contents, seen)
+            yield from _parts(cell.cell_contents, kept)
+    for name in code.co_names:
+        if name in function.__globals__:
+            yield from _parts(function.__globals__[name], kept)
+    if bound is not None and not isinstance(bound, (torch.nn.Module, type, ModuleType)):
+        yield from _parts(bound, kept)
 
 
 def _byte_code(code: CodeType) -> Iterator[bytes]:
@@ -201,4 +291,4 @@ def _byte_code(code: CodeType) -> Iterator[bytes]:
         if isinstance(constant, CodeType):  # a function inside
             yield from _byte_code(constant)
         else:
-            yield from _parts(constant, set())
+            yield from _parts(constant, {})

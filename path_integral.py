@@ -4,6 +4,8 @@ Integrated Gradients is the integral over alpha in [0, 1] of the *density*
 
     a(alpha) = (x - x') * dF/dx at x' + alpha (x - x')        (*: pixel by pixel)
 
+(on other paths than the straight one: velocity times gradient).
+
 A *rule* says at which nodes the density is evaluated and with which weights it is summed:
 
     fixed     nodes and weights known beforehand (`RULES`)

@@ -73,6 +73,8 @@ def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
     complete are they renamed. The last file marks the set as finished: its old version goes before
     the renaming. Raises OutputError; the old files are then still there.
     """
+    if not writers:
+        return
     temporary = {path: path.with_name(f'.tmp{os.getpid()}_{path.name}') for path in writers}
     try:
         for path, write in writers.items():
@@ -128,7 +130,12 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 def read_statistics(folder: Path) -> dict:
     """The statistics in an image's folder. Raises OSError or ValueError where there are none."""
-    return json.loads(image_files(folder)['statistics'].read_text(encoding='utf-8'))
+    text = image_files(folder)['statistics'].read_text(encoding='utf-8')
+    return json.loads(text, parse_constant=_no_number)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f'{name} is no number that JSON knows')
 
 
 def write_image(output_dir: Path, described: Sequence[Description], figures: str = 'all') -> None:
@@ -155,7 +162,8 @@ def load_view(folder: str | Path) -> tuple[View, dict]:
     try:
         with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
             return view_of(dict(arrays)), read_statistics(folder)
-    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile,
+            zlib.error) as error:  # fmt: skip
         reason = one_line(error)
         raise InputError(
             f'the files in {folder} are damaged: {reason} (make them again with --overwrite)'
@@ -164,6 +172,8 @@ def load_view(folder: str | Path) -> tuple[View, dict]:
 
 def redraw_figures(folder: str | Path, figures: str = 'all') -> None:
     """Draw the pictures of an image folder again from its files, without the model."""
+    if figures not in FIGURES:
+        raise InputError(f'unknown figures "{figures}" (choose from {", ".join(FIGURES)})')
     view, statistics = load_view(folder)
     write_files(_picture_writers(image_files(Path(folder)), view, statistics, figures))
 
@@ -201,6 +211,10 @@ def view_of(arrays: dict[str, np.ndarray]) -> View:
     """The figures' view of an image's arrays, letterbox padding cut away."""
     size = tuple(int(side) for side in arrays['original_size'])
     crop = Placement(size, *(int(side) for side in arrays['content'])).crop
+    shapes = {arrays[key].shape[-2:] for key in ('attributions', 'predicted_mask', 'region')}
+    shapes |= {arrays[key].shape for key in ('uncertainty', 'truth') if key in arrays}
+    if len(shapes) > 1:
+        raise ValueError(f'its maps have different shapes: {sorted(shapes)}')
     return View(
         image=arrays['image'],
         original_size=size,
@@ -224,7 +238,7 @@ def display_arrays(
     scale = min(1.0, DISPLAY_SIDE / max(image.shape[:2]))
     size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
     arrays = {
-        'attributions': explanation.attributions.cpu().numpy(),
+        'attributions': explanation.attributions.cpu().float().numpy(),
         'prediction': explanation.prediction.numpy(),
         'predicted_mask': explanation.predicted_mask.numpy(),
         'region': explanation.region.numpy(),

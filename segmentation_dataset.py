@@ -487,11 +487,6 @@ class Preprocessing:
         return ((image * torch.tensor(self.std) + torch.tensor(self.mean)) * 255.0).numpy()
 
 
-def round_up_size(size: int) -> int:
-    """The smallest multiple of 32 that is at least `size`: what encoder-decoders need."""
-    return -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
-
-
 def strong_blur(pixels: np.ndarray) -> np.ndarray:
     """An image (H, W, 3) under a Gaussian blur of 5 % of its longer side."""
     return cv2.GaussianBlur(pixels, (0, 0), BLUR_SIGMA * max(pixels.shape[:2]))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import DEMO_MODEL, ROOT, noise_image, save_image
 from torch import nn
 
@@ -52,6 +55,66 @@ class AlsoScaled(Scaled):
 def changed(net: nn.Module) -> nn.Module:
     net.conv.weight.data.mul_(2)
     return net
+
+
+class Config:
+    def __init__(self, gain):
+        self.gain = gain
+
+
+class Helped(Scaled):
+    """Its forward calls a method, as most do."""
+
+    def forward(self, x):
+        return self.decode(x)
+
+    def decode(self, x):
+        return self.conv(x)
+
+
+def helped(formula) -> nn.Module:
+    return type('Helped', (Helped,), {'decode': formula})()
+
+
+def hooked() -> nn.Module:
+    net = Scaled()
+    net.conv.register_forward_hook(lambda module, inputs, output: -output)
+    return net
+
+
+def deep(slope: float) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 3, 1), nn.LeakyReLU(0.1), nn.Conv2d(3, 3, 1), nn.LeakyReLU(slope)]
+    return nn.Sequential(*layers, nn.Conv2d(3, 1, 1))
+
+
+PAIRS = [
+    (lambda: deep(0.1), lambda: deep(0.9)),
+    (lambda: helped(lambda self, x: self.conv(x)), lambda: helped(lambda self, x: -self.conv(x))),
+    (lambda: Scaled(Config(1)), lambda: Scaled(Config(2))),
+    (lambda: Scaled(types.SimpleNamespace(a=1)), lambda: Scaled(types.SimpleNamespace(a=2))),
+    (lambda: Scaled(formula=partial(F.leaky_relu, negative_slope=0.1)),
+     lambda: Scaled(formula=partial(F.leaky_relu, negative_slope=0.9))),
+    (lambda: Scaled(formula=torch.sigmoid), lambda: Scaled(formula=torch.tanh)),
+    (Scaled, hooked),
+    (lambda: Scaled(np.float32(1)), lambda: Scaled(np.float32(2))),
+    (lambda: Scaled({1, 2}), lambda: Scaled({1, 3})),
+    (lambda: Scaled([nn.ReLU()]), lambda: Scaled([nn.GELU()])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('one', 'other'), PAIRS)
+def test_what_two_networks_compute_shows_in_their_digests(one, other):
+    assert network_digest(one()) == network_digest(one())
+    assert network_digest(one()) != network_digest(other())
+
+
+@pytest.mark.parametrize('odd', [
+    lambda: torch.eye(3).to_sparse(), lambda: torch.empty(3, device='meta'),
+    lambda: torch.ones(3, dtype=torch.complex64).conj(), lambda: np.array([{}, 1], dtype=object),
+])  # fmt: skip
+def test_odd_attributes_have_a_digest_that_stays(odd):
+    assert network_digest(Scaled(odd())) == network_digest(Scaled(odd()))
 
 
 OTHERS = [
@@ -116,6 +179,19 @@ def test_a_network_that_is_trained_on_is_another_network(tmp_path):
         assert ig.network.weights_sha256 != before
         again = ig.explain(torch.ones(3, 32, 32), 'image', num_steps=1)
         assert again.score == pytest.approx(2 * expected.score)
+
+
+def test_an_attribute_that_changes_is_seen_by_the_same_object():
+    net = Scaled()
+    ig = IntegratedGradients(net, 'cpu')
+    x = torch.rand(3, 8, 8)
+    before = ig.explain(x, 'image', num_steps=1).score
+    net.factor = 3.0
+    assert ig.explain(x, 'image', num_steps=1).score == pytest.approx(3 * before)
+    net.conv.weight.data.copy_(torch.arange(3.0).view(1, 3, 1, 1))
+    one = ig.explain(x, 'image', num_steps=1).score
+    net.conv.weight.data.copy_(net.conv.weight.data.flip(1))  # the same sum
+    assert ig.explain(x, 'image', num_steps=1).score != pytest.approx(one)
 
 
 # ------------------------------------------------------------------ meaning

@@ -15,7 +15,6 @@ from segmentation_dataset import (
     list_samples,
     read_image,
     read_mask,
-    round_up_size,
     safe_names,
     single_sample,
 )
@@ -274,11 +273,6 @@ def test_pixel_coordinates_follow_the_resizing(resize, size):
         assert place.top <= row < place.top + place.height
         if min(place.height / size[0], place.width / size[1]) >= 1:
             assert fitted[row, column] == 1
-
-
-@pytest.mark.parametrize('asked, used', [(1, 32), (32, 32), (33, 64), (640, 640), (641, 672)])
-def test_size_is_rounded_up_to_a_multiple_of_32(asked, used):
-    assert round_up_size(asked) == used
 
 
 def test_demo_annotations_hold_no_polygon_loss():

@@ -7,6 +7,7 @@ import json
 import weakref
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import noise_image, save_image, tiny_model
@@ -43,7 +44,7 @@ CHANGED = {
     'step_batch': 2, 'compile': True, 'image_size': 96, 'resize': 'letterbox', 'normalize': 'none',
     'mean': (0.5, 0.5, 0.25), 'std': (0.5, 0.25, 0.5), 'pixel_range': '0-255',
     'target': ('image', 'pixel:1,2'), 'score': 'probability', 'threshold': 0.25,
-    'on_empty': 'image', 'baseline': 'blur', 'baseline_draws': 2, 'seed': -3, 'num_steps': 9,
+    'on_empty': 'image', 'baseline': 'blur', 'baseline_draws': 2, 'seed': 3, 'num_steps': 9,
     'tolerance': 0.5, 'max_steps': 17, 'rule': 'trapezoid', 'precision': 'bfloat16',
     'precision_tolerance': 0.5, 'gap_tolerance': 0.5, 'evaluate': 'quick',
     'thresholds': Thresholds(dice=0.9),
@@ -72,7 +73,7 @@ def test_all_settings_are_tried_above():
 @pytest.mark.parametrize(
     ('wrong', 'said'),
     [
-        ({'num_steps': 0}, 'num_steps must be a whole number of at least 1, not 0'),
+        ({'num_steps': 0}, 'num_steps must be a whole number of at least 1'),
         ({'num_steps': 2.5}, 'num_steps must be a whole number'),
         ({'image_size': 10**6}, 'image_size must be at most 16384'),
         ({'threshold': 1.0}, 'threshold must lie between 0 and 1'),
@@ -86,6 +87,22 @@ def test_all_settings_are_tried_above():
         ({'evaluate': 'all'}, 'unknown evaluate "all"'),
         ({'rule': 'gauss-kronrod', 'num_steps': 50}, '3, 7, 15, 31, 63 steps'),
         ({'mean': (0.5,)}, 'mean must be three numbers'),
+        ({'score': None}, 'unknown score "None"'),
+        ({'rule': None}, 'unknown rule'),
+        ({'threshold': None}, 'threshold must lie between'),
+        ({'threshold': '0.5'}, 'threshold must lie between'),
+        ({'tolerance': float('inf')}, 'tolerance must be above 0'),
+        ({'num_steps': True}, 'num_steps must be a whole number'),
+        ({'num_steps': 10**20}, 'num_steps must be at most 100000'),
+        ({'seed': -1}, 'seed must be a whole number of at least 0'),
+        ({'seed': 'x'}, 'seed must be a whole number'),
+        ({'target': 5}, 'target must be text'),
+        ({'target': 'pixel:1'}, 'not of the form pixel:X,Y'),
+        ({'target': 'object:0'}, 'not of the form object:K'),
+        ({'target': 'class:-1'}, 'not of the form class:K'),
+        ({'baseline': 'nonsense'}, 'unknown baseline "nonsense"'),
+        ({'compile': 'no'}, 'compile must be True or False'),
+        ({'thresholds': {'dice': 1}}, 'of class Thresholds'),
         ({'mean': 0.5}, 'mean must be three numbers'),
         ({'std': (1.0, 0.0, 1.0)}, 'std must be three numbers above 0'),
         ({'mean': (float('nan'),) * 3}, 'mean must be three numbers'),
@@ -94,6 +111,14 @@ def test_all_settings_are_tried_above():
 def test_values_that_make_no_sense(wrong, said):
     with pytest.raises(InputError, match=said):
         Settings(**wrong)
+
+
+def test_numbers_of_numpy_become_pythons_own():
+    found = Settings(num_steps=np.int64(5), threshold=np.float32(0.5), seed=np.int64(3))
+    assert [type(getattr(found, n)) for n in ('num_steps', 'threshold', 'seed')] == [
+        int, float, int,
+    ]  # fmt: skip
+    json.dumps(found.record())
 
 
 def test_targets_may_be_given_as_text():
@@ -218,6 +243,27 @@ def test_a_baseline_file_counts_by_its_content(tmp_path):
     records.append(integrated_gradients.settings_record(ig, settings))
     assert records[0]['baseline_sha256'] != records[1]['baseline_sha256']
     assert 'baseline_sha256' not in integrated_gradients.settings_record(ig, Settings())
+
+
+@pytest.mark.parametrize('damage', [
+    lambda s: s.pop('targets'), lambda s: s.pop('dice'), lambda s: s.update(targets=[]),
+    lambda s: s.update(dice='good'), lambda s: s.update(settings=None),
+    lambda s: s.update(folder='../../x'), lambda s: s.update(score=float('nan')),
+])  # fmt: skip
+def test_damaged_statistics_are_computed_again(tmp_path, damage):
+    model = integrated_gradients.load_model(tiny_model(tmp_path)[1], 'cpu')
+    settings = Settings(target='image', num_steps=2, image_size=32)
+    fit = integrated_gradients.input_preprocessing(model, settings)
+    ig = IntegratedGradients(model, 'cpu', fit)
+    sample = Sample('a', save_image(tmp_path / 'a.png', noise_image()))
+    (first,) = analyse_sample(ig, sample, settings, str(tmp_path / 'out'), figures='none')
+    path = tmp_path / 'out' / 'a' / 'a_statistics.json'
+    damaged = dict(first)
+    damage(damaged)
+    path.write_text(json.dumps(damaged))
+    (again,) = analyse_sample(ig, sample, settings, tmp_path / 'out', figures='none')
+    assert again['score'] == first['score'] and again['seconds'] != first['seconds']
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_an_attempt_that_fails_keeps_nothing_alive():
