@@ -115,7 +115,7 @@ from model_loading import (
     parse_options,
     resolve_device,
 )
-from network_description import NetworkDescription, describe_network
+from network_description import NetworkDescription, describe_network, known_description
 from path_integral import (
     ADAPTIVE,
     RULE_NAMES,
@@ -869,7 +869,7 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
 
     The image size is rounded up to one that the network takes.
     """
-    network = describe_network(model)
+    network = known_description(model)
     own = network.preprocessing
     scale = PIXEL_RANGES[settings.pixel_range]
     mean, std = {
@@ -1311,12 +1311,13 @@ class NetworkSource:
 def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradients:
     """What explains images by a checkpoint under these settings."""
     device, model = source.device, load_model(**vars(source))
-    for note in describe_network(model).notes:
+    network = known_description(model)
+    for note in network.notes:
         print(f'note: {note}', file=sys.stderr)
     preprocessing = input_preprocessing(model, settings)
     asked = settings.image_size
     if asked is not None and asked != preprocessing.image_size:
-        size, step = preprocessing.image_size, describe_network(model).step
+        size, step = preprocessing.image_size, network.step
         print(f'note: image size {asked} is not divisible by {step}, using {size}', file=sys.stderr)
     return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 

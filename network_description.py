@@ -120,17 +120,28 @@ class NetworkDescription:
 def describe_network(
     model: torch.nn.Module, preprocessing: Preprocessing | None = None
 ) -> NetworkDescription:
-    """The description of any module, as it is now.
+    """The description of any module, as it is now; all its weights are read for it.
 
     preprocessing: what it was trained with; None: what `load_model` found, else what the user set
     as `model.preprocessing`, else ImageNet's.
     """
+    known = known_description(model)
+    return replace(
+        known,
+        preprocessing=preprocessing or known.preprocessing,
+        weights_sha256=network_digest(model),
+    )
+
+
+def known_description(model: torch.nn.Module) -> NetworkDescription:
+    """The description of any module but for its digest, which may be none or an earlier one:
+    at once, without reading the weights."""
     known = getattr(model, ATTRIBUTE, None)
     if known is None:
         multiple, fixed = accepted_sizes(model)
         known = NetworkDescription(size_multiple=multiple, fixed_size=fixed)
-    own = preprocessing or getattr(model, 'preprocessing', None) or known.preprocessing
-    return replace(known, preprocessing=own, weights_sha256=network_digest(model))
+    own = getattr(model, 'preprocessing', None) or known.preprocessing
+    return replace(known, preprocessing=own)
 
 
 def accepted_sizes(model: torch.nn.Module) -> tuple[int, int | None]:
