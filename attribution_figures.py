@@ -37,6 +37,7 @@ SPECK = 1e-4  # a region smaller than this share of the image cannot be seen by 
 PAGE_SIDE, THUMBNAIL_SIDE = 640, 128  # pixels, longer side
 WARNING_COLOUR = '#b00020'
 UNSETTLED, UNSETTLED_OPACITY = '#a8a8a8', 0.25  # behind pixels of unsettled sign, and theirs
+MAX_CHANNELS = 11  # in the figure of the channels
 MAX_NAMED_IMAGES = 40  # in the batch figure; beyond that names would overlap
 
 
@@ -173,23 +174,39 @@ def _page_overlay(view: View, image: np.ndarray, values: np.ndarray) -> np.ndarr
 
 
 def channels_figure(view: View, statistics: dict) -> Figure:
-    """The signed attributions of red, green and blue on one colour scale, and their sum."""
-    sheet = Sheet(view, statistics, panels=4, bars=range(4))
-    shares = statistics['channel_shares'] or (None, None, None)
+    """The signed attributions of the channels on one colour scale, and their sum. Of more than
+    MAX_CHANNELS the strongest; of one channel the sum is all there is."""
+    names, shares = channels_of(view, statistics)
+    shown_ones = sorted(range(len(names)), key=lambda k: -(shares[k] or 0))[:MAX_CHANNELS]
+    panels = sorted(shown_ones) if len(names) > 1 else []
+    sheet = Sheet(view, statistics, panels=len(panels) + 1, bars=range(len(panels) + 1))
     norm = CenteredNorm(0, clip_level(view.attributions))
-    for axis, name, channel, share in zip(
-        sheet.axes, ('Red', 'Green', 'Blue'), view.attributions, shares, strict=False
-    ):
-        title = f'{name}: {shown("channel_shares", share)} of |attribution|'
-        drawn = sheet.show(axis, channel, title, cmap='RdBu_r', norm=norm)
-        sheet.bar(axis, drawn, 'attribution, one scale for the three', 'both')
+    for axis, number in zip(sheet.axes, panels, strict=False):
+        share = shown('channel_shares', shares[number])
+        title = f'{names[number].capitalize()}: {share} of |attribution|'
+        drawn = sheet.show(axis, view.attributions[number], title, cmap='RdBu_r', norm=norm)
+        sheet.bar(axis, drawn, 'attribution, one scale for all channels', 'both')
     norm = CenteredNorm(0, clip_level(view.summed))
-    drawn = sheet.show(sheet.axes[3], view.summed, 'Sum of the channels', cmap='RdBu_r', norm=norm)
-    sheet.bar(sheet.axes[3], drawn, 'attribution, own scale', 'both')
+    left_out = len(names) - len(panels) if panels else 0
+    title = f'Sum of all {len(names)} channels' if left_out else 'Sum of the channels'
+    title = title if panels else f'The only channel ({names[0]})'
+    drawn = sheet.show(sheet.axes[-1], view.summed, title, cmap='RdBu_r', norm=norm)
+    sheet.bar(sheet.axes[-1], drawn, 'attribution, own scale', 'both')
     for axis in sheet.axes:
         sheet.outline(axis, view.region, 'black', 'solid')
     sheet.legend({f'target region ({statistics["target"]})': ('black', 'solid')})
     return sheet.figure
+
+
+def channels_of(view: View, statistics: dict) -> tuple[list[str], list[float | None]]:
+    """Names of the input's channels and their shares of |attribution|."""
+    count = len(view.attributions)
+    names = statistics.get('channel_names')  # older results have none: they are of colours
+    if names is None or len(names) != count:
+        names = (
+            ['red', 'green', 'blue'] if count == 3 else [f'channel {k + 1}' for k in range(count)]
+        )
+    return list(names), list(statistics['channel_shares'] or [None] * count)
 
 
 def summary_figure(
@@ -302,7 +319,8 @@ class Sheet:
         self.view = view
         height, width = view.original_size
         aspect = width / height
-        columns = 2 if aspect > 1.8 else panels if aspect < 0.55 or panels == 4 else 3
+        columns = 2 if aspect > 1.8 else 6 if aspect < 0.55 else 4 if panels == 4 else 3
+        columns = min(columns, panels)
         self.panel_width = min(13 / columns, 6.0, 8.0 * aspect)
         self.panel_height = min(self.panel_width / aspect, 8.0)
         cell = max(self.panel_width, 2.0)
@@ -321,7 +339,8 @@ class Sheet:
         top = self.GAP + 1.3 * self.LINE * (heading.count('\n') + 1)
         bottom = self.GAP + max(self.LINE * (depth + 2), self.TREND[1] if trend else 0)
         bar = self.BAR + (self.LINE if cell < 3 else 0)
-        rows = [range(first, first + columns) for first in range(0, panels, columns)]
+        starts = range(0, panels, columns)
+        rows = [range(first, min(first + columns, panels)) for first in starts]
         depths = [  # each row: titles, panels, and colour bars where one of them has any
             self.TITLE + self.panel_height + (bar if set(row) & set(bars) else 0.1) for row in rows
         ]

@@ -18,10 +18,11 @@ import torch
 
 from attribution_path import enlarged
 from errors import EmptyTargetError, InputError, attempt, check_choice
-from network_description import NetworkDescription
+from network_description import MULTILABEL, NetworkDescription
 from segmentation_dataset import Placement
 
 ANY_NETWORK = NetworkDescription()
+MOST_OBJECTS = 250  # of an image: each has maps of its own in memory, and a folder
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,12 @@ class Target:
         """(h, w) bool: the output pixels that count."""
         return (self.weights != 0).any(dim=0)
 
-    def explained(self, labels: np.ndarray) -> np.ndarray:
-        """Labels (h, w) -> bool: the pixels of the explained class."""
-        return self.network.foreground(labels) if self.label is None else labels == self.label
+    def explained(self, truth: np.ndarray) -> np.ndarray:
+        """The numbers (h, w) of a ground-truth mask -> bool: the pixels of the explained class."""
+        numbers = torch.as_tensor(truth)
+        if self.label is None:
+            return self.network.drawn_objects(numbers, self.weights).numpy()
+        return self.network.drawn(numbers, self.weights)[self.label].numpy()
 
 
 @dataclass(frozen=True)
@@ -66,50 +70,78 @@ class TargetContext:
     """What a target may be built from: the network's answer on the original image."""
 
     logits: torch.Tensor  # (K, h, w)
-    labels: torch.Tensor  # (h, w) int64: predicted class of every pixel
-    truth: torch.Tensor | None = None  # (h, w) int64 labels
+    masks: torch.Tensor  # (K, h, w) bool: the predicted pixels of every label
+    truth: torch.Tensor | None = None  # (h, w) int64: numbers of the ground-truth mask
     placement: Placement | None = None  # where the original image lies in the input
     network: NetworkDescription = ANY_NETWORK
+    min_object_area: int = 1  # pixels; smaller objects are left out
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """(h, w) int64: the label of every pixel; of independent ones that of the highest logit."""
+        return self.logits.argmax(dim=0) if len(self.logits) > 1 else self.masks[0].long()
 
     @property
     def foreground(self) -> torch.Tensor:
-        """The predicted mask, (h, w) bool."""
-        return self.network.foreground(self.labels)
+        """The predicted mask, (h, w) bool: what is not background."""
+        return self.network.foreground(self.masks)
 
     @cached_property
-    def objects(self) -> list[torch.Tensor]:
-        """Connected components (8 neighbours) of the predicted mask, (h, w) bool, largest first."""
-        mask = self.foreground.cpu().numpy().astype(np.uint8)
-        count, numbers, sizes, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        order = sorted(range(1, count), key=lambda k: -sizes[k, cv2.CC_STAT_AREA])
-        return [torch.from_numpy(numbers == k).to(self.labels.device) for k in order]
+    def objects(self) -> list[tuple[torch.Tensor, int]]:
+        """Connected components (8 neighbours) of the predicted mask of each label, (h, w) bool,
+        with the label; largest first. Raises InputError where there are too many."""
+        found: list[tuple[int, int, np.ndarray, int]] = []
+        for label, mask in enumerate(self.network.without_background(self.masks)):
+            pixels = mask.cpu().numpy().astype(np.uint8)
+            count, numbers, sizes, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
+            for number in range(1, count):
+                if sizes[number, cv2.CC_STAT_AREA] >= self.min_object_area:
+                    found.append((-sizes[number, cv2.CC_STAT_AREA], label, numbers, number))
+        if len(found) > MOST_OBJECTS:
+            raise InputError(
+                f'the predicted mask has {len(found):,} objects, more than {MOST_OBJECTS} '
+                '(leave out small ones with --min_object_area)'
+            )
+        found.sort(key=lambda one: one[0])
+        return [
+            (torch.from_numpy(numbers == number).to(self.masks.device), label)
+            for _, label, numbers, number in found
+        ]
 
     def known_truth(self, target: str) -> torch.Tensor:
-        """The ground-truth labels (h, w). Raises InputError where they are unknown."""
+        """The ground truth as masks (K, h, w) bool of every label. Raises InputError where it is
+        unknown."""
         if self.truth is None:
             raise InputError(
                 f'target "{target}" needs a ground-truth mask (give --mask_path, or use '
                 '--target predicted)'
             )
-        if len(self.logits) == 1:  # one class: any label is foreground
-            return self.network.foreground(self.truth).long()
-        return self.truth
+        return self.network.drawn(self.truth, self.masks)
+
+    def check_truth(self) -> None:
+        """Raise InputError where the ground truth holds a class that the network lacks."""
+        classes = len(self.masks)
+        known = classes + (self.network.kind(self.masks) == MULTILABEL)
+        if classes > 1 and int(self.truth.max()) >= known:
+            raise InputError(
+                f'the ground truth holds class {int(self.truth.max())}, but the model has '
+                f'only {classes} classes ({known - classes} to {known - 1})'
+            )
+
+    def mean_of(self, masks: torch.Tensor, label: int | None = None) -> Target:
+        """The mean over masks (K, h, w) bool, each in its label's logit map; label: the class that
+        is explained."""
+        weights = masks.float() / max(1, int(masks.sum()))
+        return Target('mask', weights, label=label, network=self.network)
 
     def mean_over(
         self, region: torch.Tensor, labels: torch.Tensor, label: int | None = None
     ) -> Target:
         """The mean over a region (h, w) bool, in each pixel of the logit map of its label (h, w);
-        label: the class that is explained. Raises InputError for a class the network lacks."""
+        label: the class that is explained."""
         channels = labels if len(self.logits) > 1 else torch.zeros_like(labels)
-        if channels[region].numel() and int(channels[region].max()) >= len(self.logits):
-            raise InputError(
-                f'the ground truth holds class {int(channels[region].max())}, but the model has '
-                f'only {len(self.logits)} classes (0 to {len(self.logits) - 1})'
-            )
-        weights = torch.zeros_like(self.logits, dtype=torch.float32)
-        weights.scatter_(0, channels.clamp(max=len(weights) - 1)[None], region.float()[None])
-        return Target('mask', weights / max(1, int(region.sum())), label=label,
-                      network=self.network)  # fmt: skip
+        masks = torch.zeros_like(self.masks)
+        return self.mean_of(masks.scatter_(0, channels[None], region[None]), label)
 
 
 # --------------------------------------------------------------------------- the table
@@ -120,11 +152,11 @@ class TargetContext:
 
 def predicted_target(context: TargetContext, argument: str) -> Target:
     """the predicted mask: pixels above the threshold (several classes: not background)"""
-    return context.mean_over(context.foreground, context.labels)
+    return context.mean_of(context.network.without_background(context.masks))
 
 
 def object_target(context: TargetContext, argument: str) -> Target:
-    """the K-th largest connected part of the predicted mask, from 1"""
+    """the K-th largest connected part of the predicted mask of a class, from 1"""
     if not argument.isdecimal() or int(argument) < 1:
         raise InputError(f'target "object:{argument}": K must be a whole number from 1')
     if int(argument) > len(context.objects):
@@ -132,7 +164,9 @@ def object_target(context: TargetContext, argument: str) -> Target:
             f'target "object:{argument}" is empty: the predicted mask has '
             f'{len(context.objects)} objects (use --each_object, or --target predicted)'
         )
-    return context.mean_over(context.objects[int(argument) - 1], context.labels)
+    region, label = context.objects[int(argument) - 1]
+    labels = torch.full_like(context.labels, label)
+    return context.mean_over(region, labels, label if len(context.masks) > 1 else None)
 
 
 def each_object(context: TargetContext) -> list[str]:
@@ -143,24 +177,27 @@ def each_object(context: TargetContext) -> list[str]:
 def truth_target(context: TargetContext, argument: str) -> Target:
     """the ground-truth mask"""
     truth = context.known_truth('truth')
-    return context.mean_over(context.network.foreground(truth), truth)
+    context.check_truth()
+    return context.mean_of(context.network.without_background(truth))
 
 
 def false_positive_target(context: TargetContext, argument: str) -> Target:
     """predicted, but not so in the ground truth: why did it see this?"""
     truth = context.known_truth('false-positive')
-    return context.mean_over(context.foreground & (context.labels != truth), context.labels)
+    return context.mean_of(context.network.without_background(context.masks) & ~truth)
 
 
 def false_negative_target(context: TargetContext, argument: str) -> Target:
     """in the ground truth, but not so predicted: why did it miss this?"""
     truth = context.known_truth('false-negative')
-    missed = context.network.foreground(truth) & (context.labels != truth)
-    return context.mean_over(missed, truth)
+    context.check_truth()
+    return context.mean_of(context.network.without_background(truth) & ~context.masks)
 
 
 def image_target(context: TargetContext, argument: str) -> Target:
-    """every pixel"""
+    """every pixel (independent labels: of every label)"""
+    if context.network.kind(context.masks) == MULTILABEL:
+        return context.mean_of(torch.ones_like(context.masks))
     return context.mean_over(torch.ones_like(context.labels, dtype=torch.bool), context.labels)
 
 
@@ -183,14 +220,16 @@ def pixel_target(context: TargetContext, argument: str) -> Target:
 
 
 def class_target(context: TargetContext, argument: str) -> Target:
-    """pixels won by class K, on the logit of K (models with several classes)"""
+    """pixels of class K, on the logit of K (models with several classes)"""
     classes = len(context.logits)
     if classes == 1:
         raise InputError(f'target "class:{argument}": the model has one class (use predicted)')
     if not argument.isdecimal() or int(argument) >= classes:
         raise InputError(f'target "class:{argument}": K must be a class from 0 to {classes - 1}')
     label = int(argument)
-    return context.mean_over(context.labels == label, context.labels, label)
+    masks = torch.zeros_like(context.masks)
+    masks[label] = context.masks[label]
+    return context.mean_of(masks, label)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from map_metrics import rank_correlation
 from result_files import figure_writer, image_files, read_statistics, write_files
 from verdict import Thresholds, batch_findings, concerns
 
-CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`
+CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`, where there are such
 _FLAT = {key: row.kind for key, row in STATISTICS.items() if row.kind != COMPOUND}
 _RECORDS = {key: kind for key, kind in _FLAT.items() if STATISTICS[key].group == RECORD}
 COLUMNS = {  # of summary.csv and summary.parquet: the flat statistics, and what a batch adds
@@ -249,10 +249,11 @@ def read_table(source: Path | io.StringIO) -> pd.DataFrame:
 
 def row_of(statistics: dict) -> dict:
     """The row of summary.csv for one explanation."""
-    shares = statistics['channel_shares'] or (None,) * len(CHANNELS)
+    names = statistics.get('channel_names', ('red', 'green', 'blue'))  # older results have none
+    shares = statistics['channel_shares'] or (None,) * len(names)
     row = {
         **statistics,
-        **dict(zip(CHANNELS, shares, strict=True)),
+        **{f'share_{name}': share for name, share in zip(names, shares, strict=True)},
         'flags': '; '.join(finding['flag'] for finding in statistics['verdict']),
     }
     return {name: row[name] for name in COLUMNS if name in row}

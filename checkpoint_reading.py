@@ -27,6 +27,7 @@ from errors import InputError, one_line
 ENCODER, HEAD = 'encoder.', 'segmentation_head.'  # every network of smp has both
 AVERAGED = re.compile(r'ema|averag|swa|teacher|shadow', re.IGNORECASE)  # taken where it is alone
 INFLATION = 4  # a checkpoint may grow so many times when it is unpacked
+MOST_CHANNELS = 64  # of an image, whose mean and deviation are looked for
 MOST_OBJECTS = 300  # kinds of pickled objects; many of them times many objects takes long
 MOST_PLACES = 100_000  # looked into
 WEIGHTS_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder
@@ -48,6 +49,8 @@ class Checkpoint:
     key: str = ''  # where in the file they lay; empty: they are the file
     others: tuple[str, ...] = ()  # where other networks' lie
     notes: tuple[str, ...] = ()  # what was decided, in sentences
+    normalisations: dict[int, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    # mean and std that lay beside the weights, by number of channels; none where settings say it
 
 
 def read_checkpoint(path: Path, weights_key: str | None = None) -> Checkpoint:
@@ -92,18 +95,14 @@ def _weights_of(content: object, path: Path, weights_key: str | None) -> Checkpo
     key = _choose(list(networks), weights_key, path)
     others = tuple(label for label in networks if label != key)
     settings = _stored_settings(content)
-    normalisation = _normalisation(beside[key])
     notes = []
     if others:
         notes.append(
             f'the weights under "{key}" are used; others lie under '
             f'{", ".join(others)} (choose with --weights_key)'
         )
-    if normalisation and not {'mean', 'std'} & settings.keys():
-        settings = {**settings, **normalisation}
-        said = ', '.join(f'{name} {values}' for name, values in normalisation.items())
-        notes.append(f'stored beside the weights, so used: {said}')
-    return Checkpoint(networks[key], settings, key, others, tuple(notes))
+    normalisations = {} if {'mean', 'std'} & settings.keys() else _normalisations(beside[key])
+    return Checkpoint(networks[key], settings, key, others, tuple(notes), normalisations)
 
 
 def _groups_of_tensors(
@@ -231,21 +230,22 @@ def _named_in(hyperparameters: object) -> dict[str, object]:
     return settings
 
 
-def _normalisation(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation that lie as buffers beside the network's weights, for pixels
-    from 0 to 1; empty where there are none."""
+def _normalisations(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, tuple[float, ...]]]:
+    """Means and standard deviations that lie as buffers beside the network's weights, for pixels
+    from 0 to 1, by how many channels they are for."""
+    found: dict[int, dict[str, tuple[float, ...]]] = {}
     for name, std in tensors.items():
         stem = re.fullmatch(r'((?:.*\.)?(?:\w*_)?)std', name)
         mean = tensors.get(f'{stem[1]}mean') if stem else None
-        if mean is None or not mean.numel() == std.numel() == 3:
+        if mean is None or not 1 <= mean.numel() == std.numel() <= MOST_CHANNELS:
             continue
         values = [tuple(v.detach().double().flatten().tolist()) for v in (mean, std)]
         if not all(np.isfinite(v).all() for v in values) or min(values[1]) <= 0:
             continue
         scale = 255.0 if max(map(abs, values[0] + values[1])) > 1 else 1.0
         mean, std = (tuple(round(part / scale, 6) for part in v) for v in values)
-        return {'mean': mean, 'std': std}
-    return {}
+        found.setdefault(len(mean), {'mean': mean, 'std': std})
+    return found
 
 
 # --------------------------------------------------------------------------- files and folders
@@ -377,13 +377,15 @@ def _read_folder(folder: Path, weights_key: str | None) -> Checkpoint:
         )
     settings = _pretrained_settings(config_path) if config_path.is_file() else {}
     checkpoint = _weights_of(_read_file(weights_path), weights_path, weights_key)
-    notes = checkpoint.notes
+    notes, normalisations = checkpoint.notes, checkpoint.normalisations
     if (folder / TRANSFORM_FILE).is_file():
         transforms = _saved_transforms(folder / TRANSFORM_FILE)
         settings |= transforms
         said = ', '.join(f'{key} {value}' for key, value in transforms.items())
         notes += (f'from {TRANSFORM_FILE}: {said or "nothing that is known here"}',)
-    return replace(checkpoint, settings={**checkpoint.settings, **settings}, notes=notes)
+        normalisations = {} if 'mean' in transforms else normalisations
+    return replace(checkpoint, settings={**checkpoint.settings, **settings}, notes=notes,
+                   normalisations=normalisations)  # fmt: skip
 
 
 def _pretrained_settings(config_path: Path) -> dict[str, object]:
@@ -413,10 +415,14 @@ def _saved_transforms(path: Path) -> dict[str, object]:
         transforms = json.loads(path.read_text(encoding='utf-8'))['transform']['transforms']
         steps = {step['__class_fullname__'].rsplit('.', 1)[-1]: step for step in transforms}
         settings: dict[str, object] = {}
-        if 'Resize' in steps and steps['Resize']['height'] == steps['Resize']['width']:
-            settings |= {'image_size': steps['Resize']['height'], 'resize': 'stretch'}
+        if 'Resize' in steps:
+            size = (steps['Resize']['height'], steps['Resize']['width'])
+            settings |= {'image_size': size, 'resize': 'stretch'}
         elif 'LongestMaxSize' in steps and 'PadIfNeeded' in steps:
-            settings |= {'image_size': steps['LongestMaxSize']['max_size'], 'resize': 'letterbox'}
+            size = (steps['PadIfNeeded'].get('min_height'), steps['PadIfNeeded'].get('min_width'))
+            longest = steps['LongestMaxSize']['max_size']
+            whole = longest if None in size or max(size) != longest else size
+            settings |= {'image_size': whole, 'resize': 'letterbox'}
         if 'Normalize' in steps:
             step = steps['Normalize']
             scale = step.get('max_pixel_value', 255.0) / 255.0

@@ -35,6 +35,15 @@ class Cost:
     preparation: Preparation
 
 
+@dataclass(frozen=True)
+class LabelScores:
+    """How well each label of a network with several was predicted."""
+
+    scores: dict[int, dict[str, float | None]]  # dice, iou, accuracy of each label that is there
+    background: int | None  # the label that is no object
+    pixel_accuracy: float  # share of pixels whose class is right; of independent labels, of pairs
+
+
 def _of_the_cost(name: str) -> property:
     return property(lambda explanation: getattr(explanation.cost, name))
 
@@ -65,6 +74,8 @@ class Explanation:
     tolerance: float | None
     trend: Trend  # on the way from the (first) baseline
     cost: Cost
+    label_scores: LabelScores | None = None  # None: one class, or truth unknown
+    notes: tuple[str, ...] = ()  # what was found out about the network on the way, in sentences
 
     @property
     def score_type(self) -> str:

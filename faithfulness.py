@@ -49,7 +49,7 @@ from map_metrics import (
     similarity,
     top_overlap,
 )
-from segmentation_dataset import Placement, Preprocessing, strong_blur
+from segmentation_dataset import Placement, Preprocessing, resized, strong_blur
 
 FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
 LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
@@ -236,7 +236,7 @@ def subject_of(
         placement.crop(content)[:] = True
     return Subject(
         attributions=explanation.attributions.cpu().numpy(),
-        network=ig.model,
+        network=ig.engine.model,
         target=explanation.objective,
         x=x,
         baseline=ig.preprocessing.normalise(explanation.baseline_pixels).to(x),
@@ -314,7 +314,7 @@ def context(subject: Subject, work: Effort, seed: int = 0, progress: bool = Fals
 # --------------------------------------------------------------------------- deletion, insertion
 #
 # A fill is an image for the pixels that were removed: (subject, removed (H, W) bool, random
-# generator) -> (H, W, 3) float32, 0-255, of which only the removed pixels are used.
+# generator) -> (H, W, C) float32, 0-255, of which only the removed pixels are used.
 
 
 def fill_with_baseline(
@@ -348,17 +348,17 @@ def fill_with_local_mean(
 
 
 def local_means(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Values (H, W, 3) where known, elsewhere interpolated from the means of the known ones at
+    """Values (H, W, C) where known, elsewhere interpolated from the means of the known ones at
     half the resolution, and so on. At least one must be known."""
     if known.all():
         return values
     height, width = known.shape
     half = ((width + 1) // 2, (height + 1) // 2)
     weight = cv2.resize(known.astype(np.float32), half, interpolation=cv2.INTER_AREA)
-    total = cv2.resize(values * known[..., None], half, interpolation=cv2.INTER_AREA)
+    total = resized(values * known[..., None], half, cv2.INTER_AREA)
     means = total / np.maximum(weight, 1e-6)[..., None]
     coarse = local_means(means, weight > 0)
-    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    smooth = resized(coarse, (width, height), cv2.INTER_LINEAR)
     return np.where(known[..., None], values, smooth)
 
 
@@ -372,7 +372,7 @@ FILLS: dict[str, Callable[..., np.ndarray]] = {
 def without(
     subject: Subject, fill: str, removed: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The image (H, W, 3) with the removed pixels (H, W) bool replaced by a fill."""
+    """The image (H, W, C) with the removed pixels (H, W) bool replaced by a fill."""
     return np.where(removed[..., None], FILLS[fill](subject, removed, rng), subject.pixels)
 
 
@@ -395,12 +395,13 @@ def removal_order(
 
 
 def superpixels(pixels: np.ndarray) -> np.ndarray:
-    """SLIC superpixels of an image (H, W, 3) 0-255: labels (H, W)."""
-    return slic(pixels / 255, n_segments=SUPERPIXELS, compactness=10, start_label=0)
+    """SLIC superpixels of an image (H, W, C) 0-255: labels (H, W)."""
+    return slic(pixels / 255, n_segments=SUPERPIXELS, compactness=10, start_label=0,
+                channel_axis=-1)  # fmt: skip
 
 
 def edge_map(pixels: np.ndarray) -> np.ndarray:
-    """Strength of the Sobel gradient (H, W) of an image (H, W, 3), on its grey values."""
+    """Strength of the Sobel gradient (H, W) of an image (H, W, C), on its grey values."""
     grey = pixels.mean(axis=2).astype(np.float32)
     return np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
 
@@ -571,7 +572,7 @@ def redraw(layer: nn.Module, generator: torch.Generator) -> None:
 
 
 def _survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
-    """How much of a map (3, H, W) is left in another."""
+    """How much of a map (C, H, W) is left in another."""
     if not np.isfinite(after).all():
         return {'correlation': None, 'ssim': None}
     return {

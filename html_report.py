@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from image_statistics import METRICS, STATISTICS, shown
 from result_files import FILE_ENDINGS
+from segmentation_dataset import size_text
 from verdict import FINDING_RULES, concerns
 
 TEMPLATE = 'report_template.html'
@@ -174,11 +175,15 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
         words += ['--model_option', *(f'{key}={value!r}' for key, value in options)]
     for name, default in defaults.items():
         value = used[name]
-        if value == default or value is None:
+        if value is None or value in (default, []):
             continue
         if name in ('normalize', 'pixel_range') and used.get('mean'):
             continue  # mean and std are given as they took effect
-        if isinstance(value, list | tuple):
+        if name == 'output_kind' and value == 'foreground':
+            continue  # nothing else is possible
+        if name == 'image_size':
+            words += ['--image_size', size_text(value)]
+        elif isinstance(value, list | tuple):
             words += [f'--{name}', *map(str, value)]
         elif name == 'target':
             words += ['--each_object'] if value == 'each-object' else ['--target', *value.split()]

@@ -104,7 +104,27 @@ class Measured:
         """Of the predicted mask against the truth."""
         if self.truth is None:
             return {'dice': None, 'iou': None, 'pixel_accuracy': None}
-        return mask_scores(self.mask, self.truth)
+        scores = mask_scores(self.mask, self.truth)
+        by_label = self.explanation.label_scores
+        return scores | ({'pixel_accuracy': by_label.pixel_accuracy} if by_label else {})
+
+    @property
+    def class_scores(self) -> dict[str, dict[str, float | None]] | None:
+        """By the number of the label."""
+        by_label = self.explanation.label_scores
+        return by_label and {str(label): scores for label, scores in by_label.scores.items()}
+
+    def class_mean(self, name: str) -> float | None:
+        """Of a score over the classes that are there, but the background."""
+        by_label = self.explanation.label_scores
+        if by_label is None:
+            return None
+        known = [
+            scores[name]
+            for label, scores in by_label.scores.items()
+            if label != by_label.background and scores[name] is not None
+        ]
+        return sum(known) / len(known) if known else None
 
     @property
     def channel_shares(self) -> list[float] | None:
@@ -121,6 +141,19 @@ def mask_scores(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         'iou': overlap / union if union else 1.0,
         'pixel_accuracy': (prediction == truth).mean(),
     }
+
+
+def label_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[int, dict[str, float | None]]:
+    """Dice, IoU and accuracy (the share of its true pixels that were found; None without any) of
+    each label that is there, predicted or true. Masks of all labels, (K, h, w) bool."""
+    scores: dict[int, dict[str, float | None]] = {}
+    for label, (mask, true) in enumerate(zip(predicted, truth, strict=True)):
+        if mask.any() or true.any():
+            known = mask_scores(mask, true)
+            found = float(mask[true].mean()) if true.any() else None
+            dice, iou = float(known['dice']), float(known['iou'])
+            scores[label] = {'dice': dice, 'iou': iou, 'accuracy': found}
+    return scores
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -241,15 +274,29 @@ STATISTICS: dict[str, Statistic] = {
         unit='%', summarised=True, page=7, label='Share of pixels predicted'),
     'prediction_area': Statistic('number of predicted pixels', WHOLE,
         of=lambda m: int(m.mask.sum()), unit='px'),
-    'dice': Statistic('Dice of prediction and truth, 0 to 1; two empty masks score 1',
+    'dice': Statistic(
+        'Dice of prediction and truth, 0 to 1, of the explained class, else of all that is not '
+        'background, whichever class; two empty masks score 1',
         of=lambda m: m.scores['dice'], summarised=True, page=1, label='Dice', heading='Dice'),
     'iou': Statistic('intersection over union of the two', of=lambda m: m.scores['iou'],
         summarised=True),
-    'pixel_accuracy': Statistic('share of pixels on which they agree',
+    'pixel_accuracy': Statistic('share of pixels whose class is right',
         of=lambda m: m.scores['pixel_accuracy'], summarised=True),
+    'class_dice': Statistic(
+        'networks with several classes: mean Dice of the classes that are there, predicted or '
+        'true, but the background', of=lambda m: m.class_mean('dice'), summarised=True, page=12,
+        label='Dice, mean of the classes'),
+    'class_iou': Statistic('the same: intersection over union', of=lambda m: m.class_mean('iou'),
+        summarised=True),
+    'class_accuracy': Statistic("the same: share of a class's true pixels that were found",
+        of=lambda m: m.class_mean('accuracy'), summarised=True),
+    'class_scores': Statistic('Dice, IoU and accuracy of each class that is there, by its name',
+        COMPOUND, of=lambda m: m.class_scores),
     'channel_shares': Statistic(
         "share of |attribution| of each input channel (share_red, … in a batch's tables)", COMPOUND,
         of=lambda m: m.channel_shares, unit='%'),
+    'channel_names': Statistic("names of the input's channels, in the network's order", COMPOUND,
+        RECORD),
     'trend': Statistic(
         'at every node of the path from the (first) baseline: alpha, F, and the IoU of the '
         'predicted mask there with that on the image', COMPOUND,

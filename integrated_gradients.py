@@ -39,12 +39,11 @@ import numbers
 import operator
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -84,7 +83,7 @@ from errors import (
     attempt,
     check_choice,
 )
-from explanation import Cost, Explanation, Trend, completeness_gap
+from explanation import Cost, Explanation, LabelScores, Trend, completeness_gap
 from faithfulness import EFFORTS, evaluate_explanation, evaluation_cost, subject_of
 from finished_images import (
     finished_statistics,
@@ -101,21 +100,34 @@ from gradient_engine import (
     PathSampler,
     Preparation,
     fingerprint,
+    frozen,
     peak_memory,
     reduced_dtype,
 )
-from image_statistics import explanation_statistics, mask_scores
+from image_statistics import explanation_statistics, label_scores, mask_scores
 from model_loading import (
     ARCHITECTURES,
     DEFAULT_ARCHITECTURE,
     DEFAULT_ENCODER,
     DEFAULT_IMAGE_SIZE,
-    MAX_IMAGE_SIZE,
+    checked_size,
     load_model,
     parse_options,
     resolve_device,
 )
-from network_description import NetworkDescription, describe_network, known_description
+from network_description import (
+    EXCLUSIVE,
+    LOGITS,
+    MULTILABEL,
+    OUTPUT_KINDS,
+    PROBABILITIES,
+    LogitsOf,
+    NetworkDescription,
+    describe_network,
+    known_description,
+    likely_channels,
+    probability_kind,
+)
 from path_integral import (
     ADAPTIVE,
     RULE_NAMES,
@@ -137,10 +149,12 @@ from result_files import (
     write_image,
 )
 from segmentation_dataset import (
+    CHANNEL_ORDERS,
     IMAGENET_MEAN,
     IMAGENET_STD,
     NORMALIZE_MODES,
     RESIZE_MODES,
+    ImageSize,
     Placement,
     Preprocessing,
     Sample,
@@ -148,6 +162,7 @@ from segmentation_dataset import (
     list_samples,
     read_image,
     single_sample,
+    size_text,
     strong_blur,
 )
 from verdict import Thresholds, accuracy_warning, parse_thresholds, statistics_text, verdict_of
@@ -203,6 +218,7 @@ SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
 MOST_STEPS = 100_000
 PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
+OUTPUTS = ('auto', 'logits', 'probabilities')
 
 
 # --------------------------------------------------------------------------- baselines
@@ -279,11 +295,10 @@ def build_baselines(
         rng = np.random.default_rng(seed)
         return [BASELINES[kind](pixels, rng) for _ in range(draws if BASELINES[kind].drawn else 1)]
     check_baseline(kind)
-    height, width = pixels.shape[:2]
-    image = read_image(kind)
-    if height == width:
-        return [replace(preprocessing, image_size=height).resize_image(image).astype(np.float32)]
-    return [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)]
+    height, width, channels = pixels.shape
+    image = read_image(kind, channels)
+    fit = replace(preprocessing, image_size=(height, width))
+    return [fit.resize_image(image).astype(np.float32)]
 
 
 # --------------------------------------------------------------------------- settings
@@ -350,10 +365,22 @@ class Settings:
         least=1, metavar='N', default_text='the fastest that fits')
     compile: bool = setting(False, MODEL,
         'use torch.compile: minutes at first, then faster on a GPU', default_text='off')
-    image_size: int | None = setting(None, PREPROCESSING,
-        'side of the square model input, rounded up to a multiple of 32', least=1,
-        most=MAX_IMAGE_SIZE, metavar='PIXELS',
-        default_text=f"the checkpoint's, else {DEFAULT_IMAGE_SIZE}")
+    output_kind: str | None = setting(None, MODEL,
+        'what several logit maps mean: exclusive classes (softmax), or independent labels '
+        '(multilabel: a sigmoid each, no background)', choices=OUTPUT_KINDS,
+        default_text="the checkpoint's, else exclusive")
+    background_class: str | int | None = setting(None, MODEL,
+        'of exclusive classes, the one that is no object', metavar='K|none',
+        default_text="the checkpoint's, else 0")
+    outputs: str = setting('auto', MODEL,
+        'what the network gives; auto: probabilities where all lie in 0-1 on any input',
+        choices=OUTPUTS)
+    class_names: tuple[str, ...] | None = setting(None, MODEL,
+        'of all labels, in order, for the figures of each class', metavar='NAME',
+        default_text="the checkpoint's, else the dataset's")
+    image_size: ImageSize | str | None = setting(None, PREPROCESSING,  # noqa: RUF009
+        'of the model input, a side or HEIGHTxWIDTH, rounded up to multiples that the network '
+        'takes', metavar='PIXELS', default_text=f"the checkpoint's, else {DEFAULT_IMAGE_SIZE}")
     resize: str | None = setting(None, PREPROCESSING,
         'letterbox keeps the aspect ratio, pads black', choices=RESIZE_MODES,
         default_text="the checkpoint's, else stretch")
@@ -365,6 +392,9 @@ class Settings:
         default_text='by --normalize')
     std: tuple[float, ...] | None = setting(None, PREPROCESSING,
         'the same: standard deviation', metavar='S', default_text='by --normalize')
+    channel_order: str | None = setting(None, PREPROCESSING,
+        'of the colours that the network was given; --mean and --std are in this order',
+        choices=CHANNEL_ORDERS, default_text="the checkpoint's, else rgb")
     pixel_range: str = setting('0-1', PREPROCESSING,
         'of the pixels that the network was given, and of --mean and --std', choices=PIXEL_RANGES)
     target: tuple[str, ...] = setting(('predicted',), ATTRIBUTION, 'one or several; '
@@ -373,6 +403,8 @@ class Settings:
     score: str = setting('logit', ATTRIBUTION, 'what is averaged over the target', choices=SCORES)
     threshold: float = setting(0.5, ATTRIBUTION, 'probability above which a pixel is predicted',
         above=0, below=1)
+    min_object_area: int = setting(1, ATTRIBUTION,
+        'objects of fewer output pixels are no targets', least=1, metavar='PIXELS')
     on_empty: str = setting('skip', ATTRIBUTION,
         'empty target: skip it, or explain the whole image', choices=ON_EMPTY)
     baseline: str = setting('zero', ATTRIBUTION, 'the image to compare with; '
@@ -417,6 +449,11 @@ class Settings:
         if not isinstance(self.compile, bool) or not isinstance(self.thresholds, Thresholds):
             raise InputError('compile must be True or False, and thresholds of class Thresholds')
         check_baseline(self.baseline)
+        if self.image_size is not None:
+            object.__setattr__(self, 'image_size', checked_size(self.image_size))
+        object.__setattr__(self, 'background_class', _checked_class(self.background_class))
+        if self.class_names is not None:
+            object.__setattr__(self, 'class_names', _checked_names(self.class_names))
         for name in ('mean', 'std'):
             _check_numbers(name, getattr(self, name), least=0.0 if name == 'std' else -math.inf)
         if not self.target:
@@ -451,23 +488,45 @@ class Settings:
 
 
 def _check_numbers(name: str, values: Sequence[float] | None, least: float) -> None:
-    """Raise InputError for what is no three finite numbers above `least`."""
+    """Raise InputError for what is no finite numbers above `least`."""
     if values is None:
         return
     try:
-        fine = len(values) == 3 and all(math.isfinite(v) and v > least for v in values)
+        fine = len(values) > 0 and all(math.isfinite(v) and v > least for v in values)
     except TypeError:
         fine = False
     if not fine:
         above = ' above 0' if least == 0 else ''
-        raise InputError(f'{name} must be three numbers{above}, one for each channel, not {values}')
+        raise InputError(f'{name} must be numbers{above}, one for each channel, not {values}')
+
+
+def _checked_class(value: int | str | None) -> int | str | None:
+    """A background class: a whole number, 'none', or None where it was not said. Raises
+    InputError."""
+    if value is None or value == 'none':
+        return value
+    try:
+        number = int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or isinstance(value, bool):
+        raise InputError(f'background_class must be a class, from 0, or none, not {value!r}')
+    return number
+
+
+def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes, each of its own. Raises InputError."""
+    fine = isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)
+    if not fine or len(set(names)) < len(names):
+        raise InputError(f'class_names must be different names, not {names!r}')
+    return tuple(names)
 
 
 # --------------------------------------------------------------------------- IntegratedGradients
 
 # What `explain` takes beside its own arguments.
 OPTIONS = {name for name, known in Settings.table().items() if known.group == ATTRIBUTION}
-OPTIONS -= {'target', 'baseline'}
+OPTIONS = OPTIONS - {'target', 'baseline'} | {'output_kind', 'background_class', 'outputs'}
 
 
 @dataclass(frozen=True)
@@ -484,10 +543,11 @@ class Integration:
 class IntegratedGradients:
     """Integrated Gradients of a segmentation network.
 
-    model: any torch.nn.Module mapping (N, 3, H, W) to logits (N, K, h, w); it is moved to the
+    model: any torch.nn.Module mapping (N, C, H, W) to logits (N, K, h, w); it is moved to the
         device and otherwise left as it was found.
     device: 'auto', 'cuda', 'mps', 'cpu' or a torch.device.
-    preprocessing: how inputs were normalised; by default the model's own, else ImageNet's.
+    preprocessing: how inputs were normalised; by default the model's own, else ImageNet's for
+        three channels, and none (pixels from 0 to 1) for others.
     step_batch: interpolation steps per pass; by default measured.
     compile: run the network through torch.compile, which pays on a GPU with many images.
     """
@@ -502,10 +562,17 @@ class IntegratedGradients:
     ) -> None:
         self.device = resolve_device(device)
         self.model = model.to(self.device)
-        self.engine = GradientEngine(self.model, self.device, step_batch, compile)
+        self._new_engine = partial(
+            GradientEngine, device=self.device, step_batch=step_batch, compiled=compile
+        )
+        self.engine = self._new_engine(self.model)
         self._network = describe_network(self.model)
         self._fingerprint = fingerprint(self.model)
-        self.preprocessing = preprocessing or self._network.preprocessing
+        self._seen: tuple[tuple, str | None] | None = None  # when, and what `probability_kind` gave
+        own = self._network.preprocessing
+        if preprocessing is None and own == Preprocessing():
+            own = own.for_channels(likely_channels(self.model))
+        self.preprocessing = preprocessing or own
 
     @property
     def network(self) -> NetworkDescription:
@@ -515,6 +582,18 @@ class IntegratedGradients:
             self._network, self._fingerprint = describe_network(self.model), now
         return self._network
 
+    def network_under(self, settings: Settings, seen: bool = True) -> NetworkDescription:
+        """What the network is to be taken for under these settings; seen: and by what it gave."""
+        known, background = self.network, settings.background_class
+        found = self._seen[1] if seen and self._seen else None
+        return replace(
+            known,
+            output_kind=settings.output_kind or known.output_kind or found,
+            background=known.background if background is None
+            else None if background == 'none' else background,
+            class_names=settings.class_names or known.class_names,
+        )  # fmt: skip
+
     def compute_integrated_gradients(
         self,
         input_tensor: torch.Tensor,
@@ -523,7 +602,7 @@ class IntegratedGradients:
         target: str | Target | torch.Tensor = 'predicted',
         **options: object,
     ) -> torch.Tensor:
-        """The attributions alone: same shape and device as the input, (3, H, W) or (N, 3, H, W).
+        """The attributions alone: same shape and device as the input, (C, H, W) or (N, C, H, W).
 
         Each image of a batch gets its own target. Options and errors: see `explain`.
         """
@@ -568,13 +647,14 @@ class IntegratedGradients:
     ) -> list[Explanation]:
         """Explain several targets of one image; they share the forward passes.
 
-        input_tensor: (3, H, W) or (1, 3, H, W), normalised as the model expects.
+        input_tensor: (C, H, W) or (1, C, H, W), normalised as the model expects.
         targets: each a spec (a key of TARGETS, see --help), a Target, or an (h, w) boolean mask
             of output pixels. 'each-object' stands for as many objects as there are.
         baseline_type: a key of BASELINES, an image file, or a tensor of the input's shape in
             the same normalised space.
         num_steps, rule, and as options tolerance, max_steps, score, threshold, baseline_draws,
-            seed, on_empty, precision, precision_tolerance: see `Settings` and --help.
+            seed, on_empty, min_object_area, output_kind, background_class, outputs, precision,
+            precision_tolerance: see `Settings` and --help.
         truth: (h, w) class labels, for target 'truth'. placement: for target 'pixel:X,Y' in
             original image coordinates; without it X,Y are output pixels.
         skip_empty: leave out targets whose region holds no pixel, unless all are empty.
@@ -602,7 +682,9 @@ class IntegratedGradients:
     ) -> list[Explanation]:
         """`explain_targets` under whole settings. targets, baseline: instead of theirs."""
         started = time.perf_counter()
-        engine, x = self.engine, self.check_input(input_tensor)  # (1, C, H, W)
+        x = self.check_input(input_tensor)  # (1, C, H, W)
+        notes = self._see_outputs(x, settings)
+        engine, network = self.engine, self.network_under(settings)
         baseline = settings.baseline if baseline is None else baseline
         pixels, tensors = self._baselines(baseline, x, settings)
         paths = [StraightPath(tensor, x) for tensor in tensors]
@@ -611,12 +693,15 @@ class IntegratedGradients:
             forms = settings.target if targets is None else targets
             if not len(forms):
                 raise InputError('no target is given (use predicted)')
-            build = partial(self._build_targets, forms, settings, truth, placement, skip_empty)
-            at_image, labels = self._look(x, settings, build)
+            numbers = None if truth is None else torch.as_tensor(truth).long().to(x.device)
+            build = partial(
+                _build_targets, forms, settings, numbers, placement, skip_empty, network
+            )
+            at_image, masks = self._look(x, settings, network, build)
             total = None if settings.tolerance else settings.num_steps * len(paths)
             with tqdm(total=total, unit='step', desc='interpolation steps', leave=False,
                       disable=not progress) as bar:  # fmt: skip
-                walk = partial(self._walk, at_image, labels, paths, on_steps=bar.update)
+                walk = partial(self._walk, network, at_image, masks, paths, on_steps=bar.update)
                 integration, retried = self._in_precision(walk, settings)
             counts = engine.forward_passes - counts[0], engine.gradient_evaluations - counts[1]
         cost = Cost(
@@ -631,21 +716,65 @@ class IntegratedGradients:
             preparation=engine.preparation,
         )
         name = baseline if isinstance(baseline, str) else 'tensor'
-        explanation = partial(self._explanation, settings, at_image, labels, integration, cost,
-                              name, pixels, input_tensor.device)  # fmt: skip
-        return [explanation(number) for number in range(len(at_image.targets))]
+        explanation = partial(self._explanation, settings, network, at_image, masks, integration,
+                              cost, name, pixels, input_tensor.device)  # fmt: skip
+        scores = None if numbers is None else scores_of_labels(network, masks, numbers)
+        return [
+            replace(explanation(number), label_scores=scores, notes=notes)
+            for number in range(len(at_image.targets))
+        ]
 
-    def prepare(self, input_tensor: torch.Tensor) -> None:
-        """Prepare the network's private copy on this input, (3, H, W) or (1, 3, H, W), instead of
+    def prepare(self, input_tensor: torch.Tensor, settings: Settings | None = None) -> None:
+        """Prepare the network's private copy on this input, (C, H, W) or (1, C, H, W), instead of
         on the first that is explained. Raises InputError as `explain_targets` does."""
-        with self.engine.running(self.check_input(input_tensor)):
+        x = self.check_input(input_tensor)
+        self._see_outputs(x, settings or Settings())
+        with self.engine.running(x):
             pass
+
+    def _see_outputs(self, x: torch.Tensor, settings: Settings) -> tuple[str, ...]:
+        """Find out whether the network gives logits or probabilities, and have the engine run what
+        gives logits. Returns what was found, in sentences. Raises InputError."""
+        outputs = self.network.gives if settings.outputs == 'auto' else settings.outputs
+        if outputs == LOGITS:
+            self._seen = None
+        elif self._seen is None or self._seen[0] != self._fingerprint[1:]:  # of its weights
+            # Where the network cannot be run, that is said when it must be.
+            found, _ = attempt(partial(self._probability_kind, x), Exception)
+            self._seen = (self._fingerprint[1:], found)
+        found = self._seen[1] if self._seen else None
+        if outputs == PROBABILITIES and found is None:
+            raise InputError(
+                'outputs "probabilities": the network gives values beyond 0-1, or one value '
+                'everywhere (leave it out)'
+            )
+        kind = self.network_under(settings).output_kind if found else None
+        if kind != getattr(self.engine.model, 'probability_kind', None):
+            self.engine = self._new_engine(LogitsOf(self.model, kind) if kind else self.model)
+        if kind is None:
+            return ()
+        return (
+            f'the network gives probabilities ({kind}), since all its outputs lie in 0-1: what is '
+            'explained is the logits they are of (say otherwise with --outputs logits, or take '
+            'them as they are with --score probability)',
+        )
+
+    def _probability_kind(self, x: torch.Tensor) -> str | None:
+        with (
+            torch.inference_mode(False),
+            torch.autocast(self.device.type, enabled=False),
+            frozen(self.model),
+        ):
+            return probability_kind(self.model, x.to(self.engine.dtype))
 
     def check_input(self, tensor: torch.Tensor) -> torch.Tensor:
         """The input as (1, C, H, W) on the device, cut off from the caller's graph: float32, in
         which gradients then accumulate, or float64 for a double-precision model. Raises
         InputError."""
         self._network.check_input(tuple(tensor.shape))
+        channels = tensor.shape[-3]
+        if self._network.channels is None and self.preprocessing.channels != channels:
+            self.preprocessing = Preprocessing().for_channels(channels)
         working = torch.float64 if self.engine.dtype == torch.float64 else torch.float32
         tensor = tensor.detach()
         if self.device.type == 'cuda' and tensor.device.type == 'cpu':
@@ -678,42 +807,23 @@ class IntegratedGradients:
         self,
         x: torch.Tensor,
         settings: Settings,
+        network: NetworkDescription,
         build: Callable[[torch.Tensor, torch.Tensor], list[Target]],
     ) -> tuple[AtImage, torch.Tensor]:
         """What the network says of the image itself, in one pass: prediction, targets, and, where
-        the rule has a node there, their gradient. Also the predicted labels, (h, w)."""
+        the rule has a node there, their gradient. Also the predicted masks, (K, h, w) bool."""
         refined = settings.tolerance is not None
         at_end = first_nodes(settings.rule, settings.steps, refined)[-1] == 1
         point = x.clone().requires_grad_(bool(at_end))
         with torch.set_grad_enabled(point.requires_grad):
             graph = self.engine.run(point)  # (1, K, h, w)
         logits = enlarged(graph.detach(), x.shape[-2:])
-        labels = self._network.labels(logits[0], settings.threshold)
-        targets = build(logits, labels)
+        masks = network.predicted(logits[0], settings.threshold)
+        targets = build(logits, masks)
         gradient = None
         if at_end:  # a velocity of 1: each path that ends here multiplies by its own
             gradient = self.engine.densities(point, graph, targets, torch.ones_like(x), (1.0,))[0]
-        return AtImage(x, logits, targets, gradient), labels
-
-    def _build_targets(
-        self,
-        forms: Sequence[str | Target | torch.Tensor],
-        settings: Settings,
-        truth: np.ndarray | None,
-        placement: Placement | None,
-        skip_empty: bool,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> list[Target]:
-        """The target objects of whatever forms of targets the caller gave."""
-        if truth is not None:
-            truth = torch.as_tensor(truth, dtype=torch.int64, device=logits.device)
-            if truth.shape != labels.shape:
-                raise InputError(
-                    f'truth has shape {tuple(truth.shape)}, the prediction {tuple(labels.shape)}'
-                )
-        context = TargetContext(logits[0], labels, truth, placement, self._network)
-        return build_targets(forms, settings.score, context, skip_empty, settings.on_empty)
+        return AtImage(x, logits, targets, gradient), masks
 
     @staticmethod
     def _in_precision(
@@ -732,8 +842,9 @@ class IntegratedGradients:
 
     def _walk(
         self,
+        network: NetworkDescription,
         at_image: AtImage,
-        labels: torch.Tensor,
+        masks: torch.Tensor,
         paths: Sequence[AttributionPath],
         settings: Settings,
         on_steps: Callable[[int], object],
@@ -741,8 +852,7 @@ class IntegratedGradients:
         """Integrate along the paths, one after the other, and average."""
         x, refined = at_image.x, settings.tolerance is not None
         nodes = first_nodes(settings.rule, settings.steps, refined)
-        mask = self._network.foreground(labels)
-        overlap = partial(mask_overlap, mask, self._network, settings.threshold)
+        overlap = partial(mask_overlap, network.foreground(masks), network, settings.threshold)
         mean, first, starts = MeanIntegral(), None, []
         reduced, deviation = None, 0.0
         for path in paths:
@@ -776,8 +886,9 @@ class IntegratedGradients:
     def _explanation(
         self,
         settings: Settings,
+        network: NetworkDescription,
         at_image: AtImage,
-        labels: torch.Tensor,
+        masks: torch.Tensor,
         integration: Integration,
         cost: Cost,
         baseline: str,
@@ -795,7 +906,7 @@ class IntegratedGradients:
             error = math.hypot(relative, rounding)
             size = attributions.sum(dim=0).square().mean().sqrt()  # of a pixel, root mean square
             uncertainty = mean.summed_uncertainty[number].hypot(rounding * size).cpu()
-        mask, prediction = self._network.explained(at_image.logits, labels, target.label)
+        mask, prediction = network.explained(at_image.logits, masks, target.label)
         return Explanation(
             attributions=attributions.to(device),
             uncertainty=uncertainty,
@@ -823,11 +934,45 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
+def _build_targets(
+    forms: Sequence[str | Target | torch.Tensor],
+    settings: Settings,
+    truth: torch.Tensor | None,
+    placement: Placement | None,
+    skip_empty: bool,
+    network: NetworkDescription,
+    logits: torch.Tensor,
+    masks: torch.Tensor,
+) -> list[Target]:
+    """The target objects of whatever forms of targets the caller gave."""
+    if truth is not None and truth.shape != masks.shape[-2:]:
+        raise InputError(
+            f'truth has shape {tuple(truth.shape)}, the prediction {tuple(masks.shape[-2:])}'
+        )
+    context = TargetContext(logits[0], masks, truth, placement, network, settings.min_object_area)
+    return build_targets(forms, settings.score, context, skip_empty, settings.on_empty)
+
+
+def scores_of_labels(
+    network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor
+) -> LabelScores | None:
+    """How well each label was predicted; None for one class. masks: (K, h, w) bool, those
+    predicted. numbers: (h, w), of the ground-truth mask."""
+    if len(masks) == 1:
+        return None
+    truth = network.drawn(numbers, masks)
+    exclusive = network.kind(masks) == EXCLUSIVE
+    right = (masks & truth).any(dim=0) if exclusive else masks == truth
+    background = network.background if exclusive else None
+    scores = label_scores(masks.cpu().numpy(), truth.cpu().numpy())
+    return LabelScores(scores, background, float(right.double().mean()))
+
+
 def mask_overlap(
     mask: torch.Tensor, network: NetworkDescription, threshold: float, logits: torch.Tensor
 ) -> torch.Tensor:
     """(N, K, h, w) logits -> (N,): IoU of the predicted masks with that of the image, (h, w)."""
-    masks = network.foreground(network.labels(enlarged(logits, mask.shape), threshold))
+    masks = network.foreground(network.predicted(enlarged(logits, mask.shape), threshold))
     both = (masks & mask).sum(dim=(1, 2))
     union = (masks | mask).sum(dim=(1, 2))
     return torch.where(union > 0, both / union, 1.0)
@@ -870,32 +1015,46 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
     The image size is rounded up to one that the network takes.
     """
     network = known_description(model)
-    own = network.preprocessing
+    channels = network.channels or likely_channels(model)
+    own = network.preprocessing.for_channels(channels)
     scale = PIXEL_RANGES[settings.pixel_range]
-    mean, std = {
-        'auto': (own.mean, own.std),
-        'imagenet': (IMAGENET_MEAN, IMAGENET_STD),
-        'none': ((0.0, 0.0, 0.0), (1.0 / scale,) * 3),
-    }[settings.normalize]
-    if settings.pixel_range != '0-1' and settings.normalize == 'auto':
-        mean, std = (0.0, 0.0, 0.0), (1.0 / scale,) * 3  # as they are, from 0 to 255
+    as_they_are = (0.0,) * channels, (1.0 / scale,) * channels
+    mean, std = own.mean, own.std
+    if settings.normalize == 'imagenet':
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    elif settings.normalize == 'none' or settings.pixel_range != '0-1':
+        mean, std = as_they_are
     mean = mean if settings.mean is None else tuple(value / scale for value in settings.mean)
     std = std if settings.std is None else tuple(value / scale for value in settings.std)
+    if not len(mean) == len(std) == channels:
+        raise InputError(
+            f'the network takes {channels} channel{"s" if channels > 1 else ""}, but mean has '
+            f'{len(mean)} numbers and std {len(std)} (give {channels} each with --mean and --std)'
+        )
     size = network.accepted_size(settings.image_size or own.image_size)
-    return Preprocessing(size, settings.resize or own.resize, mean, std)
+    order = settings.channel_order or own.channel_order
+    if order != 'rgb' and channels != 3:
+        raise InputError(f'channel_order {order} needs 3 channels; the network takes {channels}')
+    return Preprocessing(size, settings.resize or own.resize, mean, std, order)
 
 
 @dataclass(frozen=True)
 class ModelInput:
     """An image and its truth as the network takes them."""
 
-    x: torch.Tensor  # (1, C, S, S)
-    truth: np.ndarray | None  # (S, S) uint8 labels
+    x: torch.Tensor  # (1, C, H, W)
+    truth: np.ndarray | None  # (H, W) uint8 labels
     placement: Placement
 
     @classmethod
     def of(cls, preprocessing: Preprocessing, image: np.ndarray, truth: np.ndarray | None):
-        """image: (H, W, 3) uint8. truth: (H, W) uint8 labels."""
+        """image: (H0, W0, C), or (H0, W0) of one channel. truth: (H0, W0) uint8 labels."""
+        image = image[:, :, None] if image.ndim == 2 else image
+        if image.shape[2] != preprocessing.channels:
+            raise InputError(
+                f'the image has {image.shape[2]} channels, but the network takes '
+                f'{preprocessing.channels} (read it with read_image(path, channels))'
+            )
         return cls(
             preprocessing.normalise(preprocessing.resize_image(image)),
             None if truth is None else preprocessing.resize_mask(truth),
@@ -905,7 +1064,7 @@ class ModelInput:
     def explain(
         self, ig: IntegratedGradients, settings: Settings, progress: bool
     ) -> list[tuple[Explanation, np.ndarray | None]]:
-        """For each target the explanation, and the pixels (S, S) bool that truly are of its
+        """For each target the explanation, and the pixels (H, W) bool that truly are of its
         class, if known. Of several targets, empty ones are left out."""
         explanations = ig.explain_with(
             settings, self.x, truth=self.truth, placement=self.placement, skip_empty=True,
@@ -923,10 +1082,10 @@ def explain_image(
     truth: np.ndarray | None = None,
     progress: bool = False,
 ) -> list[tuple[Explanation, np.ndarray | None]]:
-    """Explain an image as it was read: (H, W, 3) uint8, with (H, W) uint8 truth labels if known.
+    """Explain an image as it was read: (H0, W0, C), 0-255, with (H0, W0) truth labels if known.
 
     Returns for each target the explanation and the truth of the explained class at model
-    resolution, (S, S) bool or None. Of several targets, empty ones are left out. Where all are
+    resolution, (H, W) bool or None. Of several targets, empty ones are left out. Where all are
     empty and `settings.on_empty` is 'image', the whole image is explained.
     """
     return ModelInput.of(ig.preprocessing, image, truth).explain(ig, settings, progress)
@@ -939,11 +1098,13 @@ def analyse_image(
     truth: np.ndarray | None,
     settings: Settings,
     progress: bool = False,
+    class_names: Mapping[int, str] | None = None,
 ) -> list[Description]:
     """Explain an image: for each target its statistics, and what its figures are drawn from.
 
     Arguments and errors as for `explain_image`; the figures are
-    `attribution_figure(view_of(arrays), statistics)` and `channels_figure(...)`.
+    `attribution_figure(view_of(arrays), statistics)` and `channels_figure(...)`. class_names: of
+    the dataset, by the numbers in its masks, where neither settings nor network name the classes.
     """
     given = ModelInput.of(ig.preprocessing, image, truth)
     results = given.explain(ig, settings, progress)
@@ -952,12 +1113,17 @@ def analyse_image(
         'targets': [one.target for one, _ in results],
         'settings': settings_record(ig, settings),
         'versions': versions(),
+        'channel_names': list(ig.preprocessing.channel_names),
     }
     described = []
     for explanation, explained_truth in results:
         statistics = {
             'image': name, **explanation_statistics(explanation, explained_truth), **common
         }  # fmt: skip
+        by_class = statistics['class_scores']
+        if by_class is not None:
+            names = names_of_labels(ig, explanation, settings, class_names or {})
+            statistics['class_scores'] = {names[int(k)]: scores for k, scores in by_class.items()}
         if settings.evaluate:
             statistics |= evaluate_explanation(
                 ig, given.x, explanation, settings.evaluate, explained_truth, given.placement,
@@ -967,6 +1133,27 @@ def analyse_image(
         arrays = display_arrays(explanation, image, explained_truth, given.placement)
         described.append((statistics, arrays))
     return described
+
+
+def names_of_labels(
+    ig: IntegratedGradients,
+    explanation: Explanation,
+    settings: Settings,
+    of_dataset: Mapping[int, str],
+) -> list[str]:
+    """The names of all labels of a network: those of the settings, else of the checkpoint, else of
+    the dataset, else their numbers. Raises InputError where there are too few or too many."""
+    masks = explanation.objective.weights
+    names = ig.network_under(settings).class_names
+    if names and len(names) != len(masks):
+        raise InputError(
+            f'class_names gives {len(names)} names, but the network has {len(masks)} classes '
+            '(name all in order, the background too)'
+        )
+    first = 1 if explanation.objective.network.kind(masks) == MULTILABEL else 0
+    if not names and len(set(of_dataset.values())) == len(of_dataset):
+        names = [of_dataset.get(k + first, str(k)) for k in range(len(masks))]
+    return list(names or map(str, range(len(masks))))
 
 
 describe_targets = analyse_image  # its name in earlier versions
@@ -997,6 +1184,7 @@ def notes_on(
             f'the mask is {truth.shape[1]}×{truth.shape[0]}, the image '
             f'{image.shape[1]}×{image.shape[0]}: the mask was resized (nearest neighbour)'
         )
+    notes += explanations[0].notes
     targets = [one.target for one in explanations]
     asked = [target for target in settings.target if kind_of(target).expand is None]
     left_out = [target for target in asked if target not in targets]
@@ -1022,7 +1210,7 @@ def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
     record = {
         **settings.record(),
         **asdict(ig.preprocessing),
-        **ig.network.record(),
+        **ig.network_under(settings, seen=False).record(),
         'device': str(ig.device),
     }
     if settings.baseline not in BASELINES and Path(settings.baseline).is_file():
@@ -1052,13 +1240,13 @@ class LoadedSample:
     """A sample as it was read."""
 
     sample: Sample
-    image: np.ndarray  # (H, W, 3) uint8
+    image: np.ndarray  # (H, W, C), 0-255
     truth: np.ndarray | None  # (H, W) uint8
 
     @classmethod
-    def of(cls, sample: Sample) -> LoadedSample:
-        """Read a sample. Raises InputError for an unusable one."""
-        return cls(sample, sample.image(), sample.truth())
+    def of(cls, sample: Sample, channels: int = 3) -> LoadedSample:
+        """Read a sample for a network of so many channels. Raises InputError where it cannot."""
+        return cls(sample, sample.image(channels), sample.truth())
 
 
 @dataclass(frozen=True)
@@ -1098,7 +1286,8 @@ def statistics_of(
             return judged, partial(redraw_missing, output.folder, folders, output.figures)
         return judged, None
     loaded, name = pending.loaded, pending.loaded.sample.name
-    described = analyse_image(ig, name, loaded.image, loaded.truth, settings, progress)
+    described = analyse_image(ig, name, loaded.image, loaded.truth, settings, progress,
+                              loaded.sample.class_names)  # fmt: skip
     for statistics, _ in described:
         statistics |= {
             'image_path': str(loaded.sample.image_path),
@@ -1140,7 +1329,8 @@ def analyse_sample(
     unless `overwrite`. Raises InputError for an unusable sample, OutputError if writing fails.
     """
     output = Output(output_dir, figures, overwrite)
-    return analyse_loaded(ig, LoadedSample.of(sample), settings, output, progress)
+    loaded = LoadedSample.of(sample, ig.preprocessing.channels)
+    return analyse_loaded(ig, loaded, settings, output, progress)
 
 
 # --------------------------------------------------------------------------- many samples
@@ -1255,7 +1445,7 @@ class _Batch:
 
     def _read(self, number: int) -> Pending:
         """Read one image; called from another thread."""
-        loaded = LoadedSample.of(self.samples[number])
+        loaded = LoadedSample.of(self.samples[number], self.ig.preprocessing.channels)
         return Pending.of(loaded, self.settings, self._record, self.output)
 
     def _explain(self, number: int, pending: Callable[[], Pending], writers: Writers) -> None:
@@ -1292,7 +1482,9 @@ class _Batch:
         self._prepared = True
         for sample in self.samples:
             with contextlib.suppress(InputError):
-                self.ig.prepare(ModelInput.of(self.ig.preprocessing, sample.image(), None).x)
+                fit = self.ig.preprocessing
+                image = sample.image(fit.channels)
+                self.ig.prepare(ModelInput.of(fit, image, None).x, self.settings)
                 return
 
 
@@ -1317,8 +1509,11 @@ def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradi
     preprocessing = input_preprocessing(model, settings)
     asked = settings.image_size
     if asked is not None and asked != preprocessing.image_size:
-        size, step = preprocessing.image_size, network.step
-        print(f'note: image size {asked} is not divisible by {step}, using {size}', file=sys.stderr)
+        asked, size = size_text(asked), size_text(preprocessing.image_size)
+        why = f'takes multiples of {network.step}'
+        if network.fixed_size:
+            why = f'takes only {size_text(network.fixed_size)}'
+        print(f'note: image size {asked}: the network {why}, using {size}', file=sys.stderr)
     return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 
 
@@ -1424,6 +1619,8 @@ def _flag_of(one: object, known: Setting) -> dict[str, object]:
     flag |= {'default': one.default, 'choices': known.choices, 'metavar': known.metavar}
     if one.name in ('mean', 'std'):
         return flag | {'nargs': '+', 'type': float}
+    if one.name == 'class_names':
+        return flag | {'nargs': '+'}
     if one.name in ('target', 'thresholds'):
         default = known.default_text if one.name == 'target' else None
         return flag | {'nargs': '+', 'default': default}
@@ -1463,10 +1660,12 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
         raise InputError('--mode single needs --image_path (or use --mode batch with --data_dir)')
     say_cost(settings)
     # A bad image is told before the model is loaded.
-    loaded = LoadedSample.of(single_sample(args.image_path, args.mask_path))
+    sample = single_sample(args.image_path, args.mask_path)
+    sample.check()
     output = Output(make_output_folder(args.output_dir), args.figures, args.overwrite)
     with hold_folder(output.folder):
         ig = load_explainer(source_from(args, args.device), settings)
+        loaded = LoadedSample.of(sample, ig.preprocessing.channels)
         by_target = analyse_loaded(ig, loaded, settings, output, progress=True)
     for statistics in by_target:
         print(statistics_text(statistics))

@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import hashlib
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,17 +22,28 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import torch
 
-from checkpoint_reading import INFLATION, read_checkpoint
+from checkpoint_reading import INFLATION, Checkpoint, read_checkpoint
 from errors import InputError, one_line
 from network_description import (
     ATTRIBUTE,
     EXCLUSIVE,
     FOREGROUND,
+    LOGITS,
+    MULTILABEL,
+    OUTPUT_KINDS,
     NetworkDescription,
     accepted_sizes,
+    likely_channels,
     network_digest,
 )
-from segmentation_dataset import IMAGENET_MEAN, IMAGENET_STD, RESIZE_MODES, Preprocessing
+from segmentation_dataset import (
+    CHANNEL_ORDERS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RESIZE_MODES,
+    ImageSize,
+    Preprocessing,
+)
 
 DEFAULT_ARCHITECTURE = 'unetplusplus'
 DEFAULT_ENCODER = 'efficientnet-b5'
@@ -95,15 +107,21 @@ def load_model(
     stored, notes = checkpoint.settings, list(checkpoint.notes)
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
     classes = _count_classes(state, model_path)
-    preprocessing = _stored_preprocessing(stored, model_path)
     options = {**stored.get('options', {}), **(model_options or {})}
-    if options.pop('activation', None) is not None:
+    if activation := options.pop('activation', None):
         notes.append('its last activation is left out: what is explained is the logit before it')
+        if activation == 'sigmoid' and classes > 1:
+            checkpoint = replace(checkpoint, settings={'output_kind': MULTILABEL, **stored})
+            notes.append(
+                'its activation is a sigmoid of each class, so its labels are independent (say '
+                'otherwise with --output_kind exclusive)'
+            )
     names = (architecture or stored.get('architecture'), encoder or stored.get('encoder'))
     architecture, encoder = names[0] or DEFAULT_ARCHITECTURE, names[1] or DEFAULT_ENCODER
     if names == (None, None) and not _fits(state, architecture, encoder, classes, options):
         architecture, encoder, note = _looks_like(state, architecture, encoder)
         notes += note
+    options['in_channels'] = _input_channels(state, encoder)
     with _explained_mismatch(state, model_path, architecture, encoder):
         _check_size(architecture, encoder, classes, options, state)
         model = create_model(architecture, encoder, classes, **options)
@@ -118,13 +136,50 @@ def load_model(
         **({'weights_key': checkpoint.key} if checkpoint.others else {}),
         **({'model_options': dict(model_options)} if model_options else {}),
     }
+    return described(model, checkpoint, source, notes, model_path, LOGITS).to(device)
+
+
+def described(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    source: dict[str, object],
+    notes: Sequence[str],
+    path: Path,
+    gives: str | None = None,
+) -> torch.nn.Module:
+    """The module with its `network_description` and `preprocessing`, from what the checkpoint
+    stores and what the network says of itself. gives: what comes out, where that is known.
+    Raises InputError."""
+    channels = likely_channels(model)
+    stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
+    preprocessing = _stored_preprocessing({**stored, **beside}, path)
+    notes = [*notes]
+    if beside:
+        said = ', '.join(f'{name} {values}' for name, values in beside.items())
+        notes.append(f'stored beside the weights, so used: {said}')
+    if preprocessing.channels != channels:
+        preprocessing = preprocessing.for_channels(channels)
+        notes.append(
+            f'the network takes {channels} channel{"s" if channels > 1 else ""}, for which there '
+            'is no usual mean and std: pixels are given as they are, from 0 to 1 (say otherwise '
+            'with --mean and --std)'
+        )
+    if channels == 1:
+        notes.append('the network takes one channel: pictures are read as grey')
     multiple, fixed = accepted_sizes(model)
     if fixed:
-        preprocessing = replace(preprocessing, image_size=fixed)
+        preprocessing = replace(preprocessing, image_size=checked_size(fixed))
+    kind, classes = stored.get('output_kind'), source.get('classes')
+    usual = classes and (FOREGROUND if classes == 1 else EXCLUSIVE)
+    background = stored.get('background_class', 0)
     description = NetworkDescription(
+        channels=channels,
         size_multiple=multiple,
         fixed_size=fixed,
-        output_kind=FOREGROUND if classes == 1 else EXCLUSIVE,
+        output_kind=kind if kind in OUTPUT_KINDS and classes != 1 else usual,
+        background=background if isinstance(background, int | None) else 0,
+        gives=gives,
+        class_names=_names(stored.get('class_names')),
         preprocessing=preprocessing,
         weights_sha256=network_digest(model),
         source=source,
@@ -132,7 +187,13 @@ def load_model(
     )
     setattr(model, ATTRIBUTE, description)
     model.preprocessing = preprocessing
-    return model.to(device)
+    return model
+
+
+def _names(stored: object) -> tuple[str, ...]:
+    """Names of classes as a checkpoint stores them, where it does."""
+    fine = isinstance(stored, (list, tuple)) and all(isinstance(name, str) for name in stored)
+    return tuple(stored) if fine else ()
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, object]:
@@ -194,6 +255,25 @@ def _check_size(
         raise RuntimeError('the model is too large')
 
 
+def checked_size(size: object) -> ImageSize:
+    """An image size from a number, (height, width), or text such as 640 or 384x640; a square's as
+    one number. Raises InputError."""
+    parts = size.lower().replace('×', 'x').split('x') if isinstance(size, str) else size
+    try:
+        parts = [parts] if isinstance(parts, numbers.Real) else list(parts)
+        whole = [int(part) for part in parts]
+        exact = all(isinstance(part, str) or part == int(part) for part in parts)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        whole, exact = [], False
+    if not exact or len(whole) not in (1, 2) or min(whole) < 1 or isinstance(size, bool):
+        raise InputError(
+            f'image_size must be a whole number of at least 1, or HEIGHTxWIDTH, not {size!r}'
+        )
+    if max(whole) > MAX_IMAGE_SIZE:
+        raise InputError(f'image_size must be at most {MAX_IMAGE_SIZE}, not {size}')
+    return whole[0] if whole[0] == whole[-1] else (whole[0], whole[1])
+
+
 def numbers_in(state: dict[str, torch.Tensor]) -> int:
     """How many numbers a state dict holds; those that a view repeats count once."""
     return sum(
@@ -210,21 +290,35 @@ def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
         size = stored.get('image_size') or DEFAULT_IMAGE_SIZE
         mean, std = stored.get('mean') or IMAGENET_MEAN, stored.get('std') or IMAGENET_STD
         mean, std = (tuple(float(value) for value in values) for values in (mean, std))
-        fine = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
-        fine = fine and size == int(size) and 1 <= size <= MAX_IMAGE_SIZE
+        fine = 0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0
+        size = checked_size(size)
         resize = stored.get('resize') or 'stretch'
-        fine = fine and resize in RESIZE_MODES
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        order = stored.get('channel_order') or 'rgb'
+        fine = fine and resize in RESIZE_MODES and order in CHANNEL_ORDERS
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # an InputError is a ValueError
         fine = False
     if not fine:
         raise InputError(
             f'{path} holds settings that make no sense (image_size: a whole number up to '
-            f'{MAX_IMAGE_SIZE}; mean and std: three numbers; save it again without them)'
+            f'{MAX_IMAGE_SIZE}, or (height, width); mean and std: a number for each channel; save '
+            'it again without them)'
         )
-    return Preprocessing(int(size), resize, mean, std)
+    return Preprocessing(size, resize, mean, std, order)
 
 
-def create_model(architecture: str, encoder: str, classes: int, **options: object):
+def _input_channels(state: dict[str, torch.Tensor], encoder: str) -> int:
+    """How many channels the first convolution of an encoder takes, read from its weights."""
+    outline = _skeleton(lambda: smp.encoders.get_encoder(encoder, weights=None))
+    for name, value in (outline.state_dict() if outline else {}).items():
+        found = state.get(f'encoder.{name}')
+        if found is not None and value.ndim == found.ndim == 4 and value.shape[1] == 3:
+            return found.shape[1]
+    return 3
+
+
+def create_model(
+    architecture: str, encoder: str, classes: int, in_channels: int = 3, **options: object
+):
     """An untrained smp model by name; no weights are fetched. Raises InputError: unknown name."""
     if architecture not in ARCHITECTURES:
         raise InputError(
@@ -235,7 +329,12 @@ def create_model(architecture: str, encoder: str, classes: int, **options: objec
         raise InputError(f'"{str(encoder)[:50]}" is no name of an encoder')
     try:
         return smp.create_model(
-            architecture, encoder, encoder_weights=None, in_channels=3, classes=classes, **options
+            architecture,
+            encoder,
+            encoder_weights=None,
+            in_channels=in_channels,
+            classes=classes,
+            **options,
         )
     except Exception as error:  # what encoders raise at odd options is theirs
         close = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)

@@ -20,11 +20,16 @@ from types import CodeType, ModuleType, SimpleNamespace
 import numpy as np
 import torch
 
+from attribution_path import segmentation_logits
 from errors import InputError
-from segmentation_dataset import SIZE_MULTIPLE, Preprocessing
+from segmentation_dataset import SIZE_MULTIPLE, ImageSize, Preprocessing, sides
 
 FOREGROUND = 'foreground'  # one logit map: the probability of the one class is its sigmoid
-EXCLUSIVE = 'exclusive'  # several: a softmax over classes, of which one is background
+EXCLUSIVE = 'exclusive'  # several: a softmax over classes, of which one may be background
+MULTILABEL = 'multilabel'  # several: labels independent of each other, a sigmoid each
+OUTPUT_KINDS = (FOREGROUND, EXCLUSIVE, MULTILABEL)
+LOGITS, PROBABILITIES = 'logits', 'probabilities'  # what a network gives
+LEAST_PROBABILITY = 1e-7  # below it, and above one minus it, a probability's logit stays the same
 ATTRIBUTE = 'network_description'  # of a module that `load_model` made
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, 'preprocessing'}  # seen to elsewhere
@@ -34,72 +39,122 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.d
 
 @dataclass(frozen=True)
 class NetworkDescription:
-    """A segmentation network: input (N, C, H, W), output logits (N, K, h, w)."""
+    """A segmentation network: input (N, C, H, W), output logits (N, K, h, w).
 
-    channels: int = 3  # C
+    Labels are numbered from 0 in the order of the logit maps. In masks that people draw, a pixel's
+    number is its label; of independent labels it is one more, 0 meaning none of them.
+    """
+
+    channels: int | None = None  # C; None: not known before an input is seen
     size_multiple: int = 1  # both sides of the input must be multiples of it
-    fixed_size: int | None = None  # the only side that it takes, where there is one
-    output_kind: str | None = None  # FOREGROUND or EXCLUSIVE; None: by the number of logit maps
-    background: int = 0  # the label that is no object
+    fixed_size: tuple[int, int] | None = None  # the only (height, width) that it takes, if any
+    output_kind: str | None = None  # of OUTPUT_KINDS; None: by the number of logit maps
+    background: int | None = 0  # of exclusive classes, the one that is no object; None: none is
+    gives: str | None = None  # LOGITS or PROBABILITIES; None: to be seen on the first input
+    class_names: tuple[str, ...] = ()  # of the labels, in order, where they are known
     preprocessing: Preprocessing = field(default_factory=Preprocessing)  # what it was trained with
     weights_sha256: str = ''  # of the weights and the structure, wherever they came from
     source: dict[str, object] = field(default_factory=dict)  # file, architecture, encoder, classes
     notes: tuple[str, ...] = ()  # what was decided when it was loaded, in sentences
 
-    def kind(self, logits: torch.Tensor) -> str:
-        """What logits (…, K, h, w) mean."""
-        return self.output_kind or (FOREGROUND if logits.shape[-3] == 1 else EXCLUSIVE)
+    def kind(self, maps: torch.Tensor) -> str:
+        """What logits or masks (…, K, h, w) mean, of OUTPUT_KINDS. Raises InputError for what K
+        cannot be."""
+        classes = maps.shape[-3]
+        kind = self.output_kind or (EXCLUSIVE if classes > 1 else FOREGROUND)
+        if kind != MULTILABEL and (kind == FOREGROUND) != (classes == 1):
+            raise InputError(
+                f'output_kind {kind} does not fit a network with {classes} '
+                f'class{"es" if classes > 1 else ""} (leave it out)'
+            )
+        if kind == EXCLUSIVE and (self.background or 0) >= classes:
+            raise InputError(
+                f'background class {self.background}: the network has {classes} classes '
+                f'(0 to {classes - 1}, or none)'
+            )
+        return kind
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """(N, K, h, w) logits -> probabilities: sigmoid for one class, softmax for several."""
-        return logits.sigmoid() if self.kind(logits) == FOREGROUND else logits.softmax(dim=1)
+        """(N, K, h, w) logits -> probabilities: softmax of exclusive classes, else sigmoids."""
+        return logits.softmax(dim=1) if self.kind(logits) == EXCLUSIVE else logits.sigmoid()
 
-    def labels(self, logits: torch.Tensor, threshold: float) -> torch.Tensor:
-        """(…, K, h, w) logits -> (…, h, w) int64 classes: by threshold for one class, else the
-        highest."""
-        if self.kind(logits) == FOREGROUND:
-            return (logits[..., 0, :, :].sigmoid() > threshold).long()
-        return logits.argmax(dim=-3)
+    def predicted(self, logits: torch.Tensor, threshold: float) -> torch.Tensor:
+        """(…, K, h, w) logits -> (…, K, h, w) bool, the pixels of each label: those with the
+        highest logit of exclusive classes, else those above the threshold."""
+        if self.kind(logits) != EXCLUSIVE:
+            return logits.sigmoid() > threshold
+        highest = logits.argmax(dim=-3, keepdim=True)
+        return torch.zeros_like(logits, dtype=torch.bool).scatter_(-3, highest, True)
 
-    def foreground(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels of any shape -> bool: what is not background."""
-        return labels != self.background
+    def without_background(self, masks: torch.Tensor) -> torch.Tensor:
+        """Masks (…, K, h, w) bool of all labels -> those of objects."""
+        if self.kind(masks) != EXCLUSIVE or self.background is None:
+            return masks
+        masks = masks.clone()
+        masks[..., self.background, :, :] = False
+        return masks
+
+    def foreground(self, masks: torch.Tensor) -> torch.Tensor:
+        """Masks (…, K, h, w) bool of all labels -> (…, h, w) bool: what is an object."""
+        return self.without_background(masks).any(dim=-3)
+
+    def drawn(self, numbers: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """The numbers (h, w) of a mask that people drew -> (K, h, w) bool, the pixels of each
+        label. masks: predicted ones, of that shape."""
+        if self.kind(masks) == FOREGROUND:  # one class: any number is foreground
+            return (numbers != 0)[None]
+        first = 1 if self.kind(masks) == MULTILABEL else 0
+        labels = torch.arange(first, first + len(masks), device=numbers.device)
+        return numbers == labels.view(-1, 1, 1)
+
+    def drawn_objects(self, numbers: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """The numbers (h, w) of a mask that people drew -> (h, w) bool: what is an object, also
+        one of a label that the network does not have."""
+        if self.kind(masks) == EXCLUSIVE:
+            return numbers != (-1 if self.background is None else self.background)
+        return numbers != 0
 
     def explained(
-        self, logits: torch.Tensor, labels: torch.Tensor, label: int | None
+        self, logits: torch.Tensor, masks: torch.Tensor, label: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask (h, w) bool and probability (h, w), 0-1, of a class; of the foreground for None.
+        """Mask (h, w) bool and probability (h, w), 0-1, of a label; of any object for None.
 
-        logits: (1, K, h, w). labels: (h, w), those predicted.
+        logits: (1, K, h, w). masks: (K, h, w) bool, those predicted.
         """
         chances = self.probabilities(logits)[0].float()
         if label is not None:
-            return labels == label, chances[label]
-        if self.kind(logits) == FOREGROUND:
-            return self.foreground(labels), chances[0]
-        return self.foreground(labels), 1 - chances[self.background]
+            return masks[label], chances[label]
+        if self.kind(masks) != EXCLUSIVE:
+            return self.foreground(masks), chances.max(dim=0).values
+        none = self.background is None
+        chance = torch.ones_like(chances[0]) if none else 1 - chances[self.background]
+        return self.foreground(masks), chance
 
-    def accepted_size(self, size: int) -> int:
-        """The smallest side from `size` on that the network takes. Where it could not be asked,
-        or takes any, a multiple of 32, which encoder-decoders are made for."""
-        return self.fixed_size or -(-size // self.step) * self.step
+    def accepted_size(self, size: ImageSize) -> ImageSize:
+        """The smallest size from `size` on that the network takes. Where it could not be asked,
+        or takes any, multiples of 32, which encoder-decoders are made for."""
+        if self.fixed_size:
+            height, width = self.fixed_size
+        else:
+            height, width = (-(-side // self.step) * self.step for side in sides(size))
+        return height if height == width and isinstance(size, int) else (height, width)
 
     @property
     def step(self) -> int:
         """Sides are rounded up to a multiple of it."""
-        return self.fixed_size or (self.size_multiple if self.size_multiple > 1 else SIZE_MULTIPLE)
+        return self.size_multiple if self.size_multiple > 1 else SIZE_MULTIPLE
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise InputError for a shape that is not (C, H, W) or (1, C, H, W), or of a size that
         the network does not take."""
         fits = len(shape) == 3 or (len(shape) == 4 and shape[0] == 1)
-        if not fits or shape[-3] != self.channels:
-            c = self.channels
+        if not fits or (self.channels and shape[-3] != self.channels):
+            c = self.channels or 'C'
             raise InputError(f'input_tensor must be ({c}, H, W) or (1, {c}, H, W), not {shape}')
         height, width = shape[-2:]
-        if self.fixed_size and (height, width) != (self.fixed_size,) * 2:
+        if self.fixed_size and (height, width) != self.fixed_size:
             raise InputError(
-                f'the network takes inputs of {self.fixed_size}×{self.fixed_size} only, not '
+                f'the network takes inputs of {self.fixed_size[1]}×{self.fixed_size[0]} only, not '
                 f'{width}×{height}'
             )
         step = self.size_multiple
@@ -139,23 +194,76 @@ def known_description(model: torch.nn.Module) -> NetworkDescription:
     known = getattr(model, ATTRIBUTE, None)
     if known is None:
         multiple, fixed = accepted_sizes(model)
-        known = NetworkDescription(size_multiple=multiple, fixed_size=fixed)
+        known = NetworkDescription(input_channels(model), multiple, fixed)
     own = getattr(model, 'preprocessing', None) or known.preprocessing
     return replace(known, preprocessing=own)
 
 
-def accepted_sizes(model: torch.nn.Module) -> tuple[int, int | None]:
+def input_channels(model: torch.nn.Module) -> int | None:
+    """The channels that a network says it takes; None where it does not: then any is tried."""
+    own = getattr(getattr(model, 'encoder', None), '_in_channels', None)  # of smp's encoders
+    return own if isinstance(own, int) and own > 0 else None
+
+
+def likely_channels(model: torch.nn.Module) -> int:
+    """The channels of the pictures that a network takes: those it says, else those of its first
+    convolution, else 3."""
+    convolutions = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    first = next((convolution.in_channels for convolution in convolutions), 3)
+    return input_channels(model) or first
+
+
+def accepted_sizes(model: torch.nn.Module) -> tuple[int, tuple[int, int] | None]:
     """What both sides of an smp model's input must be multiples of (1 where it does not say), and
-    the only side it takes, where there is one."""
+    the only (height, width) it takes, where there is one."""
     encoder = getattr(model, 'encoder', None)
     fixed = None
     dynamic = getattr(getattr(encoder, 'model', None), 'dynamic_img_size', False)
     if getattr(encoder, 'is_fixed_input_size', False) is True and not dynamic:
-        sides = getattr(encoder, 'input_size', None)
-        fixed = int(sides[-1]) if isinstance(sides, (tuple, list)) else None
+        size = getattr(encoder, 'input_size', None)
+        fixed = (int(size[-2]), int(size[-1])) if isinstance(size, (tuple, list)) else None
     if not getattr(model, 'requires_divisible_input_shape', False):
         return 1, fixed
     return int(getattr(encoder, 'output_stride', 1)), fixed
+
+
+# --------------------------------------------------------------------------- probabilities
+
+
+class LogitsOf(torch.nn.Module):
+    """A network that gives probabilities, with the logits they are of: log(p / (1 - p)), or, of
+    exclusive classes, log(p), whose softmax is p again."""
+
+    def __init__(self, network: torch.nn.Module, kind: str) -> None:
+        super().__init__()
+        self.network, self.probability_kind = network, kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) -> logits (N, K, h, w)."""
+        chances = segmentation_logits(self.network(x), x.shape[-2:])
+        if self.probability_kind == EXCLUSIVE:
+            return chances.clamp(LEAST_PROBABILITY, 1).log()
+        return chances.logit(LEAST_PROBABILITY)
+
+
+def probability_kind(network: torch.nn.Module, x: torch.Tensor) -> str | None:
+    """Of OUTPUT_KINDS, what a network's outputs are where they are probabilities; None where they
+    are logits: where an input like x (1, C, H, W), or one far from it, gives values beyond 0-1."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    seen = []
+    with torch.no_grad():
+        for probe in (x, -x, 10 * x, 10 * noise):
+            maps = segmentation_logits(network(probe), x.shape[-2:]).float()
+            if not bool(((maps >= -1e-6) & (maps <= 1 + 1e-6)).all()):  # also where not finite
+                return None
+            seen.append(maps)
+    maps = torch.cat(seen)
+    if float(maps.max() - maps.min()) < 1e-3:  # constant, which says nothing
+        return None
+    if maps.shape[1] == 1:
+        return FOREGROUND
+    to_one = bool(((maps.sum(dim=1) - 1).abs() < 1e-3).all())
+    return EXCLUSIVE if to_one else MULTILABEL
 
 
 # --------------------------------------------------------------------------- identity

@@ -23,7 +23,7 @@ from PIL import Image
 
 from attribution_figures import View, attribution_figure, channels_figure, page_pictures
 from errors import InputError, OutputError, one_line
-from segmentation_dataset import Placement
+from segmentation_dataset import Placement, as_picture
 
 if TYPE_CHECKING:
     from explanation import Explanation
@@ -232,9 +232,10 @@ def display_arrays(
 ) -> dict[str, np.ndarray]:
     """All that the .npz file holds. Maps are at model resolution, padding included.
 
-    image: (H0, W0, 3) uint8, kept at a long side of at most DISPLAY_SIDE. truth: (h, w) bool or
-    None.
+    image: (H0, W0, C), kept to look at, at a long side of at most DISPLAY_SIDE. truth: (h, w)
+    bool or None.
     """
+    image = as_picture(image[:, :, None] if image.ndim == 2 else image)
     scale = min(1.0, DISPLAY_SIDE / max(image.shape[:2]))
     size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
     arrays = {
@@ -242,7 +243,7 @@ def display_arrays(
         'prediction': explanation.prediction.numpy(),
         'predicted_mask': explanation.predicted_mask.numpy(),
         'region': explanation.region.numpy(),
-        'baseline': np.clip(np.rint(explanation.baseline_pixels), 0, 255).astype(np.uint8),
+        'baseline': as_picture(explanation.baseline_pixels),
         'image': cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image,
         'original_size': np.array(placement.original_size),
         'content': np.array([placement.top, placement.left, placement.height, placement.width]),

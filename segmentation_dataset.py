@@ -3,8 +3,9 @@
 Images and masks come from files that strangers made, so every reader here either returns
 an array or raises :class:`InputError` with one sentence that names the file and the remedy.
 
-Conventions: an image is (H, W, 3) uint8 RGB in *pixel space* (0-255); a mask is (H, W) uint8
-holding class labels, 0 being background; model input is (1, 3, S, S) float32, normalised.
+Conventions: an image is (H, W, C) in *pixel space* (0-255), C being the channels that the network
+takes: 3 for RGB, 1 for grey; uint8, or float32 where an array holds finer values; a mask is (H, W)
+uint8 holding class labels; model input is (1, C, H, W) float32, normalised.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
@@ -31,7 +33,9 @@ from errors import InputError, one_line
 if TYPE_CHECKING:  # at run time only where tensors are made: processes that draw do without
     import torch
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif')
+ARRAY_SUFFIXES = ('.npy',)  # images of any number of channels
+TIFF_SUFFIXES = ('.tif', '.tiff')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', *TIFF_SUFFIXES, '.webp', '.gif', *ARRAY_SUFFIXES)
 MASK_SUFFIXES = ('.png', '.bmp', '.tif', '.tiff', '.gif', '.jpg', '.jpeg', '.webp')
 COCO_FILE = '_annotations.coco.json'
 SPLITS = ('test', 'valid', 'val')
@@ -39,6 +43,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZE_MODES = ('stretch', 'letterbox')
 NORMALIZE_MODES = ('auto', 'imagenet', 'none')
+CHANNEL_ORDERS = ('rgb', 'bgr')
 SIZE_MULTIPLE = 32  # the deepest encoder stage halves the image five times
 LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation: pycocotools needs 150 bytes for each
 # An image's name becomes a folder's. These would collide with a batch's own files, or are devices
@@ -91,15 +96,29 @@ def open_picture(path: str | Path, kind: str = 'image') -> Image.Image:
         ) from None
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read any picture as (H, W, 3) uint8 RGB.
+def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
+    """Read an image as (H, W, C), 0-255: uint8, or float32 from an array.
 
-    Grey, palette, CMYK and alpha pictures are converted (alpha is dropped, as training
-    pipelines do); 16-bit grey is scaled from its full range 0-65535; float pictures are taken
-    as 0-1 if nothing in them exceeds 1, else as 0-255. Raises InputError as `open_picture` does,
-    and for a picture with pixels that are not finite.
+    3 channels: any picture as RGB; grey, palette, CMYK and alpha pictures are converted (alpha is
+    dropped, as training pipelines do). 1: any picture as grey (ITU-R 601 luma of the colours). 4:
+    pictures with alpha. Any number: `.npy` arrays and TIFF files, (H, W, C) or (C, H, W).
+
+    16-bit values are scaled from their full range 0-65535; floats are taken as 0-1 if nothing
+    exceeds 1, else as 0-255. Raises InputError as `open_picture` does, for values that are not
+    finite or beyond those ranges, and for another number of channels.
     """
+    path = Path(path)
+    many = path.suffix.lower() in TIFF_SUFFIXES and channels not in (1, 3)
+    if path.suffix.lower() in ARRAY_SUFFIXES or many:
+        return _as_image(_read_array(path), channels, path)
     picture = open_picture(path)
+    if channels == 4 and picture.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
+        return np.array(_converted(picture, path, 'RGBA'))
+    if channels not in (1, 3):
+        raise InputError(
+            f'{path} holds a picture of {len(picture.getbands())} channels, but the network takes '
+            f'{channels} (give a .npy array or a TIFF file with {channels} channels)'
+        )
     if picture.mode == 'F' or picture.mode.startswith('I'):
         values = np.array(picture, dtype=np.float32)
         _check_finite(values, path)
@@ -109,8 +128,85 @@ def read_image(path: str | Path) -> np.ndarray:
             scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
         values *= np.float32(scale)  # in place: such a picture may fill a good part of the memory
         np.clip(np.rint(values, out=values), 0, 255, out=values)
-        return np.repeat(values.astype(np.uint8)[:, :, None], 3, axis=2)
+        return np.repeat(values.astype(np.uint8)[:, :, None], channels, axis=2)
+    if channels == 1:
+        return np.array(_converted(_converted(picture, path), path, 'L'))[:, :, None]
     return np.array(_converted(picture, path))
+
+
+def check_image(path: str | Path) -> None:
+    """Raise InputError for what is no image at all, before the network says how many channels."""
+    path = Path(path)
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        _read_array(path)
+        return
+    try:
+        open_picture(path)
+    except InputError:
+        if path.suffix.lower() not in TIFF_SUFFIXES:
+            raise
+        _read_array(path)  # Pillow knows only some of these
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """The array in a `.npy` or TIFF file: numbers, (H, W), (H, W, C) or (C, H, W)."""
+    if not path.is_file():
+        raise InputError(f'image file not found: {path} (check the path)')
+    try:
+        if path.suffix.lower() in ARRAY_SUFFIXES:
+            lazy = np.load(path, mmap_mode='r', allow_pickle=False)
+        else:
+            with tifffile.TiffFile(path) as file:
+                series = file.series[0]
+                _check_area(series.shape, path)
+                lazy = series.asarray()
+        _check_area(lazy.shape, path)
+        values = np.array(lazy)
+    except InputError:
+        raise
+    except Exception as error:  # damaged files raise all kinds
+        raise InputError(
+            f'image {path} cannot be read: {one_line(error)} (save it as a plain .npy array)'
+        ) from None
+    if values.dtype.kind not in 'buif' or values.ndim not in (2, 3) or not values.size:
+        raise InputError(
+            f'{path} holds {values.dtype} of shape {values.shape}, which is no image '
+            '(give numbers of shape (H, W, C) or (C, H, W))'
+        )
+    return values
+
+
+def _check_area(shape: Sequence[int], path: Path) -> None:
+    """Raise InputError for an array of far too many numbers, before it is read."""
+    if math.prod(shape) > 16 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise InputError(f'image {path} has the shape {tuple(shape)} (shrink it first)')
+
+
+def _as_image(values: np.ndarray, channels: int, path: Path) -> np.ndarray:
+    """An array as an image (H, W, C), 0-255. Raises InputError."""
+    values = values[:, :, None] if values.ndim == 2 else values
+    if values.shape[2] != channels and values.shape[0] == channels:
+        values = np.moveaxis(values, 0, 2)
+    if values.shape[2] == 1 and channels == 3:
+        values = np.repeat(values, 3, axis=2)
+    if values.shape[2] != channels:
+        raise InputError(
+            f'{path} holds an array of shape {values.shape}, but the network takes {channels} '
+            f'channel{"s" if channels > 1 else ""}'
+        )
+    _check_finite(values, path)
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    low, high = float(values.min()), float(values.max())
+    whole = values.dtype.kind in 'ui'
+    scale = 255.0 if high <= 1 and not whole else 1.0
+    scale = 255.0 / 65535.0 if whole and high > 255 else scale
+    if low < 0 or high * scale > 255:
+        raise InputError(
+            f'{path} holds values from {low:.4g} to {high:.4g} (scale them to 0-1, 0-255 or, as '
+            'whole numbers, 0-65535; --mean and --std undo it)'
+        )
+    return np.ascontiguousarray(values, dtype=np.float32) * np.float32(scale)
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -133,13 +229,13 @@ def read_mask(path: str | Path) -> np.ndarray:
     return (levels > highest / 2).astype(np.uint8)
 
 
-def _converted(picture: Image.Image, path: str | Path) -> Image.Image:
-    """The picture in RGB."""
+def _converted(picture: Image.Image, path: str | Path, mode: str = 'RGB') -> Image.Image:
+    """The picture in RGB or another of Pillow's modes."""
     try:
-        return picture if picture.mode == 'RGB' else picture.convert('RGB')
+        return picture if picture.mode == mode else picture.convert(mode)
     except (ValueError, OSError, MemoryError) as error:
         raise InputError(
-            f'{path} cannot be converted to RGB: {one_line(error)} (export it as PNG or JPEG)'
+            f'{path} cannot be converted to {mode}: {one_line(error)} (export it as PNG or JPEG)'
         ) from None
 
 
@@ -159,14 +255,20 @@ class Sample:
     name: str  # unique within the dataset and safe as a folder name
     image_path: Path
     read_truth: Callable[[], np.ndarray] | None = None
+    class_names: dict[int, str] = field(default_factory=dict)  # of labels, where they are known
 
-    def image(self) -> np.ndarray:
-        """The image, (H, W, 3) uint8."""
-        return read_image(self.image_path)
+    def image(self, channels: int = 3) -> np.ndarray:
+        """The image, (H, W, C), see `read_image`."""
+        return read_image(self.image_path, channels)
 
     def truth(self) -> np.ndarray | None:
         """The ground-truth labels, (H, W) uint8, or None where they are unknown."""
         return None if self.read_truth is None else self.read_truth()
+
+    def check(self) -> None:
+        """Raise InputError where image or truth cannot be read."""
+        check_image(self.image_path)
+        self.truth()
 
 
 def single_sample(image_path: str | Path, mask_path: str | Path | None = None) -> Sample:
@@ -259,6 +361,7 @@ def _coco_samples(folder: Path) -> list[Sample]:
     """Images of a COCO export. One that no annotation names is a negative sample: empty mask."""
     source = folder / COCO_FILE
     images: dict[Path, tuple[tuple[int, int], list[dict]]] = {}
+    names: dict[int, str] = {}
     try:
         content = json.loads(source.read_text(encoding='utf-8'))
         annotations: dict[object, list[dict]] = {}
@@ -269,6 +372,8 @@ def _coco_samples(folder: Path) -> list[Sample]:
             size = (int(entry['height']), int(entry['width']))
             # A file that is listed twice is one image with the annotations of both entries.
             images.setdefault(path, (size, []))[1].extend(annotations.get(entry['id'], []))
+        for category in content.get('categories', []):
+            names[int(category['id'])] = str(category['name'])
     except InputError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
@@ -277,7 +382,7 @@ def _coco_samples(folder: Path) -> list[Sample]:
             f'{source} is not a readable COCO file: {one_line(error)} (export the dataset again)'
         ) from None
     return [
-        Sample(name, path, lambda size=size, own=own: _merge_annotations(own, size, source))
+        Sample(name, path, lambda size=size, own=own: _merge_annotations(own, size, source), names)
         for name, (path, (size, own)) in zip(safe_names(list(images)), images.items(), strict=True)
     ]
 
@@ -414,9 +519,23 @@ def _folded(name: str) -> str:
 # --------------------------------------------------------------------------- preprocessing
 
 
+ImageSize = int | tuple[int, int]  # the side of a square, or (height, width)
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """(height, width) of a size."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def size_text(size: ImageSize) -> str:
+    """A size as on the command line: 640, or HEIGHTxWIDTH."""
+    height, width = sides(size)
+    return str(height) if height == width else f'{height}x{width}'
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Where the original image lies in the square model input."""
+    """Where the original image lies in the model input."""
 
     original_size: tuple[int, int]  # (height, width) in original pixels
     top: int
@@ -432,61 +551,123 @@ class Placement:
         return column, row
 
     def crop(self, array: np.ndarray) -> np.ndarray:
-        """The part of an (S, S, ...) array that shows the image, without letterbox padding."""
+        """The part of an (H, W, ...) array that shows the image, without letterbox padding."""
         return array[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes model input: resized to a square, scaled to 0-1, normalised."""
+    """How an image becomes model input: resized, scaled to 0-1, its channels put into the network's
+    order, normalised."""
 
-    image_size: int = 640
+    image_size: ImageSize = 640
     resize: str = 'stretch'  # one of RESIZE_MODES
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of each channel, in the network's order
+    std: tuple[float, ...] = IMAGENET_STD
+    channel_order: str = 'rgb'  # one of CHANNEL_ORDERS: what the network was given
+
+    @property
+    def channels(self) -> int:
+        """C, of image and input."""
+        return len(self.mean)
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Of the input's channels, in the network's order."""
+        if self.channels == 1:
+            return ('grey',)
+        if self.channels == 3:
+            return ('red', 'green', 'blue')[:: self._step]
+        return tuple(f'channel {number + 1}' for number in range(self.channels))
+
+    @property
+    def _step(self) -> int:
+        """Of the slice that puts the channels of an image into the network's order, or back."""
+        return -1 if self.channel_order == 'bgr' else 1
+
+    def for_channels(self, channels: int) -> Preprocessing:
+        """The same for images of C channels: ImageNet's mean and deviation are of three, so that
+        others are taken as they are, from 0 to 1. Raises InputError."""
+        if channels == self.channels:
+            return self
+        if (self.mean, self.std) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise InputError(
+                f'mean and std are of {self.channels} channels, but the network takes {channels} '
+                '(give --mean and --std with a number for each)'
+            )
+        return replace(self, mean=(0.0,) * channels, std=(1.0,) * channels)
 
     def place(self, size: tuple[int, int]) -> Placement:
-        """The placement of an image of (height, width) in the square."""
-        side = self.image_size
+        """The placement of an image of (height, width) in the input."""
+        rows, columns = sides(self.image_size)
         if self.resize == 'stretch':
-            return Placement(size, 0, 0, side, side)
-        scale = side / max(size)
+            return Placement(size, 0, 0, rows, columns)
+        scale = min(rows / size[0], columns / size[1])
         height, width = (max(1, round(length * scale)) for length in size)
-        return Placement(size, (side - height) // 2, (side - width) // 2, height, width)
+        return Placement(size, (rows - height) // 2, (columns - width) // 2, height, width)
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 -> (S, S, 3) uint8; shrunk by area, enlarged linearly, padded black."""
+        """An image (H, W, C) at the input's size, of the same type; shrunk by area, enlarged
+        linearly, padded black."""
         place = self.place(image.shape[:2])
         shrinks = place.height * place.width < image.shape[0] * image.shape[1]
         return self._fit(image, place, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
     def resize_mask(self, mask: np.ndarray) -> np.ndarray:
-        """(H, W) uint8 labels -> (S, S) uint8 labels, nearest neighbour."""
+        """(H, W) uint8 labels at the input's size, nearest neighbour."""
         return self._fit(mask, self.place(mask.shape[:2]), cv2.INTER_NEAREST_EXACT)
 
     def _fit(self, array: np.ndarray, place: Placement, interpolation: int) -> np.ndarray:
-        square = np.zeros((self.image_size, self.image_size, *array.shape[2:]), array.dtype)
-        place.crop(square)[:] = cv2.resize(
-            array, (place.width, place.height), interpolation=interpolation
-        )
-        return square
+        whole = np.zeros((*sides(self.image_size), *array.shape[2:]), array.dtype)
+        place.crop(whole)[:] = resized(array, (place.width, place.height), interpolation)
+        return whole
 
     def normalise(self, pixels: np.ndarray) -> torch.Tensor:
-        """(S, S, 3) pixels, 0-255 -> (1, 3, S, S) float32 model input."""
+        """(H, W, C) pixels, 0-255 -> (1, C, H, W) float32 model input."""
         import torch
 
-        scaled = torch.from_numpy(np.asarray(pixels, dtype=np.float32) / 255.0)  # (S, S, 3)
+        pixels = np.asarray(pixels, dtype=np.float32)
+        if self._step < 0:
+            pixels = np.ascontiguousarray(pixels[..., ::-1])
+        scaled = torch.from_numpy(pixels / 255.0)  # (H, W, C)
         scaled = (scaled - torch.tensor(self.mean)) / torch.tensor(self.std)
         return scaled.permute(2, 0, 1).unsqueeze(0).contiguous()
 
     def to_pixels(self, tensor: torch.Tensor) -> np.ndarray:
-        """(3, H, W) or (1, 3, H, W) model input -> (H, W, 3) float32 pixels, 0-255."""
+        """(C, H, W) or (1, C, H, W) model input -> (H, W, C) float32 pixels, 0-255."""
         import torch
 
         image = tensor.detach().float().cpu().reshape(-1, *tensor.shape[-2:]).permute(1, 2, 0)
-        return ((image * torch.tensor(self.std) + torch.tensor(self.mean)) * 255.0).numpy()
+        pixels = ((image * torch.tensor(self.std) + torch.tensor(self.mean)) * 255.0).numpy()
+        return np.ascontiguousarray(pixels[..., ::-1]) if self._step < 0 else pixels
+
+
+def by_channels(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
+    """What a function of OpenCV, which takes up to four channels and drops the axis of one, makes
+    of an image (H, W, C)."""
+    groups = [image[..., first : first + 4] for first in range(0, image.shape[2], 4)]
+    done = [function(np.ascontiguousarray(group)) for group in groups]
+    done = [one if one.ndim == 3 else one[:, :, None] for one in done]
+    return done[0] if len(done) == 1 else np.concatenate(done, axis=2)
+
+
+def resized(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
+    """An image (H, W, C) or a map (H, W) at a size, (width, height)."""
+
+    def resize(values: np.ndarray) -> np.ndarray:
+        return cv2.resize(values, size, interpolation=interpolation)
+
+    return resize(array) if array.ndim == 2 else by_channels(resize, array)
+
+
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """An image (H, W, C), 0-255, to look at: (H, W, 3) uint8. Grey stays grey; of more than three
+    channels the first three are shown, of two the first."""
+    shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
+    return shown if shown.dtype == np.uint8 else np.clip(np.rint(shown), 0, 255).astype(np.uint8)
 
 
 def strong_blur(pixels: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) under a Gaussian blur of 5 % of its longer side."""
-    return cv2.GaussianBlur(pixels, (0, 0), BLUR_SIGMA * max(pixels.shape[:2]))
+    """An image (H, W, C) under a Gaussian blur of 5 % of its longer side."""
+    sigma = BLUR_SIGMA * max(pixels.shape[:2])
+    return by_channels(lambda part: cv2.GaussianBlur(part, (0, 0), sigma), pixels)

@@ -200,14 +200,22 @@ def map_verdict(error: float | None) -> str:
     return 'settled, small details aside' if error <= 0.1 else 'only its broad features are settled'
 
 
+def _of_channels(names: Sequence[str]) -> str:
+    """What shares of channels are headed with."""
+    return f'{" / ".join(names)} share'.capitalize() if len(names) == 3 else 'Share of each channel'
+
+
 def statistics_text(statistics: dict) -> str:
     """The statistics of one image as lines to read."""
 
     def show(key: str) -> str:
         return shown(key, statistics[key], precise=True)
 
-    shares = statistics['channel_shares']
+    shares, names = statistics['channel_shares'], statistics.get('channel_names')
+    names = names or ('red', 'green', 'blue')
     channels = ' / '.join(f'{100 * share:.1f} %' for share in shares) if shares else 'n/a'
+    by_class = statistics.get('class_scores') or {}
+    classes = ', '.join(f'{name} {scores["dice"]:.4g}' for name, scores in by_class.items())
     lines = [
         f'Attribution mean, std       {show("attribution_mean")}, {show("attribution_std")}',
         f'Attribution min, max        {show("attribution_min")}, {show("attribution_max")}',
@@ -216,10 +224,11 @@ def statistics_text(statistics: dict) -> str:
         f'{show("attribution_in_background")} in the background',
         f'Share of |attribution|      {show("share_in_prediction")} in the prediction, '
         f'{show("share_in_truth")} in the ground truth',
-        f'Red / green / blue share    {channels}',
+        *([f'{_of_channels(names):27} {channels}'] if len(names) > 1 else []),
         f'Prediction ratio            {show("prediction_ratio")} '
         f'({statistics["prediction_area"]:,} pixels)',
         f'Dice, IoU, pixel accuracy   {show("dice")}, {show("iou")}, {show("pixel_accuracy")}',
+        *([f'Dice of each class          {classes}'] if classes else []),
         f'F(x), F(baseline)           {show("score")}, {show("baseline_score")}',
         f'Completeness gap            {show("completeness_gap")} '
         f'({statistics["rule"]} rule, {statistics["steps"]} steps)',

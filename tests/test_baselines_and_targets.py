@@ -87,7 +87,7 @@ ERRORS = ('false-positive', 'false-negative')
 def context(logits, truth=None, placement=None) -> TargetContext:
     logits = torch.tensor(logits, dtype=torch.float32)
     truth = None if truth is None else torch.tensor(truth)
-    return TargetContext(logits, NetworkDescription().labels(logits, 0.5), truth, placement)
+    return TargetContext(logits, NetworkDescription().predicted(logits, 0.5), truth, placement)
 
 
 BINARY = [[[2.0, -1.0], [4.0, -3.0]]]  # (1, 2, 2)
@@ -160,7 +160,7 @@ def test_region_does_not_move_with_the_logits():
 def test_pixel_is_given_in_original_coordinates():
     wide = Preprocessing(64, 'letterbox').place((100, 200))  # content: 32 rows from row 16
     logits = torch.zeros(1, 64, 64)
-    target = build_target('pixel:199,0', TargetContext(logits, logits[0].long(), None, wide))
+    target = build_target('pixel:199,0', TargetContext(logits, logits > 0, None, wide))
     assert target.region.nonzero().tolist() == [[16, 63]]
 
 

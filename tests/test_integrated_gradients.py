@@ -29,6 +29,7 @@ from integrated_gradients import (
     explanation_statistics,
     plain_map,
 )
+from network_description import LOGITS, NetworkDescription
 
 
 def explain(formula, x, baseline, **options) -> Explanation:
@@ -524,9 +525,8 @@ def test_outputs_in_a_tuple_a_dictionary_or_an_object(wrapping, x):
 @pytest.mark.parametrize(
     'tensor, said',
     [
-        (torch.zeros(2, 3, 8, 8), r'\(3, H, W\)'),
-        (torch.zeros(1, 1, 8, 8), r'\(3, H, W\)'),
-        (torch.zeros(8, 8), r'\(3, H, W\)'),
+        (torch.zeros(2, 3, 8, 8), r'\(C, H, W\)'),
+        (torch.zeros(8, 8), r'\(C, H, W\)'),
         (torch.full((3, 8, 8), float('nan')), 'not finite'),
     ],
 )
@@ -615,6 +615,7 @@ class Counting(nn.Module):
     def __init__(self, network):
         super().__init__()
         self.network, self.forwards, self.backwards = network, 0, 0
+        self.network_description = NetworkDescription(gives=LOGITS)
 
     def forward(self, x):
         self.forwards += len(x)

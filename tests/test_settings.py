@@ -41,7 +41,9 @@ def test_every_setting_is_a_flag_with_its_default_and_its_meaning():
 
 
 CHANGED = {
-    'step_batch': 2, 'compile': True, 'image_size': 96, 'resize': 'letterbox', 'normalize': 'none',
+    'step_batch': 2, 'compile': True, 'output_kind': 'multilabel', 'background_class': 'none',
+    'outputs': 'logits', 'class_names': ('organ', 'vessel'), 'channel_order': 'bgr',
+    'min_object_area': 5, 'image_size': (64, 96), 'resize': 'letterbox', 'normalize': 'none',
     'mean': (0.5, 0.5, 0.25), 'std': (0.5, 0.25, 0.5), 'pixel_range': '0-255',
     'target': ('image', 'pixel:1,2'), 'score': 'probability', 'threshold': 0.25,
     'on_empty': 'image', 'baseline': 'blur', 'baseline_draws': 2, 'seed': 3, 'num_steps': 9,
@@ -54,7 +56,8 @@ CHANGED = {
 @pytest.mark.parametrize('name', CHANGED)
 def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name):
     value = CHANGED[name]
-    words = {name: list(map(str, CHANGED[name])) for name in ('mean', 'std')}
+    words = {name: list(map(str, CHANGED[name])) for name in ('mean', 'std', 'class_names')}
+    words |= {'image_size': ['64x96']}
     words |= {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
     argv = ['--model_path', 'm', f'--{name}', *words.get(name, [str(value)])]
     settings = settings_from(build_parser().parse_args(argv))
@@ -86,7 +89,13 @@ def test_all_settings_are_tried_above():
         ({'target': ('image', 'each-object:3')}, 'not of the form each-object'),
         ({'evaluate': 'all'}, 'unknown evaluate "all"'),
         ({'rule': 'gauss-kronrod', 'num_steps': 50}, '3, 7, 15, 31, 63 steps'),
-        ({'mean': (0.5,)}, 'mean must be three numbers'),
+        ({'mean': ()}, 'mean must be numbers'),
+        ({'image_size': '64x'}, 'image_size must be a whole number of at least 1, or HEIGHTxWIDTH'),
+        ({'image_size': (64, 64, 3)}, 'image_size must be a whole number'),
+        ({'image_size': 64.5}, 'image_size must be a whole number'),
+        ({'background_class': 'last'}, 'background_class must be a class, from 0, or none'),
+        ({'background_class': -1}, 'background_class must be a class'),
+        ({'class_names': ('a', 'a')}, 'class_names must be different names'),
         ({'score': None}, 'unknown score "None"'),
         ({'rule': None}, 'unknown rule'),
         ({'threshold': None}, 'threshold must lie between'),
@@ -103,9 +112,9 @@ def test_all_settings_are_tried_above():
         ({'baseline': 'nonsense'}, 'unknown baseline "nonsense"'),
         ({'compile': 'no'}, 'compile must be True or False'),
         ({'thresholds': {'dice': 1}}, 'of class Thresholds'),
-        ({'mean': 0.5}, 'mean must be three numbers'),
-        ({'std': (1.0, 0.0, 1.0)}, 'std must be three numbers above 0'),
-        ({'mean': (float('nan'),) * 3}, 'mean must be three numbers'),
+        ({'mean': 0.5}, 'mean must be numbers'),
+        ({'std': (1.0, 0.0, 1.0)}, 'std must be numbers above 0'),
+        ({'mean': (float('nan'),) * 3}, 'mean must be numbers'),
     ],
 )
 def test_values_that_make_no_sense(wrong, said):
