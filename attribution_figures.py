@@ -319,7 +319,7 @@ class Sheet:
         self.view = view
         height, width = view.original_size
         aspect = width / height
-        columns = 2 if aspect > 1.8 else 6 if aspect < 0.55 else 4 if panels == 4 else 3
+        columns = 2 if aspect > 1.8 else 7 if aspect < 0.55 else 4 if panels == 4 else 3
         columns = min(columns, panels)
         self.panel_width = min(13 / columns, 6.0, 8.0 * aspect)
         self.panel_height = min(self.panel_width / aspect, 8.0)

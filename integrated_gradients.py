@@ -965,7 +965,7 @@ def scores_of_labels(
     right = (masks & truth).any(dim=0) if exclusive else masks == truth
     background = network.background if exclusive else None
     scores = label_scores(masks.cpu().numpy(), truth.cpu().numpy())
-    return LabelScores(scores, background, float(right.double().mean()))
+    return LabelScores(scores, background, float(right.cpu().double().mean()))
 
 
 def mask_overlap(

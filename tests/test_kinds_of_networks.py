@@ -12,7 +12,7 @@ import torch
 from helpers import noise_image, relative_error, save_image, square_mask
 from PIL import Image
 
-from attribution_figures import channels_figure
+from attribution_figures import attribution_figure, channels_figure
 from batch_summary import read_table
 from errors import InputError
 from integrated_gradients import (
@@ -373,3 +373,44 @@ def test_oblong_size_is_stored(tmp_path):
     assert load_model(tmp_path / 'm.pth', 'cpu').preprocessing.image_size == (64, 96)
     checkpoint(tmp_path, image_size=(64, 64))
     assert load_model(tmp_path / 'm.pth', 'cpu').preprocessing.image_size == 64
+
+
+# ------------------------------------------------------------------ devices without float64
+
+
+class WithoutFloat64(torch.Tensor):
+    """A tensor of a device that has no float64, as MPS: so is whatever is computed from it, until
+    it comes to the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if isinstance(result, WithoutFloat64) and result.dtype == torch.float64:
+            raise TypeError('this device has no float64')
+        return result
+
+
+def test_the_whole_path_runs_without_float64_on_the_device(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = smp.Unet('mobilenet_v2', encoder_weights=None, classes=3, **OPTIONS)
+    for module in net.modules():  # what a subclass wraps must not be changed in place
+        if hasattr(module, 'inplace'):
+            module.inplace = False
+    net.preprocessing = Preprocessing(32)
+    ig = IntegratedGradients(net, 'cpu', step_batch=1)
+    with pytest.raises(TypeError, match='no float64'):
+        torch.zeros(2).as_subclass(WithoutFloat64).double()
+    on_device = IntegratedGradients.check_input
+    monkeypatch.setattr(
+        IntegratedGradients, 'check_input',
+        lambda self, tensor: on_device(self, tensor).as_subclass(WithoutFloat64))  # fmt: skip
+    settings = Settings(
+        tolerance=0.5, max_steps=5, target='predicted class:1 truth', evaluate='quick',
+        min_object_area=2, precision='bfloat16')  # fmt: skip
+    truth = square_mask() * 2
+    described = analyse_image(ig, 'a', noise_image(), truth, settings)
+    assert described and all(one['completeness_gap'] is not None for one, _ in described)
+    for statistics, arrays in described:
+        assert attribution_figure(view_of(arrays), statistics)
