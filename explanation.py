@@ -74,6 +74,8 @@ class Explanation:
     tolerance: float | None
     trend: Trend  # on the way from the (first) baseline
     cost: Cost
+    difference: np.ndarray | None = None  # (h, w) float32: |x - x'| of each pixel, summed over the
+    # channels, 0-255 each, of the (first) baseline; NaN in letterbox padding
     label_scores: LabelScores | None = None  # None: one class, or truth unknown
     notes: tuple[str, ...] = ()  # what was found out about the network on the way, in sentences
 

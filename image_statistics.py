@@ -78,6 +78,38 @@ class Measured:
         return self.inside / self.outside if self.inside is not None and self.outside else None
 
     @cached_property
+    def region(self) -> np.ndarray:
+        """(H, W) bool: the target region."""
+        return self.explanation.region.numpy()
+
+    @cached_property
+    def elsewhere(self) -> np.ndarray:
+        """(H, W) bool: neither the target region nor another predicted object."""
+        return ~(self.region | self.mask)
+
+    @property
+    def ratio_in_target(self) -> float | None:
+        """Mean |attribution| of a pixel of the target by that of one elsewhere."""
+        outside = _mean(self.magnitude[self.elsewhere])
+        return _mean(self.magnitude[self.region]) / outside if outside else None
+
+    @property
+    def on_baseline(self) -> float | None:
+        trend = self.explanation.trend
+        return trend.mask_iou[0] if trend.alphas and trend.alphas[0] == 0 else None
+
+    @property
+    def contrast(self) -> float | None:
+        """Mean |x - x'| in the target region by its mean elsewhere."""
+        difference = self.explanation.difference
+        if difference is None:
+            return None
+        known = np.isfinite(difference)
+        inside = _mean(difference[self.region & known])
+        outside = _mean(difference[self.elsewhere & known])
+        return inside / outside if inside is not None and outside else None
+
+    @cached_property
     def summed(self) -> np.ndarray:
         """(H, W) float64: |sum over the channels|, which the uncertainty is of."""
         return np.abs(self.signed.sum(axis=0))
@@ -233,6 +265,13 @@ STATISTICS: dict[str, Statistic] = {
         unit='score', page=8, label='F(x)'),
     'baseline_score': Statistic("F(x'): its score on the baseline, mean over the draws",
         of=lambda m: m.explanation.baseline_score, unit='score', page=9, label='F(baseline)'),
+    'baseline_contrast': Statistic(
+        "mean |x - x'| inside the target region by its mean elsewhere, other predicted objects "
+        'and padding left out: below 1 the baseline is more like the target than like the rest',
+        of=lambda m: m.contrast, summarised=True, page=15, label='Contrast of the target'),
+    'target_on_baseline': Statistic(
+        'IoU of the predicted mask on the (first) baseline with that on the image',
+        of=lambda m: m.on_baseline, unit='%'),
     'attribution_sum': Statistic('sum of the attributions',
         of=lambda m: m.explanation.attribution_sum, unit='score'),
     'completeness_gap': Statistic(
@@ -265,6 +304,16 @@ STATISTICS: dict[str, Statistic] = {
         of=lambda m: m.inside, unit='score'),
     'attribution_in_background': Statistic('mean |attribution| outside it',
         of=lambda m: m.outside, unit='score'),
+    'attribution_ratio_in_target': Statistic(
+        'mean |attribution| inside the target region by its mean elsewhere, other predicted '
+        'objects left out', of=lambda m: m.ratio_in_target, summarised=True, page=13,
+        label='Attribution ratio of the target'),
+    'share_in_target': Statistic('share of |attribution| that lies in the target region',
+        of=lambda m: m.share_in(m.region), unit='%', summarised=True, page=14,
+        label='Share of |attribution| in the target'),
+    'share_in_other_objects': Statistic(
+        'share that lies in predicted pixels outside the target region',
+        of=lambda m: m.share_in(m.mask & ~m.region), unit='%', summarised=True),
     'share_in_prediction': Statistic('share of |attribution| that lies in the predicted mask',
         of=lambda m: m.share_in(m.mask), unit='%', summarised=True, page=6,
         label='Share of |attribution| in the prediction'),

@@ -719,8 +719,14 @@ class IntegratedGradients:
         explanation = partial(self._explanation, settings, network, at_image, masks, integration,
                               cost, name, pixels, input_tensor.device)  # fmt: skip
         scores = None if numbers is None else scores_of_labels(network, masks, numbers)
+        image = self.preprocessing.to_pixels(x)
+        difference = np.abs(image - pixels).sum(axis=2)  # (H, W)
+        if placement is not None:
+            content = np.zeros(difference.shape, bool)
+            placement.crop(content)[:] = True
+            difference[~content] = np.nan
         return [
-            replace(explanation(number), label_scores=scores, notes=notes)
+            replace(explanation(number), label_scores=scores, notes=notes, difference=difference)
             for number in range(len(at_image.targets))
         ]
 
