@@ -2,7 +2,8 @@
 
 A heatmap convinces whether or not it is true, so each check has something to fail against:
 
-- deletion and insertion curves beside those of a random map and of the image's edges;
+- deletion and insertion curves beside those of the same map in the wrong place (displaced and
+  mirrored: same texture), of a random map and of the image's edges;
 - the map of a network whose weights are redrawn layer by layer (it should change);
 - the map of the image under a little noise, and against other baselines (it should not);
 - what the map says a patch is worth against what removing the patch really does (infidelity);
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations, product
@@ -53,6 +54,7 @@ from segmentation_dataset import Placement, Preprocessing, resized, strong_blur
 
 FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
 LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
+BEYOND = 1.0  # ranges beyond 0 and 1 that a curve may leave them by, before its fill is not counted
 SUPERPIXELS = 100
 COMPARED_BASELINES = ('zero', 'blur', 'mean', 'white')
 FORWARDS_A_GRADIENT = 3  # a gradient costs about as much as three forward passes
@@ -66,6 +68,7 @@ class Effort:
     fills: tuple[str, ...]  # what removed pixels are replaced by, of FILLS
     units: tuple[str, ...]  # what is removed: 'pixel', 'superpixel'
     points: int  # intervals of a curve
+    displaced: int  # copies of the map in the wrong place, that this control averages over
     random_maps: int  # that the random control averages over
     patches: int = 0  # removed for infidelity
     stages: int = 0  # of model randomisation
@@ -79,7 +82,8 @@ class Effort:
 
     def curve_forwards(self) -> int:
         """Those of the deletion and insertion curves: ends once, what lies between for each."""
-        inner = len(self.units) * 2 * (2 + self.random_maps) * (self.points - 1)
+        maps = 2 + self.displaced + self.random_maps
+        inner = len(self.units) * 2 * maps * (self.points - 1)
         return 1 + len(self.fills) * (1 + inner)
 
     def gradients(self) -> int:
@@ -91,11 +95,19 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    'quick': Effort(fills=('blur',), units=('pixel',), points=10, random_maps=1, patches=20),
+    'quick': Effort(
+        fills=('local mean',),
+        units=('superpixel',),
+        points=6,
+        displaced=2,
+        random_maps=1,
+        patches=20,
+    ),
     'full': Effort(
         fills=('baseline', 'blur', 'local mean'),
         units=('pixel', 'superpixel'),
-        points=10,
+        points=6,
+        displaced=3,
         random_maps=2,
         patches=50,
         stages=5,
@@ -406,6 +418,14 @@ def edge_map(pixels: np.ndarray) -> np.ndarray:
     return np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
 
 
+def displaced(relevance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A map (H, W) in the wrong place: mirrored and moved around by a quarter to three quarters of
+    each side, so that it keeps its texture and loses its meaning."""
+    mirrored = relevance[:: rng.choice((-1, 1)), ::-1]
+    steps = [int(side * rng.uniform(0.25, 0.75)) for side in relevance.shape]
+    return np.roll(mirrored, steps, axis=(0, 1))
+
+
 def curves(subject: Subject, work: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
     """Deletion and insertion of the map and its controls, by every unit and fill.
 
@@ -415,6 +435,7 @@ def curves(subject: Subject, work: Effort, seed: int = 0, progress: bool = False
     rng = np.random.default_rng(seed)
     pixels = subject.pixels
     maps = {'attribution': [subject.magnitude], 'edges': [edge_map(pixels)]}
+    maps['displaced'] = [displaced(subject.magnitude, rng) for _ in range(work.displaced)]
     maps['random'] = [rng.random(subject.signed.shape) for _ in range(work.random_maps)]
     segments = {unit: superpixels(pixels) if unit == 'superpixel' else None for unit in work.units}
     everything = np.ones(pixels.shape[:2], bool)
@@ -436,9 +457,10 @@ def curves(subject: Subject, work: Effort, seed: int = 0, progress: bool = False
                 draw = partial(_curve, subject, kind, fill, ends, work.points, rng, bar)
                 row = {name: mean_curve(list(map(draw, several)))
                        for name, several in orders.items()}  # fmt: skip
-                rows.append({'kind': kind, 'fill': fill, 'unit': unit} | row)
+                sane = stays_between(row['random'])
+                rows.append({'kind': kind, 'fill': fill, 'unit': unit, 'sane': sane} | row)
     details = [{name: _curve_record(part) for name, part in row.items()} for row in rows]
-    return Evaluation(_curve_metrics(rows, tuple(maps)), {'curves': details})
+    return Evaluation(_curve_metrics(rows), {'curves': details})
 
 
 def _curve(
@@ -464,29 +486,43 @@ def _curve(
     return Curve(shares, [(score - empty) / change for score in scores])
 
 
-def _curve_record(part: str | Curve) -> object:
-    if isinstance(part, str):
+def stays_between(curve: Curve) -> bool:
+    """Whether a fill can tell maps apart: whether the score stays about between that of the image
+    (1) and of the filled image (0) while random parts are filled. Where it leaves that range by
+    far, the fill itself, not what it hides, drives the score."""
+    if None in curve.scores:
+        return False
+    return min(curve.scores) >= -BEYOND and max(curve.scores) <= 1 + BEYOND
+
+
+def _curve_record(part: object) -> object:
+    if not isinstance(part, Curve):
         return part
     return {'shares': part.shares, 'scores': part.scores, 'area': part.area}
 
 
-def _curve_metrics(rows: Sequence[dict], names: Sequence[str]) -> dict[str, float | None]:
-    """Mean areas of the map, and its margins over the better control."""
+def _curve_metrics(rows: Sequence[dict]) -> dict[str, float | None]:
+    """Mean areas of the map over the sane fills and units, and its margins over the controls."""
     metrics: dict[str, float | None] = {}
     for kind in ('deletion', 'insertion'):
-        areas = {name: [row[name].area for row in rows if row['kind'] == kind] for name in names}
-        known = {name: [a for a in each if a is not None] for name, each in areas.items()}
-        if not known['attribution']:
+        mean = {
+            name: known_mean(row[name].area for row in rows if row['kind'] == kind and row['sane'])
+            for name in ('attribution', 'displaced', 'random', 'edges')
+        }
+        if mean['attribution'] is None:
             continue
-        mean = {name: float(np.mean(each)) for name, each in known.items()}
-        controls = (mean['random'], mean['edges'])
+        sign = -1 if kind == 'deletion' else 1
         metrics[f'{kind}_area'] = mean['attribution']
-        metrics[f'{kind}_margin'] = (
-            min(controls) - mean['attribution']
-            if kind == 'deletion'
-            else mean['attribution'] - max(controls)
-        )
+        metrics[f'{kind}_margin'] = sign * (mean['attribution'] - mean['displaced'])
+        others = max(sign * mean[name] for name in ('random', 'edges'))
+        metrics[f'{kind}_margin_others'] = sign * mean['attribution'] - others
     return metrics
+
+
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 # --------------------------------------------------------------------------- infidelity

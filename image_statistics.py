@@ -364,10 +364,15 @@ STATISTICS: dict[str, Statistic] = {
         'the same while pixels are put back into the filled image', 'about 0 to 1', 'higher',
         _PETSIUK),
     'deletion_margin': _check(
-        'deletion area of the better of the two controls (random map, Sobel edges) minus that of '
-        'the map', '-1 to 1', 'higher', _PETSIUK),
+        'mean deletion area of copies of the map in the wrong place (displaced and mirrored) minus '
+        'that of the map', '-1 to 1', 'higher', _PETSIUK),
     'insertion_margin': _check(
-        'insertion area of the map minus that of the better control', '-1 to 1', 'higher',
+        'insertion area of the map minus the mean of such copies', '-1 to 1', 'higher', _PETSIUK),
+    'deletion_margin_others': _check(
+        'deletion area of the better of a random map and Sobel edges minus that of the map',
+        '-1 to 1', 'higher', _PETSIUK),
+    'insertion_margin_others': _check(
+        'insertion area of the map minus that of the better of the two', '-1 to 1', 'higher',
         _PETSIUK),
     'infidelity': _check(
         'squared difference of what the map says random patches are worth and what replacing them '

@@ -273,13 +273,26 @@ BASELINES: dict[str, BaselineKind] = {
 }
 
 
+AUTO = 'auto'  # a baseline: chosen for each image from CANDIDATES
+CANDIDATES = ('mean', 'blur', 'zero', 'white')
+LEAST_CONTRAST = 0.8  # of the best candidate's, that a baseline must have to be chosen
+STILL_PREDICTED = 0.1  # share of the target that may still be predicted on it
+
+
 def check_baseline(kind: str) -> None:
-    """Raise InputError for what is neither a key of BASELINES nor a file."""
-    if not isinstance(kind, str) or (kind not in BASELINES and not Path(kind).is_file()):
+    """Raise InputError for what is neither a key of BASELINES, `auto` nor a file."""
+    known = (*BASELINES, AUTO)
+    if not isinstance(kind, str) or (kind not in known and not Path(kind).is_file()):
         raise InputError(
-            f'unknown baseline "{kind}" (choose from {", ".join(BASELINES)}, or give the path '
+            f'unknown baseline "{kind}" (choose from {", ".join(known)}, or give the path '
             'of an image file)'
         )
+
+
+def contrast(difference: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
+    """Mean of |x - x'| (H, W) inside the target by its mean outside; NaN pixels do not count."""
+    means = [np.nanmean(difference[mask]) if mask.any() else 0.0 for mask in (inside, outside)]
+    return float(means[0] / means[1]) if means[1] else math.inf
 
 
 def build_baselines(
@@ -409,7 +422,8 @@ class Settings:
         'empty target: skip it, or explain the whole image', choices=ON_EMPTY)
     baseline: str = setting('zero', ATTRIBUTION, 'the image to compare with; '
         + '; '.join(f'{name}: {kind.build.__doc__}' for name, kind in BASELINES.items())
-        + '; or an image file', metavar='|'.join((*BASELINES, 'FILE')))
+        + '; auto: of '  + ', '.join(CANDIDATES) + ' the one that hides the target least'
+        + '; or an image file', metavar='|'.join((*BASELINES, AUTO, 'FILE')))
     baseline_draws: int = setting(4, ATTRIBUTION,
         'of baseline random: averaged, num_steps each', least=1, metavar='N')
     seed: int = setting(0, ATTRIBUTION, 'of baseline random', least=0)
@@ -686,8 +700,6 @@ class IntegratedGradients:
         notes = self._see_outputs(x, settings)
         engine, network = self.engine, self.network_under(settings)
         baseline = settings.baseline if baseline is None else baseline
-        pixels, tensors = self._baselines(baseline, x, settings)
-        paths = [StraightPath(tensor, x) for tensor in tensors]
         with engine.running(x):
             counts = engine.forward_passes, engine.gradient_evaluations
             forms = settings.target if targets is None else targets
@@ -698,6 +710,11 @@ class IntegratedGradients:
                 _build_targets, forms, settings, numbers, placement, skip_empty, network
             )
             at_image, masks = self._look(x, settings, network, build)
+            if isinstance(baseline, str) and baseline == AUTO:
+                baseline, reason = self._best_baseline(x, at_image, masks, network, settings)
+                notes += (reason,)
+            pixels, tensors = self._baselines(baseline, x, settings)
+            paths = [StraightPath(tensor, x) for tensor in tensors]
             total = None if settings.tolerance else settings.num_steps * len(paths)
             with tqdm(total=total, unit='step', desc='interpolation steps', leave=False,
                       disable=not progress) as bar:  # fmt: skip
@@ -808,6 +825,40 @@ class IntegratedGradients:
             return self.preprocessing.to_pixels(tensor), [tensor]
         images = self.baseline_images(baseline, x, settings.baseline_draws, settings.seed)
         return images[0], [self.preprocessing.normalise(image).to(x) for image in images]
+
+    def _best_baseline(
+        self,
+        x: torch.Tensor,
+        at_image: AtImage,
+        masks: torch.Tensor,
+        network: NetworkDescription,
+        settings: Settings,
+    ) -> tuple[str, str]:
+        """Which of CANDIDATES explains these targets best, and why: where they stand out against
+        it, and the network does not see them in it; of those the one with the lowest score. A
+        forward pass each."""
+        weights = torch.stack([target.weights for target in at_image.targets]).amax(dim=0)
+        there = masks & (weights > 0)  # (K, h, w): what is predicted of the targets
+        inside = (weights != 0).any(dim=0).cpu().numpy()
+        outside = ~(inside | network.foreground(masks).cpu().numpy())
+        image, found = self.preprocessing.to_pixels(x), {}
+        for kind in CANDIDATES:
+            pixels, tensors = self._baselines(kind, x, settings)
+            with torch.no_grad():
+                logits = enlarged(self.engine.run(tensors[0]), x.shape[-2:])
+            still = (network.predicted(logits[0], settings.threshold) & there).sum() / there.sum()
+            score = np.mean([float(target(logits)) for target in at_image.targets])
+            stands_out = contrast(np.abs(image - pixels).sum(axis=2), inside, outside)
+            found[kind] = (stands_out, float(torch.nan_to_num(still)), float(score))
+        best = max(row[0] for row in found.values())
+        fit = {k: v for k, v in found.items() if v[1] <= STILL_PREDICTED}
+        fit = {k: v for k, v in fit.items() if v[0] >= LEAST_CONTRAST * best} or fit or found
+        chosen = min(fit, key=lambda kind: fit[kind][2])
+        said = ', '.join(f'{k} {v[0]:.2g} ({v[1]:.0%})' for k, v in found.items())
+        return chosen, (
+            f'baseline auto: {chosen}; contrast of the target against each, and how much of it is '
+            f'still predicted there: {said}'
+        )
 
     def _look(
         self,

@@ -1,0 +1,194 @@
+"""How often each finding, and the verdict, speaks against good maps and against broken ones.
+
+    python benchmarks/calibrate_verdicts.py measure --model_path demo/demo_model.pth \
+        --data_dir demo/Dataset_no_preprocessing --name demo --images 12
+    python benchmarks/calibrate_verdicts.py table
+
+`measure` explains images of a split and adds a line of figures for each map to a file: the map
+itself; a random one, the image's edges, the map in the wrong place, another image's map, the map
+of a network with redrawn weights, the map against the baseline that hides the target most, and
+one of two steps. All but the last three keep the sum and the error of the good map, so that
+only what is *checked* can tell. `table` judges them by today's rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from errors import InputError  # noqa: E402
+from explanation import Explanation  # noqa: E402
+from faithfulness import displaced, edge_map, evaluate, own_weights, redraw, subject_of  # noqa: E402
+from image_statistics import explanation_statistics  # noqa: E402
+from integrated_gradients import (  # noqa: E402
+    CANDIDATES,
+    IntegratedGradients,
+    ModelInput,
+    Settings,
+    choose_samples,
+    list_samples,
+    load_model,
+)
+from verdict import verdict_of  # noqa: E402
+
+LEAST_DICE = 0.8  # of a good map's mask
+TOLERANCE = 0.1
+
+
+def randomised(ig: IntegratedGradients, seed: int) -> IntegratedGradients:
+    """The same for a network whose weights are all redrawn."""
+    network = copy.deepcopy(ig.model)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in network.modules():
+        if [*own_weights(layer)]:
+            redraw(layer, generator)
+    return IntegratedGradients(network, ig.device, ig.preprocessing)
+
+
+def with_map(good: Explanation, signed: np.ndarray) -> Explanation:
+    """The explanation with another map (H, W) in place of its own, of the same size and sum."""
+    maps = np.repeat(signed[None] / 3, len(good.attributions), axis=0)
+    size = float(good.attributions.abs().sum())
+    return replace(good, attributions=torch.from_numpy(maps / np.abs(maps).sum() * size).float())
+
+
+def broken_maps(
+    ig: IntegratedGradients,
+    redrawn: IntegratedGradients,
+    given: ModelInput,
+    good: Explanation,
+    other: np.ndarray | None,
+    settings: Settings,
+    rng: np.random.Generator,
+) -> Iterator[tuple[str, Explanation]]:
+    """Maps that should not be believed, by what is wrong with them."""
+    signed = good.attributions.sum(dim=0).cpu().numpy()
+    yield 'random', with_map(good, rng.normal(size=signed.shape))
+    yield 'edges', with_map(good, edge_map(ig.preprocessing.to_pixels(given.x)))
+    yield 'displaced', with_map(good, displaced(signed, rng))
+    if other is not None:
+        yield 'another image', with_map(good, other)
+    noise = redrawn.explain(given.x, good.objective, good.baseline, num_steps=8)
+    yield 'random weights', with_map(good, noise.attributions.sum(dim=0).cpu().numpy())
+    contrasts = {
+        kind: explanation_statistics(
+            ig.explain(given.x, good.objective, kind, num_steps=2, placement=given.placement)
+        )['baseline_contrast']
+        for kind in CANDIDATES
+    }
+    worst = min(contrasts, key=lambda kind: contrasts[kind] or 0)
+    if (contrasts[worst] or 0) < 1:
+        (hidden,) = ig.explain_with(replace(settings, baseline=worst), given.x,
+                                    placement=given.placement)  # fmt: skip
+        yield 'hidden target', hidden
+    two = Settings(num_steps=2, baseline=good.baseline, rule='trapezoid')
+    yield 'two steps', ig.explain_with(two, given.x, placement=given.placement)[0]
+
+
+def figures(
+    ig: IntegratedGradients, given: ModelInput, one: Explanation, effort: str, settings: Settings
+) -> dict:
+    """The statistics of a map, checks included, that its verdict is made from."""
+    truth = one.objective.explained(given.truth)
+    found = explanation_statistics(one, truth)
+    subject = subject_of(ig, given.x, one, truth, given.placement)
+    with ig.engine.running(subject.x):
+        found |= evaluate(subject, effort).metrics
+    for key in ('trend', 'preparation'):
+        found.pop(key)
+    return {**found, 'notes': [], 'settings': {**settings.record(), 'evaluate': effort}}
+
+
+def measure(args: argparse.Namespace) -> None:
+    settings = Settings(tolerance=TOLERANCE, baseline='auto', max_steps=args.max_steps)
+    model = load_model(args.model_path, 'cpu')
+    ig = IntegratedGradients(model, 'cpu')
+    redrawn, rng = randomised(ig, 0), np.random.default_rng(0)
+    samples = [one for one in list_samples(args.data_dir, args.split) if args.match in one.name]
+    other = None
+    with args.output.open('a', encoding='utf-8') as stream:
+        for sample in tqdm(choose_samples(samples, args.images)):
+            image, truth = sample.image(), sample.truth()
+            given = ModelInput.of(ig.preprocessing, image, truth)
+            try:
+                (good,) = ig.explain_with(settings, given.x, placement=given.placement,
+                                          truth=given.truth)  # fmt: skip
+            except InputError:
+                continue
+            maps = [('good', good)]
+            maps += broken_maps(ig, redrawn, given, good, other, settings, rng)
+            other = good.attributions.sum(dim=0).cpu().numpy()
+            for kind, one in maps:
+                row = figures(ig, given, one, args.effort, settings)
+                row |= {'data': args.name, 'map': kind, 'image': sample.name, 'split': args.split}
+                stream.write(json.dumps(row) + '\n')
+                stream.flush()
+
+
+def counted(rows: Sequence[dict]) -> list[dict]:
+    """Broken maps, and of the good ones those that are: the tolerance reached, the mask right."""
+    good = {
+        (row['data'], row['image'], row['settings']['evaluate'])
+        for row in rows
+        if row['map'] == 'good' and row['within_tolerance'] and (row['dice'] or 0) > LEAST_DICE
+    }
+    return [row for row in rows if (row['data'], row['image'], row['settings']['evaluate']) in good]
+
+
+def table(args: argparse.Namespace) -> None:
+    rows = [json.loads(line) for file in args.files for line in file.open(encoding='utf-8')]
+    rows = [row for row in counted(rows) if row['split'] in args.split]
+    kinds = list(dict.fromkeys(row['map'] for row in rows))
+    for effort in ('quick', 'full'):
+        for data in dict.fromkeys(row['data'] for row in rows):
+            mine = [r for r in rows if r['settings']['evaluate'] == effort and r['data'] == data]
+            if not mine:
+                continue
+            print(f'\n{data}, {effort}:')
+            for kind in kinds:
+                some = [row for row in mine if row['map'] == kind]
+                if not some:
+                    continue
+                verdicts = [verdict_of(row) for row in some]
+                flags = [one['flag'] for each in verdicts for one in each]
+                count = {flag: flags.count(flag) for flag in dict.fromkeys(flags)}
+                said = ', '.join(f'{flag} {n}' for flag, n in count.items())
+                print(f'  {kind:15} of {len(some):3}: {said}')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser('measure')
+    one.add_argument('--model_path', type=Path, required=True)
+    one.add_argument('--data_dir', type=Path, required=True)
+    one.add_argument('--name', required=True)
+    one.add_argument('--split', default='test')
+    one.add_argument('--match', default='', help='only images with this in their name')
+    one.add_argument('--images', type=int, default=12)
+    one.add_argument('--effort', default='quick')
+    one.add_argument('--max_steps', type=int, default=100)
+    one.add_argument('--output', type=Path, default=HERE / 'results' / 'verdicts.jsonl')
+    one.set_defaults(run=measure)
+    one = commands.add_parser('table')
+    one.add_argument('files', type=Path, nargs='+')
+    one.add_argument('--split', nargs='+', default=['test'])
+    one.set_defaults(run=table)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == '__main__':
+    main()
