@@ -107,6 +107,7 @@ def load_model(
     stored, notes = checkpoint.settings, list(checkpoint.notes)
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
     classes = _count_classes(state, model_path)
+    _stored_preprocessing(stored, model_path)  # makes sense; used once the channels are known
     options = {**stored.get('options', {}), **(model_options or {})}
     if activation := options.pop('activation', None):
         notes.append('its last activation is left out: what is explained is the logit before it')
