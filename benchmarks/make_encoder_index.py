@@ -28,9 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from network_description import structure_digest
-from network_guess import DEPTHS, index_key, skeleton, tensor_shapes
+from network_guess import DEPTHS, VIT, index_key, skeleton, tensor_shapes
 
-VIT = 'vit'  # in place of a depth: an encoder of DPT, which has all its layers at any depth
 LARGEST = 150_000_000  # numbers in an encoder that is run to compare it
 AGREE = 1e-9  # relative; double precision
 
