@@ -566,45 +566,54 @@ def _nothing_fits(
     options: dict[str, object],
 ) -> str:
     """The sentence for weights that do not belong to what was asked for, or to nothing known."""
-    like = _look_alike(state, path, build) if architecture or encoder or options else ''
-    if like:
-        asked = architecture or (f'encoder {encoder}' if encoder else 'the model options')
-        asked += f' with encoder {encoder}' if architecture and encoder else ''
-        return f'{path} does not fit {asked}: it {like}'
-    decoder = next(filter(None, map(read_decoder, _spellings(state))), None)
-    if decoder is None:
-        first = next((name for name in state if name.startswith(DECODER)), 'none at all')
-        looked = (
-            f'no architecture of segmentation-models-pytorch has such a decoder ("{first[:60]}")'
-        )
-        remedy = 'make the network with code of your own and --model_factory'
-    else:
-        with_encoder = f' with encoder {encoder}' if encoder else ''
-        looked = f'it has a decoder like that of {decoder.architecture}, but '
-        looked += (
-            'an encoder that was not recognised, or a decoder with settings that its shapes do not '
-            'tell'
-        )
-        remedy = (
-            'give the name with --encoder, or settings with --model_option, or make the network '
-            'with code of your own and --model_factory'
-        )
-        if architecture or encoder:
-            asked = architecture or decoder.architecture
-            return f'{path} does not fit {asked}{with_encoder}: {looked} ({remedy})'
-    return f'{path} was not recognised: {looked} ({remedy})'
+    parts = [architecture or 'any architecture', *([f'encoder {encoder}'] if encoder else [])]
+    parts += [_setting(name, value) for name, value in options.items()]
+    asked = bool(architecture or encoder or options)
+    like = _look_alike(state, path, build, options) if asked else ''
+    said = f'does not fit {" with ".join(parts)}' if asked else 'was not recognised'
+    return f'{path} {said}: {like or _unknown(state)}'
 
 
-def _look_alike(state: dict[str, torch.Tensor], path: Path, build: Build) -> str:
+def _setting(name: str, value: object) -> str:
+    """An argument as the command line takes it."""
+    return f'{name}={" ".join(repr(value).split())[:60]}'
+
+
+def _look_alike(
+    state: dict[str, torch.Tensor], path: Path, build: Build, options: dict[str, object]
+) -> str:
     """What the weights look like where nothing is asked for; empty where that is nothing."""
     for spelling in _spellings(state):
         try:
             found = _recognise(spelling, path, build, None, None, {})
         except InputError as error:
-            return str(error).removeprefix(f'{path} ')
+            return f'it{str(error).removeprefix(str(path))}'
         if found:
-            what = f'{found.architecture} with encoder {found.encoder}'
+            right = {**_defaults(found.architecture), **found.options}
+            other = [name for name, value in options.items() if not _same(right.get(name), value)]
+            said = ''.join(f', {_setting(*option)}' for option in found.options.items())
             flags = f'--architecture {found.architecture} --encoder {found.encoder}'
-            settings = ''.join(f', {name}={value}' for name, value in found.options.items())
-            return f'looks like {what}{settings} (add {flags})'
+            if other:
+                settings = (_setting(name, right.get(name)) for name in other)
+                flags += f' --model_option {" ".join(settings)}'
+            return (
+                f'it looks like {found.architecture} with encoder {found.encoder}{said} '
+                f'(add {flags})'
+            )
     return ''
+
+
+def _unknown(state: dict[str, torch.Tensor]) -> str:
+    """What is known of a network that nothing fits, and what to do."""
+    decoder = next(filter(None, map(read_decoder, _spellings(state))), None)
+    if decoder is None:
+        first = next((name for name in state if name.startswith(DECODER)), 'none')
+        return (
+            'no architecture of segmentation-models-pytorch has such a decoder (its first tensor: '
+            f'{first[:60]}; make the network with code of your own and --model_factory)'
+        )
+    return (
+        f'it has the decoder of {decoder.architecture}, but an encoder that was not recognised, or '
+        'settings that no shape shows (name it with --encoder, them with --model_option, or make '
+        'the network with code of your own and --model_factory)'
+    )
