@@ -2,8 +2,7 @@
 device.
 
 `checkpoint_reading` finds the weights. Architecture and encoder are those asked for, else those
-stored with the weights, else the defaults; where neither was said and the defaults do not fit,
-those that the weights' names and shapes show.
+stored with the weights, else those that `network_guess` reads off the weights' names and shapes.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ import hashlib
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import torch
 
-from checkpoint_reading import INFLATION, Checkpoint, read_checkpoint
+from checkpoint_reading import Checkpoint, read_checkpoint
 from errors import InputError, one_line
 from network_description import (
     ATTRIBUTE,
@@ -36,6 +35,7 @@ from network_description import (
     likely_channels,
     network_digest,
 )
+from network_guess import head_weight, recognise
 from segmentation_dataset import (
     CHANNEL_ORDERS,
     IMAGENET_MEAN,
@@ -89,11 +89,11 @@ def load_model(
 
     Finds the weights wherever in the file they lie, under any prefix, beside whatever else;
     `.safetensors`; folders of `save_pretrained`. No code in the file is ever run. `encoder` and
-    `architecture` win over settings stored in the checkpoint, which win over the defaults
-    (U-Net++, EfficientNet-B5); where none was said and the defaults do not fit, those are taken
-    that the weights look like. The number of classes is read from the head. weights_key: which of
-    several networks in the file. model_options: further arguments of the architecture, for what
-    leaves no trace in the weights; they win over those stored.
+    `architecture` win over settings stored in the checkpoint; what neither says is read off the
+    names and shapes of the weights: encoder, architecture, numbers of input channels and classes,
+    settings of the decoder. weights_key: which of several networks in the file. model_options:
+    further arguments of the architecture, for what leaves no trace in the weights
+    (`network_guess.LEAVES_NO_TRACE`); they win over those stored.
 
     The model comes back in evaluation mode, float32, on the device, with one attribute added,
     `network_description` (a NetworkDescription, whose `notes` say what was decided); its
@@ -117,16 +117,14 @@ def load_model(
                 'its activation is a sigmoid of each class, so its labels are independent (say '
                 'otherwise with --output_kind exclusive)'
             )
-    names = (architecture or stored.get('architecture'), encoder or stored.get('encoder'))
-    architecture, encoder = names[0] or DEFAULT_ARCHITECTURE, names[1] or DEFAULT_ENCODER
-    if names == (None, None) and not _fits(state, architecture, encoder, classes, options):
-        architecture, encoder, note = _looks_like(state, architecture, encoder)
-        notes += note
-    options['in_channels'] = _input_channels(state, encoder)
-    with _explained_mismatch(state, model_path, architecture, encoder):
-        _check_size(architecture, encoder, classes, options, state)
-        model = create_model(architecture, encoder, classes, **options)
-        model.load_state_dict(state)
+    architecture = architecture or stored.get('architecture')
+    encoder = encoder or stored.get('encoder')
+    with _explained_mismatch(model_path):
+        found = recognise(state, model_path, create_model, architecture, encoder, options)
+        architecture, encoder, channels = found.architecture, found.encoder, found.in_channels
+        model = create_model(architecture, encoder, classes, channels, **found.options)
+        model.load_state_dict(found.state)
+    notes += found.notes
     model = model.float().eval()
     source = {
         'model_path': str(model_path),
@@ -212,50 +210,6 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
     return options
 
 
-def _fits(
-    state: dict[str, torch.Tensor], architecture: str, encoder: str, classes: int, options: dict
-) -> bool:
-    """Whether the weights have the names and shapes of this network."""
-    outline = _skeleton(lambda: create_model(architecture, encoder, classes, **options))
-    return outline is not None and all(
-        _shapes(outline.state_dict(), part) == _shapes(state, part) for part in (True, False)
-    )
-
-
-def _looks_like(
-    state: dict[str, torch.Tensor], architecture: str, encoder: str
-) -> tuple[str, str, list[str]]:
-    """Architecture and encoder that the weights show, and the sentence that says so; as they were
-    where nothing is recognised."""
-    like_encoder = guess_encoder(state, encoder)
-    like = like_encoder and guess_architecture(state, like_encoder)
-    if not like:
-        return architecture, encoder, []
-    note = (
-        f'by the names and shapes of its weights this is {like} with encoder {like_encoder} '
-        '(say otherwise with --architecture and --encoder)'
-    )
-    return like, like_encoder, [note]
-
-
-def _check_size(
-    architecture: str, encoder: str, classes: int, options: dict, state: dict[str, torch.Tensor]
-) -> None:
-    """Raise RuntimeError where a checkpoint's settings ask for a model much larger than its file
-    holds, before memory is taken for it."""
-    # SegFormer's encoders cannot be outlined; what the settings make large is the decoder.
-    for name in (encoder, 'resnet18'):
-        try:
-            with torch.device('meta'):
-                outline = create_model(architecture, name, classes, **options)
-            break
-        except InputError as error:
-            if 'meta tensors' not in str(error):
-                raise
-    if numbers_in(outline.state_dict()) > INFLATION * numbers_in(state):
-        raise RuntimeError('the model is too large')
-
-
 def checked_size(size: object) -> ImageSize:
     """An image size from a number, (height, width), or text such as 640 or 384x640; a square's as
     one number. Raises InputError."""
@@ -273,16 +227,6 @@ def checked_size(size: object) -> ImageSize:
     if max(whole) > MAX_IMAGE_SIZE:
         raise InputError(f'image_size must be at most {MAX_IMAGE_SIZE}, not {size}')
     return whole[0] if whole[0] == whole[-1] else (whole[0], whole[1])
-
-
-def numbers_in(state: dict[str, torch.Tensor]) -> int:
-    """How many numbers a state dict holds; those that a view repeats count once."""
-    return sum(
-        value.numel()
-        if value.device.type == 'meta'
-        else min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
-        for value in state.values()
-    )
 
 
 def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
@@ -307,19 +251,9 @@ def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
     return Preprocessing(size, resize, mean, std, order)
 
 
-def _input_channels(state: dict[str, torch.Tensor], encoder: str) -> int:
-    """How many channels the first convolution of an encoder takes, read from its weights."""
-    outline = _skeleton(lambda: smp.encoders.get_encoder(encoder, weights=None))
-    for name, value in (outline.state_dict() if outline else {}).items():
-        found = state.get(f'encoder.{name}')
-        if found is not None and value.ndim == found.ndim == 4 and value.shape[1] == 3:
-            return found.shape[1]
-    return 3
-
-
 def create_model(
     architecture: str, encoder: str, classes: int, in_channels: int = 3, **options: object
-):
+) -> torch.nn.Module:
     """An untrained smp model by name; no weights are fetched. Raises InputError: unknown name."""
     if architecture not in ARCHITECTURES:
         raise InputError(
@@ -330,12 +264,7 @@ def create_model(
         raise InputError(f'"{str(encoder)[:50]}" is no name of an encoder')
     try:
         return smp.create_model(
-            architecture,
-            encoder,
-            encoder_weights=None,
-            in_channels=in_channels,
-            classes=classes,
-            **options,
+            architecture, encoder, None, in_channels=in_channels, classes=classes, **options
         )
     except Exception as error:  # what encoders raise at odd options is theirs
         close = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
@@ -358,88 +287,25 @@ def file_digest(path: Path) -> str:
 
 def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
     """The number of output channels, read from the last convolution of the segmentation head."""
-    heads = [v for k, v in state.items() if k.startswith('segmentation_head.') and v.ndim == 4]
-    if not heads:
+    head = head_weight(state)
+    if head is None:
         raise InputError(
             f'{path} is no segmentation-models-pytorch checkpoint: it has no segmentation_head '
             f'(its first entry is "{next(iter(state), "")[:100]}")'
         )
-    classes = heads[-1].shape[0]
+    classes = head.shape[0]
     if not 1 <= classes <= MAX_CLASSES:
         raise InputError(f'{path} has {classes} classes (1 to {MAX_CLASSES} are possible)')
     return classes
 
 
 @contextlib.contextmanager
-def _explained_mismatch(
-    state: dict[str, torch.Tensor], path: Path, architecture: str, encoder: str
-) -> Iterator[None]:
+def _explained_mismatch(path: Path) -> Iterator[None]:
     """Turn the pages of text of a failed load_state_dict into one sentence with the remedy."""
     try:
         yield
-    except RuntimeError:
-        said = f'{path} does not fit {architecture} with encoder {encoder}: it '
-        like_encoder = guess_encoder(state, encoder)
-        like = like_encoder and guess_architecture(state, like_encoder)
-        if like_encoder is None:
-            remedy = 'has an encoder that was not recognised (give its name with --encoder)'
-            if any(k.startswith('encoder.model.') for k in state):
-                remedy = 'has a timm encoder (give its name, which starts with tu-, with --encoder)'
-        elif like and (like, like_encoder) != (architecture, encoder):
-            remedy = (
-                f'looks like {like} with encoder {like_encoder} '
-                f'(add --architecture {like} --encoder {like_encoder})'
-            )
-        else:
-            remedy = (
-                f'has the encoder {like_encoder}, but a decoder with other settings than smp '
-                'sets by default (save the model with save_pretrained, which records them)'
-            )
-        raise InputError(said + remedy) from None
-
-
-def _shapes(state: dict[str, torch.Tensor], encoder: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a state dict's encoder, or of everything else."""
-    return {
-        name: tuple(value.shape)
-        for name, value in state.items()
-        if name.startswith('encoder.') == encoder and not name.endswith('num_batches_tracked')
-    }
-
-
-def guess_encoder(state: dict[str, torch.Tensor], near: str = '') -> str | None:
-    """The smp encoder whose tensors have exactly these names and shapes; None if there is none.
-
-    Encoders whose names are close to `near` are tried first.
-    """
-    wanted = _shapes(state, encoder=True)
-    known = smp.encoders.get_encoder_names()
-    known.sort(key=lambda name: -difflib.SequenceMatcher(None, near, name).ratio())
-    for name in dict.fromkeys((near or known[0], *known)):  # `near` may be one of timm's own
-        candidate = _skeleton(lambda name=name: smp.encoders.get_encoder(name, weights=None))
-        if candidate is None:
-            continue
-        tensors = {f'encoder.{key}': value for key, value in candidate.state_dict().items()}
-        if _shapes(tensors, encoder=True) == wanted:
-            return name
-    return None
-
-
-def guess_architecture(state: dict[str, torch.Tensor], encoder: str) -> str | None:
-    """The smp architecture that has, with this encoder, exactly these decoder tensors."""
-    wanted = _shapes(state, encoder=False)
-    classes = _count_classes(state, Path())
-    for name in ARCHITECTURES:
-        candidate = _skeleton(lambda name=name: create_model(name, encoder, classes))
-        if candidate is not None and _shapes(candidate.state_dict(), encoder=False) == wanted:
-            return name
-    return None
-
-
-def _skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
-    """A network for its names and shapes only: without memory where that works, which is fast.
-    None where it cannot be built: not every name and every pair exists."""
-    for device in ('meta', 'cpu'):
-        with contextlib.suppress(Exception), torch.device(device):
-            return build()
-    return None
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f'{path} does not fit the network that its settings and the names of its weights ask '
+            f'for: {one_line(error)} (save the model with save_pretrained, which records them)'
+        ) from None
