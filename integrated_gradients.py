@@ -1349,6 +1349,7 @@ def batch_integrated_gradients_analysis(
     architecture: str | None = None,
     weights_key: str | None = None,
     model_options: dict[str, object] | None = None,
+    model_factory: str | None = None,
     device: str | torch.device = 'auto',
     figures: str = 'all',
     overwrite: bool = False,
@@ -1367,7 +1368,8 @@ def batch_integrated_gradients_analysis(
     using; OutputError if nothing can be written there.
     """
     settings = Settings(baseline=baseline_type, num_steps=num_steps, **options)
-    source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options)
+    source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options,
+                           model_factory)  # fmt: skip
     load = partial(load_explainer, source, settings)
     output = Output(Path(output_dir), figures, overwrite)
     return analyse_dataset(load, data_dir, split, num_samples, settings, output, before_image,
@@ -1498,6 +1500,7 @@ class NetworkSource:
     architecture: str | None = None
     weights_key: str | None = None
     model_options: dict[str, object] | None = None
+    model_factory: str | None = None
 
 
 def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradients:
@@ -1585,7 +1588,11 @@ def build_parser() -> argparse.ArgumentParser:
         help='which of several networks in the checkpoint (default: the first that is no average)')
     add('--model_option', nargs='+', metavar='NAME=VALUE',
         help='of the architecture, where it leaves no trace in the weights, for example '
-             "encoder_output_stride=8 (default: the checkpoint's, else smp's)")
+             'encoder_output_stride=8; with --model_factory, its arguments (default: the '
+             "checkpoint's, else smp's)")
+    add('--model_factory', metavar='FILE.py:FUNCTION',
+        help='code of your own that builds the network, or package.module:function; called with '
+             'the --model_option values (default: a network of smp)')
     add('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     # fmt: on
     _add_settings(group, MODEL)
@@ -1645,7 +1652,7 @@ def source_from(args: argparse.Namespace, device: str) -> NetworkSource:
     """The network that the parsed flags name."""
     options = parse_options(args.model_option or ())
     return NetworkSource(args.model_path, device, args.encoder, args.architecture,
-                         args.weights_key, options or None)  # fmt: skip
+                         args.weights_key, options or None, args.model_factory)  # fmt: skip
 
 
 def say_cost(settings: Settings) -> None:

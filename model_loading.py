@@ -23,6 +23,7 @@ import torch
 
 from checkpoint_reading import Checkpoint, read_checkpoint
 from errors import InputError, one_line
+from model_factory import build_network, factory_digest, load_weights, tried_channels
 from network_description import (
     ATTRIBUTE,
     EXCLUSIVE,
@@ -32,7 +33,7 @@ from network_description import (
     OUTPUT_KINDS,
     NetworkDescription,
     accepted_sizes,
-    likely_channels,
+    input_channels,
     network_digest,
 )
 from network_guess import head_weight, recognise
@@ -84,8 +85,10 @@ def load_model(
     architecture: str | None = None,
     weights_key: str | None = None,
     model_options: Mapping[str, object] | None = None,
+    model_factory: str | None = None,
 ) -> torch.nn.Module:
-    """Load a segmentation-models-pytorch checkpoint for inference.
+    """Load a checkpoint of segmentation-models-pytorch, or of a network that the user's own code
+    builds, for inference.
 
     Finds the weights wherever in the file they lie, under any prefix, beside whatever else;
     `.safetensors`; folders of `save_pretrained`. No code in the file is ever run. `encoder` and
@@ -93,7 +96,8 @@ def load_model(
     names and shapes of the weights: encoder, architecture, numbers of input channels and classes,
     settings of the decoder. weights_key: which of several networks in the file. model_options:
     further arguments of the architecture, for what leaves no trace in the weights
-    (`network_guess.LEAVES_NO_TRACE`); they win over those stored.
+    (`network_guess.LEAVES_NO_TRACE`); they win over those stored. model_factory: FILE.py:FUNCTION
+    or package.module:function, which is called with the model_options and gives the network.
 
     The model comes back in evaluation mode, float32, on the device, with one attribute added,
     `network_description` (a NetworkDescription, whose `notes` say what was decided); its
@@ -101,14 +105,42 @@ def load_model(
 
     Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
     """
-    model_path = Path(model_path)
-    device = resolve_device(device)
-    checkpoint = read_checkpoint(model_path, weights_key)
+    path, device = Path(model_path), resolve_device(device)
+    if model_factory is None:
+        built = _smp_network(path, weights_key, architecture, encoder, dict(model_options or {}))
+    elif architecture or encoder:
+        raise InputError('a model factory goes without --architecture and --encoder')
+    else:
+        built = _network_of_factory(path, weights_key, model_factory, dict(model_options or {}))
+    model, checkpoint, source, notes = built
+    source = {
+        'model_path': str(path),
+        'model_sha256': file_digest(path),
+        **source,
+        **({'weights_key': checkpoint.key} if checkpoint.others else {}),
+        **({'model_options': dict(model_options)} if model_options else {}),
+    }
+    return described(model, checkpoint, source, notes, path).to(device)
+
+
+# A network with its weights; the checkpoint, what the network is made from, and what was decided.
+Built = tuple[torch.nn.Module, Checkpoint, dict[str, object], list[str]]
+
+
+def _smp_network(
+    path: Path,
+    weights_key: str | None,
+    architecture: str | None,
+    encoder: str | None,
+    options: dict[str, object],
+) -> Built:
+    """The network of segmentation-models-pytorch in a checkpoint."""
+    checkpoint = read_checkpoint(path, weights_key)
     stored, notes = checkpoint.settings, list(checkpoint.notes)
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
-    classes = _count_classes(state, model_path)
-    _stored_preprocessing(stored, model_path)  # makes sense; used once the channels are known
-    options = {**stored.get('options', {}), **(model_options or {})}
+    classes = _count_classes(state, path)
+    _stored_preprocessing(stored, path)  # makes sense; used once the channels are known
+    options = {**stored.get('options', {}), **options}
     if activation := options.pop('activation', None):
         notes.append('its last activation is left out: what is explained is the logit before it')
         if activation == 'sigmoid' and classes > 1:
@@ -119,23 +151,24 @@ def load_model(
             )
     architecture = architecture or stored.get('architecture')
     encoder = encoder or stored.get('encoder')
-    with _explained_mismatch(model_path):
-        found = recognise(state, model_path, create_model, architecture, encoder, options)
-        architecture, encoder, channels = found.architecture, found.encoder, found.in_channels
-        model = create_model(architecture, encoder, classes, channels, **found.options)
+    with _explained_mismatch(path):
+        found = recognise(state, path, create_model, architecture, encoder, options)
+        model = create_model(found.architecture, found.encoder, classes, found.in_channels,
+                             **found.options)  # fmt: skip
         model.load_state_dict(found.state)
-    notes += found.notes
-    model = model.float().eval()
-    source = {
-        'model_path': str(model_path),
-        'model_sha256': file_digest(model_path),
-        'architecture': architecture,
-        'encoder': encoder,
-        'classes': classes,
-        **({'weights_key': checkpoint.key} if checkpoint.others else {}),
-        **({'model_options': dict(model_options)} if model_options else {}),
-    }
-    return described(model, checkpoint, source, notes, model_path, LOGITS).to(device)
+    source = {'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes}
+    return model.float().eval(), checkpoint, source, [*notes, *found.notes]
+
+
+def _network_of_factory(
+    path: Path, weights_key: str | None, factory: str, options: dict[str, object]
+) -> Built:
+    """The network that the user's own code builds, with its weights from a checkpoint."""
+    model = build_network(factory, options)
+    checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
+    notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
+    source = {'model_factory': factory, 'model_factory_sha256': factory_digest(factory)}
+    return model, checkpoint, source, notes
 
 
 def described(
@@ -144,12 +177,10 @@ def described(
     source: dict[str, object],
     notes: Sequence[str],
     path: Path,
-    gives: str | None = None,
 ) -> torch.nn.Module:
     """The module with its `network_description` and `preprocessing`, from what the checkpoint
-    stores and what the network says of itself. gives: what comes out, where that is known.
-    Raises InputError."""
-    channels = likely_channels(model)
+    stores and what the network says of itself. Raises InputError."""
+    channels = input_channels(model) or tried_channels(model) or 3
     stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
     preprocessing = _stored_preprocessing({**stored, **beside}, path)
     notes = [*notes]
@@ -177,7 +208,7 @@ def described(
         fixed_size=fixed,
         output_kind=kind if kind in OUTPUT_KINDS and classes != 1 else usual,
         background=background if isinstance(background, int | None) else 0,
-        gives=gives,
+        gives=LOGITS if 'architecture' in source else None,  # whose activation was left out
         class_names=_names(stored.get('class_names')),
         preprocessing=preprocessing,
         weights_sha256=network_digest(model),
