@@ -91,7 +91,7 @@ def _weights_of(
     beside: dict[str, dict[str, torch.Tensor]] = {}  # the tensors that each lay among
     names: list[str] = []
     for place, tensors in _groups_of_tensors(content):
-        names += [name for name in tensors if len(names) < 5]
+        names = [*names, *tensors][:5]
         for prefix, outer in _prefixes_of(tensors, own) if own else _prefixes(tensors):
             label = '.'.join((*place, prefix)).strip('.')
             state = {
@@ -220,7 +220,8 @@ def _nothing_found(content: object, path: Path, names: Sequence[str], own: Colle
     if names and own:
         return (
             f'{path} holds no weights of the network of the model factory: its own begin with '
-            f'{", ".join(list(own)[:5])}, those in the file with {begin}'
+            f'{", ".join(list(own)[:5])}, those in the file with {begin} (where the factory loads '
+            'its weights itself, give --weights_key factory)'
         )
     if names:
         return (

@@ -1585,7 +1585,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('--architecture', choices=ARCHITECTURES,
         help=f"default: the checkpoint's, else {DEFAULT_ARCHITECTURE}")
     add('--weights_key', metavar='KEY',
-        help='which of several networks in the checkpoint (default: the first that is no average)')
+        help='which of several networks in the checkpoint; factory: the weights that a '
+             '--model_factory has loaded itself (default: the first that is no average)')
     add('--model_option', nargs='+', metavar='NAME=VALUE',
         help='of the architecture, where it leaves no trace in the weights, for example '
              'encoder_output_stride=8; with --model_factory, its arguments (default: the '

@@ -52,6 +52,7 @@ DEFAULT_IMAGE_SIZE = 640
 ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
 MAX_CLASSES = 256  # labels are bytes
 MAX_IMAGE_SIZE = 16384
+OF_THE_FACTORY = 'factory'  # a weights key: those that a factory has loaded itself
 
 
 def resolve_device(name: str | torch.device = 'auto') -> torch.device:
@@ -165,9 +166,15 @@ def _network_of_factory(
 ) -> Built:
     """The network that the user's own code builds, with its weights from a checkpoint."""
     model = build_network(factory, options)
-    checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
-    notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
+    if weights_key == OF_THE_FACTORY:
+        checkpoint = Checkpoint({}, key=weights_key, notes=("the weights are the factory's own",))
+        notes = [*checkpoint.notes]
+    else:
+        checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
+        notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
     source = {'model_factory': factory, 'model_factory_sha256': factory_digest(factory)}
+    if weights_key == OF_THE_FACTORY:
+        source['weights_key'] = weights_key
     return model, checkpoint, source, notes
 
 

@@ -155,6 +155,18 @@ def test_what_lies_beside_the_weights(folder):
         load_model(folder / 'm.pth', 'cpu', model_factory=factory)
 
 
+def test_weights_that_the_factory_has_loaded_itself(folder):
+    factory = f'{folder}/unet.py:UNet'
+    torch.save({'other.weight': torch.ones(1)}, folder / 'm.pth')
+    torch.manual_seed(0)
+    expected = build_network(factory, {})
+    torch.manual_seed(0)
+    found = load_model(folder / 'm.pth', 'cpu', model_factory=factory, weights_key='factory')
+    assert all(torch.equal(found.state_dict()[k], v) for k, v in expected.state_dict().items())
+    assert found.network_description.source['weights_key'] == 'factory'
+    assert "the weights are the factory's own" in found.network_description.notes
+
+
 def test_a_module_by_name(folder, monkeypatch):
     monkeypatch.chdir(folder)
     network = build_network('unet:UNet', {'channels': 4})
@@ -213,8 +225,9 @@ def test_networks_of_other_libraries(folder, package):
     factory, options = other_library(package, folder)
     torch.save(build_network(factory, parse_options(options)).state_dict(), folder / 'm.pth')
     given = flags(folder, factory, *options)
-    if package == 'transformers':  # its own folder, with a config.json that is not smp's
+    if package == 'transformers':  # its own folder: older names, a config.json that is not smp's
         given[1] = str(folder / 'saved')
+        given += ['--weights_key', 'factory']
     assert main(given) == 0
     with np.load(folder / 'out' / 'a' / 'a_attributions.npz') as arrays:
         assert arrays['prediction'].shape == (64, 64) and arrays['attributions'].any()
