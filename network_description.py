@@ -149,9 +149,11 @@ def accepted_sizes(model: torch.nn.Module) -> tuple[int, int | None]:
     the only side it takes, where there is one."""
     encoder = getattr(model, 'encoder', None)
     fixed = None
-    dynamic = getattr(getattr(encoder, 'model', None), 'dynamic_img_size', False)
+    network = getattr(encoder, 'model', None)
+    dynamic = getattr(network, 'dynamic_img_size', False)
     if getattr(encoder, 'is_fixed_input_size', False) is True and not dynamic:
-        sides = getattr(encoder, 'input_size', None)
+        made_for = getattr(getattr(network, 'patch_embed', None), 'img_size', None)
+        sides = made_for or getattr(encoder, 'input_size', None)
         fixed = int(sides[-1]) if isinstance(sides, (tuple, list)) else None
     if not getattr(model, 'requires_divisible_input_shape', False):
         return 1, fixed
