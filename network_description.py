@@ -218,9 +218,11 @@ def accepted_sizes(model: torch.nn.Module) -> tuple[int, tuple[int, int] | None]
     the only (height, width) it takes, where there is one."""
     encoder = getattr(model, 'encoder', None)
     fixed = None
-    dynamic = getattr(getattr(encoder, 'model', None), 'dynamic_img_size', False)
+    network = getattr(encoder, 'model', None)
+    dynamic = getattr(network, 'dynamic_img_size', False)
     if getattr(encoder, 'is_fixed_input_size', False) is True and not dynamic:
-        size = getattr(encoder, 'input_size', None)
+        made_for = getattr(getattr(network, 'patch_embed', None), 'img_size', None)
+        size = made_for or getattr(encoder, 'input_size', None)
         fixed = (int(size[-2]), int(size[-1])) if isinstance(size, (tuple, list)) else None
     if not getattr(model, 'requires_divisible_input_shape', False):
         return 1, fixed

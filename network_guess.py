@@ -132,6 +132,8 @@ def _recognise(
     outlines = _Outlines(state, build, decoder, options)
     kinds = [(encoder,)] if encoder else _known_encoders(state, decoder)
     fits = [(names, fit) for names in kinds if (fit := outlines.fit(names, encoder is not None))]
+    usual = [pair for pair in fits if 'img_size' not in pair[1].options]
+    fits = usual or fits
     if len(fits) > 1:
         raise InputError(_ambiguous(path, [fit.encoder for _, fit in fits]))
     if not fits:
@@ -422,13 +424,20 @@ class _Outlines:
         depths = self.decoder.depths
         if 'encoder_depth' in self.options:
             depths = (self.options['encoder_depth'],)
+        changed: list[Recognised] = []  # of another image size than the encoder's usual one
         for encoder in names:
             for depth in depths:
                 try:
-                    if found := self._at_depth(encoder, depth):
-                        return found
+                    found = self._at_depth(encoder, depth)
                 except InputError as error:
                     problems.append(error)
+                    continue
+                if found and found.options.keys() - self.options.keys() & {'img_size'}:
+                    changed.append(found)
+                elif found:
+                    return found
+        if changed:
+            return changed[0]
         if named and len(problems) == len(depths):
             raise problems[0]
         return None

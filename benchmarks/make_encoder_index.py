@@ -24,6 +24,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 from segmentation_models_pytorch.encoders import TimmUniversalEncoder, TimmViTEncoder
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,6 +32,7 @@ from network_description import structure_digest
 from network_guess import DEPTHS, VIT, index_key, skeleton, tensor_shapes
 
 LARGEST = 150_000_000  # numbers in an encoder that is run to compare it
+ORDER = ('3', '5', '4', VIT)  # of depths: what is found at one often decides the next
 AGREE = 1e-9  # relative; double precision
 
 
@@ -81,15 +83,13 @@ def _differing(one: torch.nn.Module, other: torch.nn.Module | None) -> set[str]:
 
 def _record(name: str, depth: int | str, encoder: torch.nn.Module, loose: set[str]) -> dict:
     shapes = tensor_shapes(encoder.state_dict())
-    network = encoder.model if isinstance(encoder, (TimmUniversalEncoder, TimmViTEncoder)) else (
-        encoder)  # fmt: skip
     return {
         'name': name,
         'depth': depth,
         'loose': sorted(loose),
         'key': index_key(shapes, loose),
         'numbers': sum(p.numel() for p in encoder.parameters()),
-        'digest': structure_digest(network)[:16],
+        'digest': _digest(encoder),
     }
 
 
@@ -106,19 +106,27 @@ def make_records(path: Path, part: int, parts: int) -> None:
             file.flush()
 
 
+def _digest(encoder: torch.nn.Module) -> str:
+    """The same for encoders of the same structure, whatever their names."""
+    of_timm = isinstance(encoder, (TimmUniversalEncoder, TimmViTEncoder))
+    return structure_digest(encoder.model if of_timm else encoder)[:16]
+
+
 # --------------------------------------------------------------------------- which are the same
 
 
 def make_index(records: Path, path: Path) -> None:
     """Write the index from the records."""
-    groups: dict[tuple, list[dict]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for record in map(json.loads, records.open()):
         if record['depth'] is not None:
             groups[record['key'], str(record['depth'])].append(record)
     loose: list[list[str]] = []
     entries: dict[str, dict[str, list]] = defaultdict(dict)
-    for (key, depth), members in tqdm(groups.items()):
-        entries[key][depth] = _kinds(members)
+    judge = _Judge()
+    for key, depth in tqdm(sorted(groups, key=lambda group: ORDER.index(group[1]))):
+        members = groups[key, depth]
+        entries[key][depth] = _kinds(members, judge)
         loose += [names for m in members if (names := m['loose']) not in loose]
     versions = {'smp': smp.__version__, 'timm': timm.__version__}
     content = {'versions': versions, 'loose': loose, 'encoders': entries}
@@ -126,16 +134,20 @@ def make_index(records: Path, path: Path) -> None:
     path.write_bytes(gzip.compress(text, mtime=0))
 
 
-def _kinds(members: list[dict]) -> list[list[str]]:
+def _kinds(members: list[dict], judge: _Judge) -> list[list[str]]:
     """The names of encoders of the same tensors, those that compute the same together; smp's own
     before timm's, the plainest first."""
     kinds: dict[str, list[dict]] = defaultdict(list)
     for record in members:
         kinds[record['digest']].append(record)
-    found = list(kinds.values())
-    if len(found) > 1:
-        found = _merged(found)
-    named = [sorted((r['name'] for r in kind), key=_plainness) for kind in found]
+    merged: list[list[dict]] = []
+    for kind in kinds.values():
+        like = next((other for other in merged if judge.same(other[0], kind[0])), None)
+        if like is None:
+            merged.append(list(kind))
+        else:
+            like += kind
+    named = [sorted((r['name'] for r in kind), key=_plainness) for kind in merged]
     return sorted(named, key=lambda names: _plainness(names[0]))
 
 
@@ -143,54 +155,88 @@ def _plainness(name: str) -> tuple:
     return name.startswith('tu-'), len(name), name
 
 
-def _merged(kinds: list[list[dict]]) -> list[list[dict]]:
-    """Kinds of unequal structure that compute the same are one."""
-    merged: list[tuple[list[torch.Tensor] | None, list[dict]]] = []
-    for kind in kinds:
-        features = _features(kind[0])
-        for other, members in merged:
-            if features and other and _agree(features, other):
-                members += kind
-                break
+class _Judge:
+    """Whether encoders compute the same from the same weights; remembers what it found."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], dict[str, bool | None]] = defaultdict(dict)
+
+    def same(self, one: dict, other: dict) -> bool:
+        """Whether two encoders of the same tensors compute the same."""
+        depth, known = str(one['depth']), self.found[one['name'], other['name']]
+        if known.get('3') is False and depth in '45':  # the first stages differ already
+            known[depth] = False
+        elif known.get('5') is True and depth == '4':
+            known[depth] = True
         else:
-            merged.append((features, list(kind)))
-    return [members for _, members in merged]
+            known[depth] = _compute_the_same(one, other)
+        return known[depth] is True
 
 
-def _agree(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(
+def _compute_the_same(one: dict, other: dict) -> bool | None:
+    """Whether two encoders give the same features of noise, with weights that follow from their
+    names; None where they are too large or cannot be run."""
+    size = _size(one['name'], one['depth'])
+    options: dict[str, object] = {}
+    if one['depth'] == VIT:  # made for the same image size they may even be the same structure
+        options = {'img_size': size[-1], 'num_classes': 7}
+        outlines = [skeleton(lambda record=r: _built(record, **options)) for r in (one, other)]
+        if None in outlines:
+            options = {}
+        elif _digest(outlines[0]) == _digest(outlines[1]):
+            return True
+    if max(one['numbers'], other['numbers']) > LARGEST:
+        return None
+    features = [_features(record, size, options) for record in (one, other)]
+    if None in features:
+        return None
+    return all(
         a.shape == b.shape and float((a - b).norm()) <= AGREE * float(a.norm())
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(*features, strict=True)
     )
 
 
-def _features(record: dict) -> list[torch.Tensor] | None:
-    """What an encoder with weights that follow from its names gives for noise; None where it
-    cannot be run."""
-    if record['numbers'] > LARGEST:
-        return None
+def _built(record: dict, **options: object) -> torch.nn.Module:
+    depth = record['depth']
+    return build(record['name'], depth if depth == VIT else int(depth), **options)
+
+
+def _features(
+    record: dict, size: tuple[int, int], options: dict[str, object]
+) -> list[torch.Tensor] | None:
+    """What an encoder gives for noise; None where it cannot be run at that size."""
     try:
-        encoder = build(record['name'], VIT if record['depth'] == VIT else int(record['depth']))
+        with _Untouched():
+            encoder = _built(record, **options)
         encoder = encoder.double().eval()
         for name, tensor in encoder.state_dict().items():
             if tensor.is_floating_point():
                 tensor.copy_(_weights(name, tensor.shape))
-        size = getattr(encoder, 'input_size', None) or _fixed_size(encoder) or (64, 64)
-        noise = torch.rand(1, 3, *size[-2:], generator=torch.Generator().manual_seed(0))
+        noise = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             features = encoder(noise.double())
     except Exception as error:
         print(record['name'], record['depth'], repr(error)[:100], file=sys.stderr)
         return None
     features = features[0] if record['depth'] == VIT else features
-    finite = [f for f in features if f.numel()]
-    return finite if all(f.isfinite().all() for f in finite) else None
+    return features if all(f.isfinite().all() for f in features) else None
 
 
-def _fixed_size(encoder: torch.nn.Module) -> tuple[int, int] | None:
-    """The size that an encoder's attention is made for, where it has one."""
-    config = timm.get_pretrained_cfg(getattr(encoder, 'name', ''), allow_unregistered=True)
-    return config.input_size if config is not None and config.fixed_input_size else None
+class _Untouched(TorchFunctionMode):
+    """Leaves weights as memory had them: they are all set afterwards."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if getattr(function, '__name__', '') in ('normal_', 'uniform_', 'erfinv_', 'trunc_normal_'):
+            return arguments[0] if arguments else named['tensor']
+        return function(*arguments, **(named or {}))
+
+
+def _size(name: str, depth: int | str) -> tuple[int, int]:
+    """An input size that an encoder takes."""
+    config = timm.get_pretrained_cfg(name[3:]) if name.startswith('tu-') else None
+    if config is not None and (depth == VIT or config.fixed_input_size):
+        return config.input_size[-2:]
+    return 64, 64
 
 
 def _weights(name: str, shape: torch.Size) -> torch.Tensor:
@@ -199,7 +245,7 @@ def _weights(name: str, shape: torch.Size) -> torch.Tensor:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if name.endswith('running_var'):
         return 1e-3 * (1 + noise.abs())
-    if name.endswith('running_mean') or name.endswith('bias'):
+    if name.endswith(('running_mean', 'bias')):
         return 0.01 * noise
     if len(shape) < 2:
         return 0.05 * (1 + 0.1 * noise)
