@@ -37,10 +37,10 @@ NO_OPTIONS = (  # arguments that are read off the weights, or given otherwise
     'architecture', 'encoder', 'encoder_name', 'encoder_weights', 'in_channels', 'classes',
     'aux_params',
 )  # fmt: skip
-# Arguments that no tensor's name or shape shows and that change what is computed: where they are not
-# smp's defaults, only a setting (--model_option) tells. Beside them: `activation` (left out: what is
-# explained is the logit), the settings of a norm (its epsilon; in-place norms look like batch norms)
-# and those of timm's encoders that have no weights (activations, strides).
+# Arguments that no tensor's name or shape shows and that change what is computed: where they are
+# not smp's defaults, only a setting (--model_option) tells. Beside them: `activation` (left out, as
+# the logit is explained), the settings of a norm (its epsilon; a norm in place looks like a batch
+# norm) and those of timm's encoders that have no weights (activations, strides).
 LEAVES_NO_TRACE = {
     'unet': ('decoder_interpolation',),
     'unetplusplus': ('decoder_interpolation',),
