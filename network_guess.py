@@ -37,7 +37,11 @@ NO_OPTIONS = (  # arguments that are read off the weights, or given otherwise
     'architecture', 'encoder', 'encoder_name', 'encoder_weights', 'in_channels', 'classes',
     'aux_params',
 )  # fmt: skip
-LEAVES_NO_TRACE = {  # arguments that no tensor's name or shape shows, and whose values matter
+# Arguments that no tensor's name or shape shows and that change what is computed: where they are
+# not smp's defaults, only a setting (--model_option) tells. Beside them: `activation` (left out, as
+# the logit is explained), the settings of a norm (its epsilon; a norm in place looks like a batch
+# norm) and those of timm's encoders that have no weights (activations, strides).
+LEAVES_NO_TRACE = {
     'unet': ('decoder_interpolation',),
     'unetplusplus': ('decoder_interpolation',),
     'manet': ('decoder_interpolation',),
@@ -217,6 +221,7 @@ def read_decoder(state: Mapping[str, torch.Tensor]) -> _Decoder | None:
     depths = depths if isinstance(depths, tuple) else (depths,)
     usual = _defaults(architecture)
     depths = tuple(sorted(depths, key=lambda depth: depth != usual['encoder_depth']))
+    options = {name: value for name, value in options.items() if name in usual}  # of this version
     shown = {name: value for name, value in options.items() if not _same(value, usual[name])}
     return _Decoder(architecture, shown, depths)
 

@@ -12,7 +12,14 @@ import torch
 import network_guess
 from errors import InputError
 from model_loading import create_model, load_model
-from network_guess import encoder_index, index_is_current, index_key, recognise, tensor_shapes
+from network_guess import (
+    LEAVES_NO_TRACE,
+    encoder_index,
+    index_is_current,
+    index_key,
+    recognise,
+    tensor_shapes,
+)
 
 SMALL = 'timm-mobilenetv3_small_minimal_100'
 VIT = 'tu-vit_tiny_patch16_224.augreg_in21k'
@@ -87,8 +94,26 @@ def test_weights_alone_tell_the_network(tmp_path, architecture, encoder, options
     assert found.source['architecture'] == architecture
     assert found.source['classes'] == options.get('classes', 1)
     assert found.channels == channels
+    assert found.fixed_size == (size if architecture == 'dpt' else None)
     assert f'this is {architecture} with encoder' in found.notes[0]
     assert same_output(loaded, net, channels, size)
+
+
+OTHER = {'decoder_interpolation': 'bicubic', 'upsampling': 2, 'encoder_output_stride': 16,
+         'decoder_atrous_rates': (3, 5, 7), 'encoder_output_indices': [0, 1, 2, 3],
+         'decoder_readout': 'add', 'dynamic_img_size': True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('architecture', 'option'), [(a, o) for a, names in LEAVES_NO_TRACE.items() for o in names]
+)
+def test_what_leaves_no_trace(architecture, option):
+    encoder = 'tu-vit_tiny_patch16_224' if architecture == 'dpt' else 'resnet18'
+    readout = {'decoder_readout': 'ignore'} if option == 'decoder_readout' else {}
+    with torch.device('meta'):
+        usual = create_model(architecture, encoder, 1, **readout)
+        other = create_model(architecture, encoder, 1, **{option: OTHER[option]})
+    assert tensor_shapes(usual.state_dict()) == tensor_shapes(other.state_dict())
 
 
 @pytest.mark.parametrize('named', ['architecture', 'encoder', 'both'])
