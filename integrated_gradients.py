@@ -107,8 +107,6 @@ from gradient_engine import (
 from image_statistics import explanation_statistics, label_scores, mask_scores
 from model_loading import (
     ARCHITECTURES,
-    DEFAULT_ARCHITECTURE,
-    DEFAULT_ENCODER,
     DEFAULT_IMAGE_SIZE,
     checked_size,
     load_model,
@@ -1581,9 +1579,9 @@ def build_parser() -> argparse.ArgumentParser:
     add('--model_path', type=Path, required=True,
         help='checkpoint: .pth, .safetensors, or a folder of save_pretrained')
     add('--encoder',
-        help=f"an smp encoder (default: the checkpoint's, else {DEFAULT_ENCODER})")
+        help="an smp encoder (default: the checkpoint's, else read off the weights)")
     add('--architecture', choices=ARCHITECTURES,
-        help=f"default: the checkpoint's, else {DEFAULT_ARCHITECTURE}")
+        help="default: the checkpoint's, else read off the weights")
     add('--weights_key', metavar='KEY',
         help='which of several networks in the checkpoint; factory: the weights that a '
              '--model_factory has loaded itself (default: the first that is no average)')

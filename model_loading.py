@@ -46,8 +46,6 @@ from segmentation_dataset import (
     Preprocessing,
 )
 
-DEFAULT_ARCHITECTURE = 'unetplusplus'
-DEFAULT_ENCODER = 'efficientnet-b5'
 DEFAULT_IMAGE_SIZE = 640
 ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
 MAX_CLASSES = 256  # labels are bytes
