@@ -12,8 +12,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,20 +51,24 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what was decided, in sentences
     normalisations: dict[int, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     # mean and std that lay beside the weights, by number of channels; none where settings say it
+    unused: tuple[str, ...] = ()  # names beside the weights of a network whose names were given
 
 
-def read_checkpoint(path: Path, weights_key: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: Path, weights_key: str | None = None, names: Collection[str] = ()
+) -> Checkpoint:
     """The weights in a checkpoint file or a folder of `save_pretrained`.
 
-    weights_key: which of several. Raises InputError.
+    weights_key: which of several. names: of the network's tensors, where it is known; without
+    them, what has the names of an encoder-decoder is looked for. Raises InputError.
     """
     if path.is_dir():
-        return _read_folder(path, weights_key)
+        return _read_folder(path, weights_key, names)
     if not path.is_file():
         raise InputError(f'model file not found: {path} (check --model_path)')
     if path.stat().st_size == 0:
         raise InputError(f'model file is empty (0 bytes): {path} (copy or save it again)')
-    return _weights_of(_read_file(path), path, weights_key)
+    return _weights_of(_read_file(path), path, weights_key, names)
 
 
 def _read_file(path: Path) -> object:
@@ -78,20 +82,25 @@ def _read_file(path: Path) -> object:
 # --------------------------------------------------------------------------- finding the weights
 
 
-def _weights_of(content: object, path: Path, weights_key: str | None) -> Checkpoint:
-    """The network's weights, wherever in the content they lie."""
+def _weights_of(
+    content: object, path: Path, weights_key: str | None, own: Collection[str] = ()
+) -> Checkpoint:
+    """The network's weights, wherever in the content they lie. own: the names of its tensors,
+    where they are known."""
     networks: dict[str, dict[str, torch.Tensor]] = {}
     beside: dict[str, dict[str, torch.Tensor]] = {}  # the tensors that each lay among
     names: list[str] = []
     for place, tensors in _groups_of_tensors(content):
-        names += [name for name in tensors if len(names) < 5]
-        for prefix in _prefixes(tensors):
+        names = [*names, *tensors][:5]
+        for prefix, outer in _prefixes_of(tensors, own) if own else _prefixes(tensors):
             label = '.'.join((*place, prefix)).strip('.')
-            state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            state = {
+                outer + k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)
+            }
             if not any(_same_tensors(state, other) for other in networks.values()):
                 networks[label], beside[label] = state, tensors
     if not networks:
-        raise InputError(_nothing_found(content, path, names))
+        raise InputError(_nothing_found(content, path, names, own))
     key = _choose(list(networks), weights_key, path)
     others = tuple(label for label in networks if label != key)
     settings = _stored_settings(content)
@@ -102,7 +111,11 @@ def _weights_of(content: object, path: Path, weights_key: str | None) -> Checkpo
             f'{", ".join(others)} (choose with --weights_key)'
         )
     normalisations = {} if {'mean', 'std'} & settings.keys() else _normalisations(beside[key])
-    return Checkpoint(networks[key], settings, key, others, tuple(notes), normalisations)
+    state, unused = networks[key], ()
+    if own:
+        unused = tuple(name for name in state if name not in own)
+        state = {name: value for name, value in state.items() if name in own}
+    return Checkpoint(state, settings, key, others, tuple(notes), normalisations, unused)
 
 
 def _groups_of_tensors(
@@ -158,11 +171,30 @@ def is_plain_tensor(value: object) -> bool:
     )
 
 
-def _prefixes(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """What stands before the names of each encoder-decoder among the names."""
+def _prefixes(tensors: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """What stands before the names of each encoder-decoder among the names; and nothing, which is
+    to be put before them."""
     heads = (re.search(rf'(?:^|(?<=\.)){re.escape(HEAD)}', name) for name in tensors)
     prefixes = dict.fromkeys(head.string[: head.start()] for head in heads if head)
-    return [p for p in prefixes if any(name.startswith(p + ENCODER) for name in tensors)]
+    return [(p, '') for p in prefixes if any(name.startswith(p + ENCODER) for name in tensors)]
+
+
+def _prefixes_of(tensors: Collection[str], own: Collection[str]) -> list[tuple[str, str]]:
+    """What stands before a network's own names among the names of tensors, for each place where at
+    least half of them are; and what a wrapper of the network puts before all of its own."""
+    own = [name for name in own if not name.endswith('num_batches_tracked')]
+    outer = ''
+    while own:
+        inner, places = {name[len(outer) :] for name in own}, Counter()
+        for name in tensors:
+            starts = (0, *(match.end() for match in re.finditer(r'\.', name)))
+            places.update(name[:start] for start in starts if name[start:] in inner)
+        found = [(prefix, outer) for prefix, count in places.items() if 2 * count >= len(inner)]
+        first = {name.partition('.')[0] for name in inner}
+        if found or len(first) > 1 or not all('.' in name for name in inner):
+            return found
+        outer += f'{first.pop()}.'
+    return []
 
 
 def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -182,12 +214,20 @@ def _choose(labels: list[str], weights_key: str | None, path: Path) -> str:
     return weights_key
 
 
-def _nothing_found(content: object, path: Path, names: Sequence[str]) -> str:
+def _nothing_found(content: object, path: Path, names: Sequence[str], own: Collection[str]) -> str:
     """The sentence for a file without a network."""
+    begin = ', '.join(name[:60] for name in names)
+    if names and own:
+        return (
+            f'{path} holds no weights of the network of the model factory: its own begin with '
+            f'{", ".join(list(own)[:5])}, those in the file with {begin} (where the factory loads '
+            'its weights itself, give --weights_key factory)'
+        )
     if names:
         return (
             f'{path} is no segmentation-models-pytorch checkpoint: no names of its tensors have '
-            f'{ENCODER}… and {HEAD}… (they begin with {", ".join(n[:60] for n in names)})'
+            f'{ENCODER}… and {HEAD}… (they begin with {begin}; for another network give '
+            '--model_factory)'
         )
     keys = list(map(str, content))[:10] if isinstance(content, dict) else []
     there = f'its entries are {", ".join(k[:60] for k in keys)}' if keys else 'it is empty'
@@ -365,7 +405,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f'{path} is no safetensors file or is damaged: {error}') from None
 
 
-def _read_folder(folder: Path, weights_key: str | None) -> Checkpoint:
+def _read_folder(folder: Path, weights_key: str | None, own: Collection[str]) -> Checkpoint:
     """A folder of `model.save_pretrained`, or another that holds a file of weights by its usual
     name (accelerate)."""
     config_path = folder / 'config.json'
@@ -375,8 +415,9 @@ def _read_folder(folder: Path, weights_key: str | None) -> Checkpoint:
             f'{folder} holds neither {" nor ".join(WEIGHTS_FILES)} '
             '(give the checkpoint file, or a folder that model.save_pretrained wrote)'
         )
-    settings = _pretrained_settings(config_path) if config_path.is_file() else {}
-    checkpoint = _weights_of(_read_file(weights_path), weights_path, weights_key)
+    of_smp = config_path.is_file() and not own  # else the factory says what the network is
+    settings = _pretrained_settings(config_path) if of_smp else {}
+    checkpoint = _weights_of(_read_file(weights_path), weights_path, weights_key, own)
     notes, normalisations = checkpoint.notes, checkpoint.normalisations
     if (folder / TRANSFORM_FILE).is_file():
         transforms = _saved_transforms(folder / TRANSFORM_FILE)

@@ -107,8 +107,6 @@ from gradient_engine import (
 from image_statistics import explanation_statistics, label_scores, mask_scores
 from model_loading import (
     ARCHITECTURES,
-    DEFAULT_ARCHITECTURE,
-    DEFAULT_ENCODER,
     DEFAULT_IMAGE_SIZE,
     checked_size,
     load_model,
@@ -1406,6 +1404,7 @@ def batch_integrated_gradients_analysis(
     architecture: str | None = None,
     weights_key: str | None = None,
     model_options: dict[str, object] | None = None,
+    model_factory: str | None = None,
     device: str | torch.device = 'auto',
     figures: str = 'all',
     overwrite: bool = False,
@@ -1424,7 +1423,8 @@ def batch_integrated_gradients_analysis(
     using; OutputError if nothing can be written there.
     """
     settings = Settings(baseline=baseline_type, num_steps=num_steps, **options)
-    source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options)
+    source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options,
+                           model_factory)  # fmt: skip
     load = partial(load_explainer, source, settings)
     output = Output(Path(output_dir), figures, overwrite)
     return analyse_dataset(load, data_dir, split, num_samples, settings, output, before_image,
@@ -1555,6 +1555,7 @@ class NetworkSource:
     architecture: str | None = None
     weights_key: str | None = None
     model_options: dict[str, object] | None = None
+    model_factory: str | None = None
 
 
 def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradients:
@@ -1635,14 +1636,19 @@ def build_parser() -> argparse.ArgumentParser:
     add('--model_path', type=Path, required=True,
         help='checkpoint: .pth, .safetensors, or a folder of save_pretrained')
     add('--encoder',
-        help=f"an smp encoder (default: the checkpoint's, else {DEFAULT_ENCODER})")
+        help="an smp encoder (default: the checkpoint's, else read off the weights)")
     add('--architecture', choices=ARCHITECTURES,
-        help=f"default: the checkpoint's, else {DEFAULT_ARCHITECTURE}")
+        help="default: the checkpoint's, else read off the weights")
     add('--weights_key', metavar='KEY',
-        help='which of several networks in the checkpoint (default: the first that is no average)')
+        help='which of several networks in the checkpoint; factory: the weights that a '
+             '--model_factory has loaded itself (default: the first that is no average)')
     add('--model_option', nargs='+', metavar='NAME=VALUE',
         help='of the architecture, where it leaves no trace in the weights, for example '
-             "encoder_output_stride=8 (default: the checkpoint's, else smp's)")
+             'encoder_output_stride=8; with --model_factory, its arguments (default: the '
+             "checkpoint's, else smp's)")
+    add('--model_factory', metavar='FILE.py:FUNCTION',
+        help='code of your own that builds the network, or package.module:function; called with '
+             'the --model_option values (default: a network of smp)')
     add('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     # fmt: on
     _add_settings(group, MODEL)
@@ -1702,7 +1708,7 @@ def source_from(args: argparse.Namespace, device: str) -> NetworkSource:
     """The network that the parsed flags name."""
     options = parse_options(args.model_option or ())
     return NetworkSource(args.model_path, device, args.encoder, args.architecture,
-                         args.weights_key, options or None)  # fmt: skip
+                         args.weights_key, options or None, args.model_factory)  # fmt: skip
 
 
 def say_cost(settings: Settings) -> None:

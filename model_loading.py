@@ -2,8 +2,7 @@
 device.
 
 `checkpoint_reading` finds the weights. Architecture and encoder are those asked for, else those
-stored with the weights, else the defaults; where neither was said and the defaults do not fit,
-those that the weights' names and shapes show.
+stored with the weights, else those that `network_guess` reads off the weights' names and shapes.
 """
 
 from __future__ import annotations
@@ -15,15 +14,16 @@ import hashlib
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import torch
 
-from checkpoint_reading import INFLATION, Checkpoint, read_checkpoint
+from checkpoint_reading import Checkpoint, read_checkpoint
 from errors import InputError, one_line
+from model_factory import build_network, factory_digest, load_weights, tried_channels
 from network_description import (
     ATTRIBUTE,
     EXCLUSIVE,
@@ -33,9 +33,10 @@ from network_description import (
     OUTPUT_KINDS,
     NetworkDescription,
     accepted_sizes,
-    likely_channels,
+    input_channels,
     network_digest,
 )
+from network_guess import head_weight, recognise
 from segmentation_dataset import (
     CHANNEL_ORDERS,
     IMAGENET_MEAN,
@@ -45,12 +46,11 @@ from segmentation_dataset import (
     Preprocessing,
 )
 
-DEFAULT_ARCHITECTURE = 'unetplusplus'
-DEFAULT_ENCODER = 'efficientnet-b5'
 DEFAULT_IMAGE_SIZE = 640
 ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
 MAX_CLASSES = 256  # labels are bytes
 MAX_IMAGE_SIZE = 16384
+OF_THE_FACTORY = 'factory'  # a weights key: those that a factory has loaded itself
 
 
 def resolve_device(name: str | torch.device = 'auto') -> torch.device:
@@ -84,16 +84,19 @@ def load_model(
     architecture: str | None = None,
     weights_key: str | None = None,
     model_options: Mapping[str, object] | None = None,
+    model_factory: str | None = None,
 ) -> torch.nn.Module:
-    """Load a segmentation-models-pytorch checkpoint for inference.
+    """Load a checkpoint of segmentation-models-pytorch, or of a network that the user's own code
+    builds, for inference.
 
     Finds the weights wherever in the file they lie, under any prefix, beside whatever else;
     `.safetensors`; folders of `save_pretrained`. No code in the file is ever run. `encoder` and
-    `architecture` win over settings stored in the checkpoint, which win over the defaults
-    (U-Net++, EfficientNet-B5); where none was said and the defaults do not fit, those are taken
-    that the weights look like. The number of classes is read from the head. weights_key: which of
-    several networks in the file. model_options: further arguments of the architecture, for what
-    leaves no trace in the weights; they win over those stored.
+    `architecture` win over settings stored in the checkpoint; what neither says is read off the
+    names and shapes of the weights: encoder, architecture, numbers of input channels and classes,
+    settings of the decoder. weights_key: which of several networks in the file. model_options:
+    further arguments of the architecture, for what leaves no trace in the weights
+    (`network_guess.LEAVES_NO_TRACE`); they win over those stored. model_factory: FILE.py:FUNCTION
+    or package.module:function, which is called with the model_options and gives the network.
 
     The model comes back in evaluation mode, float32, on the device, with one attribute added,
     `network_description` (a NetworkDescription, whose `notes` say what was decided); its
@@ -101,13 +104,42 @@ def load_model(
 
     Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
     """
-    model_path = Path(model_path)
-    device = resolve_device(device)
-    checkpoint = read_checkpoint(model_path, weights_key)
+    path, device = Path(model_path), resolve_device(device)
+    if model_factory is None:
+        built = _smp_network(path, weights_key, architecture, encoder, dict(model_options or {}))
+    elif architecture or encoder:
+        raise InputError('a model factory goes without --architecture and --encoder')
+    else:
+        built = _network_of_factory(path, weights_key, model_factory, dict(model_options or {}))
+    model, checkpoint, source, notes = built
+    source = {
+        'model_path': str(path),
+        'model_sha256': file_digest(path),
+        **source,
+        **({'weights_key': checkpoint.key} if checkpoint.others else {}),
+        **({'model_options': dict(model_options)} if model_options else {}),
+    }
+    return described(model, checkpoint, source, notes, path).to(device)
+
+
+# A network with its weights; the checkpoint, what the network is made from, and what was decided.
+Built = tuple[torch.nn.Module, Checkpoint, dict[str, object], list[str]]
+
+
+def _smp_network(
+    path: Path,
+    weights_key: str | None,
+    architecture: str | None,
+    encoder: str | None,
+    options: dict[str, object],
+) -> Built:
+    """The network of segmentation-models-pytorch in a checkpoint."""
+    checkpoint = read_checkpoint(path, weights_key)
     stored, notes = checkpoint.settings, list(checkpoint.notes)
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
-    classes = _count_classes(state, model_path)
-    options = {**stored.get('options', {}), **(model_options or {})}
+    classes = _count_classes(state, path)
+    _stored_preprocessing(stored, path)  # makes sense; used once the channels are known
+    options = {**stored.get('options', {}), **options}
     if activation := options.pop('activation', None):
         notes.append('its last activation is left out: what is explained is the logit before it')
         if activation == 'sigmoid' and classes > 1:
@@ -116,27 +148,32 @@ def load_model(
                 'its activation is a sigmoid of each class, so its labels are independent (say '
                 'otherwise with --output_kind exclusive)'
             )
-    names = (architecture or stored.get('architecture'), encoder or stored.get('encoder'))
-    architecture, encoder = names[0] or DEFAULT_ARCHITECTURE, names[1] or DEFAULT_ENCODER
-    if names == (None, None) and not _fits(state, architecture, encoder, classes, options):
-        architecture, encoder, note = _looks_like(state, architecture, encoder)
-        notes += note
-    options['in_channels'] = _input_channels(state, encoder)
-    with _explained_mismatch(state, model_path, architecture, encoder):
-        _check_size(architecture, encoder, classes, options, state)
-        model = create_model(architecture, encoder, classes, **options)
-        model.load_state_dict(state)
-    model = model.float().eval()
-    source = {
-        'model_path': str(model_path),
-        'model_sha256': file_digest(model_path),
-        'architecture': architecture,
-        'encoder': encoder,
-        'classes': classes,
-        **({'weights_key': checkpoint.key} if checkpoint.others else {}),
-        **({'model_options': dict(model_options)} if model_options else {}),
-    }
-    return described(model, checkpoint, source, notes, model_path, LOGITS).to(device)
+    architecture = architecture or stored.get('architecture')
+    encoder = encoder or stored.get('encoder')
+    with _explained_mismatch(path):
+        found = recognise(state, path, create_model, architecture, encoder, options)
+        model = create_model(found.architecture, found.encoder, classes, found.in_channels,
+                             **found.options)  # fmt: skip
+        model.load_state_dict(found.state)
+    source = {'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes}
+    return model.float().eval(), checkpoint, source, [*notes, *found.notes]
+
+
+def _network_of_factory(
+    path: Path, weights_key: str | None, factory: str, options: dict[str, object]
+) -> Built:
+    """The network that the user's own code builds, with its weights from a checkpoint."""
+    model = build_network(factory, options)
+    if weights_key == OF_THE_FACTORY:
+        checkpoint = Checkpoint({}, key=weights_key, notes=("the weights are the factory's own",))
+        notes = [*checkpoint.notes]
+    else:
+        checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
+        notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
+    source = {'model_factory': factory, 'model_factory_sha256': factory_digest(factory)}
+    if weights_key == OF_THE_FACTORY:
+        source['weights_key'] = weights_key
+    return model, checkpoint, source, notes
 
 
 def described(
@@ -145,12 +182,10 @@ def described(
     source: dict[str, object],
     notes: Sequence[str],
     path: Path,
-    gives: str | None = None,
 ) -> torch.nn.Module:
     """The module with its `network_description` and `preprocessing`, from what the checkpoint
-    stores and what the network says of itself. gives: what comes out, where that is known.
-    Raises InputError."""
-    channels = likely_channels(model)
+    stores and what the network says of itself. Raises InputError."""
+    channels = input_channels(model) or tried_channels(model) or 3
     stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
     preprocessing = _stored_preprocessing({**stored, **beside}, path)
     notes = [*notes]
@@ -178,7 +213,7 @@ def described(
         fixed_size=fixed,
         output_kind=kind if kind in OUTPUT_KINDS and classes != 1 else usual,
         background=background if isinstance(background, int | None) else 0,
-        gives=gives,
+        gives=LOGITS if 'architecture' in source else None,  # whose activation was left out
         class_names=_names(stored.get('class_names')),
         preprocessing=preprocessing,
         weights_sha256=network_digest(model),
@@ -211,50 +246,6 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
     return options
 
 
-def _fits(
-    state: dict[str, torch.Tensor], architecture: str, encoder: str, classes: int, options: dict
-) -> bool:
-    """Whether the weights have the names and shapes of this network."""
-    outline = _skeleton(lambda: create_model(architecture, encoder, classes, **options))
-    return outline is not None and all(
-        _shapes(outline.state_dict(), part) == _shapes(state, part) for part in (True, False)
-    )
-
-
-def _looks_like(
-    state: dict[str, torch.Tensor], architecture: str, encoder: str
-) -> tuple[str, str, list[str]]:
-    """Architecture and encoder that the weights show, and the sentence that says so; as they were
-    where nothing is recognised."""
-    like_encoder = guess_encoder(state, encoder)
-    like = like_encoder and guess_architecture(state, like_encoder)
-    if not like:
-        return architecture, encoder, []
-    note = (
-        f'by the names and shapes of its weights this is {like} with encoder {like_encoder} '
-        '(say otherwise with --architecture and --encoder)'
-    )
-    return like, like_encoder, [note]
-
-
-def _check_size(
-    architecture: str, encoder: str, classes: int, options: dict, state: dict[str, torch.Tensor]
-) -> None:
-    """Raise RuntimeError where a checkpoint's settings ask for a model much larger than its file
-    holds, before memory is taken for it."""
-    # SegFormer's encoders cannot be outlined; what the settings make large is the decoder.
-    for name in (encoder, 'resnet18'):
-        try:
-            with torch.device('meta'):
-                outline = create_model(architecture, name, classes, **options)
-            break
-        except InputError as error:
-            if 'meta tensors' not in str(error):
-                raise
-    if numbers_in(outline.state_dict()) > INFLATION * numbers_in(state):
-        raise RuntimeError('the model is too large')
-
-
 def checked_size(size: object) -> ImageSize:
     """An image size from a number, (height, width), or text such as 640 or 384x640; a square's as
     one number. Raises InputError."""
@@ -272,16 +263,6 @@ def checked_size(size: object) -> ImageSize:
     if max(whole) > MAX_IMAGE_SIZE:
         raise InputError(f'image_size must be at most {MAX_IMAGE_SIZE}, not {size}')
     return whole[0] if whole[0] == whole[-1] else (whole[0], whole[1])
-
-
-def numbers_in(state: dict[str, torch.Tensor]) -> int:
-    """How many numbers a state dict holds; those that a view repeats count once."""
-    return sum(
-        value.numel()
-        if value.device.type == 'meta'
-        else min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
-        for value in state.values()
-    )
 
 
 def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
@@ -306,19 +287,9 @@ def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
     return Preprocessing(size, resize, mean, std, order)
 
 
-def _input_channels(state: dict[str, torch.Tensor], encoder: str) -> int:
-    """How many channels the first convolution of an encoder takes, read from its weights."""
-    outline = _skeleton(lambda: smp.encoders.get_encoder(encoder, weights=None))
-    for name, value in (outline.state_dict() if outline else {}).items():
-        found = state.get(f'encoder.{name}')
-        if found is not None and value.ndim == found.ndim == 4 and value.shape[1] == 3:
-            return found.shape[1]
-    return 3
-
-
 def create_model(
     architecture: str, encoder: str, classes: int, in_channels: int = 3, **options: object
-):
+) -> torch.nn.Module:
     """An untrained smp model by name; no weights are fetched. Raises InputError: unknown name."""
     if architecture not in ARCHITECTURES:
         raise InputError(
@@ -329,12 +300,7 @@ def create_model(
         raise InputError(f'"{str(encoder)[:50]}" is no name of an encoder')
     try:
         return smp.create_model(
-            architecture,
-            encoder,
-            encoder_weights=None,
-            in_channels=in_channels,
-            classes=classes,
-            **options,
+            architecture, encoder, None, in_channels=in_channels, classes=classes, **options
         )
     except Exception as error:  # what encoders raise at odd options is theirs
         close = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
@@ -357,88 +323,25 @@ def file_digest(path: Path) -> str:
 
 def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
     """The number of output channels, read from the last convolution of the segmentation head."""
-    heads = [v for k, v in state.items() if k.startswith('segmentation_head.') and v.ndim == 4]
-    if not heads:
+    head = head_weight(state)
+    if head is None:
         raise InputError(
             f'{path} is no segmentation-models-pytorch checkpoint: it has no segmentation_head '
             f'(its first entry is "{next(iter(state), "")[:100]}")'
         )
-    classes = heads[-1].shape[0]
+    classes = head.shape[0]
     if not 1 <= classes <= MAX_CLASSES:
         raise InputError(f'{path} has {classes} classes (1 to {MAX_CLASSES} are possible)')
     return classes
 
 
 @contextlib.contextmanager
-def _explained_mismatch(
-    state: dict[str, torch.Tensor], path: Path, architecture: str, encoder: str
-) -> Iterator[None]:
+def _explained_mismatch(path: Path) -> Iterator[None]:
     """Turn the pages of text of a failed load_state_dict into one sentence with the remedy."""
     try:
         yield
-    except RuntimeError:
-        said = f'{path} does not fit {architecture} with encoder {encoder}: it '
-        like_encoder = guess_encoder(state, encoder)
-        like = like_encoder and guess_architecture(state, like_encoder)
-        if like_encoder is None:
-            remedy = 'has an encoder that was not recognised (give its name with --encoder)'
-            if any(k.startswith('encoder.model.') for k in state):
-                remedy = 'has a timm encoder (give its name, which starts with tu-, with --encoder)'
-        elif like and (like, like_encoder) != (architecture, encoder):
-            remedy = (
-                f'looks like {like} with encoder {like_encoder} '
-                f'(add --architecture {like} --encoder {like_encoder})'
-            )
-        else:
-            remedy = (
-                f'has the encoder {like_encoder}, but a decoder with other settings than smp '
-                'sets by default (save the model with save_pretrained, which records them)'
-            )
-        raise InputError(said + remedy) from None
-
-
-def _shapes(state: dict[str, torch.Tensor], encoder: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a state dict's encoder, or of everything else."""
-    return {
-        name: tuple(value.shape)
-        for name, value in state.items()
-        if name.startswith('encoder.') == encoder and not name.endswith('num_batches_tracked')
-    }
-
-
-def guess_encoder(state: dict[str, torch.Tensor], near: str = '') -> str | None:
-    """The smp encoder whose tensors have exactly these names and shapes; None if there is none.
-
-    Encoders whose names are close to `near` are tried first.
-    """
-    wanted = _shapes(state, encoder=True)
-    known = smp.encoders.get_encoder_names()
-    known.sort(key=lambda name: -difflib.SequenceMatcher(None, near, name).ratio())
-    for name in dict.fromkeys((near or known[0], *known)):  # `near` may be one of timm's own
-        candidate = _skeleton(lambda name=name: smp.encoders.get_encoder(name, weights=None))
-        if candidate is None:
-            continue
-        tensors = {f'encoder.{key}': value for key, value in candidate.state_dict().items()}
-        if _shapes(tensors, encoder=True) == wanted:
-            return name
-    return None
-
-
-def guess_architecture(state: dict[str, torch.Tensor], encoder: str) -> str | None:
-    """The smp architecture that has, with this encoder, exactly these decoder tensors."""
-    wanted = _shapes(state, encoder=False)
-    classes = _count_classes(state, Path())
-    for name in ARCHITECTURES:
-        candidate = _skeleton(lambda name=name: create_model(name, encoder, classes))
-        if candidate is not None and _shapes(candidate.state_dict(), encoder=False) == wanted:
-            return name
-    return None
-
-
-def _skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
-    """A network for its names and shapes only: without memory where that works, which is fast.
-    None where it cannot be built: not every name and every pair exists."""
-    for device in ('meta', 'cpu'):
-        with contextlib.suppress(Exception), torch.device(device):
-            return build()
-    return None
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f'{path} does not fit the network that its settings and the names of its weights ask '
+            f'for: {one_line(error)} (save the model with save_pretrained, which records them)'
+        ) from None

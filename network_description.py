@@ -218,9 +218,11 @@ def accepted_sizes(model: torch.nn.Module) -> tuple[int, tuple[int, int] | None]
     the only (height, width) it takes, where there is one."""
     encoder = getattr(model, 'encoder', None)
     fixed = None
-    dynamic = getattr(getattr(encoder, 'model', None), 'dynamic_img_size', False)
+    network = getattr(encoder, 'model', None)
+    dynamic = getattr(network, 'dynamic_img_size', False)
     if getattr(encoder, 'is_fixed_input_size', False) is True and not dynamic:
-        size = getattr(encoder, 'input_size', None)
+        made_for = getattr(getattr(network, 'patch_embed', None), 'img_size', None)
+        size = made_for or getattr(encoder, 'input_size', None)
         fixed = (int(size[-2]), int(size[-1])) if isinstance(size, (tuple, list)) else None
     if not getattr(model, 'requires_divisible_input_shape', False):
         return 1, fixed
@@ -287,8 +289,9 @@ def structure_digest(model: torch.nn.Module) -> str:
     kept: dict[int, object] = {}  # what was seen; kept, so that no id is used twice
     for name, module in model.named_modules():
         digest.update(name.encode())
-        for part in (*_parts(type(module), kept), *_attributes(module, kept)):
-            digest.update(part)
+        for value in (type(module), *_attributes(module)):
+            for part in _parts(value, kept):
+                digest.update(part)
     return digest.hexdigest()
 
 
@@ -302,17 +305,35 @@ def plain_attributes(model: torch.nn.Module) -> tuple:
     )
 
 
-def _attributes(module: torch.nn.Module, kept: dict[int, object]) -> Iterator[bytes]:
+def _attributes(module: torch.nn.Module) -> tuple[dict, dict]:
     """What belongs to a module itself: its attributes, and the hooks that change what it gives."""
     own = {key: value for key, value in vars(module).items() if key not in MODULE_PARTS}
-    hooks = {key: list(vars(module).get(key, {}).values()) for key in HOOKS}
-    for value in (own, hooks):
-        yield from _parts(value, kept)
+    return own, {key: list(vars(module).get(key, {}).values()) for key in HOOKS}
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """A value inside another, whose parts come in its place."""
+
+    value: object
 
 
 def _parts(value: object, kept: dict[int, object]) -> Iterator[bytes]:
     """All of a value that may decide what is computed, at any depth; nothing that would hold an
     address, since the digest must be the same in the next process."""
+    waiting = [iter((_Inner(value),))]  # no recursion: code may lead very deep
+    while waiting:
+        piece = next(waiting[-1], None)
+        if piece is None:
+            waiting.pop()
+        elif isinstance(piece, _Inner):
+            waiting.append(_pieces(piece.value, kept))
+        else:
+            yield piece
+
+
+def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
+    """The parts of one value, those inside as they are."""
     if value is None or isinstance(value, PLAIN):
         yield f'{type(value).__name__} {value!r}'.encode(errors='backslashreplace')
         return
@@ -323,32 +344,36 @@ def _parts(value: object, kept: dict[int, object]) -> Iterator[bytes]:
         yield from _tensor(value)
     elif isinstance(value, np.ndarray):
         yield f'{value.dtype} {value.shape}'.encode()
-        if value.dtype.hasobject:
-            yield from _parts(value.tolist(), kept)
-        else:
-            yield value.tobytes()
+        yield _Inner(value.tolist()) if value.dtype.hasobject else value.tobytes()
     elif isinstance(value, (dict, list, tuple)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from (*_parts(key, kept), *_parts(part, kept))
+        for pair in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from map(_Inner, pair)
     elif isinstance(value, (set, frozenset)):
-        yield b' '.join(sorted(b''.join(_parts(part, {})) for part in value))
+        yield ' '.join(sorted(map(_unordered, value))).encode(errors='backslashreplace')
     elif isinstance(value, partial):
-        yield from _parts((value.func, value.args, value.keywords), kept)
+        yield _Inner((value.func, value.args, value.keywords))
     elif isinstance(value, type):
-        yield from _class(value, kept)
+        yield from _class(value)
     elif hasattr(value, '__code__') or hasattr(value, '__func__'):
-        yield from _function(value, kept)
+        yield from _function(value)
     elif isinstance(value, ModuleType):
         yield value.__name__.encode()
     elif isinstance(value, torch.nn.Module):  # one that is no registered child
-        yield from (*_parts(type(value), kept), *_attributes(value, kept))
-        yield from _parts([*value.parameters(), *value.buffers(), *value.children()], kept)
+        yield _Inner(type(value))
+        yield from map(_Inner, _attributes(value))
+        yield _Inner([*value.parameters(), *value.buffers(), *value.children()])
     else:  # an object of any other class, or a function in C
         yield getattr(value, '__qualname__', type(value).__qualname__).encode()
         settings = isinstance(value, (SimpleNamespace, Namespace))
         if settings or not _of_library(type(value).__module__):
-            yield from _parts(type(value), kept)
-            yield from _parts(getattr(value, '__dict__', None), kept)
+            yield _Inner(type(value))
+            yield _Inner(getattr(value, '__dict__', None))
+
+
+def _unordered(value: object) -> str:
+    """What stands for a part of a set, whose order is another in every process."""
+    known = isinstance(value, (*PLAIN, tuple)) or value is None
+    return repr(value) if known else getattr(value, '__qualname__', type(value).__qualname__)
 
 
 def _tensor(value: torch.Tensor) -> Iterator[bytes]:
@@ -362,7 +387,7 @@ def _tensor(value: torch.Tensor) -> Iterator[bytes]:
         return
 
 
-def _class(kind: type, kept: dict[int, object]) -> Iterator[bytes]:
+def _class(kind: type) -> Iterator[bytes | _Inner]:
     """The name of a class, and, where it is no library's, its code and its attributes."""
     for base in kind.__mro__:
         yield f'{base.__module__}.{base.__qualname__}'.encode()
@@ -371,7 +396,8 @@ def _class(kind: type, kept: dict[int, object]) -> Iterator[bytes]:
             for name, value in own.items():
                 value = getattr(value, '__func__', getattr(value, 'fget', value))
                 if isinstance(value, (*PLAIN, list, tuple, dict)) or hasattr(value, '__code__'):
-                    yield from (name.encode(), *_parts(value, kept))
+                    yield name.encode()
+                    yield _Inner(value)
 
 
 @cache
@@ -384,7 +410,7 @@ def _of_library(module: str) -> bool:
     return 'site-packages' in file or 'dist-packages' in file
 
 
-def _function(function: object, kept: dict[int, object]) -> Iterator[bytes]:
+def _function(function: object) -> Iterator[bytes | _Inner]:
     """What a Python function does: its byte code, its constants, and all that it uses by name."""
     bound = getattr(function, '__self__', None)
     function = getattr(function, '__func__', function)
@@ -393,15 +419,15 @@ def _function(function: object, kept: dict[int, object]) -> Iterator[bytes]:
     if not isinstance(code, CodeType) or _of_library(str(function.__module__)):
         return
     yield from _byte_code(code)
-    yield from _parts((function.__defaults__, function.__kwdefaults__), kept)
+    yield _Inner((function.__defaults__, function.__kwdefaults__))
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # not filled yet
-            yield from _parts(cell.cell_contents, kept)
+            yield _Inner(cell.cell_contents)
     for name in code.co_names:
         if name in function.__globals__:
-            yield from _parts(function.__globals__[name], kept)
+            yield _Inner(function.__globals__[name])
     if bound is not None and not isinstance(bound, (torch.nn.Module, type, ModuleType)):
-        yield from _parts(bound, kept)
+        yield _Inner(bound)
 
 
 def _byte_code(code: CodeType) -> Iterator[bytes]:

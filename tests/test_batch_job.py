@@ -325,7 +325,7 @@ def test_the_columns_are_the_flat_statistics(tmp_path, data):
     )
     (statistics,) = result.images
     nested = {'trend', 'preparation', 'settings', 'versions', 'notes', 'targets', 'verdict',
-              'evaluation', 'channel_shares'}  # fmt: skip
+              'evaluation', 'channel_shares', 'channel_names', 'class_scores'}  # fmt: skip
     added = {'status', 'reason', 'flags', 'number', 'share_red', 'share_green', 'share_blue'}
     assert set(statistics) - nested == set(COLUMNS) - added
     assert [key for key in statistics if key in COLUMNS] == [

@@ -10,6 +10,7 @@ from helpers import ROOT
 import integrated_gradients
 from image_statistics import COMPOUND, METRICS, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
 from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
+from network_guess import LEAVES_NO_TRACE
 from verdict import FINDING_RULES, Thresholds
 
 README = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
@@ -73,6 +74,16 @@ def test_every_finding_and_threshold_is_explained():
         assert rule.flag in part
     for name, limit in vars(Thresholds()).items():
         assert f'`{name}` ({limit:g})' in part
+
+
+def test_what_leaves_no_trace_is_told_of_every_architecture():
+    (part,) = re.findall(r'- \*\*What leaves no trace.*?(?=\n- )', REFERENCE, re.DOTALL)
+    told = dict(re.findall(r'((?:`\w+`,?\s+)+)\(([^)]+)\)', part))
+    for architecture, options in LEAVES_NO_TRACE.items():
+        for option in options:
+            lists = [names for key, names in told.items() if f'`{option}`' in key]
+            known = {name for names in lists for name in re.split(r',\s+', names)}
+            assert architecture in known, (architecture, option)
 
 
 def commands() -> list[str]:

@@ -1,0 +1,233 @@
+"""Networks that the user's own code builds: torchvision's, hand-written ones, any other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import ROOT, noise_image, save_image
+from torch import nn
+
+from errors import InputError
+from integrated_gradients import IntegratedGradients, main
+from model_factory import build_network, tried_channels
+from model_loading import load_model, parse_options
+
+UNET = """
+import torch
+from torch import nn
+from layers import block
+
+class UNet(nn.Module):
+    def __init__(self, channels=1, classes=2, width=4):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.last = nn.Conv2d(2 * width, classes, 1)
+        self.down1, self.down2 = block(channels, width), block(width, 2 * width)
+    def forward(self, x):
+        fine = self.down1(x)
+        coarse = self.down2(nn.functional.max_pool2d(fine, 2))
+        return self.last(torch.cat([fine, self.up(coarse)], dim=1))
+
+class Wrapped(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.net = UNet(**options)
+    def forward(self, x):
+        return {'out': self.net(x)}
+
+def fails():
+    raise ValueError('no such size')
+
+number = int
+"""
+LAYERS = """
+from torch import nn
+
+def block(before, after):
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / 'unet.py').write_text(UNET)
+    (tmp_path / 'layers.py').write_text(LAYERS)
+    return tmp_path
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+def flags(folder, factory, *options):
+    given = ['--model_option', *options] if options else []
+    return ['--model_path', str(folder / 'm.pth'), '--model_factory', factory, *given, '--device',
+            'cpu', '--image_size', '64', '--num_steps', '2', '--step_batch', '1', '--target',
+            'image', '--image_path', str(save_image(folder / 'a.png', noise_image())),
+            '--output_dir', str(folder / 'out')]  # fmt: skip
+
+
+def test_a_hand_written_unet_from_the_command_line(folder, capsys):
+    factory = f'{folder}/unet.py:UNet'
+    net = randomised(build_network(factory, {'classes': 3, 'width': 8}))
+    torch.save({'epoch': 3, 'state_dict': {f'model.{k}': v for k, v in net.state_dict().items()}},
+               folder / 'm.pth')  # fmt: skip
+    assert main(flags(folder, factory, 'classes=3', 'width=8')) == 0
+    (path,) = folder.glob('out/*/*_statistics.json')
+    found = json.loads(path.read_text())
+    assert found['settings']['model_factory'] == factory
+    assert found['settings']['model_options'] == {'classes': 3, 'width': 8}
+    assert found['settings']['channels'] == 1 and found['channel_names'] == ['grey']
+    loaded = load_model(folder / 'm.pth', 'cpu', model_factory=factory,
+                        model_options={'classes': 3, 'width': 8})  # fmt: skip
+    x = torch.randn(1, 1, 32, 32)
+    torch.testing.assert_close(loaded(x), net(x))
+    assert main(flags(folder, factory, 'classes=2', 'width=8')) == 2
+    said = capsys.readouterr().err
+    assert '2 have another shape (last.weight: (3, 16, 1, 1), the network has' in said
+    assert 'Traceback' not in said
+
+
+def test_what_the_factory_computes_is_part_of_what_is_finished(folder):
+    factory = f'{folder}/unet.py:UNet'
+    torch.save(build_network(factory, {}).state_dict(), folder / 'm.pth')
+    seen = []
+    for changed in (False, False, True):
+        if changed:
+            (folder / 'unet.py').write_text(UNET.replace('max_pool2d', 'avg_pool2d'))
+        command = [sys.executable, str(ROOT / 'integrated_gradients.py'), *flags(folder, factory)]
+        subprocess.run(command, check=True, capture_output=True)
+        (path,) = folder.glob('out/*/*_statistics.json')
+        seen.append((path.stat().st_mtime_ns, json.loads(path.read_text())['resume_key']))
+    assert seen[0] == seen[1] and seen[1][1] != seen[2][1]
+
+
+@pytest.mark.parametrize('name', ['lraspp_mobilenet_v3_large', 'deeplabv3_mobilenet_v3_large'])
+def test_torchvision(folder, name):
+    factory, options = f'torchvision.models.segmentation:{name}', ['num_classes=2']
+    options.append('weights_backbone=None')
+    net = build_network(factory, parse_options(options))
+    torch.save({'model': net.state_dict()}, folder / 'm.pth')
+    assert main(flags(folder, factory, *options)) == 0
+    with np.load(folder / 'out' / 'a' / 'a_attributions.npz') as arrays:
+        assert arrays['prediction'].shape == (64, 64) and arrays['attributions'].any()
+
+
+@pytest.mark.parametrize('wrapped', [True, False])
+def test_a_wrapper_in_the_factory_or_around_the_saved_network(folder, wrapped):
+    plain, outer = f'{folder}/unet.py:UNet', f'{folder}/unet.py:Wrapped'
+    saved, asked = (plain, outer) if wrapped else (outer, plain)
+    net = build_network(saved, {})
+    safetensors.torch.save_file(net.state_dict(), folder / 'm.safetensors')
+    loaded = load_model(folder / 'm.safetensors', 'cpu', model_factory=asked)
+    x = torch.randn(1, 1, 16, 16)
+    maps = [one['out'] if isinstance(one, dict) else one for one in (loaded(x), net(x))]
+    torch.testing.assert_close(*maps)
+
+
+def test_what_lies_beside_the_weights(folder):
+    factory = f'{folder}/unet.py:UNet'
+    state = build_network(factory, {}).state_dict()
+    beside = {'aux.weight': torch.ones(2), 'pixel_mean': torch.tensor([0.5]),
+              'pixel_std': torch.tensor([0.25])}  # fmt: skip
+    torch.save({'model': {**state, **beside}, 'ema': dict(state.items())}, folder / 'm.pth')
+    loaded = load_model(folder / 'm.pth', 'cpu', model_factory=factory)
+    notes = ' '.join(loaded.network_description.notes)
+    assert '3 tensors beside the weights are not used (aux.weight' in notes
+    assert loaded.preprocessing.mean == (0.5,) and loaded.preprocessing.std == (0.25,)
+    del state['down1.0.weight']
+    torch.save(state, folder / 'm.pth')
+    with pytest.raises(InputError, match=r'1 tensors are missing \(down1.0.weight\)'):
+        load_model(folder / 'm.pth', 'cpu', model_factory=factory)
+    torch.save({'other.weight': torch.ones(1)}, folder / 'm.pth')
+    with pytest.raises(InputError, match='holds no weights of the network of the model factory'):
+        load_model(folder / 'm.pth', 'cpu', model_factory=factory)
+
+
+def test_weights_that_the_factory_has_loaded_itself(folder):
+    factory = f'{folder}/unet.py:UNet'
+    torch.save({'other.weight': torch.ones(1)}, folder / 'm.pth')
+    torch.manual_seed(0)
+    expected = build_network(factory, {})
+    torch.manual_seed(0)
+    found = load_model(folder / 'm.pth', 'cpu', model_factory=factory, weights_key='factory')
+    assert all(torch.equal(found.state_dict()[k], v) for k, v in expected.state_dict().items())
+    assert found.network_description.source['weights_key'] == 'factory'
+    assert "the weights are the factory's own" in found.network_description.notes
+
+
+def test_a_module_by_name(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    network = build_network('unet:UNet', {'channels': 4})
+    assert network(torch.zeros(1, 4, 8, 8)).shape == (1, 2, 8, 8)
+    assert tried_channels(network) == 4  # its first convolution in order is not the first that runs
+    ig = IntegratedGradients(network, 'cpu', step_batch=1)
+    assert ig.explain(torch.rand(4, 16, 16), 'image', num_steps=2).attributions.shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ('factory', 'options', 'said'),
+    [
+        ('unet.py', {}, 'not of the form FILE.py:FUNCTION'),
+        ('none.py:f', {}, 'model factory not found'),
+        ('unet.py:nothing', {}, 'there is no "nothing"'),
+        ('unet.py:fails', {}, 'ValueError: no such size'),
+        ('unet.py:number', {}, 'gives int, not a torch.nn.Module'),
+        ('unet.py:UNet', {'odd': 1}, "unexpected keyword argument 'odd'"),
+        ('broken.py:f', {}, 'cannot be imported: SyntaxError'),
+        ('exits.py:f', {}, 'cannot be imported: SystemExit'),
+        ('no_such_package_at_all:f', {}, 'cannot be imported: ModuleNotFoundError'),
+    ],
+)
+def test_factories_that_do_not_work_are_told_in_a_sentence(folder, factory, options, said):
+    (folder / 'broken.py').write_text('def f(:\n')
+    (folder / 'exits.py').write_text('import sys\nsys.exit(3)\n')
+    with pytest.raises(InputError, match=said) as error:
+        build_network(str(folder / factory) if '.py' in factory else factory, options)
+    assert '\n' not in str(error.value)
+
+
+def test_a_factory_goes_without_the_names_of_smp(folder, capsys):
+    arguments = [*flags(folder, f'{folder}/unet.py:UNet'), '--encoder', 'resnet18']
+    assert main(arguments) == 2
+    assert 'goes without --architecture and --encoder' in capsys.readouterr().err
+
+
+def other_library(package: str, folder) -> tuple[str, list[str]]:
+    """A network of a library, saved: the factory and its options, as README has them."""
+    if package == 'monai':
+        options = ['spatial_dims=2', 'in_channels=1', 'out_channels=2', 'channels=(4,8,16)',
+                   'strides=(2,2)']  # fmt: skip
+        return 'monai.networks.nets:UNet', options
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    sizes = {'hidden_sizes': [8, 16, 24, 32], 'depths': [1] * 4, 'decoder_hidden_size': 16}
+    config = SegformerConfig(num_labels=3, **sizes)
+    SegformerForSemanticSegmentation(config).save_pretrained(folder / 'saved')
+    return ('transformers:SegformerForSemanticSegmentation.from_pretrained',
+            [f'pretrained_model_name_or_path={folder}/saved'])  # fmt: skip
+
+
+@pytest.mark.parametrize('package', ['transformers', 'monai'])
+def test_networks_of_other_libraries(folder, package):
+    pytest.importorskip(package)
+    factory, options = other_library(package, folder)
+    torch.save(build_network(factory, parse_options(options)).state_dict(), folder / 'm.pth')
+    given = flags(folder, factory, *options)
+    if package == 'transformers':  # its own folder: older names, a config.json that is not smp's
+        given[1] = str(folder / 'saved')
+        given += ['--weights_key', 'factory']
+    assert main(given) == 0
+    with np.load(folder / 'out' / 'a' / 'a_attributions.npz') as arrays:
+        assert arrays['prediction'].shape == (64, 64) and arrays['attributions'].any()
