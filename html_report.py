@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from image_statistics import METRICS, STATISTICS, shown
 from result_files import FILE_ENDINGS
 from segmentation_dataset import size_text
-from verdict import FINDING_RULES, concerns
+from verdict import LEVELS, concerns
 
 TEMPLATE = 'report_template.html'
 _SHOWN = sorted((row.page, key) for key, row in STATISTICS.items() if row.page is not None)
@@ -62,7 +62,6 @@ def report_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    flags = {rule.flag: rule.level for rule in FINDING_RULES}
     used = {finding['flag'] for entry in images for finding in entry['verdict']}
     return environment.get_template(TEMPLATE).render(
         page=page,
@@ -73,7 +72,7 @@ def report_html(
         ],
         meanings={name: metric.explanation for name, metric in METRICS.items()},
         columns=IN_TABLE,
-        flags={flag: level for flag, level in flags.items() if flag in used},
+        flags={flag: level for flag, level in LEVELS.items() if flag in used},
         summary=summary_rows(summary),
         counts=summary,
         skipped=skipped,

@@ -21,8 +21,10 @@ GOOD, NOTE, CONCERN = 'good', 'note', 'concern'  # levels of a finding
 class Thresholds:
     """Where a figure begins to mean something. Each can be set on the command line."""
 
-    focus_ratio: float = 2.0  # attribution ratio above which the focus is good
-    background_ratio: float = 1.0  # below which the background weighs more than the prediction
+    focus_ratio: float = 2.0  # attribution ratio of the target above which the focus is good
+    background_ratio: float = 1.0  # below which the background weighs more than the target
+    baseline_contrast: float = 1.0  # below which the baseline is more like the target than the rest
+    baseline_change: float = 0.5  # of F's range on the path, that F(x) - F(x') must at least be
     map_error: float = 0.1  # above which only broad features are settled
     rim_excess: float = 1.0  # above which the outer rim holds more than its area explains
     padding_excess: float = 1.0  # the same for letterbox padding
@@ -54,21 +56,65 @@ class FindingRule:
     text: str  # formatted with the statistics
 
 
+def _margin(figures: dict) -> float:
+    """Of deletion and insertion together, over copies of the map in the wrong place."""
+    return (figures['deletion_margin'] + figures['insertion_margin']) / 2
+
+
 def _fails_controls(figures: dict, limits: Thresholds) -> bool:
-    return max(figures['deletion_margin'], figures['insertion_margin']) <= limits.control_margin
+    return _margin(figures) <= limits.control_margin
+
+
+def _passed(figures: dict, limits: Thresholds) -> bool:
+    """Whether the map was checked against its controls, and beat them."""
+    known = (
+        figures.get('deletion_margin') is not None and figures.get('insertion_margin') is not None
+    )
+    return known and not _fails_controls(figures, limits)
+
+
+def hides_target(figures: dict, limits: Thresholds) -> bool:
+    """Whether the baseline is so like the target that no map against it can be believed, unless the
+    checks say otherwise."""
+    contrast = figures.get('baseline_contrast')
+    low = contrast is not None and contrast < limits.baseline_contrast
+    return low and not _passed(figures, limits)
+
+
+def _explains_nothing(figures: dict, limits: Thresholds) -> bool:
+    """Whether the score is about the same on the baseline as on the image, by what it does on the
+    way."""
+    scores = figures['trend']['scores']
+    change = abs(figures['score'] - figures['baseline_score'])
+    return change < limits.baseline_change * (max(scores) - min(scores))
+
+
+def _gap_tolerance(figures: dict) -> float:
+    """The gap above which to warn: a tolerance that was asked for and reached is kept to."""
+    settings = figures['settings']
+    return max(settings['gap_tolerance'], settings.get('tolerance') or 0.0)
 
 
 FINDING_RULES: tuple[FindingRule, ...] = (
-    FindingRule('good focus', GOOD, ('attribution_ratio',),
-         lambda s, t: s['attribution_ratio'] > t.focus_ratio,
-         'The predicted mask weighs {attribution_ratio:.3g} times as much as the background, '
+    FindingRule('baseline hides the target', CONCERN, ('baseline_contrast',), hides_target,
+         'The baseline is more like the target than like the rest of the image (contrast '
+         '{baseline_contrast:.2g}), so that the target can get no attribution whatever the model '
+         'does: take another --baseline, or auto.'),
+    FindingRule('nothing to explain', CONCERN, ('score', 'baseline_score', 'trend'),
+         _explains_nothing,
+         'The score on the baseline ({baseline_score:.3g}) is about that on the image '
+         '({score:.3g}), for what it does between them: take another --baseline, or auto.'),
+    FindingRule('good focus', GOOD, ('attribution_ratio_in_target',),
+         lambda s, t: s['attribution_ratio_in_target'] > t.focus_ratio and not hides_target(s, t),
+         'The target weighs {attribution_ratio_in_target:.3g} times as much as the background, '
          'pixel for pixel.'),
-    FindingRule('background focus', CONCERN, ('attribution_ratio',),
-         lambda s, t: s['attribution_ratio'] < t.background_ratio,
-         'The background weighs more than the predicted mask, pixel for pixel (attribution ratio '
-         '{attribution_ratio:.3g}).'),
+    FindingRule('background focus', CONCERN, ('attribution_ratio_in_target',),
+         lambda s, t: s['attribution_ratio_in_target'] < t.background_ratio
+         and not hides_target(s, t),
+         'The background weighs more than the target, pixel for pixel (attribution ratio of the '
+         'target {attribution_ratio_in_target:.3g}).'),
     FindingRule('gap too large', CONCERN, ('completeness_gap', 'settings'),
-         lambda s, t: s['completeness_gap'] > s['settings']['gap_tolerance'],
+         lambda s, t: s['completeness_gap'] > _gap_tolerance(s),
          'The attributions miss the change of the score by {completeness_gap:.1%} (more than '
          '{settings[gap_tolerance]:.0%}): use more steps.'),
     FindingRule('map not settled', NOTE, ('map_error',),
@@ -85,14 +131,14 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          'explains: the model reads the padding.'),
     FindingRule('beats its controls', GOOD, ('deletion_margin', 'insertion_margin'),
          lambda s, t: not _fails_controls(s, t),
-         'Removing (or restoring) the pixels it names changes the score faster than a random map '
-         'and an edge map do (margins: deletion {deletion_margin:+.2f}, insertion '
+         'Removing (or restoring) what it names changes the score faster than the same map in the '
+         'wrong place does (margins: deletion {deletion_margin:+.2f}, insertion '
          '{insertion_margin:+.2f}).'),
     FindingRule('fails its control', CONCERN, ('deletion_margin', 'insertion_margin'),
          _fails_controls,
-         'Neither deletion nor insertion beats both a random map and an edge map (margins '
-         '{deletion_margin:+.2f}, {insertion_margin:+.2f}): the map does not tell which pixels '
-         'matter.'),
+         'The same map in the wrong place does as well (margins: deletion '
+         '{deletion_margin:+.2f}, insertion {insertion_margin:+.2f}): it does not tell which '
+         'pixels matter.'),
     FindingRule('survives randomisation', CONCERN, ('randomised_correlation',),
          lambda s, t: s['randomised_correlation'] > t.randomised_correlation,
          'The map hardly changes when all weights are random (rank correlation '
@@ -115,9 +161,51 @@ FINDING_RULES: tuple[FindingRule, ...] = (
 )  # fmt: skip
 
 
+# The sentence that comes first: what to do with the map. Flags by level, and what they say.
+TRUST = {
+    'trust broadly': (GOOD, 'This map can be trusted broadly: {why}.'),
+    'trust in part': (NOTE, 'Trust this map only in its broad features: {why}.'),
+    'do not trust': (CONCERN, 'Do not trust this map: {why}.'),
+    'not checked': (NOTE, 'This map was not checked (--evaluate quick): {why}.'),
+}
+FATAL = {  # concerns that leave nothing to trust, and what they mean in a few words
+    'baseline hides the target': 'the baseline is so like the target that it gets no attribution',
+    'nothing to explain': 'the baseline scores like the image, so that there is nothing to explain',
+    'fails its control': 'in the wrong place it does as well',
+    'survives randomisation': 'it hardly depends on what the model learned',
+}
+
+
+LEVELS = {  # of every flag, in order
+    **{flag: level for flag, (level, _) in TRUST.items()},
+    **{rule.flag: rule.level for rule in FINDING_RULES},
+}
+
+
+def first_sentence(found: Sequence[Finding], checked: bool) -> Finding:
+    """What a reader should do with a map, from its findings."""
+    flags = {finding.flag for finding in found}
+    doubts = [finding.flag for finding in found if finding.level != GOOD]
+    fatal = [FATAL[flag] for flag in FATAL if flag in flags]
+    if fatal:
+        flag, why = 'do not trust', '; '.join(fatal)
+    elif not checked:
+        named = ', '.join(doubts)
+        flag, why = (
+            'not checked',
+            f'besides, {named}' if doubts else 'nothing else speaks against it',
+        )
+    elif doubts:
+        flag, why = 'trust in part', ', '.join(doubts)
+    else:
+        flag, why = 'trust broadly', 'it beat its controls, and nothing speaks against it'
+    level, text = TRUST[flag]
+    return Finding(flag, level, text.format(why=why))
+
+
 def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding]:
-    """The findings about one image, concerns first. statistics: of its statistics file; a figure
-    that is missing or None was not measured."""
+    """The findings about one image: first what to do with its map, then concerns, notes and what is
+    good. statistics: of its statistics file; a figure that is missing or None was not measured."""
     limits = limits or Thresholds()
     holding = [
         Finding(rule.flag, rule.level, rule.text.format(**statistics))
@@ -126,7 +214,9 @@ def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding
         and rule.holds(statistics, limits)
     ]
     order = (CONCERN, NOTE, GOOD)
-    return sorted(holding, key=lambda finding: order.index(finding.level))
+    holding.sort(key=lambda finding: order.index(finding.level))
+    checked = statistics.get('deletion_margin') is not None
+    return [first_sentence(holding, checked), *holding]
 
 
 def verdict_of(statistics: dict, limits: Thresholds | None = None) -> list[dict]:
@@ -135,19 +225,15 @@ def verdict_of(statistics: dict, limits: Thresholds | None = None) -> list[dict]
 
 
 def batch_findings(images: Sequence[Sequence[str]]) -> list[str]:
-    """How many images have each flag, in the order of FINDING_RULES. images: the flags of each."""
+    """How many images have each flag, what to do with them first, then in the order of
+    FINDING_RULES. images: the flags of each."""
     counts = Counter(flag for flags in images for flag in flags)
-    return [
-        f'{rule.flag}: {counts[rule.flag]} of {len(images)} images'
-        for rule in FINDING_RULES
-        if counts[rule.flag]
-    ]
+    return [f'{flag}: {counts[flag]} of {len(images)} images' for flag in LEVELS if counts[flag]]
 
 
 def concerns(flags: Sequence[str]) -> int:
     """How many of these flags are concerns."""
-    levels = {rule.flag: rule.level for rule in FINDING_RULES}
-    return sum(levels.get(flag) == CONCERN for flag in flags)
+    return sum(LEVELS.get(flag) == CONCERN and flag not in TRUST for flag in flags)
 
 
 def parse_thresholds(pairs: Sequence[str]) -> Thresholds:
@@ -173,7 +259,7 @@ def parse_thresholds(pairs: Sequence[str]) -> Thresholds:
 
 def accuracy_warning(statistics: dict) -> str | None:
     """The sentence for a map that is less exact than was asked for; None where all is well."""
-    settings, gap_tolerance = statistics['settings'], statistics['settings']['gap_tolerance']
+    settings, gap_tolerance = statistics['settings'], _gap_tolerance(statistics)
     error = shown('map_error', statistics['map_error'])
     gap = shown('completeness_gap', statistics['completeness_gap'])
     if statistics['within_tolerance'] is False:
@@ -181,6 +267,12 @@ def accuracy_warning(statistics: dict) -> str | None:
             f'WARNING: the tolerance of {shown("map_error", settings["tolerance"])} was not '
             f'reached in {statistics["steps"]} steps: map error {error}, completeness gap {gap} '
             '(allow more with --max_steps).'
+        )
+    if hides_target(statistics, Thresholds()):
+        contrast = statistics['baseline_contrast']
+        return (
+            f'WARNING: the baseline hides the target (contrast {contrast:.2g}): the map cannot '
+            'show it, whatever the model does (use another --baseline, or auto).'
         )
     if statistics['completeness_gap'] is None or statistics['completeness_gap'] <= gap_tolerance:
         return None
