@@ -55,6 +55,7 @@ from segmentation_dataset import Placement, Preprocessing, resized, strong_blur
 FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
 LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
 BEYOND = 1.0  # ranges beyond 0 and 1 that a curve may leave them by, before its fill is not counted
+BROAD = 0.02  # of the longer side: sigma of the blur that leaves a map's broad features
 SUPERPIXELS = 100
 COMPARED_BASELINES = ('zero', 'blur', 'mean', 'white')
 FORWARDS_A_GRADIENT = 3  # a gradient costs about as much as three forward passes
@@ -195,6 +196,16 @@ class Subject:
     def magnitude(self) -> np.ndarray:
         """(H, W) float64: |attribution|, summed over the channels."""
         return np.abs(self.attributions).sum(axis=0, dtype=np.float64)
+
+    def stands_out(self, baseline: np.ndarray) -> bool:
+        """Whether the target differs from a baseline (H, W, C), 0-255, more than the rest does."""
+        difference = np.abs(self.pixels - baseline).sum(axis=2)
+        rest = ~(self.region | self.prediction)
+        if self.content is not None:
+            rest &= self.content
+        if not (self.region.any() and rest.any()):
+            return True
+        return bool(difference[self.region].mean() >= difference[rest].mean())
 
     def scores(self, images: Iterator[np.ndarray], bar: tqdm) -> list[float]:
         """The target score of images (H, W, C) in pixel space."""
@@ -620,6 +631,11 @@ def _survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
 # --------------------------------------------------------------------------- noise, baselines
 
 
+def broad_features(signed: np.ndarray) -> np.ndarray:
+    """A signed map (H, W) without its details."""
+    return cv2.GaussianBlur(signed, (0, 0), BROAD * max(signed.shape))
+
+
 def noise_sensitivity(
     subject: Subject, work: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
@@ -635,18 +651,26 @@ def noise_sensitivity(
             noisy = subject.as_input(subject.pixels + noise.astype(np.float32))
             maps.append(subject.map_of(work.map_steps, x=noisy))
             bar.update()
-    return Evaluation({'max_sensitivity': max_sensitivity(maps[0], maps[1:])})
+    broad = [broad_features(one.sum(axis=0)) for one in maps]
+    return Evaluation(
+        {
+            'max_sensitivity': max_sensitivity(maps[0], maps[1:]),
+            'broad_sensitivity': max_sensitivity(broad[0], broad[1:]),
+        }
+    )
 
 
 def baseline_agreement(
     subject: Subject, work: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
-    """Rank correlation and top overlap of |attribution| between baselines, pair by pair."""
-    if not (work.baselines and subject.others):
+    """Rank correlation and top overlap of |attribution| between baselines, pair by pair: of those
+    that do not hide the target, since maps against others cannot agree with any."""
+    others = {name: image for name, image in subject.others.items() if subject.stands_out(image)}
+    if not work.baselines or len(others) < 2:
         return Evaluation()
     maps = {}
-    with _bar('baselines', len(subject.others), progress, 'map') as bar:
-        for name, image in subject.others.items():
+    with _bar('baselines', len(others), progress, 'map') as bar:
+        for name, image in others.items():
             signed = subject.map_of(work.map_steps, baseline=subject.as_input(image))
             maps[name] = np.abs(signed).sum(axis=0)
             bar.update()

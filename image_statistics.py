@@ -380,13 +380,17 @@ STATISTICS: dict[str, Statistic] = {
     'max_sensitivity': _check(
         f'largest relative L2 change of the map under uniform noise of {NOISE_RADIUS:.0%} of the '
         'pixel range', '0 and up', 'lower', _YEH),
+    'broad_sensitivity': _check(
+        'the same of the broad features, the signed map under a blur of 2 % of the longer side',
+        '0 and up', 'lower', 'this toolkit'),
     'randomised_correlation': _check(
         'rank correlation of the signed map with that of the network whose weights are all '
         'redrawn', '-1 to 1', 'lower', _ADEBAYO),
     'randomised_ssim': _check(
         'structural similarity of the two magnitudes', '-1 to 1', 'lower', _ADEBAYO),
     'baseline_correlation': _check(
-        'rank correlation of |attribution| between baselines, median of all pairs', '-1 to 1',
+        'rank correlation of |attribution| between baselines that do not hide the target, median '
+        'of all pairs', '-1 to 1',
         'higher', _STURMFELS),
     'baseline_overlap': _check(
         f'overlap of the strongest {STRONGEST:.0%} of pixels, median of all pairs', '0 to 1',

@@ -28,9 +28,10 @@ class Thresholds:
     map_error: float = 0.1  # above which only broad features are settled
     rim_excess: float = 1.0  # above which the outer rim holds more than its area explains
     padding_excess: float = 1.0  # the same for letterbox padding
-    control_margin: float = 0.0  # by which deletion or insertion must beat its controls
+    control_margin: float = 0.05  # by which deletion and insertion must beat, on the average, the
+    # same map in the wrong place
     randomised_correlation: float = 0.5  # above which the map outlives the network's weights
-    max_sensitivity: float = 1.0  # above which a little noise changes the map by its own size
+    broad_sensitivity: float = 1.0  # above which a little noise changes even the broad features
     infidelity: float = 0.9  # above which the map says next to nothing about removed patches
     baseline_correlation: float = 0.3  # below which baselines tell different stories
     dice: float = 0.5  # below which the mask itself is poor
@@ -143,10 +144,10 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          lambda s, t: s['randomised_correlation'] > t.randomised_correlation,
          'The map hardly changes when all weights are random (rank correlation '
          '{randomised_correlation:.2f}): it shows the image, not what the model learned.'),
-    FindingRule('unstable under noise', NOTE, ('max_sensitivity',),
-         lambda s, t: s['max_sensitivity'] > t.max_sensitivity,
-         'Noise too faint to see changes the map by {max_sensitivity:.0%}: rely on its broad '
-         'features only.'),
+    FindingRule('unstable under noise', NOTE, ('broad_sensitivity',),
+         lambda s, t: s['broad_sensitivity'] > t.broad_sensitivity,
+         'Noise too faint to see changes even the broad features of the map by '
+         '{broad_sensitivity:.0%}.'),
     FindingRule('unfaithful to patches', NOTE, ('infidelity',),
          lambda s, t: s['infidelity'] > t.infidelity,
          'What the map says a patch is worth tells little about what happens without it '
