@@ -151,7 +151,7 @@ def test_encoders_that_compute_the_same_are_no_question(tmp_path):
     net = network('unet', 'tu-nf_resnet101', {'encoder_depth': 3, 'decoder_channels': (16, 8, 8)})
     torch.save(net.state_dict(), tmp_path / 'm.pth')
     loaded = load_model(tmp_path / 'm.pth', 'cpu')
-    assert loaded.network_description.source['encoder'] == 'tu-nf_resnet50'  # its first stages are it
+    assert loaded.network_description.source['encoder'] == 'tu-nf_resnet50'  # the same stages
     assert same_output(loaded, net, 3, 64)
 
 
