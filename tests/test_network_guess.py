@@ -94,7 +94,7 @@ def test_weights_alone_tell_the_network(tmp_path, architecture, encoder, options
     assert found.source['architecture'] == architecture
     assert found.source['classes'] == options.get('classes', 1)
     assert found.channels == channels
-    assert found.fixed_size == (size if architecture == 'dpt' else None)
+    assert found.fixed_size == ((size, size) if architecture == 'dpt' else None)
     assert f'this is {architecture} with encoder' in found.notes[0]
     assert same_output(loaded, net, channels, size)
 
