@@ -195,8 +195,8 @@ def test_a_wrong_encoder_is_told_with_the_one_that_fits(tmp_path):
     net = smp.Unet(ENCODER, encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8))
     torch.save(net.state_dict(), tmp_path / 'm.pth')
     assert same(load_model(tmp_path / 'm.pth', 'cpu', ENCODER, 'unet'), net)
-    torch.save(smp.Unet('tu-resnet18', encoder_weights=None).state_dict(), tmp_path / 'm.pth')
-    with pytest.raises(InputError, match='add --architecture unet --encoder tu-resnet18'):
+    torch.save(smp.Unet('tu-regnetx_002', encoder_weights=None).state_dict(), tmp_path / 'm.pth')
+    with pytest.raises(InputError, match='add --architecture unet --encoder tu-regnetx_002'):
         load_model(tmp_path / 'm.pth', 'cpu', 'resnet18', 'unet')
     net = smp.Unet(ENCODER, encoder_weights=None).state_dict()
     with pytest.raises(InputError, match=r'--model_option decoder_channels=\(256, 128'):

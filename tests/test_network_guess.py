@@ -33,17 +33,17 @@ NETWORKS = [
     ('unet', 'mit_b0', {'in_channels': 2}),
     ('unet', 'timm-efficientnet-b0', {'decoder_use_norm': False}),
     ('unet', 'efficientnet-b0', {'decoder_use_norm': {'type': 'instancenorm', 'affine': True}}),
-    ('unet', 'tu-resnet18', {'in_channels': 4}),
+    ('unet', 'tu-regnetx_002', {'in_channels': 4}),
     ('unet', 'tu-convnext_atto', {'decoder_channels': (64, 32, 16, 16, 8)}),
     ('unet', 'tu-mobilenetv3_small_050', {'encoder_depth': 4, 'decoder_channels': (32, 16, 8, 8)}),
     ('unetplusplus', SMALL, {'in_channels': 1, 'classes': 2}),
     ('unetplusplus', 'resnet18', {'encoder_depth': 3, 'decoder_channels': (29, 21, 17),
                                   'decoder_attention_type': 'scse'}),
-    ('unetplusplus', 'tu-resnet18', {'decoder_channels': (32, 24, 16, 12, 8)}),
+    ('unetplusplus', 'tu-regnetx_002', {'decoder_channels': (32, 24, 16, 12, 8)}),
     ('manet', SMALL, {'decoder_pab_channels': 24}),
     ('manet', 'resnet18', {'encoder_depth': 4, 'decoder_channels': (32, 16, 8, 8)}),
     ('linknet', 'resnet18', {'in_channels': 4, 'decoder_use_norm': False}),
-    ('linknet', 'tu-resnet18', {'encoder_depth': 4}),
+    ('linknet', 'tu-regnetx_002', {'encoder_depth': 4}),
     ('fpn', 'resnet18', {'decoder_pyramid_channels': 96, 'decoder_segmentation_channels': 64,
                          'decoder_merge_policy': 'cat', 'classes': 4}),
     ('fpn', 'resnet18', {'encoder_depth': 3, 'in_channels': 2}),
@@ -94,7 +94,7 @@ def test_weights_alone_tell_the_network(tmp_path, architecture, encoder, options
     assert found.source['architecture'] == architecture
     assert found.source['classes'] == options.get('classes', 1)
     assert found.channels == channels
-    assert found.fixed_size == (size if architecture == 'dpt' else None)
+    assert found.fixed_size == ((size, size) if architecture == 'dpt' else None)
     assert f'this is {architecture} with encoder' in found.notes[0]
     assert same_output(loaded, net, channels, size)
 
@@ -148,10 +148,10 @@ def test_an_encoder_that_several_could_be_must_be_named(tmp_path):
 
 
 def test_encoders_that_compute_the_same_are_no_question(tmp_path):
-    net = network('unet', 'tu-resnet101', {'encoder_depth': 3, 'decoder_channels': (16, 8, 8)})
+    net = network('unet', 'tu-nf_resnet101', {'encoder_depth': 3, 'decoder_channels': (16, 8, 8)})
     torch.save(net.state_dict(), tmp_path / 'm.pth')
     loaded = load_model(tmp_path / 'm.pth', 'cpu')
-    assert loaded.network_description.source['encoder'] == 'tu-resnet50'  # its first stages are it
+    assert loaded.network_description.source['encoder'] == 'tu-nf_resnet50'  # the same stages
     assert same_output(loaded, net, 3, 64)
 
 
