@@ -28,7 +28,7 @@ class Thresholds:
     map_error: float = 0.1  # above which only broad features are settled
     rim_excess: float = 1.0  # above which the outer rim holds more than its area explains
     padding_excess: float = 1.0  # the same for letterbox padding
-    control_margin: float = 0.05  # by which deletion and insertion must beat, on the average, the
+    control_margin: float = 0.08  # by which deletion and insertion must beat, on the average, the
     # same map in the wrong place
     randomised_correlation: float = 0.5  # above which the map outlives the network's weights
     broad_sensitivity: float = 1.0  # above which a little noise changes even the broad features
