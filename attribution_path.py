@@ -108,8 +108,33 @@ def segmentation_logits(output: object, size: Sequence[int] | None = None) -> to
         raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
     if size is None:
         return maps[0]
+    for one in maps:
+        if tuple(one.shape[1:3]) == tuple(size) != tuple(one.shape[-2:]):
+            raise InputError(
+                f'the model returns a map of shape {tuple(one.shape)}, classes last (wrap it so '
+                'that it returns (N, C, H, W))'
+            )
     largest = max(maps, key=lambda one: one.shape[-2] * one.shape[-1])  # the first of these
     return next((one for one in maps if tuple(one.shape[-2:]) == tuple(size)), largest)
+
+
+def choice_among(output: object, size: Sequence[int]) -> str:
+    """What `segmentation_logits` takes of several maps, in a sentence; empty where there is one."""
+    for name in ('out', 'logits'):
+        if hasattr(output, name) or (isinstance(output, dict) and name in output):
+            return ''
+    several = list(output.values()) if isinstance(output, dict) else output
+    if not isinstance(several, (tuple, list)):
+        return ''
+    shapes = [tuple(one.shape) for one in several if isinstance(one, torch.Tensor)]
+    if len(shapes) < 2:
+        return ''
+    taken = segmentation_logits(output, size)
+    number = next((k for k, one in enumerate(several) if one is taken), 0)
+    return (
+        f'the network gives {len(shapes)} maps, of shapes {", ".join(map(str, shapes[:4]))}: '
+        f'number {number + 1} is explained (for another, wrap the network so that it returns that)'
+    )
 
 
 def enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

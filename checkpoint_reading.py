@@ -27,6 +27,7 @@ from errors import InputError, one_line
 ENCODER, HEAD = 'encoder.', 'segmentation_head.'  # every network of smp has both
 AVERAGED = re.compile(r'ema|averag|swa|teacher|shadow', re.IGNORECASE)  # taken where it is alone
 INFLATION = 4  # a checkpoint may grow so many times when it is unpacked
+NOT_OF_PIXELS = re.compile(r'target|label|loss|output|metric|(^|[._])y_$', re.IGNORECASE)  # means
 MOST_CHANNELS = 64  # of an image, whose mean and deviation are looked for
 MOST_OBJECTS = 300  # kinds of pickled objects; many of them times many objects takes long
 MOST_PLACES = 100_000  # looked into
@@ -230,7 +231,8 @@ def _nothing_found(content: object, path: Path, names: Sequence[str], own: Colle
             '--model_factory)'
         )
     keys = list(map(str, content))[:10] if isinstance(content, dict) else []
-    there = f'its entries are {", ".join(k[:60] for k in keys)}' if keys else 'it is empty'
+    empty = f'it is a {type(content).__name__}' if content else 'it is empty'
+    there = f'its entries are {", ".join(k[:60] for k in keys)}' if keys else empty
     return f'{path} holds no state dict ({there}; save it with {SAVE_WEIGHTS})'
 
 
@@ -278,6 +280,8 @@ def _normalisations(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, tup
         stem = re.fullmatch(r'((?:.*\.)?(?:\w*_)?)std', name)
         mean = tensors.get(f'{stem[1]}mean') if stem else None
         if mean is None or not 1 <= mean.numel() == std.numel() <= MOST_CHANNELS:
+            continue
+        if NOT_OF_PIXELS.search(stem[1]):
             continue
         values = [tuple(v.detach().double().flatten().tolist()) for v in (mean, std)]
         if not all(np.isfinite(v).all() for v in values) or min(values[1]) <= 0:

@@ -35,7 +35,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from attribution_path import AttributionPath, Score, segmentation_logits
+from attribution_path import AttributionPath, Score, choice_among, segmentation_logits
 from errors import InputError, NonFiniteError, attempt
 from network_description import plain_attributes
 from path_integral import norms
@@ -77,6 +77,11 @@ def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, P
     network, folded, transposed = improved_copy(model, example)
     deviations = measure_deviation(model, network, example)
     fell_back = not max(deviations) <= EQUIVALENCE_TOLERANCE  # also where it is not a number
+    if fell_back and max(measure_deviation(model, model, example)) > EQUIVALENCE_TOLERANCE:
+        raise InputError(
+            'the network gives another answer each time it is asked, also in evaluation mode '
+            '(dropout that is always on, or a state that changes: there is nothing to integrate)'
+        )
     if fell_back and example.device.type == 'cpu' and example.dtype == torch.float32:
         fell_back = not _same_in_double_precision(model, example)
     preparation = Preparation(folded, transposed, *deviations, fell_back=fell_back)
@@ -503,6 +508,11 @@ def explained_network(shape: Sequence[int]) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         text = next(iter(str(error).strip().splitlines()), '')
+        if 'does not require grad' in text:
+            raise InputError(
+                'the network gives no gradient at its input (take torch.no_grad, detach or argmax '
+                'out of its forward)'
+            ) from error
         raise InputError(
             f'the network cannot be run on an input of shape {tuple(shape)}: '
             f'{type(error).__name__}: {text[:300]} (are size and channels those of its training?)'
@@ -573,6 +583,7 @@ class GradientEngine:
         self.gradient_evaluations = 0
         self.network: nn.Module | None = None  # the prepared copy
         self.preparation: Preparation | None = None
+        self.output_note: str | None = None  # which of several maps is taken; None: none was seen
         self._compiled = compiled
         self._reduced: dict[torch.dtype, nn.Module] = {}
         self._fingerprint: tuple | None = None
@@ -627,6 +638,8 @@ class GradientEngine:
         casting = {'dtype': reduced} if reduced else {'enabled': False}
         with torch.autocast(self.device.type, **casting), explained_network(x.shape):
             output = network(x.to(self.dtype) if reduced is None else x)
+        if self.output_note is None:
+            self.output_note = choice_among(output, x.shape[-2:])
         logits = segmentation_logits(output, x.shape[-2:]).to(x.dtype)
         check_finite(logits, 'the logits', alphas)
         return logits

@@ -105,6 +105,7 @@ from gradient_engine import (
     reduced_dtype,
 )
 from image_statistics import explanation_statistics, label_scores, mask_scores
+from model_factory import runs_at
 from model_loading import (
     ARCHITECTURES,
     DEFAULT_IMAGE_SIZE,
@@ -159,6 +160,7 @@ from segmentation_dataset import (
     choose_samples,
     list_samples,
     read_image,
+    sides,
     single_sample,
     size_text,
     strong_blur,
@@ -584,6 +586,7 @@ class IntegratedGradients:
         own = self._network.preprocessing
         if preprocessing is None and own == Preprocessing():
             own = own.for_channels(likely_channels(self.model))
+        self._given = preprocessing is not None  # by the user, who then knows the channels
         self.preprocessing = preprocessing or own
 
     @property
@@ -733,6 +736,9 @@ class IntegratedGradients:
         name = baseline if isinstance(baseline, str) else 'tensor'
         explanation = partial(self._explanation, settings, network, at_image, masks, integration,
                               cost, name, pixels, input_tensor.device)  # fmt: skip
+        notes += (engine.output_note,) if engine.output_note else ()
+        if numbers is not None:
+            notes += unknown_numbers(network, masks, numbers)
         scores = None if numbers is None else scores_of_labels(network, masks, numbers)
         image = self.preprocessing.to_pixels(x)
         difference = np.abs(image - pixels).sum(axis=2)  # (H, W)
@@ -793,9 +799,7 @@ class IntegratedGradients:
         which gradients then accumulate, or float64 for a double-precision model. Raises
         InputError."""
         self._network.check_input(tuple(tensor.shape))
-        channels = tensor.shape[-3]
-        if self._network.channels is None and self.preprocessing.channels != channels:
-            self.preprocessing = Preprocessing().for_channels(channels)
+        self.take_channels(tensor.shape[-3])
         working = torch.float64 if self.engine.dtype == torch.float64 else torch.float32
         tensor = tensor.detach()
         if self.device.type == 'cuda' and tensor.device.type == 'cpu':
@@ -804,6 +808,15 @@ class IntegratedGradients:
         if not bool(torch.isfinite(x).all()):
             raise InputError('input_tensor holds values that are not finite')
         return x
+
+    def take_channels(self, channels: int) -> Preprocessing:
+        """The preprocessing for inputs of C channels, where neither the network nor the user has
+        said how many there are."""
+        unknown = self._network.channels is None and not self._given
+        if unknown and self.preprocessing.channels != channels:
+            size = self.preprocessing.image_size
+            self.preprocessing = replace(Preprocessing().for_channels(channels), image_size=size)
+        return self.preprocessing
 
     def baseline_images(
         self, kind: str, x: torch.Tensor, draws: int = 1, seed: int = 0
@@ -1008,6 +1021,21 @@ def _build_targets(
     return build_targets(forms, settings.score, context, skip_empty, settings.on_empty)
 
 
+def unknown_numbers(
+    network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor
+) -> tuple[str, ...]:
+    """A sentence on numbers of a ground-truth mask (h, w) for which a network has no class."""
+    first = 1 if network.kind(masks) == MULTILABEL else 0
+    there = torch.unique(numbers).tolist()
+    unknown = [n for n in there if n >= len(masks) + first] if len(masks) > 1 else []
+    if not unknown:
+        return ()
+    return (
+        f'the ground truth holds {", ".join(map(str, unknown[:5]))}, for which the network has no '
+        f'class ({first} to {len(masks) + first - 1}): such pixels count as wrong',
+    )
+
+
 def scores_of_labels(
     network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor
 ) -> LabelScores | None:
@@ -1071,7 +1099,7 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
     """
     network = known_description(model)
     channels = network.channels or likely_channels(model)
-    own = network.preprocessing.for_channels(channels)
+    own = network.preprocessing.for_channels(channels)  # as it was found at loading
     scale = PIXEL_RANGES[settings.pixel_range]
     as_they_are = (0.0,) * channels, (1.0 / scale,) * channels
     mean, std = own.mean, own.std
@@ -1079,14 +1107,27 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     elif settings.normalize == 'none' or settings.pixel_range != '0-1':
         mean, std = as_they_are
+    alone = (settings.mean is None) != (settings.std is None)
+    if alone and (mean, std) == (IMAGENET_MEAN, IMAGENET_STD):
+        raise InputError("--mean and --std go together (the other would be ImageNet's)")
     mean = mean if settings.mean is None else tuple(value / scale for value in settings.mean)
     std = std if settings.std is None else tuple(value / scale for value in settings.std)
+    if settings.mean is not None and max(map(abs, mean)) > 1:
+        raise InputError(
+            f'mean {settings.mean} cannot be of pixels from 0 to {scale:g} (with --pixel_range '
+            '0-255 it is of pixels up to 255)'
+        )
+    if network.channels is None and settings.mean is not None:  # then the user says it
+        channels = len(mean)
     if not len(mean) == len(std) == channels:
         raise InputError(
             f'the network takes {channels} channel{"s" if channels > 1 else ""}, but mean has '
             f'{len(mean)} numbers and std {len(std)} (give {channels} each with --mean and --std)'
         )
-    size = network.accepted_size(settings.image_size or own.image_size)
+    wanted = settings.image_size or own.image_size
+    size = network.accepted_size(wanted)
+    if size != wanted and 'model_factory' in network.source:  # which says nothing of sizes
+        size = wanted if runs_at(model, channels, sides(wanted)) else size
     order = settings.channel_order or own.channel_order
     if order != 'rgb' and channels != 3:
         raise InputError(f'channel_order {order} needs 3 channels; the network takes {channels}')
@@ -1143,7 +1184,12 @@ def explain_image(
     resolution, (H, W) bool or None. Of several targets, empty ones are left out. Where all are
     empty and `settings.on_empty` is 'image', the whole image is explained.
     """
-    return ModelInput.of(ig.preprocessing, image, truth).explain(ig, settings, progress)
+    return _input_of(ig, image, truth).explain(ig, settings, progress)
+
+
+def _input_of(ig: IntegratedGradients, image: np.ndarray, truth: np.ndarray | None) -> ModelInput:
+    """An image as the network takes it."""
+    return ModelInput.of(ig.take_channels(image.shape[2] if image.ndim == 3 else 1), image, truth)
 
 
 def analyse_image(
@@ -1161,10 +1207,13 @@ def analyse_image(
     `attribution_figure(view_of(arrays), statistics)` and `channels_figure(...)`. class_names: of
     the dataset, by the numbers in its masks, where neither settings nor network name the classes.
     """
-    given = ModelInput.of(ig.preprocessing, image, truth)
+    given = _input_of(ig, image, truth)
     results = given.explain(ig, settings, progress)
     common = {
-        'notes': notes_on(image, truth, settings, [one for one, _ in results]),
+        'notes': [
+            *ig.network.notes,
+            *notes_on(image, truth, settings, [one for one, _ in results]),
+        ],
         'targets': [one.target for one, _ in results],
         'settings': settings_record(ig, settings),
         'versions': versions(),
@@ -1566,7 +1615,7 @@ def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradi
         print(f'note: {note}', file=sys.stderr)
     preprocessing = input_preprocessing(model, settings)
     asked = settings.image_size
-    if asked is not None and asked != preprocessing.image_size:
+    if asked is not None and sides(asked) != sides(preprocessing.image_size):
         asked, size = size_text(asked), size_text(preprocessing.image_size)
         why = f'takes multiples of {network.step}'
         if network.fixed_size:

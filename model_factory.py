@@ -46,6 +46,11 @@ def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Modul
             f'model factory {factory} gives {type(network).__name__}, not a torch.nn.Module '
             '(return the network)'
         )
+    if any(torch.nn.parameter.is_lazy(weight) for weight in network.parameters()):
+        raise InputError(
+            f'model factory {factory} gives a network with lazy modules, which have no weights yet '
+            '(run it once on an input before returning it)'
+        )
     return network.float().eval()
 
 
@@ -127,6 +132,15 @@ def load_weights(network: torch.nn.Module, checkpoint: Checkpoint, path: Path) -
 
 def _some(names: list[str] | tuple[str, ...]) -> str:
     return ', '.join(names[:NAMED]) + (', …' if len(names) > NAMED else '')
+
+
+def runs_at(network: torch.nn.Module, channels: int, size: tuple[int, int]) -> bool:
+    """Whether a network takes an input of (height, width); tried once."""
+    device = next((p.device for p in network.parameters()), torch.device('cpu'))
+    with contextlib.suppress(Exception), torch.no_grad():
+        network(torch.zeros(1, channels, *size, device=device))
+        return True
+    return False
 
 
 def tried_channels(network: torch.nn.Module) -> int | None:

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import difflib
 import hashlib
+import inspect
 import math
 import numbers
 import re
@@ -36,7 +37,7 @@ from network_description import (
     input_channels,
     network_digest,
 )
-from network_guess import head_weight, recognise
+from network_guess import NO_OPTIONS, head_weight, recognise
 from segmentation_dataset import (
     CHANNEL_ORDERS,
     IMAGENET_MEAN,
@@ -139,7 +140,7 @@ def _smp_network(
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
     classes = _count_classes(state, path)
     _stored_preprocessing(stored, path)  # makes sense; used once the channels are known
-    options = {**stored.get('options', {}), **options}
+    asked, options = options, {**stored.get('options', {}), **options}
     if activation := options.pop('activation', None):
         notes.append('its last activation is left out: what is explained is the logit before it')
         if activation == 'sigmoid' and classes > 1:
@@ -152,11 +153,24 @@ def _smp_network(
     encoder = encoder or stored.get('encoder')
     with _explained_mismatch(path):
         found = recognise(state, path, create_model, architecture, encoder, options)
+        _check_options(asked, found.architecture, found.encoder)
         model = create_model(found.architecture, found.encoder, classes, found.in_channels,
                              **found.options)  # fmt: skip
         model.load_state_dict(found.state)
     source = {'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes}
     return model.float().eval(), checkpoint, source, [*notes, *found.notes]
+
+
+def _check_options(options: Mapping[str, object], architecture: str, encoder: str) -> None:
+    """Raise InputError for options that smp would take and silently leave aside."""
+    known = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture]).parameters
+    for name in options:
+        if name in NO_OPTIONS:
+            raise InputError(f'model option "{name}" is read off the weights (leave it out)')
+        if name not in known and not encoder.startswith('tu-'):  # timm takes options of its own
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+            hint = f'; did you mean {close[0]}?' if close else ''
+            raise InputError(f'{architecture} has no option "{name}"{hint}')
 
 
 def _network_of_factory(
@@ -185,7 +199,8 @@ def described(
 ) -> torch.nn.Module:
     """The module with its `network_description` and `preprocessing`, from what the checkpoint
     stores and what the network says of itself. Raises InputError."""
-    channels = input_channels(model) or tried_channels(model) or 3
+    own_channels = input_channels(model)
+    channels = own_channels or tried_channels(model) or 3
     stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
     preprocessing = _stored_preprocessing({**stored, **beside}, path)
     notes = [*notes]
@@ -204,17 +219,14 @@ def described(
     multiple, fixed = accepted_sizes(model)
     if fixed:
         preprocessing = replace(preprocessing, image_size=checked_size(fixed))
-    kind, classes = stored.get('output_kind'), source.get('classes')
-    usual = classes and (FOREGROUND if classes == 1 else EXCLUSIVE)
-    background = stored.get('background_class', 0)
+    known, left_out = _stored_outputs(stored, source.get('classes'))
+    notes += left_out
     description = NetworkDescription(
-        channels=channels,
+        channels=own_channels,  # what a factory's network ran with is no promise
         size_multiple=multiple,
         fixed_size=fixed,
-        output_kind=kind if kind in OUTPUT_KINDS and classes != 1 else usual,
-        background=background if isinstance(background, int | None) else 0,
+        **known,
         gives=LOGITS if 'architecture' in source else None,  # whose activation was left out
-        class_names=_names(stored.get('class_names')),
         preprocessing=preprocessing,
         weights_sha256=network_digest(model),
         source=source,
@@ -225,10 +237,31 @@ def described(
     return model
 
 
-def _names(stored: object) -> tuple[str, ...]:
-    """Names of classes as a checkpoint stores them, where it does."""
-    fine = isinstance(stored, (list, tuple)) and all(isinstance(name, str) for name in stored)
-    return tuple(stored) if fine else ()
+def _stored_outputs(
+    stored: Mapping[str, object], classes: int | None
+) -> tuple[dict[str, object], list[str]]:
+    """What a checkpoint's settings say of the outputs, as far as that makes sense; and what of it
+    was left out, in sentences."""
+    usual = classes and (FOREGROUND if classes == 1 else EXCLUSIVE)
+    kind, background = stored.get('output_kind'), stored.get('background_class', 0)
+    names = stored.get('class_names') or ()
+    sound = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    fits = {
+        'output_kind': kind is None or (kind in OUTPUT_KINDS and classes != 1),
+        'background_class': background is None
+        or (isinstance(background, int) and 0 <= background < (classes or MAX_CLASSES)),
+        'class_names': sound and (not names or len(names) == (classes or len(names))),
+    }
+    known = {
+        'output_kind': kind if kind and fits['output_kind'] else usual,
+        'background': background if fits['background_class'] else 0,
+        'class_names': tuple(names) if fits['class_names'] else (),
+    }
+    return known, [
+        f'the stored {name} {str(stored[name])[:50]!r} makes no sense here and was left out'
+        for name, fine in fits.items()
+        if not fine
+    ]
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, object]:
@@ -271,6 +304,11 @@ def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
         size = stored.get('image_size') or DEFAULT_IMAGE_SIZE
         mean, std = stored.get('mean') or IMAGENET_MEAN, stored.get('std') or IMAGENET_STD
         mean, std = (tuple(float(value) for value in values) for values in (mean, std))
+        whole = stored.get('pixel_range') == '0-255'
+        if whole and not stored.get('mean'):
+            mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+        if whole or max(map(abs, mean)) > 1:  # of pixels from 0 to 255
+            mean, std = (tuple(value / 255 for value in values) for values in (mean, std))
         fine = 0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0
         size = checked_size(size)
         resize = stored.get('resize') or 'stretch'
@@ -281,8 +319,8 @@ def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
     if not fine:
         raise InputError(
             f'{path} holds settings that make no sense (image_size: a whole number up to '
-            f'{MAX_IMAGE_SIZE}, or (height, width); mean and std: a number for each channel; save '
-            'it again without them)'
+            f'{MAX_IMAGE_SIZE}, or (height, width); mean and std: a number for each channel; '
+            'resize: stretch or letterbox; channel_order: rgb or bgr; save it again without them)'
         )
     return Preprocessing(size, resize, mean, std, order)
 

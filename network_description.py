@@ -210,7 +210,8 @@ def likely_channels(model: torch.nn.Module) -> int:
     convolution, else 3."""
     convolutions = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     first = next((convolution.in_channels for convolution in convolutions), 3)
-    return input_channels(model) or first
+    known = getattr(model, ATTRIBUTE, None)
+    return input_channels(model) or (known.preprocessing.channels if known else first)
 
 
 def accepted_sizes(model: torch.nn.Module) -> tuple[int, tuple[int, int] | None]:

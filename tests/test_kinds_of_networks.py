@@ -114,8 +114,25 @@ def test_a_wrong_number_of_channels_is_told(tmp_path, capsys):
     assert 'shape (20, 30, 5), but the network takes 4 channels' in capsys.readouterr().err
     assert main([*flags, '--image_path', str(picture), '--mean', '0.5', '--std', '0.5']) == 2
     assert 'the network takes 4 channels, but mean has 1 numbers' in capsys.readouterr().err
-    with pytest.raises(InputError, match='image has 3 channels, but the network takes 1'):
-        explain_image(IntegratedGradients(Bands([[1.0]], [0.0]), 'cpu'), noise_image(), Settings())
+    ig = IntegratedGradients(load_model(tmp_path / 'm.pth', 'cpu'), 'cpu')
+    with pytest.raises(InputError, match='image has 3 channels, but the network takes 4'):
+        explain_image(ig, noise_image(), Settings())
+
+
+def test_a_module_that_does_not_say_its_channels_takes_those_of_the_image():
+    class Reversed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = torch.nn.Conv2d(7, 1, 1), torch.nn.Conv2d(5, 7, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    ig = IntegratedGradients(Reversed(), 'cpu', step_batch=1)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 5), dtype=np.uint8)
+    ((found, arrays),) = analyse_image(ig, 'a', image, None, Settings(num_steps=2, target='image'))
+    assert len(found['channel_shares']) == len(found['channel_names']) == 5
+    assert arrays['attributions'].shape[0] == 5
 
 
 def test_arrays_are_read_whichever_axis_is_first(tmp_path):
@@ -270,6 +287,65 @@ def test_speckles_are_no_thousand_folders():
         ig.explain_targets(x, ['each-object'], num_steps=2)
     (only,) = ig.explain_targets(x, ['each-object'], num_steps=2, min_object_area=5)
     assert int(only.region.sum()) >= 64
+
+
+def test_numbers_without_a_class_are_told():
+    ig = IntegratedGradients(INSIDE, 'cpu', step_batch=1)
+    truth = np.zeros((64, 64), np.uint8)
+    truth[0, 0] = 9
+    one = ig.explain(SQUARES, 'predicted', num_steps=2, truth=truth)
+    assert 'holds 9, for which the network has no class (0 to 2)' in one.notes[0]
+    assert not ig.explain(SQUARES, 'predicted', num_steps=2, truth=truth * 0).notes
+
+
+@pytest.mark.parametrize(
+    ('stored', 'said'),
+    [
+        ({'output_kind': 'multi-label'}, "output_kind 'multi-label' makes no sense"),
+        ({'background_class': 'last'}, "background_class 'last' makes no sense"),
+        ({'background_class': 7}, "background_class '7' makes no sense"),
+        ({'class_names': ['a']}, 'class_names "[\'a\']" makes no sense'),
+    ],
+)
+def test_stored_settings_that_make_no_sense_are_left_out_and_told(tmp_path, stored, said):
+    checkpoint(tmp_path, classes=3, **stored)
+    found = load_model(tmp_path / 'm.pth', 'cpu').network_description
+    assert any(said in note for note in found.notes)
+    assert (found.output_kind, found.background, found.class_names) == (EXCLUSIVE, 0, ())
+
+
+def test_what_is_stored_of_the_outputs_is_used(tmp_path):
+    checkpoint(tmp_path, classes=2, output_kind='multilabel', class_names=['a', 'b'])
+    found = load_model(tmp_path / 'm.pth', 'cpu').network_description
+    assert (found.output_kind, found.class_names, found.notes) == (MULTILABEL, ('a', 'b'), ())
+    checkpoint(tmp_path, pixel_range='0-255', mean=[51.0, 102.0, 153.0], std=[255.0] * 3)
+    fit = load_model(tmp_path / 'm.pth', 'cpu').preprocessing
+    assert fit.mean == pytest.approx((0.2, 0.4, 0.6)) and fit.std == (1.0, 1.0, 1.0)
+
+
+def test_mean_and_std_go_together_and_fit_the_range(tmp_path):
+    checkpoint(tmp_path)
+    model = load_model(tmp_path / 'm.pth', 'cpu')
+    with pytest.raises(InputError, match='go together'):
+        input_preprocessing(model, Settings(mean=(0.5,) * 3))
+    high = Settings(mean=(123.0, 117.0, 104.0), std=(58.0, 57.0, 57.0))
+    with pytest.raises(InputError, match='cannot be of pixels from 0 to 1'):
+        input_preprocessing(model, high)
+
+
+@pytest.mark.parametrize(
+    ('option', 'said'),
+    [
+        ('decoder_interpolaton', 'unet has no option "decoder_interpolaton"; did you mean '
+         'decoder_interpolation'),
+        ('foo', 'unet has no option "foo"'),
+        ('classes', '"classes" is read off the weights'),
+    ],
+)  # fmt: skip
+def test_options_that_smp_would_leave_aside_are_told(tmp_path, option, said):
+    checkpoint(tmp_path)
+    with pytest.raises(InputError, match=said):
+        load_model(tmp_path / 'm.pth', 'cpu', model_options={option: 3})
 
 
 # ------------------------------------------------------------------ probabilities

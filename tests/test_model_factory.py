@@ -88,7 +88,8 @@ def test_a_hand_written_unet_from_the_command_line(folder, capsys):
     found = json.loads(path.read_text())
     assert found['settings']['model_factory'] == factory
     assert found['settings']['model_options'] == {'classes': 3, 'width': 8}
-    assert found['settings']['channels'] == 1 and found['channel_names'] == ['grey']
+    assert found['channel_names'] == ['grey']
+    assert any('pictures are read as grey' in note for note in found['notes'])
     loaded = load_model(folder / 'm.pth', 'cpu', model_factory=factory,
                         model_options={'classes': 3, 'width': 8})  # fmt: skip
     x = torch.randn(1, 1, 32, 32)
@@ -202,6 +203,94 @@ def test_a_factory_goes_without_the_names_of_smp(folder, capsys):
     arguments = [*flags(folder, f'{folder}/unet.py:UNet'), '--encoder', 'resnet18']
     assert main(arguments) == 2
     assert 'goes without --architecture and --encoder' in capsys.readouterr().err
+
+
+ODD = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Base(nn.Module):
+    def __init__(self, form='', channels=3):
+        super().__init__()
+        self.form, self.c = form, nn.Conv2d(channels, 2, 1)
+        self.calls = 0
+    def forward(self, x):
+        if self.form == 'grey':
+            x = x.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+        if self.form == 'fixed' and tuple(x.shape[-2:]) != (60, 70):
+            raise ValueError('only 60 x 70')
+        y = self.c(x)
+        self.calls += 1
+        if self.form == 'random':
+            return F.dropout(y, 0.5, training=True)
+        if self.form == 'state':
+            return y + 0.5 * self.calls
+        if self.form == 'detached':
+            return y.detach()
+        if self.form == 'last':
+            return y.permute(0, 2, 3, 1)
+        if self.form == 'two':
+            return [2 * y, y]
+        return y
+
+def lazy():
+    return nn.LazyConv2d(1, 3)
+"""
+
+
+def odd(folder, form: str, **changed: object):
+    (folder / 'odd.py').write_text(ODD)
+    factory = f'{folder}/odd.py:Base'
+    torch.save(build_network(factory, {}).state_dict(), folder / 'm.pth')
+    words = flags(folder, factory, f'form={form}')
+    for name, value in changed.items():
+        words += [f'--{name}', *str(value).split()]
+    return main(words)
+
+
+@pytest.mark.parametrize(
+    ('form', 'said'),
+    [
+        ('random', 'another answer each time it is asked'),
+        ('state', 'another answer each time it is asked'),
+        ('detached', 'gives no gradient at its input'),
+        ('last', 'returns a map of shape (1, 64, 64, 2), classes last'),
+        ('fixed', 'only 60 x 70'),
+    ],
+)
+def test_networks_that_cannot_be_explained_are_told(folder, capsys, form, said):
+    assert odd(folder, form) == 2
+    err = capsys.readouterr().err
+    assert said in err and 'Traceback' not in err
+
+
+def test_a_size_that_the_network_takes_is_not_rounded(folder, capsys):
+    assert odd(folder, 'fixed', image_size='60x70') == 0
+    with np.load(folder / 'out' / 'a' / 'a_attributions.npz') as arrays:
+        assert arrays['attributions'].shape == (3, 60, 70)
+
+
+def statistics(folder) -> dict:
+    (path,) = folder.glob('out/*/*_statistics.json')
+    return json.loads(path.read_text())
+
+
+def test_which_of_several_maps_is_explained_is_said(folder):
+    assert odd(folder, 'two') == 0
+    notes = statistics(folder)['notes']
+    assert any('gives 2 maps' in note and 'number 1 is explained' in note for note in notes)
+
+
+def test_the_number_of_channels_can_be_said(folder):
+    assert odd(folder, 'grey', mean='0', std='1') == 0
+    assert statistics(folder)['channel_names'] == ['grey']
+
+
+def test_a_lazy_network_is_told(folder, capsys):
+    (folder / 'odd.py').write_text(ODD)
+    with pytest.raises(InputError, match='lazy modules'):
+        build_network(f'{folder}/odd.py:lazy', {})
 
 
 def other_library(package: str, folder) -> tuple[str, list[str]]:
