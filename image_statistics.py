@@ -90,8 +90,8 @@ class Measured:
     @property
     def ratio_in_target(self) -> float | None:
         """Mean |attribution| of a pixel of the target by that of one elsewhere."""
-        outside = _mean(self.magnitude[self.elsewhere])
-        return _mean(self.magnitude[self.region]) / outside if outside else None
+        inside, outside = (_mean(self.magnitude[m]) for m in (self.region, self.elsewhere))
+        return inside / outside if inside is not None and outside else None
 
     @property
     def on_baseline(self) -> float | None:
@@ -374,6 +374,9 @@ STATISTICS: dict[str, Statistic] = {
     'insertion_margin_others': _check(
         'insertion area of the map minus that of the better of the two', '-1 to 1', 'higher',
         _PETSIUK),
+    'edge_correlation': _check(
+        "rank correlation of |attribution| with the strength of the image's Sobel edges",
+        '-1 to 1', '', 'Adebayo et al. 2018'),
     'infidelity': _check(
         'squared difference of what the map says random patches are worth and what replacing them '
         'by the baseline changes, best scale, relative to the change', '0 to 1', 'lower', _YEH),
@@ -397,7 +400,8 @@ STATISTICS: dict[str, Statistic] = {
         'higher', _STURMFELS),
     **{
         f'{name}_in_{where}': _check(f'{text}{of}', '0 to 1', 'higher', source)
-        for where, of in (('prediction', 'the predicted mask'), ('truth', 'the ground truth'))
+        for where, of in (('target', 'the target region'), ('prediction', 'the predicted mask'),
+                          ('truth', 'the ground truth'))
         for name, text, source in (
             ('mass', 'relevance mass accuracy: share of |attribution| inside ', _ARRAS),
             ('rank', 'relevance rank accuracy: share of the n strongest pixels inside, n being '

@@ -22,10 +22,12 @@ class Thresholds:
     """Where a figure begins to mean something. Each can be set on the command line."""
 
     focus_ratio: float = 2.0  # attribution ratio of the target above which the focus is good
-    background_ratio: float = 1.0  # below which the background weighs more than the target
-    baseline_contrast: float = 1.0  # below which the baseline is more like the target than the rest
+    background_ratio: float = 1.2  # below which the target hardly weighs more than the background
+    baseline_contrast: float = 0.8  # below which the baseline is more like the target than the rest
     baseline_change: float = 0.5  # of F's range on the path, that F(x) - F(x') must at least be
     map_error: float = 0.1  # above which only broad features are settled
+    lost_map: float = 0.5  # map error above which not even those are
+    edge_correlation: float = 0.9  # above which the map is that of the image's edges
     rim_excess: float = 1.0  # above which the outer rim holds more than its area explains
     padding_excess: float = 1.0  # the same for letterbox padding
     control_margin: float = 0.08  # by which deletion and insertion must beat, on the average, the
@@ -112,14 +114,18 @@ FINDING_RULES: tuple[FindingRule, ...] = (
     FindingRule('background focus', CONCERN, ('attribution_ratio_in_target',),
          lambda s, t: s['attribution_ratio_in_target'] < t.background_ratio
          and not hides_target(s, t),
-         'The background weighs more than the target, pixel for pixel (attribution ratio of the '
-         'target {attribution_ratio_in_target:.3g}).'),
+         'The target hardly weighs more than the background, pixel for pixel (attribution ratio of '
+         'the target {attribution_ratio_in_target:.3g}).'),
     FindingRule('gap too large', CONCERN, ('completeness_gap', 'settings'),
          lambda s, t: s['completeness_gap'] > _gap_tolerance(s),
          'The attributions miss the change of the score by {completeness_gap:.1%} (more than '
          '{settings[gap_tolerance]:.0%}): use more steps.'),
+    FindingRule('map not computed', CONCERN, ('map_error',),
+         lambda s, t: s['map_error'] > t.lost_map,
+         'Not even the broad features of the map are settled (estimated error {map_error:.0%}): '
+         'use more steps, or --tolerance.'),
     FindingRule('map not settled', NOTE, ('map_error',),
-         lambda s, t: s['map_error'] > t.map_error,
+         lambda s, t: t.map_error < s['map_error'] <= t.lost_map,
          'Only the broad features of the map are settled (estimated error {map_error:.0%}): use '
          'more steps before reading details.'),
     FindingRule('border artefact', CONCERN, ('rim_excess',),
@@ -140,6 +146,10 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          'The same map in the wrong place does as well (margins: deletion '
          '{deletion_margin:+.2f}, insertion {insertion_margin:+.2f}): it does not tell which '
          'pixels matter.'),
+    FindingRule('shows only edges', CONCERN, ('edge_correlation',),
+         lambda s, t: s['edge_correlation'] > t.edge_correlation,
+         "The map is that of the image's edges (rank correlation {edge_correlation:.2f}), whatever "
+         'the model does.'),
     FindingRule('survives randomisation', CONCERN, ('randomised_correlation',),
          lambda s, t: s['randomised_correlation'] > t.randomised_correlation,
          'The map hardly changes when all weights are random (rank correlation '
@@ -172,6 +182,8 @@ TRUST = {
 FATAL = {  # concerns that leave nothing to trust, and what they mean in a few words
     'baseline hides the target': 'the baseline is so like the target that it gets no attribution',
     'nothing to explain': 'the baseline scores like the image, so that there is nothing to explain',
+    'map not computed': 'too few steps were computed for it',
+    'shows only edges': "it shows the image's edges",
     'fails its control': 'in the wrong place it does as well',
     'survives randomisation': 'it hardly depends on what the model learned',
 }

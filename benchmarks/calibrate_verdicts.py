@@ -17,7 +17,8 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from integrated_gradients import (  # noqa: E402
     choose_samples,
     list_samples,
     load_model,
+    plain_map,
 )
 from verdict import verdict_of  # noqa: E402
 
@@ -72,16 +74,24 @@ def broken_maps(
     other: np.ndarray | None,
     settings: Settings,
     rng: np.random.Generator,
-) -> Iterator[tuple[str, Explanation]]:
-    """Maps that should not be believed, by what is wrong with them."""
+) -> Iterator[tuple[str, Explanation, Callable[..., np.ndarray]]]:
+    """Maps that should not be believed: what is wrong with them, and the method that makes them."""
+
+    def of_edges(network: object, x: torch.Tensor, *_: object) -> np.ndarray:
+        return np.repeat(edge_map(ig.preprocessing.to_pixels(x))[None], x.shape[1], axis=0)
+
+    def of_random_weights(network: object, x: torch.Tensor, *others: object) -> np.ndarray:
+        return plain_map(redrawn.model, x, *others)
+
     signed = good.attributions.sum(dim=0).cpu().numpy()
-    yield 'random', with_map(good, rng.normal(size=signed.shape))
-    yield 'edges', with_map(good, edge_map(ig.preprocessing.to_pixels(given.x)))
-    yield 'displaced', with_map(good, displaced(signed, rng))
+    yield 'random', with_map(good, rng.normal(size=signed.shape)), plain_map
+    yield 'edges', with_map(good, of_edges(None, given.x)[0]), of_edges
+    yield 'displaced', with_map(good, displaced(signed, rng)), plain_map
     if other is not None:
-        yield 'another image', with_map(good, other)
+        yield 'another image', with_map(good, other), plain_map
     noise = redrawn.explain(given.x, good.objective, good.baseline, num_steps=8)
-    yield 'random weights', with_map(good, noise.attributions.sum(dim=0).cpu().numpy())
+    noisy = with_map(good, noise.attributions.sum(dim=0).cpu().numpy())
+    yield 'random weights', noisy, of_random_weights
     contrasts = {
         kind: explanation_statistics(
             ig.explain(given.x, good.objective, kind, num_steps=2, placement=given.placement)
@@ -92,22 +102,27 @@ def broken_maps(
     if (contrasts[worst] or 0) < 1:
         (hidden,) = ig.explain_with(replace(settings, baseline=worst), given.x,
                                     placement=given.placement)  # fmt: skip
-        yield 'hidden target', hidden
+        yield 'hidden target', hidden, plain_map
     two = Settings(num_steps=2, baseline=good.baseline, rule='trapezoid')
-    yield 'two steps', ig.explain_with(two, given.x, placement=given.placement)[0]
+    few = ig.explain_with(two, given.x, placement=given.placement)[0]
+    yield 'two steps', few, plain_map
 
 
 def figures(
-    ig: IntegratedGradients, given: ModelInput, one: Explanation, effort: str, settings: Settings
+    ig: IntegratedGradients,
+    given: ModelInput,
+    one: Explanation,
+    method: Callable[..., np.ndarray],
+    effort: str,
+    settings: Settings,
 ) -> dict:
     """The statistics of a map, checks included, that its verdict is made from."""
     truth = one.objective.explained(given.truth)
     found = explanation_statistics(one, truth)
-    subject = subject_of(ig, given.x, one, truth, given.placement)
+    subject = replace(subject_of(ig, given.x, one, truth, given.placement), method=method)
     with ig.engine.running(subject.x):
         found |= evaluate(subject, effort).metrics
-    for key in ('trend', 'preparation'):
-        found.pop(key)
+    found.pop('preparation')
     return {**found, 'notes': [], 'settings': {**settings.record(), 'evaluate': effort}}
 
 
@@ -127,11 +142,11 @@ def measure(args: argparse.Namespace) -> None:
                                           truth=given.truth)  # fmt: skip
             except InputError:
                 continue
-            maps = [('good', good)]
+            maps = [('good', good, plain_map)]
             maps += broken_maps(ig, redrawn, given, good, other, settings, rng)
             other = good.attributions.sum(dim=0).cpu().numpy()
-            for kind, one in maps:
-                row = figures(ig, given, one, args.effort, settings)
+            for kind, one, method in maps:
+                row = figures(ig, given, one, method, args.effort, settings)
                 row |= {'data': args.name, 'map': kind, 'image': sample.name, 'split': args.split}
                 stream.write(json.dumps(row) + '\n')
                 stream.flush()
@@ -161,11 +176,14 @@ def table(args: argparse.Namespace) -> None:
                 some = [row for row in mine if row['map'] == kind]
                 if not some:
                     continue
-                verdicts = [verdict_of(row) for row in some]
-                flags = [one['flag'] for each in verdicts for one in each]
-                count = {flag: flags.count(flag) for flag in dict.fromkeys(flags)}
-                said = ', '.join(f'{flag} {n}' for flag, n in count.items())
-                print(f'  {kind:15} of {len(some):3}: {said}')
+                verdicts = [[one['flag'] for one in verdict_of(row)] for row in some]
+                bad = sum(flags[0] == 'do not trust' for flags in verdicts)
+                doubted = sum(flags[0] == 'trust in part' for flags in verdicts)
+                count = Counter(flag for flags in verdicts for flag in flags[1:])
+                said = ', '.join(f'{flag} {n}' for flag, n in count.most_common())
+                print(
+                    f'  {kind:15} of {len(some):3}: not trusted {bad}, in part {doubted} ({said})'
+                )
 
 
 def main() -> None:

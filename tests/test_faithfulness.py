@@ -23,14 +23,19 @@ from faithfulness import (
     METRICS,
     Effort,
     Subject,
+    _curve_metrics,
+    displaced,
+    edge_map,
     evaluate,
     redraw,
     removal_order,
+    stays_between,
     superpixels,
     without,
 )
 from integrated_gradients import IntegratedGradients, Target, evaluate_explanation
 from map_metrics import (
+    Curve,
     edge_excess,
     holding_radii,
     infidelity,
@@ -234,7 +239,7 @@ def test_receptive_field_of_a_patch_scorer_is_its_patch():
 
 
 def areas(attributions: np.ndarray, fill: str = 'baseline', points: int = 16) -> dict:
-    effort = Effort(fills=(fill,), units=('pixel',), points=points, random_maps=4)
+    effort = Effort(fills=(fill,), units=('pixel',), points=points, displaced=2, random_maps=4)
     rows = evaluate(patch_subject(attributions), effort).details['curves']
     return {row['kind']: {k: row[k]['area'] for k in ('attribution', 'random')} for row in rows}
 
@@ -255,6 +260,60 @@ def test_curves_of_an_inverted_and_of_a_constant_map():
     assert areas(constant)['deletion']['attribution'] == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_displaced_map_is_the_same_elsewhere():
+    relevance = np.random.default_rng(0).random((20, 30))
+    moved = [displaced(relevance, np.random.default_rng(seed)) for seed in range(3)]
+    for one in moved:
+        assert sorted(one.ravel()) == sorted(relevance.ravel())
+        assert (one == relevance).mean() < 0.1
+    assert not np.array_equal(moved[0], moved[1])
+    again = displaced(relevance, np.random.default_rng(0))
+    assert np.array_equal(moved[0], again)
+
+
+def test_the_exact_map_beats_itself_in_the_wrong_place_and_a_random_one_does_not():
+    """What the patch network sees: a quarter of the image."""
+    exact = evaluate(patch_subject(PERFECT), CHECKED).metrics
+    assert exact['deletion_margin'] > 0.3 and exact['insertion_margin'] > 0.3
+    noise = np.random.default_rng(0).normal(size=PERFECT.shape)
+    random = evaluate(patch_subject(noise), CHECKED).metrics
+    assert abs(random['deletion_margin']) < 0.1 and abs(random['insertion_margin']) < 0.1
+
+
+CHECKED = Effort(fills=('baseline',), units=('pixel',), points=8, displaced=4, random_maps=1)
+
+
+@pytest.mark.parametrize(
+    ('scores', 'sane'),
+    [([1.0, 0.6, 0.0], True), ([1.0, -0.9, 0.0], True), ([1.0, -1.1, 0.0], False),
+     ([1.0, 2.1, 0.0], False), ([None, None, None], False)],
+)  # fmt: skip
+def test_a_fill_that_drives_the_score_itself_is_not_sane(scores, sane):
+    assert stays_between(Curve([0.0, 0.5, 1.0], scores)) == sane
+
+
+def test_a_map_of_edges_is_known_for_one():
+    image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    edges = edge_map(AS_IT_IS.to_pixels(image))
+    for relevance, least, most in ((edges, 0.99, 1.0), (PERFECT[0], -0.3, 0.3)):
+        subject = replace(patch_subject(np.repeat(relevance[None], 3, axis=0)), x=image)
+        assert least <= evaluate(subject, CHECKED).metrics['edge_correlation'] <= most
+
+
+def test_what_is_not_sane_is_not_counted():
+    curve = Curve([0.0, 1.0], [1.0, 0.0])
+    row = dict.fromkeys(('attribution', 'displaced', 'random', 'edges'), curve)
+    rows = [{'kind': kind, 'sane': False} | row for kind in ('deletion', 'insertion')]
+    assert _curve_metrics(rows) == {}
+    rows = [{'kind': kind, 'sane': True} | row for kind in ('deletion', 'insertion')]
+    assert _curve_metrics(rows)['deletion_margin'] == 0
+
+
+def test_quick_costs_no_more_than_77_forward_passes_and_full_than_487():
+    assert EFFORTS['quick'].forwards() <= 77 and EFFORTS['quick'].gradients() == 1
+    assert EFFORTS['full'].forwards() <= 487 and EFFORTS['full'].gradients() <= 121
+
+
 def test_deletion_by_pixel_is_quantus_pixel_flipping():
     """The same scores at the same steps; Quantus leaves them in units of the model's output, and
     its area in steps, which makes images incomparable."""
@@ -267,7 +326,7 @@ def test_deletion_by_pixel_is_quantus_pixel_flipping():
         network=network.requires_grad_(False),
         x=grey.expand(-1, 3, -1, -1),
     )
-    work = Effort(fills=('baseline',), units=('pixel',), points=8, random_maps=1)
+    work = Effort(fills=('baseline',), units=('pixel',), points=8, displaced=1, random_maps=1)
     (ours,) = (row['attribution'] for row in evaluate(subject, work).details['curves']
                if row['kind'] == 'deletion')  # fmt: skip
 
@@ -290,7 +349,7 @@ def test_deletion_by_pixel_is_quantus_pixel_flipping():
 
 def test_a_fill_that_changes_nothing_gives_no_area():
     subject = patch_subject(PERFECT)
-    effort = Effort(fills=('blur',), units=('pixel',), points=4, random_maps=1)
+    effort = Effort(fills=('blur',), units=('pixel',), points=4, displaced=1, random_maps=1)
     found = evaluate(subject, effort)  # the image is even: its blur is itself
     assert found.metrics['deletion_area'] is None and found.metrics['insertion_margin'] is None
 

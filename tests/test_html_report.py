@@ -36,7 +36,7 @@ def test_the_page_holds_curves_profile_settings_and_versions(batch):
     assert len(data) == 3
     for entry in data:
         assert len(entry['curves']) == 12 and entry['profile'] and entry['stages']
-        assert len(entry['baselines']) == 6
+        assert len(entry['baselines']) in (0, 1, 3, 6)  # pairs of those that show the target
         assert entry['settings']['evaluate'] == 'full' and entry['versions']['torch']
 
 

@@ -31,8 +31,8 @@ def flags(figures: dict, **limits: float) -> list[str]:
     [
         ({'attribution_ratio_in_target': 2.1}, ['good focus']),
         ({'attribution_ratio_in_target': 2.0}, []),
-        ({'attribution_ratio_in_target': 1.0}, []),
-        ({'attribution_ratio_in_target': 0.9}, ['background focus']),
+        ({'attribution_ratio_in_target': 1.2}, []),
+        ({'attribution_ratio_in_target': 1.1}, ['background focus']),
         ({'attribution_ratio_in_target': None}, []),
         (
             {'attribution_ratio_in_target': 0.9, 'baseline_contrast': 0.7},
@@ -42,7 +42,7 @@ def flags(figures: dict, **limits: float) -> list[str]:
             {'attribution_ratio_in_target': 3.0, 'baseline_contrast': 0.7},
             ['baseline hides the target'],
         ),
-        ({'attribution_ratio_in_target': 3.0, 'baseline_contrast': 1.1}, ['good focus']),
+        ({'attribution_ratio_in_target': 3.0, 'baseline_contrast': 0.9}, ['good focus']),
         (
             {'baseline_contrast': 0.7, 'deletion_margin': 0.3, 'insertion_margin': 0.3},
             ['beats its controls'],
@@ -55,6 +55,8 @@ def flags(figures: dict, **limits: float) -> list[str]:
         ({'completeness_gap': 0.05}, []),
         ({'completeness_gap': 0.06}, ['gap too large']),
         ({'map_error': 0.2}, ['map not settled']),
+        ({'map_error': 0.6}, ['map not computed']),
+        ({'edge_correlation': 0.95}, ['shows only edges']),
         ({'rim_excess': 1.5, 'padding_excess': 0.5}, ['border artefact']),
         ({'rim_excess': 0.5, 'padding_excess': 1.5}, ['padding artefact']),
         ({'deletion_margin': 0.2, 'insertion_margin': 0.0}, ['beats its controls']),
@@ -88,6 +90,8 @@ MARGINS = {'deletion_margin': 0.3, 'insertion_margin': 0.3}
     [
         ({}, 'not checked'),
         ({'map_error': 0.5}, 'not checked'),
+        ({'map_error': 0.6}, 'do not trust'),
+        ({**MARGINS, 'edge_correlation': 0.95}, 'do not trust'),
         ({'baseline_contrast': 0.5}, 'do not trust'),
         (MARGINS, 'trust broadly'),
         ({**MARGINS, 'map_error': 0.5}, 'trust in part'),
