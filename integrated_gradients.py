@@ -712,7 +712,9 @@ class IntegratedGradients:
             )
             at_image, masks = self._look(x, settings, network, build)
             if isinstance(baseline, str) and baseline == AUTO:
-                baseline, reason = self._best_baseline(x, at_image, masks, network, settings)
+                baseline, reason = self._best_baseline(
+                    x, at_image, masks, network, placement, settings
+                )
                 notes += (reason,)
             pixels, tensors = self._baselines(baseline, x, settings)
             paths = [StraightPath(tensor, x) for tensor in tensors]
@@ -742,10 +744,7 @@ class IntegratedGradients:
         scores = None if numbers is None else scores_of_labels(network, masks, numbers)
         image = self.preprocessing.to_pixels(x)
         difference = np.abs(image - pixels).sum(axis=2)  # (H, W)
-        if placement is not None:
-            content = np.zeros(difference.shape, bool)
-            placement.crop(content)[:] = True
-            difference[~content] = np.nan
+        difference[~content_of(placement, difference.shape)] = np.nan
         return [
             replace(explanation(number), label_scores=scores, notes=notes, difference=difference)
             for number in range(len(at_image.targets))
@@ -843,6 +842,7 @@ class IntegratedGradients:
         at_image: AtImage,
         masks: torch.Tensor,
         network: NetworkDescription,
+        placement: Placement | None,
         settings: Settings,
     ) -> tuple[str, str]:
         """Which of CANDIDATES explains these targets best, and why: where they stand out against
@@ -852,6 +852,7 @@ class IntegratedGradients:
         there = masks & (weights > 0)  # (K, h, w): what is predicted of the targets
         inside = (weights != 0).any(dim=0).cpu().numpy()
         outside = ~(inside | network.foreground(masks).cpu().numpy())
+        outside &= content_of(placement, outside.shape)
         image, found = self.preprocessing.to_pixels(x), {}
         for kind in CANDIDATES:
             pixels, tensors = self._baselines(kind, x, settings)
@@ -995,6 +996,14 @@ class IntegratedGradients:
             trend=trend_of(integration.trend, number),
             cost=cost,
         )
+
+
+def content_of(placement: Placement | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels (H, W) bool of an input that are not letterbox padding."""
+    content = np.full(shape, placement is None)
+    if placement is not None:
+        placement.crop(content)[:] = True
+    return content
 
 
 def dtype_name(dtype: torch.dtype) -> str:

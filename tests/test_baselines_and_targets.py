@@ -1,5 +1,7 @@
 """Baselines in pixel space, and the table of targets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,16 @@ from integrated_gradients import (
     TARGETS,
     EmptyTargetError,
     InputError,
+    IntegratedGradients,
+    Settings,
     TargetContext,
     build_baselines,
     build_target,
+    describe_image,
 )
 from network_description import NetworkDescription
 from segmentation_dataset import Preprocessing
+from verdict import accuracy_warning
 
 PIXELS = noise_image(32, 32).astype(np.float32)
 IMAGENET = Preprocessing(32)
@@ -243,3 +249,77 @@ def test_the_table_documents_itself():
         assert kind.meaning
     for kind in BASELINES.values():
         assert kind.build.__doc__.strip()
+
+
+# ------------------------------------------------------------------ is the target hidden?
+
+
+def discs(dark: bool) -> np.ndarray:
+    """Two discs on a ground with a little texture, (64, 64, 3) uint8."""
+    rows, columns = np.mgrid[:64, :64]
+    inside = (np.hypot(rows - 20, columns - 20) < 9) | (np.hypot(rows - 44, columns - 46) < 6)
+    texture = np.random.default_rng(0).integers(-15, 16, (64, 64))
+    grey = np.where(inside, 40 if dark else 215, 215 if dark else 40) + texture
+    return np.repeat(grey[:, :, None], 3, axis=2).astype(np.uint8)
+
+
+def finder(dark: bool) -> IntegratedGradients:
+    """A network that predicts what is dark, or bright, and answers to its surroundings."""
+    net = torch.nn.Conv2d(3, 1, 3, padding=1)
+    with torch.no_grad():
+        net.weight.fill_(-1.0 if dark else 1.0)
+        net.bias.fill_(13.5 if dark else -13.5)
+    fit = Preprocessing(64, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return IntegratedGradients(net, 'cpu', fit, 1)
+
+
+@pytest.mark.parametrize('dark', [True, False])
+def test_auto_takes_no_baseline_that_hides_the_target(dark):
+    ig, image = finder(dark), discs(dark)
+    hiding = 'zero' if dark else 'white'
+    by_kind = {
+        kind: describe_image(ig, 'a', image, None, Settings(num_steps=4, baseline=kind))[0]
+        for kind in (hiding, 'auto')
+    }
+    hidden, chosen = by_kind[hiding], by_kind['auto']
+    assert hidden['baseline_contrast'] < 0.8 < chosen['baseline_contrast']
+    assert chosen['baseline'] != hiding and 'baseline auto' in chosen['notes'][0]
+    flags = [[finding['flag'] for finding in one['verdict']] for one in (hidden, chosen)]
+    assert flags[0][:2] == ['do not trust', 'baseline hides the target']
+    assert not {'good focus', 'background focus'} & set(flags[0]) and 'good focus' in flags[1]
+    assert 'hides the target' in accuracy_warning(hidden)
+    assert accuracy_warning(chosen) is None
+
+
+def test_a_target_is_judged_by_its_own_region():
+    ig, image = finder(True), discs(True)
+    one, other = (
+        describe_image(ig, 'a', image, None, Settings(num_steps=4, target=target, baseline='white'))
+        for target in ('object:1', 'object:2')
+    )
+    for statistics, arrays in (one, other):
+        maps, region = np.abs(arrays['attributions']).sum(axis=0), arrays['region']
+        others = arrays['predicted_mask'] & ~region
+        elsewhere = ~(region | others)
+        share = maps[region].sum() / maps.sum()
+        assert statistics['share_in_target'] == pytest.approx(share, rel=1e-5)
+        assert statistics['share_in_other_objects'] == pytest.approx(
+            maps[others].sum() / maps.sum(), abs=1e-9)  # fmt: skip
+        assert statistics['attribution_ratio_in_target'] == pytest.approx(
+            maps[region].mean() / maps[elsewhere].mean(), rel=1e-5)  # fmt: skip
+    assert one[0]['target_area'] > other[0]['target_area']
+    assert one[0]['share_in_target'] > 0.5
+
+
+def test_letterbox_padding_counts_in_no_contrast():
+    ig = finder(False)
+    ig.preprocessing = replace(ig.preprocessing, resize='letterbox')
+    wide = np.concatenate([discs(False), discs(False)[:, ::-1]], axis=1)
+    padded = np.zeros((128, 128, 3), np.uint8)
+    padded[32:96] = wide
+    settings = Settings(num_steps=2)  # black: no difference where it is padded
+    square, letterbox, drawn = (
+        describe_image(ig, 'a', image, None, settings)[0]['baseline_contrast']
+        for image in (discs(False), wide, padded)
+    )
+    assert letterbox == pytest.approx(square, rel=0.2) and drawn > 1.5 * letterbox
