@@ -24,6 +24,7 @@ class Thresholds:
     focus_ratio: float = 2.0  # attribution ratio of the target above which the focus is good
     background_ratio: float = 1.2  # below which the target hardly weighs more than the background
     baseline_contrast: float = 0.8  # below which the baseline is more like the target than the rest
+    hidden_margin: float = 0.15  # by which a map against such a baseline must beat its controls
     baseline_change: float = 0.5  # of F's range on the path, that F(x) - F(x') must at least be
     map_error: float = 0.1  # above which only broad features are settled
     lost_map: float = 0.5  # map error above which not even those are
@@ -68,20 +69,14 @@ def _fails_controls(figures: dict, limits: Thresholds) -> bool:
     return _margin(figures) <= limits.control_margin
 
 
-def _passed(figures: dict, limits: Thresholds) -> bool:
-    """Whether the map was checked against its controls, and beat them."""
-    known = (
-        figures.get('deletion_margin') is not None and figures.get('insertion_margin') is not None
-    )
-    return known and not _fails_controls(figures, limits)
-
-
 def hides_target(figures: dict, limits: Thresholds) -> bool:
-    """Whether the baseline is so like the target that no map against it can be believed, unless the
-    checks say otherwise."""
+    """Whether the baseline is so like the target that a map against it cannot be believed, unless
+    it was checked and did clearly better than in the wrong place."""
     contrast = figures.get('baseline_contrast')
-    low = contrast is not None and contrast < limits.baseline_contrast
-    return low and not _passed(figures, limits)
+    if contrast is None or contrast >= limits.baseline_contrast:
+        return False
+    checked = all(figures.get(f'{kind}_margin') is not None for kind in ('deletion', 'insertion'))
+    return not (checked and _margin(figures) > limits.hidden_margin)
 
 
 def _explains_nothing(figures: dict, limits: Thresholds) -> bool:
