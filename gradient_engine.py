@@ -77,13 +77,13 @@ def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, P
     network, folded, transposed = improved_copy(model, example)
     deviations = measure_deviation(model, network, example)
     fell_back = not max(deviations) <= EQUIVALENCE_TOLERANCE  # also where it is not a number
+    if fell_back and example.device.type == 'cpu' and example.dtype == torch.float32:
+        fell_back = not _same_in_double_precision(model, example)
     if fell_back and max(measure_deviation(model, model, example)) > EQUIVALENCE_TOLERANCE:
         raise InputError(
             'the network gives another answer each time it is asked, also in evaluation mode '
             '(dropout that is always on, or a state that changes: there is nothing to integrate)'
         )
-    if fell_back and example.device.type == 'cpu' and example.dtype == torch.float32:
-        fell_back = not _same_in_double_precision(model, example)
     preparation = Preparation(folded, transposed, *deviations, fell_back=fell_back)
     return model if fell_back else network, preparation
 

@@ -157,7 +157,8 @@ def _smp_network(
         model = create_model(found.architecture, found.encoder, classes, found.in_channels,
                              **found.options)  # fmt: skip
         model.load_state_dict(found.state)
-    source = {'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes}
+    source = {'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes,
+              'channels': found.in_channels}  # fmt: skip
     return model.float().eval(), checkpoint, source, [*notes, *found.notes]
 
 
@@ -199,7 +200,7 @@ def described(
 ) -> torch.nn.Module:
     """The module with its `network_description` and `preprocessing`, from what the checkpoint
     stores and what the network says of itself. Raises InputError."""
-    own_channels = input_channels(model)
+    own_channels = source.get('channels') or input_channels(model)
     channels = own_channels or tried_channels(model) or 3
     stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
     preprocessing = _stored_preprocessing({**stored, **beside}, path)
