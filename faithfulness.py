@@ -295,10 +295,9 @@ def _bar(name: str, total: int, progress: bool, unit: str = 'image') -> tqdm:
 
 
 def places(subject: Subject, work: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
-    """Localisation in the target, the predicted mask and the truth, what lies in rim and padding,
-    and whether it is no more than the image's edges."""
+    """Localisation in the target, the predicted mask and the truth, and what lies in rim and
+    padding."""
     metrics = edge_excess(subject.magnitude, subject.region, subject.content)
-    metrics['edge_correlation'] = rank_correlation(subject.magnitude, edge_map(subject.pixels))
     masks = {'target': subject.region, 'prediction': subject.prediction, 'truth': subject.truth}
     for where, mask in masks.items():
         if mask is not None:

@@ -374,9 +374,6 @@ STATISTICS: dict[str, Statistic] = {
     'insertion_margin_others': _check(
         'insertion area of the map minus that of the better of the two', '-1 to 1', 'higher',
         _PETSIUK),
-    'edge_correlation': _check(
-        "rank correlation of |attribution| with the strength of the image's Sobel edges",
-        '-1 to 1', '', 'Adebayo et al. 2018'),
     'infidelity': _check(
         'squared difference of what the map says random patches are worth and what replacing them '
         'by the baseline changes, best scale, relative to the change', '0 to 1', 'lower', _YEH),

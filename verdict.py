@@ -28,7 +28,6 @@ class Thresholds:
     baseline_change: float = 0.5  # of F's range on the path, that F(x) - F(x') must at least be
     map_error: float = 0.1  # above which only broad features are settled
     lost_map: float = 0.5  # map error above which not even those are
-    edge_correlation: float = 0.9  # above which the map is that of the image's edges
     rim_excess: float = 1.0  # above which the outer rim holds more than its area explains
     padding_excess: float = 1.0  # the same for letterbox padding
     control_margin: float = 0.08  # by which deletion and insertion must beat, on the average, the
@@ -141,10 +140,6 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          'The same map in the wrong place does as well (margins: deletion '
          '{deletion_margin:+.2f}, insertion {insertion_margin:+.2f}): it does not tell which '
          'pixels matter.'),
-    FindingRule('shows only edges', CONCERN, ('edge_correlation',),
-         lambda s, t: s['edge_correlation'] > t.edge_correlation,
-         "The map is that of the image's edges (rank correlation {edge_correlation:.2f}), whatever "
-         'the model does.'),
     FindingRule('survives randomisation', CONCERN, ('randomised_correlation',),
          lambda s, t: s['randomised_correlation'] > t.randomised_correlation,
          'The map hardly changes when all weights are random (rank correlation '
@@ -178,7 +173,6 @@ FATAL = {  # concerns that leave nothing to trust, and what they mean in a few w
     'baseline hides the target': 'the baseline is so like the target that it gets no attribution',
     'nothing to explain': 'the baseline scores like the image, so that there is nothing to explain',
     'map not computed': 'too few steps were computed for it',
-    'shows only edges': "it shows the image's edges",
     'fails its control': 'in the wrong place it does as well',
     'survives randomisation': 'it hardly depends on what the model learned',
 }

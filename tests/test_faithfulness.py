@@ -25,7 +25,6 @@ from faithfulness import (
     Subject,
     _curve_metrics,
     displaced,
-    edge_map,
     evaluate,
     redraw,
     removal_order,
@@ -290,14 +289,6 @@ CHECKED = Effort(fills=('baseline',), units=('pixel',), points=8, displaced=4, r
 )  # fmt: skip
 def test_a_fill_that_drives_the_score_itself_is_not_sane(scores, sane):
     assert stays_between(Curve([0.0, 0.5, 1.0], scores)) == sane
-
-
-def test_a_map_of_edges_is_known_for_one():
-    image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    edges = edge_map(AS_IT_IS.to_pixels(image))
-    for relevance, least, most in ((edges, 0.99, 1.0), (PERFECT[0], -0.3, 0.3)):
-        subject = replace(patch_subject(np.repeat(relevance[None], 3, axis=0)), x=image)
-        assert least <= evaluate(subject, CHECKED).metrics['edge_correlation'] <= most
 
 
 def test_what_is_not_sane_is_not_counted():
