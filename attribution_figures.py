@@ -21,7 +21,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from image_statistics import CLIP_PERCENTILE, shown
+from image_statistics import CLIP_PERCENTILE, names_of_channels, shown
 from verdict import Thresholds, accuracy_warning, map_verdict
 
 if TYPE_CHECKING:
@@ -201,12 +201,10 @@ def channels_figure(view: View, statistics: dict) -> Figure:
 def channels_of(view: View, statistics: dict) -> tuple[list[str], list[float | None]]:
     """Names of the input's channels and their shares of |attribution|."""
     count = len(view.attributions)
-    names = statistics.get('channel_names')  # older results have none: they are of colours
-    if names is None or len(names) != count:
-        names = (
-            ['red', 'green', 'blue'] if count == 3 else [f'channel {k + 1}' for k in range(count)]
-        )
-    return list(names), list(statistics['channel_shares'] or [None] * count)
+    names = names_of_channels(statistics)
+    if len(names) != count:
+        names = [f'channel {k + 1}' for k in range(count)]
+    return names, list(statistics['channel_shares'] or [None] * count)
 
 
 def summary_figure(

@@ -87,14 +87,9 @@ def plain_map(
     return (total * (x - baseline) / steps)[0].cpu().numpy()
 
 
-def segmentation_logits(output: object, size: Sequence[int] | None = None) -> torch.Tensor:
-    """The logit map (N, K, h, w) in a model's output.
-
-    The output itself; of several maps (deep supervision, auxiliary heads) the first that has the
-    input's size, else the largest; in a dictionary or an object what lies under `out` or `logits`.
-    size: (H, W) of the input; without it the first map is taken. Raises InputError where there is
-    no map.
-    """
+def maps_in(output: object) -> list[torch.Tensor]:
+    """The maps (N, K, h, w) in a model's output: itself, those of a list or a dictionary, or, in a
+    dictionary or an object, what lies under `out` or `logits`."""
     for name in ('out', 'logits'):
         if isinstance(output, dict) and name in output:
             output = output[name]
@@ -103,7 +98,18 @@ def segmentation_logits(output: object, size: Sequence[int] | None = None) -> to
     if isinstance(output, dict):
         output = list(output.values())
     several = output if isinstance(output, (tuple, list)) else [output]
-    maps = [one for one in several if isinstance(one, torch.Tensor) and one.ndim == 4]
+    return [one for one in several if isinstance(one, torch.Tensor) and one.ndim == 4]
+
+
+def segmentation_logits(output: object, size: Sequence[int] | None = None) -> torch.Tensor:
+    """The logit map (N, K, h, w) in a model's output.
+
+    The output itself; of several maps (deep supervision, auxiliary heads) the first that has the
+    input's size, else the largest; in a dictionary or an object what lies under `out` or `logits`.
+    size: (H, W) of the input; without it the first map is taken. Raises InputError where there is
+    no map.
+    """
+    maps = maps_in(output)
     if not maps:
         raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
     if size is None:
@@ -120,20 +126,15 @@ def segmentation_logits(output: object, size: Sequence[int] | None = None) -> to
 
 def choice_among(output: object, size: Sequence[int]) -> str:
     """What `segmentation_logits` takes of several maps, in a sentence; empty where there is one."""
-    for name in ('out', 'logits'):
-        if hasattr(output, name) or (isinstance(output, dict) and name in output):
-            return ''
-    several = list(output.values()) if isinstance(output, dict) else output
-    if not isinstance(several, (tuple, list)):
-        return ''
-    shapes = [tuple(one.shape) for one in several if isinstance(one, torch.Tensor)]
-    if len(shapes) < 2:
+    maps = maps_in(output)
+    if len(maps) < 2:
         return ''
     taken = segmentation_logits(output, size)
-    number = next((k for k, one in enumerate(several) if one is taken), 0)
+    number = next(k for k, one in enumerate(maps, start=1) if one is taken)
+    shapes = ', '.join(str(tuple(one.shape)) for one in maps[:4])
     return (
-        f'the network gives {len(shapes)} maps, of shapes {", ".join(map(str, shapes[:4]))}: '
-        f'number {number + 1} is explained (for another, wrap the network so that it returns that)'
+        f'the network gives {len(maps)} maps, of shapes {shapes}: '
+        f'number {number} is explained (for another, wrap the network so that it returns that)'
     )
 
 

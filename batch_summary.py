@@ -30,7 +30,18 @@ from attribution_figures import summary_figure
 from batch_job import DONE, FAILED, GRACE, NETWORK_DELAY, POLL, SKIPPED, Outcome, Share
 from errors import OutputError
 from html_report import Page, report_html, reproducing_command
-from image_statistics import CHECK, COMPOUND, COST, NUMBER, RECORD, RESULT, STATISTICS, TEXT, WHOLE
+from image_statistics import (
+    CHECK,
+    COMPOUND,
+    COST,
+    NUMBER,
+    RECORD,
+    RESULT,
+    STATISTICS,
+    TEXT,
+    WHOLE,
+    names_of_channels,
+)
 from map_metrics import rank_correlation
 from result_files import figure_writer, image_files, read_statistics, write_files
 from verdict import Thresholds, batch_findings, concerns
@@ -249,7 +260,7 @@ def read_table(source: Path | io.StringIO) -> pd.DataFrame:
 
 def row_of(statistics: dict) -> dict:
     """The row of summary.csv for one explanation."""
-    names = statistics.get('channel_names', ('red', 'green', 'blue'))  # older results have none
+    names = names_of_channels(statistics)
     shares = statistics['channel_shares'] or (None,) * len(names)
     row = {
         **statistics,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations, product
@@ -34,12 +34,13 @@ from attribution_path import Score, plain_map, segmentation_logits
 from errors import InputError
 from explanation import Explanation
 from gradient_engine import GradientEngine
-from image_statistics import METRICS, NEAR, NOISE_RADIUS
+from image_statistics import METRICS, NEAR, NOISE_RADIUS, contrast
 from map_metrics import (
     Curve,
     edge_excess,
     holding_radii,
     infidelity,
+    known_mean,
     known_median,
     localisation,
     max_sensitivity,
@@ -203,9 +204,8 @@ class Subject:
         rest = ~(self.region | self.prediction)
         if self.content is not None:
             rest &= self.content
-        if not (self.region.any() and rest.any()):
-            return True
-        return bool(difference[self.region].mean() >= difference[rest].mean())
+        found = contrast(difference, self.region, rest)
+        return found is None or found >= 1
 
     def scores(self, images: Iterator[np.ndarray], bar: tqdm) -> list[float]:
         """The target score of images (H, W, C) in pixel space."""
@@ -253,10 +253,7 @@ def subject_of(
 ) -> Subject:
     """What is checked of an explanation. Arguments: see `evaluate_explanation`."""
     x = ig.check_input(input_tensor)  # (1, C, H, W)
-    content = None
-    if placement is not None:
-        content = np.zeros(x.shape[-2:], bool)
-        placement.crop(content)[:] = True
+    content = None if placement is None else placement.content(x.shape[-2:])
     return Subject(
         attributions=explanation.attributions.cpu().numpy(),
         network=ig.engine.model,
@@ -530,12 +527,6 @@ def _curve_metrics(rows: Sequence[dict]) -> dict[str, float | None]:
         others = max(sign * mean[name] for name in ('random', 'edges'))
         metrics[f'{kind}_margin_others'] = sign * mean['attribution'] - others
     return metrics
-
-
-def known_mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are known; None where none is."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 # --------------------------------------------------------------------------- infidelity

@@ -90,8 +90,7 @@ class Measured:
     @property
     def ratio_in_target(self) -> float | None:
         """Mean |attribution| of a pixel of the target by that of one elsewhere."""
-        inside, outside = (_mean(self.magnitude[m]) for m in (self.region, self.elsewhere))
-        return inside / outside if inside is not None and outside else None
+        return contrast(self.magnitude, self.region, self.elsewhere)
 
     @property
     def on_baseline(self) -> float | None:
@@ -105,9 +104,7 @@ class Measured:
         if difference is None:
             return None
         known = np.isfinite(difference)
-        inside = _mean(difference[self.region & known])
-        outside = _mean(difference[self.elsewhere & known])
-        return inside / outside if inside is not None and outside else None
+        return contrast(difference, self.region & known, self.elsewhere & known)
 
     @cached_property
     def summed(self) -> np.ndarray:
@@ -188,8 +185,20 @@ def label_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[int, dict[str
     return scores
 
 
+def contrast(values: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float | None:
+    """Mean of a map (H, W) inside a mask by its mean in another; None where either holds no pixel,
+    or the second only zeros."""
+    means = [_mean(values[mask]) for mask in (inside, outside)]
+    return means[0] / means[1] if means[0] is not None and means[1] else None
+
+
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
+
+
+def names_of_channels(statistics: dict) -> list[str]:
+    """Of the input's channels; results of earlier versions name none, and are of colours."""
+    return list(statistics.get('channel_names') or ('red', 'green', 'blue'))
 
 
 # --------------------------------------------------------------------------- the table

@@ -104,7 +104,7 @@ from gradient_engine import (
     peak_memory,
     reduced_dtype,
 )
-from image_statistics import explanation_statistics, label_scores, mask_scores
+from image_statistics import contrast, explanation_statistics, label_scores, mask_scores
 from model_factory import runs_at
 from model_loading import (
     ARCHITECTURES,
@@ -218,7 +218,7 @@ SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
 MOST_STEPS = 100_000
 PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
-OUTPUTS = ('auto', 'logits', 'probabilities')
+OUTPUTS = ('auto', LOGITS, PROBABILITIES)
 
 
 # --------------------------------------------------------------------------- baselines
@@ -287,12 +287,6 @@ def check_baseline(kind: str) -> None:
             f'unknown baseline "{kind}" (choose from {", ".join(known)}, or give the path '
             'of an image file)'
         )
-
-
-def contrast(difference: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
-    """Mean of |x - x'| (H, W) inside the target by its mean outside; NaN pixels do not count."""
-    means = [np.nanmean(difference[mask]) if mask.any() else 0.0 for mask in (inside, outside)]
-    return float(means[0] / means[1]) if means[1] else math.inf
 
 
 def build_baselines(
@@ -744,7 +738,8 @@ class IntegratedGradients:
         scores = None if numbers is None else scores_of_labels(network, masks, numbers)
         image = self.preprocessing.to_pixels(x)
         difference = np.abs(image - pixels).sum(axis=2)  # (H, W)
-        difference[~content_of(placement, difference.shape)] = np.nan
+        if placement is not None:
+            difference[~placement.content(difference.shape)] = np.nan
         return [
             replace(explanation(number), label_scores=scores, notes=notes, difference=difference)
             for number in range(len(at_image.targets))
@@ -852,7 +847,8 @@ class IntegratedGradients:
         there = masks & (weights > 0)  # (K, h, w): what is predicted of the targets
         inside = (weights != 0).any(dim=0).cpu().numpy()
         outside = ~(inside | network.foreground(masks).cpu().numpy())
-        outside &= content_of(placement, outside.shape)
+        if placement is not None:
+            outside &= placement.content(outside.shape)
         image, found = self.preprocessing.to_pixels(x), {}
         for kind in CANDIDATES:
             pixels, tensors = self._baselines(kind, x, settings)
@@ -861,6 +857,7 @@ class IntegratedGradients:
             still = (network.predicted(logits[0], settings.threshold) & there).sum() / there.sum()
             score = np.mean([float(target(logits)) for target in at_image.targets])
             stands_out = contrast(np.abs(image - pixels).sum(axis=2), inside, outside)
+            stands_out = math.inf if stands_out is None else stands_out
             found[kind] = (stands_out, float(torch.nan_to_num(still)), float(score))
         best = max(row[0] for row in found.values())
         fit = {k: v for k, v in found.items() if v[1] <= STILL_PREDICTED}
@@ -996,14 +993,6 @@ class IntegratedGradients:
             trend=trend_of(integration.trend, number),
             cost=cost,
         )
-
-
-def content_of(placement: Placement | None, shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels (H, W) bool of an input that are not letterbox padding."""
-    content = np.full(shape, placement is None)
-    if placement is not None:
-        placement.crop(content)[:] = True
-    return content
 
 
 def dtype_name(dtype: torch.dtype) -> str:

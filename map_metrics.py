@@ -69,6 +69,12 @@ def infidelity(predicted: np.ndarray, actual: np.ndarray) -> float | None:
     return float(((scale * predicted - actual) ** 2).sum() / size)
 
 
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def known_median(values: Iterable[float | None]) -> float | None:
     """The median of the values that are known; None where none is."""
     known = [value for value in values if value is not None]

@@ -54,13 +54,6 @@ def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Modul
     return network.float().eval()
 
 
-def factory_digest(factory: str) -> str | None:
-    """SHA-256 of a factory's file; None where it is a module by name, whose classes are looked at
-    in the network itself."""
-    path = Path(factory.rpartition(':')[0])
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == '.py' else None
-
-
 @contextlib.contextmanager
 def _own_code(said: str) -> Iterator[None]:
     """Turn whatever the user's code raises into one sentence."""
@@ -148,8 +141,6 @@ def tried_channels(network: torch.nn.Module) -> int | None:
     3 or 1, with which it runs; None where it runs with none of them."""
     convolutions = [m.in_channels for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     for channels in dict.fromkeys((*convolutions[:1], 3, 1, *convolutions)):
-        for side in PROBED_SIDES:
-            with contextlib.suppress(Exception), torch.no_grad():
-                network(torch.zeros(1, channels, side, side))
-                return channels
+        if any(runs_at(network, channels, (side, side)) for side in PROBED_SIDES):
+            return channels
     return None

@@ -11,7 +11,6 @@ import ast
 import contextlib
 import difflib
 import hashlib
-import inspect
 import math
 import numbers
 import re
@@ -24,7 +23,7 @@ import torch
 
 from checkpoint_reading import Checkpoint, read_checkpoint
 from errors import InputError, one_line
-from model_factory import build_network, factory_digest, load_weights, tried_channels
+from model_factory import build_network, load_weights, tried_channels
 from network_description import (
     ATTRIBUTE,
     EXCLUSIVE,
@@ -37,7 +36,7 @@ from network_description import (
     input_channels,
     network_digest,
 )
-from network_guess import NO_OPTIONS, head_weight, recognise
+from network_guess import NO_OPTIONS, defaults_of, head_weight, recognise
 from segmentation_dataset import (
     CHANNEL_ORDERS,
     IMAGENET_MEAN,
@@ -164,7 +163,7 @@ def _smp_network(
 
 def _check_options(options: Mapping[str, object], architecture: str, encoder: str) -> None:
     """Raise InputError for options that smp would take and silently leave aside."""
-    known = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture]).parameters
+    known = defaults_of(architecture)
     for name in options:
         if name in NO_OPTIONS:
             raise InputError(f'model option "{name}" is read off the weights (leave it out)')
@@ -185,7 +184,9 @@ def _network_of_factory(
     else:
         checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
         notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
-    source = {'model_factory': factory, 'model_factory_sha256': factory_digest(factory)}
+    file = Path(factory.rpartition(':')[0])  # a module by name is seen in the network itself
+    digest = file_digest(file) if file.suffix == '.py' else None
+    source = {'model_factory': factory, 'model_factory_sha256': digest}
     if weights_key == OF_THE_FACTORY:
         source['weights_key'] = weights_key
     return model, checkpoint, source, notes

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -85,7 +85,6 @@ class Recognised:
     options: dict[str, object]  # further arguments: those given, and those that the shapes show
     state: dict[str, torch.Tensor]  # the weights by the names of the installed version
     notes: tuple[str, ...] = ()  # what was guessed, in sentences
-    candidates: tuple[str, ...] = ()  # the names of this encoder: all compute the same
 
 
 @dataclass(frozen=True)
@@ -135,16 +134,13 @@ def _recognise(
         return None
     outlines = _Outlines(state, build, decoder, options)
     kinds = [(encoder,)] if encoder else _known_encoders(state, decoder)
-    fits = [(names, fit) for names in kinds if (fit := outlines.fit(names, encoder is not None))]
-    usual = [pair for pair in fits if 'img_size' not in pair[1].options]
-    fits = usual or fits
+    fits = [fit for names in kinds if (fit := outlines.fit(names, encoder is not None))]
+    fits = [fit for fit in fits if 'img_size' not in fit.options] or fits
     if len(fits) > 1:
-        raise InputError(_ambiguous(path, [fit.encoder for _, fit in fits]))
+        raise InputError(_ambiguous(path, [fit.encoder for fit in fits]))
     if not fits:
         return None
-    names, fit = fits[0]
-    notes = _notes(fit, decoder, architecture, encoder, options)
-    return Recognised(**{**vars(fit), 'notes': notes, 'candidates': tuple(names)})
+    return replace(fits[0], notes=_notes(fits[0], decoder, architecture, encoder, options))
 
 
 # --------------------------------------------------------------------------- names and shapes
@@ -219,7 +215,7 @@ def read_decoder(state: Mapping[str, torch.Tensor]) -> _Decoder | None:
         return None
     depths = options.pop('encoder_depth', DEPTHS)
     depths = depths if isinstance(depths, tuple) else (depths,)
-    usual = _defaults(architecture)
+    usual = defaults_of(architecture)
     depths = tuple(sorted(depths, key=lambda depth: depth != usual['encoder_depth']))
     options = {name: value for name, value in options.items() if name in usual}  # of this version
     shown = {name: value for name, value in options.items() if not _same(value, usual[name])}
@@ -332,7 +328,7 @@ def _norm(shapes: Shapes, block: str) -> object:
 
 
 @cache
-def _defaults(architecture: str) -> dict[str, object]:
+def defaults_of(architecture: str) -> dict[str, object]:
     """The arguments of an architecture, and what they are where nothing is said."""
     parameters = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture]).parameters
     return {name: parameter.default for name, parameter in parameters.items()}
@@ -450,7 +446,7 @@ class _Outlines:
     def _at_depth(self, encoder: str, depth: object) -> Recognised | None:
         """The network with that encoder and depth. Raises InputError: it cannot be built."""
         options = {**self.decoder.options, **self.options}
-        if depth != _defaults(self.decoder.architecture)['encoder_depth']:
+        if depth != defaults_of(self.decoder.architecture)['encoder_depth']:
             options['encoder_depth'] = depth
         channels, outline = 3, self._outline(encoder, 3, options)
         found = tensor_shapes(outline.state_dict())
@@ -603,7 +599,7 @@ def _look_alike(
         except InputError as error:
             return f'it{str(error).removeprefix(str(path))}'
         if found:
-            right = {**_defaults(found.architecture), **found.options}
+            right = {**defaults_of(found.architecture), **found.options}
             other = [name for name, value in options.items() if not _same(right.get(name), value)]
             said = ''.join(f', {_setting(*option)}' for option in found.options.items())
             flags = f'--architecture {found.architecture} --encoder {found.encoder}'

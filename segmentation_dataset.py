@@ -554,6 +554,12 @@ class Placement:
         """The part of an (H, W, ...) array that shows the image, without letterbox padding."""
         return array[self.top : self.top + self.height, self.left : self.left + self.width]
 
+    def content(self, shape: Sequence[int]) -> np.ndarray:
+        """The pixels (H, W) bool of an input of that shape that are not letterbox padding."""
+        content = np.zeros(shape, bool)
+        self.crop(content)[:] = True
+        return content
+
 
 @dataclass(frozen=True)
 class Preprocessing:

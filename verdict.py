@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from errors import InputError
-from image_statistics import shown
+from image_statistics import names_of_channels, shown
 
 GOOD, NOTE, CONCERN = 'good', 'note', 'concern'  # levels of a finding
 
@@ -305,8 +305,7 @@ def statistics_text(statistics: dict) -> str:
     def show(key: str) -> str:
         return shown(key, statistics[key], precise=True)
 
-    shares, names = statistics['channel_shares'], statistics.get('channel_names')
-    names = names or ('red', 'green', 'blue')
+    shares, names = statistics['channel_shares'], names_of_channels(statistics)
     channels = ' / '.join(f'{100 * share:.1f} %' for share in shares) if shares else 'n/a'
     by_class = statistics.get('class_scores') or {}
     classes = ', '.join(f'{name} {scores["dice"]:.4g}' for name, scores in by_class.items())
