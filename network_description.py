@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import CodeType, ModuleType, SimpleNamespace
 
 import numpy as np
@@ -359,6 +359,10 @@ def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
         yield from _function(value)
     elif isinstance(value, ModuleType):
         yield value.__name__.encode()
+        file = getattr(value, '__file__', None)
+        if file and not _of_library(value.__name__):  # what is used of it is not known: all of it
+            with contextlib.suppress(OSError):
+                yield Path(file).read_bytes()
     elif isinstance(value, torch.nn.Module):  # one that is no registered child
         yield _Inner(type(value))
         yield from map(_Inner, _attributes(value))

@@ -114,6 +114,28 @@ def test_what_the_factory_computes_is_part_of_what_is_finished(folder):
     assert seen[0] == seen[1] and seen[1][1] != seen[2][1]
 
 
+@pytest.mark.parametrize(
+    ('how', 'used'), [('import layers', 'layers.block'), ('from layers import block', 'block')]
+)
+def test_code_beside_the_factory_is_part_of_the_network(tmp_path, how, used):
+    """However it is imported, and although no weight tells."""
+    code = f'{how}\nfrom torch import nn\n\n\nclass Net(nn.Conv2d):\n    def forward(self, x):\n'
+    (tmp_path / 'net.py').write_text(f'{code}        return {used}(super().forward(x))\n')
+    script = (
+        'import sys; from model_factory import build_network; '
+        'from network_description import structure_digest; '
+        'options = {"in_channels": 3, "out_channels": 1, "kernel_size": 1}; '
+        'print(structure_digest(build_network(sys.argv[1], options)))'
+    )
+    digests = []
+    for factor in (1, 1, 2):
+        (tmp_path / 'layers.py').write_text(f'def block(x):\n    return {factor} * x\n')
+        command = [sys.executable, '-B', '-c', script, f'{tmp_path}/net.py:Net']
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        digests.append(done.stdout)
+    assert digests[0] == digests[1] != digests[2]
+
+
 @pytest.mark.parametrize('name', ['lraspp_mobilenet_v3_large', 'deeplabv3_mobilenet_v3_large'])
 def test_torchvision(folder, name):
     factory, options = f'torchvision.models.segmentation:{name}', ['num_classes=2']
