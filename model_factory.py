@@ -19,9 +19,12 @@ import torch
 
 from checkpoint_reading import Checkpoint
 from errors import InputError, one_line
+from network_description import of_library
 
 PROBED_SIDES = (64, 224, 256)  # pixels, of inputs on which a network is tried
 NAMED = 3  # tensors in a sentence
+HERE = Path(__file__).resolve().parent
+OURS = tuple(path.stem for path in HERE.glob('*.py'))  # names that the user's code may have too
 
 
 def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Module:
@@ -67,13 +70,35 @@ def _own_code(said: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """The modules of a folder can be imported inside."""
+    """The modules of a folder can be imported inside, also those that are named like one of ours
+    or like one beside another factory, which stand under their names again afterwards."""
+    hidden = {name: module for name, module in sys.modules.items() if _is_hidden(name, folder)}
+    for name in hidden:
+        del sys.modules[name]
     sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
+        for name in OURS:
+            if _file_of(name).parent == folder != HERE:  # or ours would not be found later
+                del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _is_hidden(name: str, folder: Path) -> bool:
+    """Whether a loaded module stands in the way of one of the same name in a folder. Libraries do
+    not: what is installed goes before, as it did when the network was trained."""
+    top = name.partition('.')[0]
+    there = (folder / f'{top}.py').is_file() or (folder / top / '__init__.py').is_file()
+    return there and not of_library(top) and folder not in _file_of(top).parents
+
+
+def _file_of(name: str) -> Path:
+    """Where a loaded module comes from; the empty path where it has no file."""
+    return Path(getattr(sys.modules.get(name), '__file__', None) or '').resolve()
 
 
 def _module_of_file(path: Path) -> object:
@@ -94,7 +119,7 @@ def _module_of_file(path: Path) -> object:
 
 
 def _module_of_name(name: str) -> object:
-    with _importable(Path.cwd()):
+    with _importable(Path.cwd().resolve()):
         return importlib.import_module(name)
 
 

@@ -360,7 +360,7 @@ def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
     elif isinstance(value, ModuleType):
         yield value.__name__.encode()
         file = getattr(value, '__file__', None)
-        if file and not _of_library(value.__name__):  # what is used of it is not known: all of it
+        if file and not of_library(value.__name__):  # what is used of it is not known: all of it
             with contextlib.suppress(OSError):
                 yield Path(file).read_bytes()
     elif isinstance(value, torch.nn.Module):  # one that is no registered child
@@ -370,7 +370,7 @@ def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
     else:  # an object of any other class, or a function in C
         yield getattr(value, '__qualname__', type(value).__qualname__).encode()
         settings = isinstance(value, (SimpleNamespace, Namespace))
-        if settings or not _of_library(type(value).__module__):
+        if settings or not of_library(type(value).__module__):
             yield _Inner(type(value))
             yield _Inner(getattr(value, '__dict__', None))
 
@@ -396,7 +396,7 @@ def _class(kind: type) -> Iterator[bytes | _Inner]:
     """The name of a class, and, where it is no library's, its code and its attributes."""
     for base in kind.__mro__:
         yield f'{base.__module__}.{base.__qualname__}'.encode()
-        if not _of_library(base.__module__):
+        if not of_library(base.__module__):
             own = {k: v for k, v in vars(base).items() if not k.startswith('__') or callable(v)}
             for name, value in own.items():
                 value = getattr(value, '__func__', getattr(value, 'fget', value))
@@ -406,7 +406,7 @@ def _class(kind: type) -> Iterator[bytes | _Inner]:
 
 
 @cache
-def _of_library(module: str) -> bool:
+def of_library(module: str) -> bool:
     """Whether a module is of an installed library or of Python: its name stands for its code."""
     package = module.partition('.')[0]
     if package in ('builtins', *sys.stdlib_module_names):
@@ -421,7 +421,7 @@ def _function(function: object) -> Iterator[bytes | _Inner]:
     function = getattr(function, '__func__', function)
     yield getattr(function, '__qualname__', '').encode()
     code = getattr(function, '__code__', None)
-    if not isinstance(code, CodeType) or _of_library(str(function.__module__)):
+    if not isinstance(code, CodeType) or of_library(str(function.__module__)):
         return
     yield from _byte_code(code)
     yield _Inner((function.__defaults__, function.__kwdefaults__))

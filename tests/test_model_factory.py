@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +136,43 @@ def test_code_beside_the_factory_is_part_of_the_network(tmp_path, how, used):
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
         digests.append(done.stdout)
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize('ours', ['errors', 'verdict', 'network_guess'])
+def test_code_beside_the_factory_may_be_named_like_ours(tmp_path, ours):
+    (tmp_path / f'{ours}.py').write_text('WIDTH = 5\n')
+    (tmp_path / 'net.py').write_text(
+        f'from torch import nn\nfrom {ours} import WIDTH\n\n\n'
+        'def build():\n    return nn.Conv2d(3, WIDTH, 1)\n'
+    )
+    before = sys.modules.get(ours)
+    assert build_network(f'{tmp_path}/net.py:build', {}).out_channels == 5
+    assert sys.modules.get(ours) is before
+    assert Path(importlib.import_module(ours).__file__) == ROOT / f'{ours}.py'
+
+
+def test_two_factories_have_each_their_own_code_beside_them(tmp_path):
+    for width in (2, 7):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        (folder / 'sizes_of_layers.py').write_text(f'WIDTH = {width}\n')
+        (folder / 'net.py').write_text(
+            'from torch import nn\nimport sizes_of_layers\n\n\n'
+            'def build():\n    return nn.Conv2d(3, sizes_of_layers.WIDTH, 1)\n'
+        )
+        assert build_network(f'{folder}/net.py:build', {}).out_channels == width
+
+
+def test_a_network_in_half_precision_runs_in_single(tmp_path):
+    (tmp_path / 'net.py').write_text(
+        'from torch import nn\n\n\ndef build():\n    return nn.Conv2d(3, 1, 1).half()\n'
+    )
+    factory = f'{tmp_path}/net.py:build'
+    saved = nn.Conv2d(3, 1, 1).half()
+    torch.save(saved.state_dict(), tmp_path / 'm.pth')
+    loaded = load_model(tmp_path / 'm.pth', 'cpu', model_factory=factory)
+    x = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(loaded(x), saved.float()(x))
 
 
 @pytest.mark.parametrize('name', ['lraspp_mobilenet_v3_large', 'deeplabv3_mobilenet_v3_large'])
