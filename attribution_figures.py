@@ -21,7 +21,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from image_statistics import CLIP_PERCENTILE, names_of_channels, shown
+from image_statistics import CLIP_PERCENTILE, counted, names_of_channels, shown, span
 from verdict import Thresholds, accuracy_warning, map_verdict
 
 if TYPE_CHECKING:
@@ -226,21 +226,19 @@ def summary_figure(
     _per_image(gaps, names, 100 * _values(ordered, 'completeness_gap'), 'Completeness gap (%)')
     gaps.axhline(100 * gap_tolerance, color='tab:red', label=f'tolerance {gap_tolerance:.0%}')
     gaps.legend(fontsize=FONT['label'])
-    ratio = _values(ordered, 'attribution_ratio')
-    _per_image(ratios, names, ratio, 'Attribution ratio (inside / outside)')
+    ratio = _values(ordered, 'attribution_ratio_in_target')
+    _per_image(ratios, names, ratio, 'Attribution ratio of the target')
     good, bad = limits.focus_ratio, limits.background_ratio
-    ratios.axhline(good, color='tab:green', label=f'above {good:g}: focused on the prediction')
-    ratios.axhline(bad, color='tab:red', label=f'below {bad:g}: background weighs more')
+    ratios.axhline(good, color='tab:green', label=f'above {good:g}: focused on the target')
+    ratios.axhline(bad, color='tab:red', label=f'below {bad:g}: it hardly weighs more')
     ratios.legend(fontsize=FONT['label'])
     _histogram(shares, ordered)
     _ratio_scatter(scatter, ordered, correlation)
     first = ordered.iloc[0]
-    targets = list(ordered['target'].value_counts().index)  # the most frequent first
-    steps = sorted({ordered['steps'].min(), ordered['steps'].max()})
     title = (
-        f'{ordered["image"].nunique()} images · target {", ".join(targets[:3])}'
-        f'{", …" if len(targets) > 3 else ""} · baseline {first["baseline"]} · '
-        f'{first["rule"]} rule, {" to ".join(map(str, steps))} steps'
+        f'{ordered["image"].nunique()} images · target {counted(ordered["target"])} · '
+        f'baseline {counted(ordered["baseline"])} · {first["rule"]} rule, '
+        f'{span(ordered["steps"])} steps'
     )
     fig.suptitle(wrap(title, fig.get_figwidth(), FONT['heading']), fontsize=FONT['heading'])
     return fig

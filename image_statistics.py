@@ -8,7 +8,8 @@ row. Nothing here needs torch, so that processes which only draw and write start
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -199,6 +200,20 @@ def _mean(values: np.ndarray) -> float | None:
 def names_of_channels(statistics: dict) -> list[str]:
     """Of the input's channels; results of earlier versions name none, and are of colours."""
     return list(statistics.get('channel_names') or ('red', 'green', 'blue'))
+
+
+def counted(names: Sequence[str], most: int = 3) -> str:
+    """A name, or how often there is each of several, the most frequent first; so many of them."""
+    counts = Counter(names).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
+    named = [f'{name} ({count})' for name, count in counts[:most]]
+    return ', '.join([*named, *(['…'] if len(counts) > most else [])])
+
+
+def span(numbers: Sequence[int]) -> str:
+    """A number, or the least and the greatest of several."""
+    return ' to '.join(map(str, sorted({min(numbers), max(numbers)}))) if len(numbers) else ''
 
 
 # --------------------------------------------------------------------------- the table
@@ -392,6 +407,9 @@ STATISTICS: dict[str, Statistic] = {
     'broad_sensitivity': _check(
         'the same of the broad features, the signed map under a blur of 2 % of the longer side',
         '0 and up', 'lower', 'this toolkit'),
+    'recomputed_correlation': _check(
+        'rank correlation of the signed map with the same computed afresh in a few steps; not for '
+        'a mean over drawn baselines', '-1 to 1', 'higher', 'this toolkit'),
     'randomised_correlation': _check(
         'rank correlation of the signed map with that of the network whose weights are all '
         'redrawn', '-1 to 1', 'lower', _ADEBAYO),

@@ -992,6 +992,7 @@ class IntegratedGradients:
             tolerance=settings.tolerance,
             trend=trend_of(integration.trend, number),
             cost=cost,
+            draws=len(integration.start_scores),
         )
 
 

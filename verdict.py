@@ -24,7 +24,8 @@ class Thresholds:
     focus_ratio: float = 2.0  # attribution ratio of the target above which the focus is good
     background_ratio: float = 1.2  # below which the target hardly weighs more than the background
     baseline_contrast: float = 0.8  # below which the baseline is more like the target than the rest
-    hidden_margin: float = 0.15  # by which a map against such a baseline must beat its controls
+    hidden_margin: float = 0.15  # by which a map against such a baseline must beat its controls,
+    hidden_infidelity: float = 0.2  # and what its infidelity must be below
     baseline_change: float = 0.5  # of F's range on the path, that F(x) - F(x') must at least be
     map_error: float = 0.1  # above which only broad features are settled
     lost_map: float = 0.5  # map error above which not even those are
@@ -32,6 +33,7 @@ class Thresholds:
     padding_excess: float = 1.0  # the same for letterbox padding
     control_margin: float = 0.08  # by which deletion and insertion must beat, on the average, the
     # same map in the wrong place
+    recomputed_correlation: float = 0.45  # below which the map is not what its method computes
     randomised_correlation: float = 0.5  # above which the map outlives the network's weights
     broad_sensitivity: float = 1.0  # above which a little noise changes even the broad features
     infidelity: float = 0.9  # above which the map says next to nothing about removed patches
@@ -74,8 +76,11 @@ def hides_target(figures: dict, limits: Thresholds) -> bool:
     contrast = figures.get('baseline_contrast')
     if contrast is None or contrast >= limits.baseline_contrast:
         return False
-    checked = all(figures.get(f'{kind}_margin') is not None for kind in ('deletion', 'insertion'))
-    return not (checked and _margin(figures) > limits.hidden_margin)
+    checks = ('deletion_margin', 'insertion_margin', 'infidelity')
+    if any(figures.get(check) is None for check in checks):
+        return True
+    convincing = _margin(figures) > limits.hidden_margin
+    return not (convincing and figures['infidelity'] < limits.hidden_infidelity)
 
 
 def _explains_nothing(figures: dict, limits: Thresholds) -> bool:
@@ -140,6 +145,10 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          'The same map in the wrong place does as well (margins: deletion '
          '{deletion_margin:+.2f}, insertion {insertion_margin:+.2f}): it does not tell which '
          'pixels matter.'),
+    FindingRule('not reproduced', CONCERN, ('recomputed_correlation',),
+         lambda s, t: s['recomputed_correlation'] < t.recomputed_correlation,
+         'Computed afresh in a few steps, the map is another (rank correlation '
+         '{recomputed_correlation:.2f}): it had too few steps, or is not of this image and model.'),
     FindingRule('survives randomisation', CONCERN, ('randomised_correlation',),
          lambda s, t: s['randomised_correlation'] > t.randomised_correlation,
          'The map hardly changes when all weights are random (rank correlation '
@@ -167,12 +176,13 @@ TRUST = {
     'trust broadly': (GOOD, 'This map can be trusted broadly: {why}.'),
     'trust in part': (NOTE, 'Trust this map only in its broad features: {why}.'),
     'do not trust': (CONCERN, 'Do not trust this map: {why}.'),
-    'not checked': (NOTE, 'This map was not checked (--evaluate quick): {why}.'),
+    'not checked': (NOTE, 'This map was not checked: {why}.'),
 }
 FATAL = {  # concerns that leave nothing to trust, and what they mean in a few words
     'baseline hides the target': 'the baseline is so like the target that it gets no attribution',
     'nothing to explain': 'the baseline scores like the image, so that there is nothing to explain',
     'map not computed': 'too few steps were computed for it',
+    'not reproduced': 'computed afresh, it is another map',
     'fails its control': 'in the wrong place it does as well',
     'survives randomisation': 'it hardly depends on what the model learned',
 }
@@ -184,19 +194,17 @@ LEVELS = {  # of every flag, in order
 }
 
 
-def first_sentence(found: Sequence[Finding], checked: bool) -> Finding:
-    """What a reader should do with a map, from its findings."""
+def first_sentence(found: Sequence[Finding], unchecked: str | None) -> Finding:
+    """What a reader should do with a map, from its findings. unchecked: why it was not checked;
+    None: it was."""
     flags = {finding.flag for finding in found}
     doubts = [finding.flag for finding in found if finding.level != GOOD]
     fatal = [FATAL[flag] for flag in FATAL if flag in flags]
     if fatal:
         flag, why = 'do not trust', '; '.join(fatal)
-    elif not checked:
-        named = ', '.join(doubts)
-        flag, why = (
-            'not checked',
-            f'besides, {named}' if doubts else 'nothing else speaks against it',
-        )
+    elif unchecked:
+        speaks = ', '.join(doubts) or 'nothing'
+        flag, why = 'not checked', f'{unchecked}; against it speaks {speaks}'
     elif doubts:
         flag, why = 'trust in part', ', '.join(doubts)
     else:
@@ -217,8 +225,16 @@ def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding
     ]
     order = (CONCERN, NOTE, GOOD)
     holding.sort(key=lambda finding: order.index(finding.level))
-    checked = statistics.get('deletion_margin') is not None
-    return [first_sentence(holding, checked), *holding]
+    return [first_sentence(holding, _unchecked(statistics)), *holding]
+
+
+def _unchecked(statistics: dict) -> str | None:
+    """Why a map was not checked; None: it was."""
+    if statistics.get('deletion_margin') is not None:
+        return None
+    if not statistics.get('settings', {}).get('evaluate'):
+        return 'add --evaluate quick'
+    return 'removing parts of this image tells nothing about any map'
 
 
 def verdict_of(statistics: dict, limits: Thresholds | None = None) -> list[dict]:

