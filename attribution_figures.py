@@ -240,7 +240,7 @@ def summary_figure(
         f'baseline {counted(ordered["baseline"])} · {first["rule"]} rule, '
         f'{span(ordered["steps"])} steps'
     )
-    fig.suptitle(wrap(title, fig.get_figwidth(), FONT['heading']), fontsize=FONT['heading'])
+    fig.suptitle(wrap(title, 0.95 * fig.get_figwidth(), FONT['heading']), fontsize=FONT['heading'])
     return fig
 
 
