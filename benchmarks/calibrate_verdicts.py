@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +42,9 @@ from integrated_gradients import (  # noqa: E402
     load_model,
     plain_map,
 )
-from verdict import verdict_of  # noqa: E402
+from verdict import LEVELS, verdict_of  # noqa: E402
 
+GOOD, HIDDEN = 'good', 'hidden target'  # kinds of maps
 LEAST_DICE = 0.8  # of a good map's mask
 TOLERANCE = 0.1
 
@@ -102,7 +102,7 @@ def broken_maps(
     if (contrasts[worst] or 0) < 1:
         (hidden,) = ig.explain_with(replace(settings, baseline=worst), given.x,
                                     placement=given.placement)  # fmt: skip
-        yield 'hidden target', hidden, plain_map
+        yield HIDDEN, hidden, plain_map
     two = Settings(num_steps=2, baseline=good.baseline, rule='trapezoid')
     few = ig.explain_with(two, given.x, placement=given.placement)[0]
     yield 'two steps', few, plain_map
@@ -126,10 +126,16 @@ def figures(
     return {**found, 'notes': [], 'settings': {**settings.record(), 'evaluate': effort}}
 
 
+def is_good(statistics: dict) -> bool:
+    """Whether a map should be believed: the tolerance was reached, and the mask is right."""
+    return statistics['within_tolerance'] and (statistics['dice'] or 0) > LEAST_DICE
+
+
 def measure(args: argparse.Namespace) -> None:
     settings = Settings(tolerance=TOLERANCE, baseline='auto', max_steps=args.max_steps)
-    model = load_model(args.model_path, 'cpu')
-    ig = IntegratedGradients(model, 'cpu')
+    ig = IntegratedGradients(load_model(args.model_path, 'cpu'), 'cpu')
+    if args.image_size:
+        ig.preprocessing = replace(ig.preprocessing, image_size=args.image_size)
     redrawn, rng = randomised(ig, 0), np.random.default_rng(0)
     samples = [one for one in list_samples(args.data_dir, args.split) if args.match in one.name]
     other = None
@@ -142,7 +148,9 @@ def measure(args: argparse.Namespace) -> None:
                                           truth=given.truth)  # fmt: skip
             except InputError:
                 continue
-            maps = [('good', good, plain_map)]
+            if not is_good(explanation_statistics(good, good.objective.explained(given.truth))):
+                continue
+            maps = [(GOOD, good, plain_map)]
             maps += broken_maps(ig, redrawn, given, good, other, settings, rng)
             other = good.attributions.sum(dim=0).cpu().numpy()
             for kind, one, method in maps:
@@ -153,37 +161,51 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def counted(rows: Sequence[dict]) -> list[dict]:
-    """Broken maps, and of the good ones those that are: the tolerance reached, the mask right."""
-    good = {
-        (row['data'], row['image'], row['settings']['evaluate'])
+    """Those maps whose name is right: a hidden target really has to be hidden, which is, weigh less
+    than half as much as in the good map."""
+
+    def image_of(row: dict) -> tuple[str, ...]:
+        return row['data'], row['image'], row['settings']['evaluate']
+
+    good = {image_of(row): row['attribution_ratio_in_target'] for row in rows if row['map'] == GOOD}
+    return [
+        row
         for row in rows
-        if row['map'] == 'good' and row['within_tolerance'] and (row['dice'] or 0) > LEAST_DICE
-    }
-    return [row for row in rows if (row['data'], row['image'], row['settings']['evaluate']) in good]
+        if image_of(row) in good
+        and (row['map'] != HIDDEN or row['attribution_ratio_in_target'] < good[image_of(row)] / 2)
+    ]
 
 
 def table(args: argparse.Namespace) -> None:
+    """Two tables in Markdown: how often maps are not trusted, and how often each rule fires."""
     rows = [json.loads(line) for file in args.files for line in file.open(encoding='utf-8')]
     rows = [row for row in counted(rows) if row['split'] in args.split]
+    for row in rows:
+        row['flags'] = [one['flag'] for one in verdict_of(row)]
     kinds = list(dict.fromkeys(row['map'] for row in rows))
-    for effort in ('quick', 'full'):
-        for data in dict.fromkeys(row['data'] for row in rows):
-            mine = [r for r in rows if r['settings']['evaluate'] == effort and r['data'] == data]
-            if not mine:
-                continue
-            print(f'\n{data}, {effort}:')
-            for kind in kinds:
-                some = [row for row in mine if row['map'] == kind]
-                if not some:
-                    continue
-                verdicts = [[one['flag'] for one in verdict_of(row)] for row in some]
-                bad = sum(flags[0] == 'do not trust' for flags in verdicts)
-                doubted = sum(flags[0] == 'trust in part' for flags in verdicts)
-                count = Counter(flag for flags in verdicts for flag in flags[1:])
-                said = ', '.join(f'{flag} {n}' for flag, n in count.most_common())
-                print(
-                    f'  {kind:15} of {len(some):3}: not trusted {bad}, in part {doubted} ({said})'
-                )
+    sets = sorted({(row['settings']['evaluate'], row['data']) for row in rows}, reverse=True)
+    _print_row('not trusted', kinds)
+    _print_row('---', ['---'] * len(kinds))
+    for effort, data in sets:
+        mine = [r for r in rows if (r['settings']['evaluate'], r['data']) == (effort, data)]
+        _print_row(f'{data}, `{effort}`', [_share(mine, kind, 'do not trust') for kind in kinds])
+    for effort in dict.fromkeys(effort for effort, _ in sets):
+        print()
+        _print_row(f'`{effort}`', kinds)
+        _print_row('---', ['---'] * len(kinds))
+        mine = [row for row in rows if row['settings']['evaluate'] == effort]
+        for flag in (flag for flag in LEVELS if any(flag in row['flags'] for row in mine)):
+            _print_row(flag, [_share(mine, kind, flag) for kind in kinds])
+
+
+def _print_row(name: str, cells: Sequence[str]) -> None:
+    print(f'| {" | ".join([name, *cells])} |')
+
+
+def _share(rows: Sequence[dict], kind: str, flag: str) -> str:
+    """How many maps of a kind have a flag, of how many."""
+    some = [row for row in rows if row['map'] == kind]
+    return f'{sum(flag in row["flags"] for row in some)}/{len(some)}' if some else '–'
 
 
 def main() -> None:
@@ -197,6 +219,7 @@ def main() -> None:
     one.add_argument('--match', default='', help='only images with this in their name')
     one.add_argument('--images', type=int, default=12)
     one.add_argument('--effort', default='quick')
+    one.add_argument('--image_size', type=int, help='default: that of the checkpoint')
     one.add_argument('--max_steps', type=int, default=100)
     one.add_argument('--output', type=Path, default=HERE / 'results' / 'verdicts.jsonl')
     one.set_defaults(run=measure)

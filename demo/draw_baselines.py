@@ -1,0 +1,63 @@
+"""Draw one map against every plain baseline, of dark nuclei and of bright ones.
+
+    python demo/draw_baselines.py
+
+What a baseline has in common with the target gets no attribution, whatever the network does:
+black hides dark nuclei, and white makes bright ones weigh less than the ground around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from sys import path
+
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+path.insert(0, str(HERE.parent))
+
+from attribution_figures import TARGET_COLOUR, clip_level  # noqa: E402
+from image_statistics import explanation_statistics, shown  # noqa: E402
+from integrated_gradients import IntegratedGradients, load_model  # noqa: E402
+from segmentation_dataset import read_image  # noqa: E402
+
+IMAGES = {'dark nuclei': 'histology_014', 'bright nuclei': 'fluorescence_001'}
+KINDS = ('zero', 'white', 'mean', 'blur', 'auto')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--output', type=Path, default=HERE / 'baselines.jpg')
+    args = parser.parse_args()
+    ig = IntegratedGradients(load_model(HERE / 'nuclei_model.pth', 'cpu'), 'cpu')
+    figure = Figure(figsize=(15, 6), dpi=100, layout='constrained')
+    rows = figure.subplots(len(IMAGES), 1 + len(KINDS))
+    for axes, (what, name) in zip(rows, IMAGES.items(), strict=True):
+        image = ig.preprocessing.resize_image(read_image(HERE / 'nuclei' / 'test' / f'{name}.jpg'))
+        axes[0].imshow(image)
+        axes[0].set_title(what, fontsize=10)
+        x = ig.preprocessing.normalise(image)[0]
+        for axis, kind in zip(axes[1:], tqdm(KINDS, desc=what, unit='map'), strict=True):
+            found = ig.explain(x, 'predicted', kind, tolerance=0.1)
+            statistics = explanation_statistics(found)
+            magnitude = found.attributions.abs().sum(dim=0).numpy()
+            axis.imshow(magnitude, cmap='hot', norm=Normalize(0, clip_level(magnitude)))
+            axis.contour(found.region.numpy(), [0.5], colors=TARGET_COLOUR, linewidths=0.6)
+            title = kind if kind == found.baseline else f'{kind}: {found.baseline}'
+            figures = ', '.join(
+                f'{word} {shown(key, statistics[key])}'
+                for word, key in (('contrast', 'baseline_contrast'),
+                                  ('ratio', 'attribution_ratio_in_target'))
+            )  # fmt: skip
+            axis.set_title(f'{title}\n{figures}', fontsize=10)
+        for axis in axes:
+            axis.set_axis_off()
+    figure.savefig(args.output)
+    print(f'saved {args.output}')
+
+
+if __name__ == '__main__':
+    main()
