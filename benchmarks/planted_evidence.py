@@ -184,13 +184,11 @@ def examine(network: UNet, picture: Picture, baseline: str) -> Seen | None:
     """The map of a picture, checked; None where nothing is predicted."""
     ig = IntegratedGradients(network, 'cpu', PREPROCESSING)
     given = ModelInput.of(PREPROCESSING, picture.image, picture.mask.astype(np.uint8))
-    settings = Settings(baseline=baseline, tolerance=TOLERANCE, max_steps=MAX_STEPS)
+    settings = Settings(tolerance=TOLERANCE, max_steps=MAX_STEPS)
     try:
-        if baseline == 'boundary':
-            (found,) = ig.explain_targets(given.x, ['predicted'], boundary(ig, given),
-                                          tolerance=TOLERANCE, max_steps=MAX_STEPS)  # fmt: skip
-        else:
-            (found,) = ig.explain_with(settings, given.x, placement=given.placement)
+        against = boundary(ig, given) if baseline == 'boundary' else baseline
+        found = ig.explain(given.x, 'predicted', against, placement=given.placement,
+                           tolerance=TOLERANCE, max_steps=MAX_STEPS)  # fmt: skip
     except InputError:
         return None
     statistics = explanation_statistics(found, picture.mask)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import noise_image, save_image
+from helpers import ROOT, noise_image, save_image
 
 from integrated_gradients import (
     BASELINES,
@@ -18,6 +18,8 @@ from integrated_gradients import (
     build_baselines,
     build_target,
     describe_image,
+    list_samples,
+    load_model,
 )
 from network_description import NetworkDescription
 from segmentation_dataset import Preprocessing
@@ -323,3 +325,11 @@ def test_letterbox_padding_counts_in_no_contrast():
         for image in (discs(False), wide, padded)
     )
     assert letterbox == pytest.approx(square, rel=0.2) and drawn > 1.5 * letterbox
+
+
+def test_auto_never_takes_the_black_image_for_stained_nuclei():
+    ig = IntegratedGradients(load_model(ROOT / 'demo' / 'nuclei_model.pth', 'cpu'), 'cpu')
+    samples = [one for one in list_samples(ROOT / 'demo' / 'nuclei') if 'histology' in one.name]
+    for sample in samples[::4]:
+        x = ig.preprocessing.normalise(ig.preprocessing.resize_image(sample.image()))[0]
+        assert ig.explain(x, 'predicted', 'auto', num_steps=1, rule='midpoint').baseline != 'zero'
