@@ -25,7 +25,7 @@ class Thresholds:
     background_ratio: float = 1.2  # below which the target hardly weighs more than the background
     baseline_contrast: float = 0.8  # below which the baseline is more like the target than the rest
     hidden_margin: float = 0.15  # by which a map against such a baseline must beat its controls,
-    hidden_infidelity: float = 0.2  # and what its infidelity must be below
+    hidden_infidelity: float = 0.1  # and what its infidelity must be below
     baseline_change: float = 0.5  # of F's range on the path, that F(x) - F(x') must at least be
     map_error: float = 0.1  # above which only broad features are settled
     lost_map: float = 0.5  # map error above which not even those are

@@ -45,7 +45,7 @@ def flags(figures: dict, **limits: float) -> list[str]:
         ),
         ({'attribution_ratio_in_target': 3.0, 'baseline_contrast': 0.9}, ['good focus']),
         (
-            {'baseline_contrast': 0.7, 'infidelity': 0.1, **MARGINS},
+            {'baseline_contrast': 0.7, 'infidelity': 0.05, **MARGINS},
             ['beats its controls'],
         ),  # a bright target against white: the checks know better
         (
