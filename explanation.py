@@ -77,6 +77,7 @@ class Explanation:
     difference: np.ndarray | None = None  # (h, w) float32: |x - x'| of each pixel, summed over the
     # channels, 0-255 each, of the (first) baseline; NaN in letterbox padding
     label_scores: LabelScores | None = None  # None: one class, or truth unknown
+    counted: np.ndarray | None = None  # (h, w) bool: where the truth counts; None: everywhere
     notes: tuple[str, ...] = ()  # what was found out about the network on the way, in sentences
 
     @property

@@ -176,12 +176,18 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
         value = used[name]
         if value is None or value in (default, []):
             continue
-        if name in ('normalize', 'pixel_range') and used.get('mean'):
+        if name in ('normalize', 'pixel_range') and used.get('mean') and not used.get('of_each'):
             continue  # mean and std are given as they took effect
         if name == 'output_kind' and value == 'foreground':
             continue  # nothing else is possible
+        if name in ('mean', 'std') and used.get('of_each'):
+            continue  # of this image only
         if name == 'image_size':
             words += ['--image_size', size_text(value)]
+        elif name == 'crop':
+            words += ['--crop', ','.join(map(str, value))]
+        elif name == 'window':
+            words += [f'--window={value}']  # which may begin with a minus
         elif isinstance(value, list | tuple):
             words += [f'--{name}', *map(str, value)]
         elif name == 'target':
