@@ -24,7 +24,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from errors import InputError, one_line
+from errors import InputError, NoFrameError, one_line
 from medical_images import (
     DICOM_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -241,7 +241,7 @@ def frame_notes(path: Path, kind: str, frames: int, reading: Reading) -> tuple[s
     such frame; a mask of a single frame belongs to all of them."""
     frame = reading.frame or 0
     if frame >= frames and not (kind == 'mask' and frames == 1):
-        raise InputError(
+        raise NoFrameError(
             f'{kind} {path} has {frames} frame{"s" if frames > 1 else ""}, so there is no frame '
             f'{frame} (--frame counts from 0)'
         )
@@ -309,8 +309,10 @@ def stored_values(path: Path, channels: int, reading: Reading) -> Stored:
     suffix = suffix_of(path)
     if suffix in NIFTI_SUFFIXES:
         check_file(path)
-        found = read_nifti(path, reading.slice, 16 * reading.limit)
-        return _medical(found, channels, path)
+        found = read_nifti(path, reading.slice, 16 * reading.limit, reading.frame)
+        stored = _medical(found, channels, path)
+        notes = frame_notes(path, 'image', found.frames, reading)
+        return replace(stored, notes=(*notes, *stored.notes))
     if suffix in DICOM_SUFFIXES or is_dicom(path):
         check_file(path)
         found = read_dicom(path, reading.frame, reading.limit)
@@ -322,6 +324,8 @@ def stored_values(path: Path, channels: int, reading: Reading) -> Stored:
         return _of_array(_read_array(path, reading), channels, path)
     try:
         opened = opened_picture(path, 'image', reading)
+    except NoFrameError:
+        raise
     except InputError:
         if suffix not in TIFF_SUFFIXES or not path.is_file():
             raise
@@ -468,6 +472,8 @@ def check_image(path: str | Path, reading: Reading = PLAIN) -> None:
     else:
         try:
             open_picture(path, 'image', reading)
+        except NoFrameError:
+            raise
         except InputError:
             if suffix not in TIFF_SUFFIXES or not path.is_file():
                 raise

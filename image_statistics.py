@@ -460,6 +460,9 @@ STATISTICS: dict[str, Statistic] = {
 
     'value_range': Statistic(
         "values of the image's file that became black and white, 0 and 255", COMPOUND, RECORD),
+    'placement': Statistic(
+        'where the explained part lies: size (height, width) of the whole image, origin (x, y) of '
+        'the part in it, and axis and index of the slice of a volume', COMPOUND, RECORD),
     'notes': Statistic('what was decided or left out, in sentences', COMPOUND, RECORD),
     'targets': Statistic('all targets explained in the same run', COMPOUND, RECORD),
     'settings': Statistic('all settings as they took effect', COMPOUND, RECORD),

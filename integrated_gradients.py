@@ -113,6 +113,7 @@ from gradient_engine import (
 )
 from image_reading import BYTES_A_PIXEL, MOST_PIXELS, LoadedImage, Reading, crop_image
 from image_statistics import contrast, explanation_statistics, label_scores, mask_scores
+from map_export import EXPORTS, export_maps
 from mask_reading import IGNORED, VOID, LabelMap, TruthReading, read_label_map
 from medical_images import Geometry
 from model_factory import runs_at
@@ -1400,6 +1401,13 @@ class ReadImage:
     notes: tuple[str, ...] = ()  # on the reading, in sentences
     value_range: tuple[float, float] | None = None  # of the file's values
     geometry: Geometry | None = None  # of a slice in its volume
+    whole_size: tuple[int, int] | None = None  # (height, width), where it was cut out
+
+    def placement(self) -> dict[str, object]:
+        """Where it lies, for the statistics file."""
+        slice_of = self.geometry and {'axis': self.geometry.axis, 'index': self.geometry.index}
+        size = self.whole_size or self.image.shape[:2]
+        return {'size': list(size), 'origin': list(self.origin), **(slice_of or {})}
 
 
 def describe_read(
@@ -1431,6 +1439,7 @@ def _described(
         'versions': versions(),
         'channel_names': list(ig.preprocessing.channel_names),
         'value_range': read.value_range and list(read.value_range),
+        'placement': read.placement(),
     }
     described = []
     for explanation, explained_truth in results:
@@ -1559,9 +1568,12 @@ class Output:
     folder: Path
     figures: str = 'all'  # of each image, a key of FIGURES
     overwrite: bool = False  # compute finished images again
+    export: str | None = None  # a key of EXPORTS: maps in the geometry of their images
 
     def __post_init__(self) -> None:
         check_choice('figures', self.figures, FIGURES)
+        if self.export is not None:
+            check_choice('export', self.export, EXPORTS)
         object.__setattr__(self, 'folder', Path(self.folder))
 
 
@@ -1606,6 +1618,7 @@ class LoadedSample:
             notes=(*sample.notes, *loaded.notes, *said, *_memory_note(size)),
             value_range=loaded.value_range,
             geometry=loaded.geometry,
+            whole_size=size,
         )
         return cls(sample, read)
 
@@ -1741,6 +1754,7 @@ def batch_integrated_gradients_analysis(
     device: str | torch.device = 'auto',
     figures: str = 'all',
     overwrite: bool = False,
+    export: str | None = None,
     before_image: Callable[[], object] = lambda: None,
     share: Share | None = None,
     **options: object,
@@ -1749,7 +1763,8 @@ def batch_integrated_gradients_analysis(
 
     num_samples: None for all. images_dir, masks_dir, mask_suffix: for a dataset that lies in no
     known way. figures: what to draw of each image, a key of FIGURES. overwrite:
-    compute finished images again. before_image: called before each; what it raises ends the batch,
+    compute finished images again. export: a key of EXPORTS, to write maps in the geometry of their
+    images too. before_image: called before each; what it raises ends the batch,
     whose summary is still written. share: of a group of processes, which share the images; the
     result is that of all on rank 0, and empty on the others. options: further fields of `Settings`.
     An image that cannot be used or written is listed in the result and does not stop the others.
@@ -1760,7 +1775,7 @@ def batch_integrated_gradients_analysis(
     source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options,
                            model_factory)  # fmt: skip
     load = partial(load_explainer, source, settings)
-    output = Output(Path(output_dir), figures, overwrite)
+    output = Output(Path(output_dir), figures, overwrite, export)
     folders = [None if folder is None else Path(folder) for folder in (images_dir, masks_dir)]
     data = DataSource(Path(data_dir), split, *folders, mask_suffix)
     return analyse_dataset(load, data, num_samples, settings, output, before_image,
@@ -1785,7 +1800,15 @@ def analyse_dataset(
     make_output_folder(output.folder)
     with hold_folder(output.folder) if share.rank == 0 else contextlib.nullcontext():
         share.begin()
-        return _Batch(load(), samples, settings, output).run(before_image, share)
+        result = _Batch(load(), samples, settings, output).run(before_image, share)
+        if output.export is not None and share.rank == 0:
+            export([statistics['folder'] for statistics in result.images], output)
+        return result
+
+
+def export(folders: Sequence[str], output: Output) -> list[Path]:
+    """Write the maps of these folders where that is wanted. Raises OutputError, InputError."""
+    return [] if output.export is None else export_maps(output.folder, folders, output.export)
 
 
 def analyse_batch(
@@ -1977,6 +2000,9 @@ def build_parser() -> argparse.ArgumentParser:
     add('--figures', choices=tuple(FIGURES), default='all',
         help='of each image; png: the two figures; all: also the pictures that the page shows; '
              'they can be drawn later without computing anything again (default: %(default)s)')
+    add('--export', choices=tuple(EXPORTS),
+        help="also write each map in the image's own geometry: original resolution, float32, what "
+             'was not explained NaN; slices of a volume together (default: off)')
     add('--overwrite', action='store_true',
         help='compute images again that are finished (default: off)')
 
@@ -2079,17 +2105,21 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     # A bad image is told before the model is loaded.
     sample = single_sample(args.image_path, args.mask_path, data_source(args))
     sample.check(settings.reading)
-    output = Output(make_output_folder(args.output_dir), args.figures, args.overwrite)
+    folder = make_output_folder(args.output_dir)
+    output = Output(folder, args.figures, args.overwrite, args.export)
     with hold_folder(output.folder):
         ig = load_explainer(source_from(args, args.device), settings)
         known = truth_reading(ig, settings)
         loaded = LoadedSample.of(sample, ig.preprocessing.channels, settings, known)
         by_target = analyse_loaded(ig, loaded, settings, output, progress=True)
+        exported = export([statistics['folder'] for statistics in by_target], output)
     for statistics in by_target:
         print(statistics_text(statistics))
         for finding in statistics['verdict']:
             print(f'  {finding["flag"]}: {finding["text"]}')
         print(f'Files in {output.folder / statistics["folder"]}')
+        for path in exported:
+            print(f'Map in {path}')
         say_warnings(statistics)
     return 0
 
@@ -2104,7 +2134,7 @@ def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -
         say_cost(settings)
     device = device_of_rank(args.device, share.size)
     load = partial(load_explainer, source_from(args, device), settings)
-    output = Output(args.output_dir, args.figures, args.overwrite)
+    output = Output(args.output_dir, args.figures, args.overwrite, args.export)
     result = analyse_dataset(load, data_source(args), args.num_samples, settings, output,
                              stop.check, share)  # fmt: skip
     if share.rank > 0:

@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from errors import InputError
+from errors import InputError, NoFrameError
 from image_reading import (
     ARRAY_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -48,6 +48,7 @@ SMALL = 127  # numbers up to here may be classes where the network's are not kno
 LOSSY_TOLERANCE, EXACT_TOLERANCE = 32, 8  # around black and white, of areas
 MOST_MAP_BYTES = 1 << 20
 VOID_NAMES = ('ignore', 'ignored', 'void', 'unlabeled', 'unlabelled')
+COVERS = ', so that the truth covers the whole image: is one of them the background?'
 Colour = tuple[int, int, int]
 
 
@@ -205,7 +206,8 @@ def read_mask_picture(
     suffix = suffix_of(path)
     if suffix in NIFTI_SUFFIXES:
         check_file(path, 'mask')
-        return _from_numbers(read_nifti(path, reading.slice, 16 * reading.limit).values, path)
+        found = read_nifti(path, reading.slice, 16 * reading.limit)
+        return _from_numbers(found.values, path)
     if suffix in DICOM_SUFFIXES:
         check_file(path, 'mask')
         found = read_dicom(path, reading.frame, reading.limit)
@@ -215,6 +217,8 @@ def read_mask_picture(
         return _from_numbers(_read_array(path, reading), path)
     try:
         return _from_picture(opened_picture(path, 'mask', reading), path, colours)
+    except NoFrameError:
+        raise
     except InputError:
         if suffix not in TIFF_SUFFIXES or not path.is_file():
             raise
@@ -507,7 +511,8 @@ def _numbers(values: set[int], census: Census, reading: TruthReading) -> MaskCod
     if not fits and reading.one_class:
         notes += (
             f'the network knows one class, the masks hold {said_values(sorted(small))}: everything '
-            'above 0 is taken as that class (--label_map says otherwise)',
+            f'above 0 is taken as that class{"" if 0 in small else COVERS} (--label_map says '
+            'otherwise)',
         )
     if reading.numbers is None and fits and not small <= set(census.inner) and len(small) > 2:
         return None if max(small) > 64 else MaskCoding(_identity(known, VOID if notes else None))
@@ -518,10 +523,12 @@ def _numbers(values: set[int], census: Census, reading: TruthReading) -> MaskCod
 
 def _more_classes(small: set[int], census: Census, reading: TruthReading) -> bool:
     """Whether masks surely hold class numbers, though more than the network knows."""
-    if max(small) > SMALL or census.lossy or 0 not in small:
+    if max(small) > SMALL or census.lossy:
         return False
     if reading.one_class:  # two values alone are foreground and background, whatever they are
         return len(small) > 2 and small <= set(census.inner)
+    if 0 not in small:
+        return False
     known = {v for v in small if v < reading.numbers and v != reading.background}
     return bool(known) and len(small) > reading.numbers
 

@@ -33,7 +33,7 @@ INSTALL = 'pip install -r requirements-medical.txt'
 class Geometry:
     """Where a slice lies in its volume."""
 
-    path: Path
+    path: Path | None  # None: no volume, only an image
     axis: int
     index: int
     shape: tuple[int, int, int]  # of the volume
@@ -189,10 +189,10 @@ def _open_nifti(path: Path):
         raise InputError(
             f'{path} cannot be read as a NIfTI volume: {one_line(error)} (export it again)'
         ) from None
-    if len(shape) not in (2, 3) or min(shape, default=0) < 1 or kind.kind not in 'uif':
+    if len(shape) not in (2, 3, 4) or min(shape, default=0) < 1 or kind.kind not in 'uif':
         raise InputError(
             f'{path} holds {kind} of shape {image.shape}; a volume has three axes of numbers '
-            '(split a series, or its channels, into volumes)'
+            '(give a volume, or a series of volumes)'
         )
     return image, shape
 
@@ -202,35 +202,44 @@ def shape_of_nifti(path: Path) -> tuple[int, ...]:
     return _open_nifti(path)[1]
 
 
-def read_nifti(path: Path, part: str | None, most_values: int) -> MedicalImage:
+def read_nifti(
+    path: Path, part: str | None, most_values: int, frame: int | None = None
+) -> MedicalImage:
     """One slice of a NIfTI volume as it is stored, (first, second remaining axis): AXIS:INDEX, or
-    the middle one. Slope and intercept of the file are applied. Raises InputError."""
-    whole = read_volume(path, most_values)
+    the middle one; of a series, of one of its volumes. Slope and intercept of the file are applied.
+    Raises InputError."""
+    whole = read_volume(path, most_values, frame)
+    frames = (*_open_nifti(path)[1], 1, 1)[3]
     axis, index, chosen = _which_slice(whole.shape, part, path)
     values = np.array(np.take(whole, index, axis), dtype=np.float32)
     geometry = Geometry(path, axis, index, whole.shape)
     if whole.dtype == np.uint8:
-        return MedicalImage(values, (0.0, 255.0), geometry=geometry, notes=chosen)
+        return MedicalImage(values, (0.0, 255.0), None, frames, geometry, chosen)
     notes = (*chosen, *_scale_note(path, whole))
-    return MedicalImage(values, _percentiles(whole), geometry=geometry, notes=notes)
+    return MedicalImage(values, _percentiles(whole), None, frames, geometry, notes)
 
 
-def read_volume(path: Path, most_values: int) -> np.ndarray:
-    """A whole NIfTI volume, (X, Y, Z), as it is stored. Raises InputError."""
+def read_volume(path: Path, most_values: int, frame: int | None = None) -> np.ndarray:
+    """A whole NIfTI volume, (X, Y, Z), as it is stored; of a series one of its volumes, the first
+    by default. Raises InputError."""
     status = path.stat()
-    return _volume(path, most_values, status.st_mtime_ns, status.st_size)
+    return _volume(path, most_values, frame or 0, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=2)  # an image and its mask, whose slices are read one after the other
-def _volume(path: Path, most_values: int, changed: int, size: int) -> np.ndarray:
+def _volume(path: Path, most_values: int, frame: int, changed: int, size: int) -> np.ndarray:
     image, shape = _open_nifti(path)
+    frames = (*shape, 1, 1)[3]
+    if frame >= frames:
+        raise InputError(f'{path} has {frames} volumes, so there is no {frame} (--frame, from 0)')
     if math.prod(shape) > most_values:
         raise InputError(f'{path} has the shape {shape} (split it, or allow more, --max_pixels)')
     _check_length(path, math.prod(shape) * image.get_data_dtype().itemsize)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            values = np.asanyarray(image.dataobj).reshape((*shape, 1)[:3])
+            data = image.dataobj[..., frame] if len(shape) > 3 else image.dataobj
+            values = np.asanyarray(data).reshape((*shape, 1)[:3])
     except Exception as error:
         raise InputError(
             f'{path} cannot be read as a NIfTI volume: {one_line(error)} (export it again)'
@@ -306,12 +315,17 @@ def save_volume(geometry: Geometry, slices: dict[int, np.ndarray], path: Path) -
         where = [slice(None)] * 3
         where[geometry.axis] = index
         whole[tuple(where)] = values
+    if geometry.path is None:  # rows and columns, one apart
+        _write(nibabel.Nifti1Image(whole, np.eye(4)), path)
+        return
     source, shape = _open_nifti(geometry.path)
     header = source.header.copy()
     header.set_data_dtype(np.float32)
     with contextlib.suppress(AttributeError):
         header.set_slope_inter(1, 0)
-    image = nibabel.Nifti1Image(whole.reshape(shape), source.affine, header)
-    stream = path.open('wb')
-    with stream:
-        stream.write(gzip.compress(image.to_bytes()))
+    kind = nibabel.Nifti2Image if isinstance(source, nibabel.Nifti2Image) else nibabel.Nifti1Image
+    _write(kind(whole.reshape(shape[:3]), source.affine, header), path)
+
+
+def _write(image, path: Path) -> None:
+    path.write_bytes(gzip.compress(image.to_bytes()))

@@ -196,7 +196,9 @@ def _in_dataset(image_path: Path, source: DataSource | None) -> Sample | None:
             ):
                 if sample.read_truth is not None:
                     return sample
-                without = without or sample
+                some = any(pair.truth is not None for pair in found.pairs)
+                alone = replace(sample, notes=sample.notes if some else ())
+                without = without or alone  # nobody missed masks where there are none at all
     return without
 
 
@@ -438,6 +440,7 @@ class Preprocessing:
         if self.of_each is None:
             return self
         image = image[:, :, None] if image.ndim == 2 else image
+        image = image if image.dtype == np.uint8 else image.astype(np.float32)
         place = self.place(image.shape[:2])
         fit = replace(self, resize='stretch', image_size=(place.height, place.width))
         pixels = fit.resize_image(image).astype(np.float64) / 255
