@@ -17,7 +17,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from errors import InputError, one_line
-from image_reading import MOST_PIXELS, PLAIN, load_image, opened_picture
+from image_reading import PLAIN, load_image, opened_picture
 from mask_reading import IGNORED, UNKNOWN, Labels, TruthReading, said_range, said_values
 
 LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation: pycocotools needs 150 bytes for each
@@ -146,7 +146,7 @@ class AnnotatedImage:
     def read(self, reading: TruthReading) -> Labels:
         """The labels (H, W), and what was left out. Raises InputError."""
         table, notes = self.categories.labels(reading, self.source)
-        size = self._checked_size()
+        size = self._checked_size(reading.pixels.limit)
         none = [a for a in self.annotations if not a.get('segmentation')]
         if none:
             return Labels(None, (
@@ -175,9 +175,9 @@ class AnnotatedImage:
         small = labels.min() >= 0 and labels.max() <= 255
         return Labels(labels.astype(np.uint8) if small else labels, notes)
 
-    def _checked_size(self) -> tuple[int, int]:
+    def _checked_size(self, most_pixels: int) -> tuple[int, int]:
         size = self.size or size_of_image(self.image_path)
-        if min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
+        if min(size) < 1 or size[0] * size[1] > most_pixels:
             raise InputError(
                 f'{self.source} gives an image the size {size[1]}×{size[0]} (export the dataset '
                 'again)'

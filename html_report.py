@@ -167,6 +167,9 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
     used = statistics['settings']
     words = ['python', 'integrated_gradients.py', '--model_path', str(used.get('model_path'))]
     words += ['--image_path', str(statistics['image_path'])]
+    place = statistics.get('placement') or {}
+    if 'axis' in place and not used.get('slice'):
+        words += ['--slice', f'{place["axis"]}:{place["index"]}']
     for name in ('encoder', 'architecture', 'weights_key', 'model_factory'):
         words += [f'--{name}', str(used[name])] if name in used else []
     if used.get('model_options'):

@@ -309,7 +309,7 @@ def stored_values(path: Path, channels: int, reading: Reading) -> Stored:
     suffix = suffix_of(path)
     if suffix in NIFTI_SUFFIXES:
         check_file(path)
-        found = read_nifti(path, reading.slice, 16 * reading.limit, reading.frame)
+        found = read_nifti(path, reading.slice, 4 * reading.limit, reading.frame)
         stored = _medical(found, channels, path)
         notes = frame_notes(path, 'image', found.frames, reading)
         return replace(stored, notes=(*notes, *stored.notes))
@@ -512,9 +512,9 @@ def value_range(stored: Stored, path: Path, reading: Reading) -> tuple[float, fl
     if reading.window == AUTO:
         low, high = (float(end) for end in np.percentile(stored.values, AUTO_PERCENTILES))
         return (low, high) if low < high else _extremes(stored.values)
-    known = stored.window or stored.full_range
-    if known is not None:
-        return known
+    for known in (stored.window, stored.full_range):
+        if known is not None and np.isfinite(known).all() and known[0] < known[1]:
+            return known
     if reading.any_scale:
         return _extremes(stored.values)
     raise InputError(

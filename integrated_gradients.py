@@ -1271,9 +1271,11 @@ class ModelInput:
         image: np.ndarray,
         truth: np.ndarray | None,
         origin: tuple[int, int] = (0, 0),
+        nothing: int = 0,
     ) -> ModelInput:
         """image: (H0, W0, C), or (H0, W0) of one channel. truth: (H0, W0) labels; below 0: pixels
-        that do not count. origin: (x, y) of the image in a larger one that it was cut from."""
+        that do not count. origin: (x, y) of the image in a larger one that it was cut from.
+        nothing: the label of letterbox padding."""
         image = image[:, :, None] if image.ndim == 2 else image
         if image.shape[2] != preprocessing.channels:
             raise InputError(
@@ -1282,7 +1284,7 @@ class ModelInput:
             )
         return cls(
             preprocessing.normalise(preprocessing.resize_image(image)),
-            None if truth is None else preprocessing.resize_mask(truth),
+            None if truth is None else preprocessing.resize_mask(truth, nothing),
             replace(preprocessing.place(image.shape[:2]), origin=origin),
         )
 
@@ -1314,20 +1316,22 @@ def explain_image(
     empty and `settings.on_empty` is 'image', the whole image is explained.
     """
     truth = counted_truth(ig, truth, settings)[0]
-    with _normalised(ig, image, truth, (0, 0)) as given:
+    with _normalised(ig, ReadImage(image, truth), settings) as given:
         return given.explain(ig, settings, progress)
 
 
 @contextlib.contextmanager
 def _normalised(
-    ig: IntegratedGradients, image: np.ndarray, truth: np.ndarray | None, origin: tuple[int, int]
+    ig: IntegratedGradients, read: ReadImage, settings: Settings
 ) -> Iterator[ModelInput]:
     """An image as the network takes it; while it is explained, its baselines are normalised with
     its own numbers, where those of each image are wanted."""
+    image, background = read.image, ig.network_under(settings).background
+    nothing = IGNORED if background is None else background
     common = ig.take_channels(image.shape[2] if image.ndim == 3 else 1)
     ig.preprocessing = common.of_image(image)
     try:
-        yield ModelInput.of(ig.preprocessing, image, truth, origin)
+        yield ModelInput.of(ig.preprocessing, image, read.truth, read.origin, nothing)
     finally:
         ig.preprocessing = common
 
@@ -1341,9 +1345,9 @@ def counted_truth(
         return truth, ()
     value, notes = settings.ignore_label, ()
     if value is None:
-        known = truth_reading(ig, settings).numbers or 0
         values = set(np.unique(truth).tolist())
-        if VOID not in values or known > VOID:
+        known = (VOID in values and truth_reading(ig, settings).numbers) or 0
+        if known > VOID:
             return truth, ()
         if max(values - {VOID}, default=0) not in range(1, known):
             return truth, ()
@@ -1414,7 +1418,7 @@ def describe_read(
     ig: IntegratedGradients, name: str, read: ReadImage, settings: Settings, progress: bool
 ) -> list[Description]:
     """`analyse_image` of what was read."""
-    with _normalised(ig, read.image, read.truth, read.origin) as given:
+    with _normalised(ig, read, settings) as given:
         return _described(ig, name, read, given, settings, progress)
 
 
@@ -1882,7 +1886,7 @@ class _Batch:
             writers.settle(replace(outcome, status=FAILED, reason=str(error)))
         else:
             for statistics in by_target:
-                say_warnings(statistics)
+                say_warnings(statistics, self.samples[number].notes)
             outcome = replace(outcome, rows=tuple(map(row_of, by_target)))
             if write is None:
                 writers.settle(outcome)
@@ -1940,10 +1944,10 @@ def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradi
     return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 
 
-def say_warnings(statistics: dict) -> None:
-    """What the user must not miss about one image, on stderr."""
+def say_warnings(statistics: dict, said: Sequence[str] = ()) -> None:
+    """What the user must not miss about one image, on stderr. said: what was told already."""
     for text in (*statistics['notes'], accuracy_warning(statistics)):
-        if text:
+        if text and text not in said:
             tqdm.write(f'{statistics["image"]}: {text}', file=sys.stderr)
 
 

@@ -206,7 +206,7 @@ def read_mask_picture(
     suffix = suffix_of(path)
     if suffix in NIFTI_SUFFIXES:
         check_file(path, 'mask')
-        found = read_nifti(path, reading.slice, 16 * reading.limit)
+        found = read_nifti(path, reading.slice, 4 * reading.limit)
         return _from_numbers(found.values, path)
     if suffix in DICOM_SUFFIXES:
         check_file(path, 'mask')
@@ -599,7 +599,7 @@ def whole_mask(path: Path, reading: Reading) -> MaskPicture:
     if suffix_of(path) not in NIFTI_SUFFIXES:
         return read_mask_picture(path, replace(reading, frame=None))
     check_file(path, 'mask')
-    volume = read_volume(path, 16 * reading.limit)
+    volume = read_volume(path, 4 * reading.limit)
     return _from_numbers(volume.reshape(volume.shape[0], -1), path)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
+import struct
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 DICOM_SUFFIXES = ('.dcm', '.dicom', '.ima')
 NIFTI_SUFFIXES = ('.nii', '.nii.gz')
+MOST_DEFLATED = 1 << 20  # bytes of a file that is unpacked as a whole
+MOST_SAMPLED = 1 << 22  # values of a volume of which percentiles are taken
+FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG, and of JPEG-LS
 INSTALL = 'pip install -r requirements-medical.txt'
 
 
@@ -98,6 +102,7 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int) -> MedicalImage:
 def _dicom_frame(pydicom: ModuleType, path: Path, frame: int, most_pixels: int) -> MedicalImage:
     from pydicom import pixels
 
+    _check_deflated(pydicom, path)
     data = pydicom.dcmread(path, force=True)
     if 'PixelData' not in data:
         raise InputError(f'{path} is a DICOM file without an image (give one that holds pixels)')
@@ -110,6 +115,8 @@ def _dicom_frame(pydicom: ModuleType, path: Path, frame: int, most_pixels: int) 
     if not hasattr(data, 'file_meta') or 'TransferSyntaxUID' not in data.file_meta:
         data.file_meta = pydicom.dataset.FileMetaDataset()
         data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    if data.file_meta.TransferSyntaxUID.is_encapsulated:
+        _check_codestream(pydicom, data, frame, frames, path)
     values = pixels.pixel_array(data, index=frame)  # of this frame only
     kind = str(data.get('PhotometricInterpretation', 'MONOCHROME2'))
     if values.ndim == 3:
@@ -136,6 +143,48 @@ def _dicom_frame(pydicom: ModuleType, path: Path, frame: int, most_pixels: int) 
         notes += (f'{path.name} is MONOCHROME1: its values were turned round ({low:g}+{high:g} '
                   'minus the value), so that high ones are bright',)  # fmt: skip
     return MedicalImage(measured.astype(np.float32), full, window, frames, notes=notes)
+
+
+def _check_deflated(pydicom: ModuleType, path: Path) -> None:
+    """Raise InputError for a large file that is unpacked as a whole: it could grow thousandfold."""
+    if path.stat().st_size <= MOST_DEFLATED:
+        return
+    meta = pydicom.filereader.read_file_meta_info(path) if is_part10(path) else {}
+    if str(meta.get('TransferSyntaxUID', '')) == str(pydicom.uid.DeflatedExplicitVRLittleEndian):
+        raise InputError(f'{path} is deflated as a whole (export it uncompressed)')
+
+
+def is_part10(path: Path) -> bool:
+    """Whether a file begins as DICOM files do."""
+    with path.open('rb') as stream:
+        return stream.read(132)[128:] == b'DICM'
+
+
+def _check_codestream(pydicom: ModuleType, data, frame: int, frames: int, path: Path) -> None:
+    """Raise InputError where a compressed frame says it is larger than its file says: decoders take
+    memory by what it says."""
+    stream = pydicom.encaps.get_frame(data.PixelData, frame, number_of_frames=frames)
+    size = codestream_size(stream)
+    if size is not None and size[0] * size[1] > 2 * int(data.Rows) * int(data.Columns):
+        raise InputError(
+            f'{path} holds a compressed frame of {size[1]}×{size[0]} pixels, but says it is '
+            f'{data.Columns}×{data.Rows} (export it again)'
+        )
+
+
+def codestream_size(stream: bytes) -> tuple[int, int] | None:
+    """(height, width) that a JPEG, JPEG-LS or JPEG 2000 codestream names; None where it is none."""
+    at = stream.find(b'\xff\x4f\xff\x51')
+    if at >= 0 and len(stream) >= at + 24:  # JPEG 2000: SIZ
+        width, height, left, top = struct.unpack('>4I', stream[at + 8 : at + 24])
+        return max(0, height - top), max(0, width - left)
+    place = 2
+    while stream[:2] == b'\xff\xd8' and place + 9 <= len(stream) and stream[place] == 0xFF:
+        marker, length = stream[place + 1], int.from_bytes(stream[place + 2 : place + 4], 'big')
+        if marker in FRAME_MARKERS:
+            return struct.unpack('>2H', stream[place + 5 : place + 9])
+        place += 1 if marker == 0xFF else 2 + length
+    return None
 
 
 def _stored_range(data, pixels) -> tuple[float, float]:
@@ -239,7 +288,7 @@ def _volume(path: Path, most_values: int, frame: int, changed: int, size: int) -
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             data = image.dataobj[..., frame] if len(shape) > 3 else image.dataobj
-            values = np.asanyarray(data).reshape((*shape, 1)[:3])
+            values = _scaled_data(data, image.dataobj).reshape((*shape, 1)[:3])
     except Exception as error:
         raise InputError(
             f'{path} cannot be read as a NIfTI volume: {one_line(error)} (export it again)'
@@ -249,12 +298,19 @@ def _volume(path: Path, most_values: int, frame: int, changed: int, size: int) -
     return values
 
 
+def _scaled_data(data, proxy) -> np.ndarray:
+    """The values of a volume, in its unit: float32 where the file scales them."""
+    plain = (proxy.slope, proxy.inter) in ((1, 0), (None, None)) or isinstance(data, np.ndarray)
+    return np.asanyarray(data) if plain else proxy.get_scaled(np.float32)
+
+
 def _percentiles(volume: np.ndarray) -> tuple[float, float] | None:
     """The 0.5th and 99.5th percentile of a whole volume: NIfTI knows no black and white, and every
     slice must be scaled alike."""
     if not np.isfinite(volume).all():
         return None
-    low, high = (float(end) for end in np.percentile(volume, (0.5, 99.5)))
+    sample = volume.reshape(-1)[:: max(1, volume.size // MOST_SAMPLED)]
+    low, high = (float(end) for end in np.percentile(sample, (0.5, 99.5)))
     if low >= high:
         low, high = float(volume.min()), float(volume.max())
     return (low, high) if low < high else (low, low + 1)

@@ -49,6 +49,7 @@ from mask_reading import (
     TruthReading,
     read_label_map,
     read_mask,
+    read_mask_picture,
 )
 from medical_images import shape_of_nifti
 
@@ -140,9 +141,11 @@ class Sample:
         return self.class_names
 
     def check(self, reading: Reading = PLAIN) -> None:
-        """Raise InputError where the image cannot be read."""
+        """Raise InputError where the image or its mask cannot be read."""
         for path in self.channel_paths or (self.image_path,):
             check_image(path, reading)
+        if isinstance(self.read_truth, MaskFile):
+            read_mask_picture(self.read_truth.path, self.part(reading))
 
 
 def single_sample(
@@ -479,12 +482,15 @@ class Preprocessing:
         shrinks = place.height * place.width < image.shape[0] * image.shape[1]
         return self._fit(image, place, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
-    def resize_mask(self, mask: np.ndarray) -> np.ndarray:
-        """(H, W) labels at the input's size, nearest neighbour."""
-        return self._fit(mask, self.place(mask.shape[:2]), cv2.INTER_NEAREST_EXACT)
+    def resize_mask(self, mask: np.ndarray, nothing: int = 0) -> np.ndarray:
+        """(H, W) labels at the input's size, nearest neighbour. nothing: that of padding."""
+        mask = mask.astype(np.int16) if nothing < 0 and mask.dtype == np.uint8 else mask
+        return self._fit(mask, self.place(mask.shape[:2]), cv2.INTER_NEAREST_EXACT, nothing)
 
-    def _fit(self, array: np.ndarray, place: Placement, interpolation: int) -> np.ndarray:
-        whole = np.zeros((*sides(self.image_size), *array.shape[2:]), array.dtype)
+    def _fit(
+        self, array: np.ndarray, place: Placement, interpolation: int, padding: int = 0
+    ) -> np.ndarray:
+        whole = np.full((*sides(self.image_size), *array.shape[2:]), padding, array.dtype)
         place.crop(whole)[:] = resized(array, (place.width, place.height), interpolation)
         return whole
 
