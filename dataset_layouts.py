@@ -345,6 +345,9 @@ def _two_folders(
     masks = folder_named(_folder(root, split), mask_names)
     if images is not None and masks is not None:
         yield images, masks
+    here = _folder(root, split).resolve()
+    if here.name.lower() in image_names and (own := folder_named(here.parent, mask_names)):
+        yield _folder(root, split), own  # the folder of the images itself was named
     images, masks = folder_named(root, image_names), folder_named(root, mask_names)
     if split and images is not None and masks is not None:
         both = folder_named(images, [split]), folder_named(masks, [split])

@@ -306,20 +306,25 @@ def check_baseline(kind: str) -> None:
 
 
 def build_baselines(
-    kind: str, pixels: np.ndarray, preprocessing: Preprocessing, draws: int = 4, seed: int = 0
+    kind: str,
+    pixels: np.ndarray,
+    preprocessing: Preprocessing,
+    draws: int = 4,
+    seed: int = 0,
+    reading: Reading | None = None,
 ) -> list[np.ndarray]:
     """The baselines of that kind for an image: several draws for `random`, one for the others.
 
     kind: a key of BASELINES, or the path of an image file (fitted to the image).
-    pixels: (H, W, C) float32, 0-255. Returns arrays of the same shape and range.
-    Raises InputError for an unknown kind or an unreadable file.
+    pixels: (H, W, C) float32, 0-255. reading: how a file is read (window, frame).
+    Returns arrays of the same shape and range. Raises InputError for an unknown kind or an unreadable file.
     """
     if kind in BASELINES:
         rng = np.random.default_rng(seed)
         return [BASELINES[kind](pixels, rng) for _ in range(draws if BASELINES[kind].drawn else 1)]
     check_baseline(kind)
     height, width, channels = pixels.shape
-    image = read_image(kind, channels)
+    image = read_image(kind, channels, reading or Reading())
     fit = replace(preprocessing, image_size=(height, width))
     return [fit.resize_image(image).astype(np.float32)]
 
@@ -775,6 +780,7 @@ class IntegratedGradients:
         """`explain_targets` under whole settings. targets, baseline: instead of theirs."""
         started = time.perf_counter()
         x = self.check_input(input_tensor)  # (1, C, H, W)
+        self._check_normalised()
         notes = self._see_outputs(x, settings)
         engine, network = self.engine, self.network_under(settings)
         baseline = settings.baseline if baseline is None else baseline
@@ -835,6 +841,16 @@ class IntegratedGradients:
             )
             for number in range(len(at_image.targets))
         ]
+
+    def _check_normalised(self) -> None:
+        """Raise InputError where inputs are normalised with numbers of each image, which a tensor
+        does not tell."""
+        fit = self.preprocessing
+        if fit.of_each == 'zscore' and not any(fit.mean) and set(fit.std) == {1.0}:
+            raise InputError(
+                'the input was normalised with the mean and deviation of its image, which a tensor '
+                'does not tell (use explain_image, or preprocessing.of_image(image))'
+            )
 
     def prepare(self, input_tensor: torch.Tensor, settings: Settings | None = None) -> None:
         """Prepare the network's private copy on this input, (C, H, W) or (1, C, H, W), instead of
@@ -927,11 +943,16 @@ class IntegratedGradients:
             return segmentation_logits(self.model(noise.to(self.device)), size).shape[1]
 
     def baseline_images(
-        self, kind: str, x: torch.Tensor, draws: int = 1, seed: int = 0
+        self,
+        kind: str,
+        x: torch.Tensor,
+        draws: int = 1,
+        seed: int = 0,
+        reading: Reading | None = None,
     ) -> list[np.ndarray]:
         """The baselines of a kind for an input (1, C, H, W), as images (H, W, C), 0-255."""
         pixels = self.preprocessing.to_pixels(x)
-        return build_baselines(kind, pixels, self.preprocessing, draws, seed)
+        return build_baselines(kind, pixels, self.preprocessing, draws, seed, reading)
 
     def _baselines(
         self, baseline: str | torch.Tensor, x: torch.Tensor, settings: Settings
@@ -942,7 +963,9 @@ class IntegratedGradients:
                 raise InputError(f'the baseline must have the shape {tuple(x.shape)} of the input')
             tensor = baseline.detach().to(x).reshape(x.shape)
             return self.preprocessing.to_pixels(tensor), [tensor]
-        images = self.baseline_images(baseline, x, settings.baseline_draws, settings.seed)
+        images = self.baseline_images(
+            baseline, x, settings.baseline_draws, settings.seed, settings.reading
+        )
         return images[0], [self.preprocessing.normalise(image).to(x) for image in images]
 
     def _best_baseline(

@@ -525,12 +525,8 @@ def _more_classes(small: set[int], census: Census, reading: TruthReading) -> boo
     """Whether masks surely hold class numbers, though more than the network knows."""
     if max(small) > SMALL or census.lossy:
         return False
-    if reading.one_class:  # two values alone are foreground and background, whatever they are
-        return len(small) > 2 and small <= set(census.inner)
-    if 0 not in small:
-        return False
-    known = {v for v in small if v < reading.numbers and v != reading.background}
-    return bool(known) and len(small) > reading.numbers
+    # Two values alone are foreground and background, whatever they are.
+    return reading.one_class and len(small) > 2 and small <= set(census.inner)
 
 
 def _identity(highest: int, void: int | None) -> Callable[[int], int | None]:

@@ -122,6 +122,11 @@ def test_masks_that_are_missing_are_said_with_what_was_looked_for(tmp_path):
     assert 'no masks were found' in list_samples(tmp_path / 'bare')[0].notes[0]
 
 
+def test_the_folder_of_the_images_itself(tmp_path):
+    lay(tmp_path, {'images/a.png': None, 'masks/a.png': MASK})
+    assert list_samples(tmp_path / 'images')[0].truth(ONE).any()
+
+
 def test_masks_are_never_explained_as_images(tmp_path):
     lay(tmp_path, {'a.png': None, 'a_mask.png': MASK, 'lost_mask.png': MASK})
     (sample,) = list_samples(tmp_path)

@@ -76,6 +76,8 @@ def test_the_set_of_values_decides(tmp_path, values, reading, labels):
         ((1, 2, 3), classes(3)),
         ((0, 1, 2, 4), classes(4)),  # BraTS: 4 stands for 3
         ((0, 100), classes(3)),
+        ((0, 1, 2, 5), classes(3)),
+        (tuple(range(0, 34, 3)), classes(19)),  # numbers of another scheme
         ((0, 64, 255), ONE),  # not softened edges: 64 fills an area
     ],
 )
