@@ -71,7 +71,8 @@ class TargetContext:
 
     logits: torch.Tensor  # (K, h, w)
     masks: torch.Tensor  # (K, h, w) bool: the predicted pixels of every label
-    truth: torch.Tensor | None = None  # (h, w) int64: numbers of the ground-truth mask
+    truth: torch.Tensor | None = None  # (h, w) int64: numbers of the ground-truth mask; below 0:
+    # pixels that do not count
     placement: Placement | None = None  # where the original image lies in the input
     network: NetworkDescription = ANY_NETWORK
     min_object_area: int = 1  # pixels; smaller objects are left out
@@ -184,7 +185,8 @@ def truth_target(context: TargetContext, argument: str) -> Target:
 def false_positive_target(context: TargetContext, argument: str) -> Target:
     """predicted, but not so in the ground truth: why did it see this?"""
     truth = context.known_truth('false-positive')
-    return context.mean_of(context.network.without_background(context.masks) & ~truth)
+    wrong = context.masks & ~truth & (context.truth >= 0)
+    return context.mean_of(context.network.without_background(wrong))
 
 
 def false_negative_target(context: TargetContext, argument: str) -> Target:
@@ -208,10 +210,11 @@ def pixel_target(context: TargetContext, argument: str) -> Target:
     except ValueError:
         raise InputError(f'target "pixel:{argument}" is not of the form pixel:X,Y') from None
     height, width = context.placement.original_size if context.placement else context.labels.shape
-    if not (0 <= x < width and 0 <= y < height):
+    left, top = context.placement.origin if context.placement else (0, 0)
+    if not (left <= x < left + width and top <= y < top + height):
         raise InputError(
-            f'target pixel {x},{y} lies outside the image (X from 0 to {width - 1}, '
-            f'Y from 0 to {height - 1})'
+            f'target pixel {x},{y} lies outside the image (X from {left} to {left + width - 1}, '
+            f'Y from {top} to {top + height - 1})'
         )
     column, row = context.placement.to_model(x, y) if context.placement else (x, y)
     region = torch.zeros_like(context.labels, dtype=torch.bool)

@@ -20,6 +20,10 @@ class EmptyTargetError(InputError):
     """The target region holds no pixel."""
 
 
+class NoFrameError(InputError):
+    """A file has fewer frames than were asked for."""
+
+
 class OutputError(InputError):
     """A result cannot be written."""
 

@@ -78,6 +78,7 @@ class Explanation:
     # channels, 0-255 each, of the (first) baseline; NaN in letterbox padding
     label_scores: LabelScores | None = None  # None: one class, or truth unknown
     draws: int = 1  # baselines that the map is the mean over
+    counted: np.ndarray | None = None  # (h, w) bool: where the truth counts; None: everywhere
     notes: tuple[str, ...] = ()  # what was found out about the network on the way, in sentences
 
     @property

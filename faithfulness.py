@@ -154,6 +154,7 @@ class Subject:
     region: np.ndarray  # (H, W) bool: the target region
     prediction: np.ndarray  # (H, W) bool: the predicted mask
     truth: np.ndarray | None = None  # (H, W) bool
+    counted: np.ndarray | None = None  # (H, W) bool: where it counts; None: everywhere
     content: np.ndarray | None = None  # (H, W) bool: not letterbox padding; None: all of it
     others: dict[str, np.ndarray] = field(default_factory=dict)  # baselines (H, W, C), 0-255
     batch: int = 1  # images that go through the network at once
@@ -268,6 +269,7 @@ def subject_of(
         region=explanation.region.numpy(),
         prediction=explanation.predicted_mask.numpy(),
         truth=truth,
+        counted=explanation.counted,
         content=content,
         others={kind: ig.baseline_images(kind, x, seed=seed)[0] for kind in COMPARED_BASELINES},
         batch=ig.engine.step_batch.size,
@@ -303,7 +305,9 @@ def places(subject: Subject, work: Effort, seed: int = 0, progress: bool = False
     masks = {'target': subject.region, 'prediction': subject.prediction, 'truth': subject.truth}
     for where, mask in masks.items():
         if mask is not None:
-            inside = localisation(subject.magnitude, mask)
+            counted = subject.counted if where == 'truth' else None
+            part = slice(None) if counted is None else counted
+            inside = localisation(subject.magnitude[part], mask[part])
             metrics |= {f'{name}_in_{where}': value for name, value in inside.items()}
     return Evaluation(metrics)
 

@@ -48,6 +48,8 @@ def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str
     decisive = {name: value for name, value in record.items() if name not in NOT_DECISIVE}
     if 'baseline_sha256' in decisive:  # a file: wherever it lies
         del decisive['baseline']
+    if 'label_map_sha256' in decisive:
+        del decisive['label_map']
     digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
     for array in (image, truth):
         digest.update(repr(None if array is None else array.shape).encode())

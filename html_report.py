@@ -169,6 +169,9 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
     used = statistics['settings']
     words = ['python', 'integrated_gradients.py', '--model_path', str(used.get('model_path'))]
     words += ['--image_path', str(statistics['image_path'])]
+    place = statistics.get('placement') or {}
+    if 'axis' in place and not used.get('slice'):
+        words += ['--slice', f'{place["axis"]}:{place["index"]}']
     for name in ('encoder', 'architecture', 'weights_key', 'model_factory'):
         words += [f'--{name}', str(used[name])] if name in used else []
     if used.get('model_options'):
@@ -178,12 +181,18 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
         value = used[name]
         if value is None or value in (default, []):
             continue
-        if name in ('normalize', 'pixel_range') and used.get('mean'):
+        if name in ('normalize', 'pixel_range') and used.get('mean') and not used.get('of_each'):
             continue  # mean and std are given as they took effect
         if name == 'output_kind' and value == 'foreground':
             continue  # nothing else is possible
+        if name in ('mean', 'std') and used.get('of_each'):
+            continue  # of this image only
         if name == 'image_size':
             words += ['--image_size', size_text(value)]
+        elif name == 'crop':
+            words += ['--crop', ','.join(map(str, value))]
+        elif name == 'window':
+            words += [f'--window={value}']  # which may begin with a minus
         elif isinstance(value, list | tuple):
             words += [f'--{name}', *map(str, value)]
         elif name == 'target':

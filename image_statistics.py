@@ -68,11 +68,25 @@ class Measured:
         """Mean |attribution| of any other pixel."""
         return _mean(self.magnitude[~self.mask])
 
+    @cached_property
+    def counted(self) -> np.ndarray:
+        """(H, W) bool: the pixels whose truth counts."""
+        counted = self.explanation.counted
+        return np.ones(self.mask.shape, bool) if counted is None else counted
+
     def share_in(self, mask: np.ndarray | None) -> float | None:
         """The share of |attribution| that lies in a mask (H, W) bool."""
         if mask is None or not (self.total and mask.any()):
             return None
         return self.magnitude[mask].sum() / self.total
+
+    @property
+    def share_in_truth(self) -> float | None:
+        """The same of the truth, of what lies where that counts."""
+        counted = self.magnitude[self.counted].sum()
+        if self.truth is None or not (counted and self.truth.any()):
+            return None
+        return self.magnitude[self.truth].sum() / counted
 
     @property
     def ratio(self) -> float | None:
@@ -134,7 +148,8 @@ class Measured:
         """Of the predicted mask against the truth."""
         if self.truth is None:
             return {'dice': None, 'iou': None, 'pixel_accuracy': None}
-        scores = mask_scores(self.mask, self.truth)
+        counted = self.counted
+        scores = mask_scores(self.mask[counted], self.truth[counted])
         by_label = self.explanation.label_scores
         return scores | ({'pixel_accuracy': by_label.pixel_accuracy} if by_label else {})
 
@@ -163,9 +178,12 @@ class Measured:
         return (np.abs(self.signed).sum(axis=(1, 2)) / self.total).tolist()
 
 
-def mask_scores(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Dice, IoU and pixel accuracy of two (h, w) bool masks; two empty masks agree fully."""
+def mask_scores(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
+    """Dice, IoU and pixel accuracy of two bool masks of one shape; two empty masks agree fully;
+    None where no pixel counts."""
     overlap, union = (prediction & truth).sum(), (prediction | truth).sum()
+    if not prediction.size:  # no pixel counts
+        return {'dice': None, 'iou': None, 'pixel_accuracy': None}
     return {
         'dice': 2 * overlap / (overlap + union) if union else 1.0,
         'iou': overlap / union if union else 1.0,
@@ -181,7 +199,7 @@ def label_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[int, dict[str
         if mask.any() or true.any():
             known = mask_scores(mask, true)
             found = float(mask[true].mean()) if true.any() else None
-            dice, iou = float(known['dice']), float(known['iou'])
+            dice, iou = float(known['dice']), float(known['iou'])  # there is a pixel
             scores[label] = {'dice': dice, 'iou': iou, 'accuracy': found}
     return scores
 
@@ -342,7 +360,7 @@ STATISTICS: dict[str, Statistic] = {
         of=lambda m: m.share_in(m.mask), unit='%', summarised=True, page=6,
         label='Share of |attribution| in the prediction'),
     'share_in_truth': Statistic('share that lies in the ground truth',
-        of=lambda m: m.share_in(m.truth), unit='%', summarised=True),
+        of=lambda m: m.share_in_truth, unit='%', summarised=True),
     'prediction_ratio': Statistic('share of predicted pixels', of=lambda m: m.mask.mean(),
         unit='%', summarised=True, page=7, label='Share of pixels predicted'),
     'prediction_area': Statistic('number of predicted pixels', WHOLE,
@@ -458,6 +476,11 @@ STATISTICS: dict[str, Statistic] = {
     'evaluation': Statistic('what those were taken from: curves, profile, stages, pairs of '
         'baselines', COMPOUND, of=lambda m: None),
 
+    'value_range': Statistic(
+        "values of the image's file that became black and white, 0 and 255", COMPOUND, RECORD),
+    'placement': Statistic(
+        'where the explained part lies: size (height, width) of the whole image, origin (x, y) of '
+        'the part in it, and axis and index of the slice of a volume', COMPOUND, RECORD),
     'notes': Statistic('what was decided or left out, in sentences', COMPOUND, RECORD),
     'targets': Statistic('all targets explained in the same run', COMPOUND, RECORD),
     'settings': Statistic('all settings as they took effect', COMPOUND, RECORD),

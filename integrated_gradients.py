@@ -39,7 +39,7 @@ import numbers
 import operator
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,13 @@ import torch
 from tqdm import tqdm
 
 from attribution_figures import attribution_figure, channels_figure
-from attribution_path import AttributionPath, StraightPath, enlarged, plain_map
+from attribution_path import (
+    AttributionPath,
+    StraightPath,
+    enlarged,
+    plain_map,
+    segmentation_logits,
+)
 from attribution_target import (
     TARGETS,
     Target,
@@ -75,6 +81,7 @@ from batch_job import (
     writer_processes,
 )
 from batch_summary import BatchResult, Progress, row_of
+from dataset_layouts import DataSource, layouts_text
 from errors import (
     EmptyTargetError,
     InputError,
@@ -104,7 +111,11 @@ from gradient_engine import (
     peak_memory,
     reduced_dtype,
 )
+from image_reading import BYTES_A_PIXEL, MOST_PIXELS, LoadedImage, Reading, crop_image
 from image_statistics import contrast, explanation_statistics, label_scores, mask_scores
+from map_export import EXPORTS, export_maps
+from mask_reading import IGNORED, VOID, LabelMap, TruthReading, read_label_map
+from medical_images import Geometry
 from model_factory import runs_at
 from model_loading import (
     ARCHITECTURES,
@@ -152,18 +163,22 @@ from segmentation_dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     NORMALIZE_MODES,
+    OF_EACH_IMAGE,
     RESIZE_MODES,
     ImageSize,
     Placement,
     Preprocessing,
     Sample,
     choose_samples,
+    fitted_truth,
     list_samples,
+    over_image,
     read_image,
     sides,
     single_sample,
     size_text,
     strong_blur,
+    with_slices,
 )
 from verdict import Thresholds, accuracy_warning, parse_thresholds, statistics_text, verdict_of
 
@@ -217,6 +232,7 @@ __all__ = [  # what users import from here, wherever it stands
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
 MOST_STEPS = 100_000
+NEED_TRUTH = ('truth', 'false-positive', 'false-negative')  # of the targets
 PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
 OUTPUTS = ('auto', LOGITS, PROBABILITIES)
 
@@ -290,20 +306,26 @@ def check_baseline(kind: str) -> None:
 
 
 def build_baselines(
-    kind: str, pixels: np.ndarray, preprocessing: Preprocessing, draws: int = 4, seed: int = 0
+    kind: str,
+    pixels: np.ndarray,
+    preprocessing: Preprocessing,
+    draws: int = 4,
+    seed: int = 0,
+    reading: Reading | None = None,
 ) -> list[np.ndarray]:
     """The baselines of that kind for an image: several draws for `random`, one for the others.
 
     kind: a key of BASELINES, or the path of an image file (fitted to the image).
-    pixels: (H, W, C) float32, 0-255. Returns arrays of the same shape and range.
-    Raises InputError for an unknown kind or an unreadable file.
+    pixels: (H, W, C) float32, 0-255. reading: how a file is read (window, frame).
+    Returns arrays of the same shape and range. Raises InputError for an unknown kind or an
+    unreadable file.
     """
     if kind in BASELINES:
         rng = np.random.default_rng(seed)
         return [BASELINES[kind](pixels, rng) for _ in range(draws if BASELINES[kind].drawn else 1)]
     check_baseline(kind)
     height, width, channels = pixels.shape
-    image = read_image(kind, channels)
+    image = read_image(kind, channels, reading or Reading())
     fit = replace(preprocessing, image_size=(height, width))
     return [fit.resize_image(image).astype(np.float32)]
 
@@ -392,8 +414,9 @@ class Settings:
         'letterbox keeps the aspect ratio, pads black', choices=RESIZE_MODES,
         default_text="the checkpoint's, else stretch")
     normalize: str = setting('auto', PREPROCESSING,
-        "auto: the checkpoint's mean and std, else ImageNet's; none: 0-1 as it is",
-        choices=NORMALIZE_MODES)
+        "auto: the checkpoint's mean and std, else ImageNet's; none: 0-1 as it is; minmax: each "
+        'image from its least value, 0, to its largest, 1; zscore: each image minus its mean, by '
+        'its standard deviation', choices=NORMALIZE_MODES)
     mean: tuple[float, ...] | None = setting(None, PREPROCESSING,
         'of each channel in training, instead of --normalize', metavar='M',
         default_text='by --normalize')
@@ -404,6 +427,29 @@ class Settings:
         choices=CHANNEL_ORDERS, default_text="the checkpoint's, else rgb")
     pixel_range: str = setting('0-1', PREPROCESSING,
         'of the pixels that the network was given, and of --mean and --std', choices=PIXEL_RANGES)
+    window: str | None = setting(None, PREPROCESSING,
+        "values of the image's file that become black and white, LOW:HIGH (with =, where LOW is "
+        'negative); auto: the 0.5th and 99.5th percentile of the image; dicom: what the file asks '
+        'for', metavar='LOW:HIGH|auto|dicom',
+        default_text="0-255, 0-65535 or 0-1, as the file holds; DICOM: the file's")
+    frame: int | None = setting(None, PREPROCESSING,
+        'of a file with several frames or pages, from 0', least=0, metavar='N',
+        default_text='the first')
+    slice: str | None = setting(None, PREPROCESSING,
+        'of a volume (NIfTI), AXIS:INDEX, from 0; batch: AXIS alone for every slice along it',
+        metavar='AXIS[:INDEX]', default_text='the middle of axis 2; batch: every slice along it')
+    crop: tuple[int, ...] | str | None = setting(None, PREPROCESSING,
+        'explain only this part of the image, in its pixels', metavar='X,Y,WIDTH,HEIGHT',
+        default_text='all of it')
+    max_pixels: int | None = setting(None, PREPROCESSING,
+        'images of more pixels are refused', least=1, metavar='N', default_text='89478485')
+    label_map: str | None = setting(None, PREPROCESSING,
+        'text file, what the values or colours of masks (or the categories of annotations) stand '
+        'for: in each line VALUE = CLASS, NAME; VALUE a number, R,G,B or #rrggbb; CLASS a number '
+        'or ignore', metavar='FILE', default_text='by the set of the values')
+    ignore_label: int | None = setting(None, PREPROCESSING,
+        'value of the masks whose pixels count in no score and no target', metavar='VALUE',
+        default_text='255 beside small numbers')
     target: tuple[str, ...] = setting(('predicted',), ATTRIBUTION, 'one or several; '
         + '; '.join(f'{kind.form}: {kind.meaning}' for kind in TARGETS.values()),
         metavar='TARGET', default_text='predicted')  # several share their forward passes
@@ -464,6 +510,10 @@ class Settings:
             object.__setattr__(self, 'class_names', _checked_names(self.class_names))
         for name in ('mean', 'std'):
             _check_numbers(name, getattr(self, name), least=0.0 if name == 'std' else -math.inf)
+        object.__setattr__(self, 'crop', _checked_crop(self.crop))
+        object.__setattr__(self, 'ignore_label', _checked_value(self.ignore_label))
+        object.__setattr__(self, 'labels_known', self._read_label_map())
+        _ = self.reading  # raises where it makes no sense
         if not self.target:
             raise InputError('no target is given (use --target predicted)')
         for target in self.target:
@@ -490,6 +540,20 @@ class Settings:
         """The targets of which one is explained first, in whatever image."""
         return (*(kind_of(target).first or target for target in self.target), 'image')
 
+    @property
+    def reading(self) -> Reading:
+        """How the files of images are read. Raises InputError."""
+        return Reading(self.window, self.frame, self.slice, self.crop, self.max_pixels,
+                       self.normalize in OF_EACH_IMAGE)  # fmt: skip
+
+    def _read_label_map(self) -> LabelMap | None:
+        return None if self.label_map is None else read_label_map(self.label_map)
+
+    @property
+    def known_labels(self) -> LabelMap | None:
+        """What the label map says, read when the settings were made."""
+        return vars(self).get('labels_known')
+
     def record(self) -> dict[str, object]:
         """For the statistics file; the targets as on the command line."""
         return {**asdict(self), 'target': ' '.join(self.target)}
@@ -506,6 +570,30 @@ def _check_numbers(name: str, values: Sequence[float] | None, least: float) -> N
     if not fine:
         above = ' above 0' if least == 0 else ''
         raise InputError(f'{name} must be numbers{above}, one for each channel, not {values}')
+
+
+def _checked_crop(value: str | Sequence[int] | None) -> tuple[int, int, int, int] | None:
+    """X, Y, width and height of a part of an image. Raises InputError."""
+    if value is None:
+        return None
+    try:
+        parts = value.split(',') if isinstance(value, str) else value
+        x, y, width, height = (int(part) for part in parts)
+    except (TypeError, ValueError, AttributeError):
+        x = y = width = height = -1
+    if min(x, y) < 0 or min(width, height) < 1:
+        raise InputError(f'crop must be X,Y,WIDTH,HEIGHT, whole numbers, not {value!r}')
+    return x, y, width, height
+
+
+def _checked_value(value: int | None) -> int | None:
+    """A value of masks. Raises InputError."""
+    if value is None:
+        return None
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        raise InputError(f'ignore_label must be a whole number, not {value!r}') from None
 
 
 def _checked_class(value: int | str | None) -> int | str | None:
@@ -576,6 +664,7 @@ class IntegratedGradients:
         self.engine = self._new_engine(self.model)
         self._network = describe_network(self.model)
         self._fingerprint = fingerprint(self.model)
+        self._maps: tuple[tuple, int | None] | None = None  # when, and what `logit_maps` found
         self._seen: tuple[tuple, str | None] | None = None  # when, and what `probability_kind` gave
         own = self._network.preprocessing
         if preprocessing is None and own == Preprocessing():
@@ -692,6 +781,7 @@ class IntegratedGradients:
         """`explain_targets` under whole settings. targets, baseline: instead of theirs."""
         started = time.perf_counter()
         x = self.check_input(input_tensor)  # (1, C, H, W)
+        self._check_normalised()
         notes = self._see_outputs(x, settings)
         engine, network = self.engine, self.network_under(settings)
         baseline = settings.baseline if baseline is None else baseline
@@ -736,14 +826,32 @@ class IntegratedGradients:
         if numbers is not None:
             notes += unknown_numbers(network, masks, numbers)
         scores = None if numbers is None else scores_of_labels(network, masks, numbers)
+        ignored = numbers is not None and bool((numbers < 0).any())
+        counted = (numbers >= 0).cpu().numpy() if ignored else None
         image = self.preprocessing.to_pixels(x)
         difference = np.abs(image - pixels).sum(axis=2)  # (H, W)
         if placement is not None:
             difference[~placement.content(difference.shape)] = np.nan
         return [
-            replace(explanation(number), label_scores=scores, notes=notes, difference=difference)
+            replace(
+                explanation(number),
+                label_scores=scores,
+                notes=notes,
+                difference=difference,
+                counted=counted,
+            )
             for number in range(len(at_image.targets))
         ]
+
+    def _check_normalised(self) -> None:
+        """Raise InputError where inputs are normalised with numbers of each image, which a tensor
+        does not tell."""
+        fit = self.preprocessing
+        if fit.of_each == 'zscore' and not any(fit.mean) and set(fit.std) == {1.0}:
+            raise InputError(
+                'the input was normalised with the mean and deviation of its image, which a tensor '
+                'does not tell (use explain_image, or preprocessing.of_image(image))'
+            )
 
     def prepare(self, input_tensor: torch.Tensor, settings: Settings | None = None) -> None:
         """Prepare the network's private copy on this input, (C, H, W) or (1, C, H, W), instead of
@@ -812,12 +920,40 @@ class IntegratedGradients:
             self.preprocessing = replace(Preprocessing().for_channels(channels), image_size=size)
         return self.preprocessing
 
+    @property
+    def logit_maps(self) -> int | None:
+        """How many logit maps the network gives: what is known of it, else what it gives for noise;
+        None where it cannot be run."""
+        known = self._network.source.get('classes')
+        if isinstance(known, int):
+            return known
+        now = self._fingerprint[1:]
+        if self._maps is None or self._maps[0] != now:
+            found, _ = attempt(self._count_maps, Exception)
+            self._maps = now, found
+        return self._maps[1]
+
+    def _count_maps(self) -> int:
+        size = sides(self.preprocessing.image_size)
+        noise = torch.zeros((1, self.preprocessing.channels, *size), dtype=self.engine.dtype)
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+            frozen(self.model),
+        ):
+            return segmentation_logits(self.model(noise.to(self.device)), size).shape[1]
+
     def baseline_images(
-        self, kind: str, x: torch.Tensor, draws: int = 1, seed: int = 0
+        self,
+        kind: str,
+        x: torch.Tensor,
+        draws: int = 1,
+        seed: int = 0,
+        reading: Reading | None = None,
     ) -> list[np.ndarray]:
         """The baselines of a kind for an input (1, C, H, W), as images (H, W, C), 0-255."""
         pixels = self.preprocessing.to_pixels(x)
-        return build_baselines(kind, pixels, self.preprocessing, draws, seed)
+        return build_baselines(kind, pixels, self.preprocessing, draws, seed, reading)
 
     def _baselines(
         self, baseline: str | torch.Tensor, x: torch.Tensor, settings: Settings
@@ -828,7 +964,9 @@ class IntegratedGradients:
                 raise InputError(f'the baseline must have the shape {tuple(x.shape)} of the input')
             tensor = baseline.detach().to(x).reshape(x.shape)
             return self.preprocessing.to_pixels(tensor), [tensor]
-        images = self.baseline_images(baseline, x, settings.baseline_draws, settings.seed)
+        images = self.baseline_images(
+            baseline, x, settings.baseline_draws, settings.seed, settings.reading
+        )
         return images[0], [self.preprocessing.normalise(image).to(x) for image in images]
 
     def _best_baseline(
@@ -1042,8 +1180,12 @@ def scores_of_labels(
     predicted. numbers: (h, w), of the ground-truth mask."""
     if len(masks) == 1:
         return None
-    truth = network.drawn(numbers, masks)
-    exclusive = network.kind(masks) == EXCLUSIVE
+    kind = network.kind(masks)
+    counted = numbers >= 0
+    masks, truth = masks[:, counted], network.drawn(numbers, masks)[:, counted]  # (K, pixels)
+    if not counted.any():
+        return None
+    exclusive = kind == EXCLUSIVE
     right = (masks & truth).any(dim=0) if exclusive else masks == truth
     background = network.background if exclusive else None
     scores = label_scores(masks.cpu().numpy(), truth.cpu().numpy())
@@ -1104,8 +1246,14 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
     mean, std = own.mean, own.std
     if settings.normalize == 'imagenet':
         mean, std = IMAGENET_MEAN, IMAGENET_STD
-    elif settings.normalize == 'none' or settings.pixel_range != '0-1':
+    elif settings.normalize != 'auto' or settings.pixel_range != '0-1':
         mean, std = as_they_are
+    of_each = settings.normalize if settings.normalize in OF_EACH_IMAGE else None
+    if of_each and (settings.mean or settings.std or settings.pixel_range != '0-1'):
+        raise InputError(
+            f'--normalize {of_each} takes its numbers from each image, so it goes without --mean, '
+            '--std and --pixel_range'
+        )
     alone = (settings.mean is None) != (settings.std is None)
     if alone and (mean, std) == (IMAGENET_MEAN, IMAGENET_STD):
         raise InputError("--mean and --std go together (the other would be ImageNet's)")
@@ -1130,7 +1278,7 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
     order = settings.channel_order or own.channel_order
     if order != 'rgb' and channels != 3:
         raise InputError(f'channel_order {order} needs 3 channels; the network takes {channels}')
-    return Preprocessing(size, settings.resize or own.resize, mean, std, order)
+    return Preprocessing(size, settings.resize or own.resize, mean, std, order, of_each)
 
 
 @dataclass(frozen=True)
@@ -1138,12 +1286,21 @@ class ModelInput:
     """An image and its truth as the network takes them."""
 
     x: torch.Tensor  # (1, C, H, W)
-    truth: np.ndarray | None  # (H, W) uint8 labels
+    truth: np.ndarray | None  # (H, W) labels
     placement: Placement
 
     @classmethod
-    def of(cls, preprocessing: Preprocessing, image: np.ndarray, truth: np.ndarray | None):
-        """image: (H0, W0, C), or (H0, W0) of one channel. truth: (H0, W0) uint8 labels."""
+    def of(
+        cls,
+        preprocessing: Preprocessing,
+        image: np.ndarray,
+        truth: np.ndarray | None,
+        origin: tuple[int, int] = (0, 0),
+        nothing: int = 0,
+    ) -> ModelInput:
+        """image: (H0, W0, C), or (H0, W0) of one channel. truth: (H0, W0) labels; below 0: pixels
+        that do not count. origin: (x, y) of the image in a larger one that it was cut from.
+        nothing: the label of letterbox padding."""
         image = image[:, :, None] if image.ndim == 2 else image
         if image.shape[2] != preprocessing.channels:
             raise InputError(
@@ -1152,8 +1309,8 @@ class ModelInput:
             )
         return cls(
             preprocessing.normalise(preprocessing.resize_image(image)),
-            None if truth is None else preprocessing.resize_mask(truth),
-            preprocessing.place(image.shape[:2]),
+            None if truth is None else preprocessing.resize_mask(truth, nothing),
+            replace(preprocessing.place(image.shape[:2]), origin=origin),
         )
 
     def explain(
@@ -1183,12 +1340,63 @@ def explain_image(
     resolution, (H, W) bool or None. Of several targets, empty ones are left out. Where all are
     empty and `settings.on_empty` is 'image', the whole image is explained.
     """
-    return _input_of(ig, image, truth).explain(ig, settings, progress)
+    truth = counted_truth(ig, truth, settings)[0]
+    with _normalised(ig, ReadImage(image, truth), settings) as given:
+        return given.explain(ig, settings, progress)
 
 
-def _input_of(ig: IntegratedGradients, image: np.ndarray, truth: np.ndarray | None) -> ModelInput:
-    """An image as the network takes it."""
-    return ModelInput.of(ig.take_channels(image.shape[2] if image.ndim == 3 else 1), image, truth)
+@contextlib.contextmanager
+def _normalised(
+    ig: IntegratedGradients, read: ReadImage, settings: Settings
+) -> Iterator[ModelInput]:
+    """An image as the network takes it; while it is explained, its baselines are normalised with
+    its own numbers, where those of each image are wanted."""
+    image, background = read.image, ig.network_under(settings).background
+    nothing = IGNORED if background is None else background
+    common = ig.take_channels(image.shape[2] if image.ndim == 3 else 1)
+    ig.preprocessing = common.of_image(image)
+    try:
+        yield ModelInput.of(ig.preprocessing, image, read.truth, read.origin, nothing)
+    finally:
+        ig.preprocessing = common
+
+
+def counted_truth(
+    ig: IntegratedGradients, truth: np.ndarray | None, settings: Settings
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """A truth (H, W) from the caller, its ignore label below 0: that of the settings, else 255
+    beside the numbers of classes; and what is to be said of it."""
+    if truth is None or truth.dtype.kind not in 'ui':
+        return truth, ()
+    value, notes = settings.ignore_label, ()
+    if value is None:
+        values = set(np.unique(truth).tolist())
+        known = (VOID in values and truth_reading(ig, settings).numbers) or 0
+        if known > VOID:
+            return truth, ()
+        if max(values - {VOID}, default=0) not in range(1, known):
+            return truth, ()
+        value, notes = VOID, (
+            f'the truth holds {VOID} beside class numbers: taken as "ignore", which counts in no '
+            'score and no target',
+        )  # fmt: skip
+    return np.where(truth == value, IGNORED, truth.astype(np.int16)).astype(np.int16), notes
+
+
+def truth_reading(ig: IntegratedGradients, settings: Settings) -> TruthReading:
+    """What is known when ground truths are read for a network under these settings."""
+    said = TruthReading(
+        label_map=settings.known_labels,
+        ignore_label=settings.ignore_label,
+        pixels=settings.reading,
+    )
+    count, network = ig.logit_maps, ig.network_under(settings)
+    if count is None:
+        return said
+    kind = network.kind(torch.empty(count, 1, 1))
+    if kind == EXCLUSIVE:
+        return replace(said, numbers=count, background=network.background)
+    return replace(said, numbers=count + 1, one_class=count == 1)
 
 
 def analyse_image(
@@ -1206,17 +1414,61 @@ def analyse_image(
     `attribution_figure(view_of(arrays), statistics)` and `channels_figure(...)`. class_names: of
     the dataset, by the numbers in its masks, where neither settings nor network name the classes.
     """
-    given = _input_of(ig, image, truth)
+    truth, notes = counted_truth(ig, truth, settings)
+    read = ReadImage(image, truth, class_names=class_names or {}, notes=notes)
+    return describe_read(ig, name, read, settings, progress)
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """An image and its truth, as they were read."""
+
+    image: np.ndarray  # (H, W, C), 0-255
+    truth: np.ndarray | None  # (H, W) labels; below 0: pixels that do not count
+    origin: tuple[int, int] = (0, 0)  # (x, y) of the image in a larger one that it was cut from
+    class_names: Mapping[int, str] = field(default_factory=dict)  # of the dataset
+    notes: tuple[str, ...] = ()  # on the reading, in sentences
+    value_range: tuple[float, float] | None = None  # of the file's values
+    geometry: Geometry | None = None  # of a slice in its volume
+    whole_size: tuple[int, int] | None = None  # (height, width), where it was cut out
+
+    def placement(self) -> dict[str, object]:
+        """Where it lies, for the statistics file."""
+        slice_of = self.geometry and {'axis': self.geometry.axis, 'index': self.geometry.index}
+        size = self.whole_size or self.image.shape[:2]
+        return {'size': list(size), 'origin': list(self.origin), **(slice_of or {})}
+
+
+def describe_read(
+    ig: IntegratedGradients, name: str, read: ReadImage, settings: Settings, progress: bool
+) -> list[Description]:
+    """`analyse_image` of what was read."""
+    with _normalised(ig, read, settings) as given:
+        return _described(ig, name, read, given, settings, progress)
+
+
+def _described(
+    ig: IntegratedGradients,
+    name: str,
+    read: ReadImage,
+    given: ModelInput,
+    settings: Settings,
+    progress: bool,
+) -> list[Description]:
+    image, truth = read.image, read.truth
     results = given.explain(ig, settings, progress)
     common = {
         'notes': [
             *ig.network.notes,
+            *read.notes,
             *notes_on(image, truth, settings, [one for one, _ in results]),
         ],
         'targets': [one.target for one, _ in results],
         'settings': settings_record(ig, settings),
         'versions': versions(),
         'channel_names': list(ig.preprocessing.channel_names),
+        'value_range': read.value_range and list(read.value_range),
+        'placement': read.placement(),
     }
     described = []
     for explanation, explained_truth in results:
@@ -1225,7 +1477,7 @@ def analyse_image(
         }  # fmt: skip
         by_class = statistics['class_scores']
         if by_class is not None:
-            names = names_of_labels(ig, explanation, settings, class_names or {})
+            names = names_of_labels(ig, explanation, settings, read.class_names)
             statistics['class_scores'] = {names[int(k)]: scores for k, scores in by_class.items()}
         if settings.evaluate:
             statistics |= evaluate_explanation(
@@ -1256,7 +1508,17 @@ def names_of_labels(
     first = 1 if explanation.objective.network.kind(masks) == MULTILABEL else 0
     if not names and len(set(of_dataset.values())) == len(of_dataset):
         names = [of_dataset.get(k + first, str(k)) for k in range(len(masks))]
-    return list(names or map(str, range(len(masks))))
+    names = list(names or map(str, range(len(masks))))
+    of_map = settings.known_labels.names if settings.known_labels else {}
+    for number, own in of_map.items():  # which win over all others
+        if 0 <= number - first < len(names):
+            names[number - first] = own
+    if len(set(names)) < len(names):
+        raise InputError(
+            f'the label map {settings.label_map} gives a class the name of another one '
+            '(name all classes in it)'
+        )
+    return names
 
 
 describe_targets = analyse_image  # its name in earlier versions
@@ -1316,6 +1578,9 @@ def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
         **ig.network_under(settings, seen=False).record(),
         'device': str(ig.device),
     }
+    if settings.label_map is not None:
+        content = Path(settings.label_map).read_bytes()
+        record['label_map_sha256'] = hashlib.sha256(content).hexdigest()
     if settings.baseline not in BASELINES and Path(settings.baseline).is_file():
         content = Path(settings.baseline).read_bytes()
         record['baseline_sha256'] = hashlib.sha256(content).hexdigest()
@@ -1332,9 +1597,12 @@ class Output:
     folder: Path
     figures: str = 'all'  # of each image, a key of FIGURES
     overwrite: bool = False  # compute finished images again
+    export: str | None = None  # a key of EXPORTS: maps in the geometry of their images
 
     def __post_init__(self) -> None:
         check_choice('figures', self.figures, FIGURES)
+        if self.export is not None:
+            check_choice('export', self.export, EXPORTS)
         object.__setattr__(self, 'folder', Path(self.folder))
 
 
@@ -1343,13 +1611,69 @@ class LoadedSample:
     """A sample as it was read."""
 
     sample: Sample
-    image: np.ndarray  # (H, W, C), 0-255
-    truth: np.ndarray | None  # (H, W) uint8
+    read: ReadImage
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, C), 0-255."""
+        return self.read.image
+
+    @property
+    def truth(self) -> np.ndarray | None:
+        """(H, W) labels; None: unknown."""
+        return self.read.truth
 
     @classmethod
-    def of(cls, sample: Sample, channels: int = 3) -> LoadedSample:
-        """Read a sample for a network of so many channels. Raises InputError where it cannot."""
-        return cls(sample, sample.image(channels), sample.truth())
+    def of(
+        cls,
+        sample: Sample,
+        channels: int = 3,
+        settings: Settings | None = None,
+        known: TruthReading | None = None,
+    ) -> LoadedSample:
+        """Read a sample for a network of so many channels. known: of `truth_reading`. Raises
+        InputError where it cannot."""
+        settings, known = settings or Settings(), known or TruthReading()
+        loaded = sample.load(channels, settings.reading)
+        truth, said = _truth_of(sample, loaded, known, settings)
+        size, crop, name = loaded.pixels.shape[:2], settings.crop, str(sample.image_path)
+        if truth is not None and crop is not None:
+            truth = crop_image(over_image(truth, size), crop, name)
+        read = ReadImage(
+            image=crop_image(loaded.pixels, crop, name),
+            truth=truth,
+            origin=crop[:2] if crop else (0, 0),
+            class_names={} if truth is None else sample.names_of_classes(known),
+            notes=(*sample.notes, *loaded.notes, *said, *_memory_note(size)),
+            value_range=loaded.value_range,
+            geometry=loaded.geometry,
+            whole_size=size,
+        )
+        return cls(sample, read)
+
+
+def _truth_of(
+    sample: Sample, image: LoadedImage, known: TruthReading, settings: Settings
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The truth of a sample as it lies over its image, and what is to be said of it. Raises
+    InputError where it is needed and cannot be used."""
+    labels = sample.labels(known)
+    truth, notes = labels.values, labels.notes
+    if truth is not None:
+        truth, said = fitted_truth(image, truth)
+        notes += said
+    needed = [target for target in settings.target if target in NEED_TRUTH]
+    if truth is None and sample.read_truth is not None and needed and notes:
+        raise InputError(f'target "{needed[0]}" of {sample.image_path}: {notes[-1]}')
+    return truth, notes
+
+
+def _memory_note(size: tuple[int, int]) -> tuple[str, ...]:
+    """What a very large image needs, in words."""
+    if size[0] * size[1] <= MOST_PIXELS:
+        return ()
+    memory = size[0] * size[1] * BYTES_A_PIXEL / 2**30
+    return (f'an image of {size[0] * size[1]:,} pixels, which takes about {memory:.1f} GiB',)
 
 
 @dataclass(frozen=True)
@@ -1389,8 +1713,7 @@ def statistics_of(
             return judged, partial(redraw_missing, output.folder, folders, output.figures)
         return judged, None
     loaded, name = pending.loaded, pending.loaded.sample.name
-    described = analyse_image(ig, name, loaded.image, loaded.truth, settings, progress,
-                              loaded.sample.class_names)  # fmt: skip
+    described = describe_read(ig, name, loaded.read, settings, progress)
     for statistics, _ in described:
         statistics |= {
             'image_path': str(loaded.sample.image_path),
@@ -1432,7 +1755,8 @@ def analyse_sample(
     unless `overwrite`. Raises InputError for an unusable sample, OutputError if writing fails.
     """
     output = Output(output_dir, figures, overwrite)
-    loaded = LoadedSample.of(sample, ig.preprocessing.channels)
+    known = truth_reading(ig, settings)
+    loaded = LoadedSample.of(sample, ig.preprocessing.channels, settings, known)
     return analyse_loaded(ig, loaded, settings, output, progress)
 
 
@@ -1448,6 +1772,9 @@ def batch_integrated_gradients_analysis(
     num_steps: int = Settings.num_steps,
     *,
     split: str | None = None,
+    images_dir: str | Path | None = None,
+    masks_dir: str | Path | None = None,
+    mask_suffix: str | None = None,
     encoder: str | None = None,
     architecture: str | None = None,
     weights_key: str | None = None,
@@ -1456,14 +1783,17 @@ def batch_integrated_gradients_analysis(
     device: str | torch.device = 'auto',
     figures: str = 'all',
     overwrite: bool = False,
+    export: str | None = None,
     before_image: Callable[[], object] = lambda: None,
     share: Share | None = None,
     **options: object,
 ) -> BatchResult:
     """Explain images of a dataset split, evenly spaced through it, and write a summary.
 
-    num_samples: None for all. figures: what to draw of each image, a key of FIGURES. overwrite:
-    compute finished images again. before_image: called before each; what it raises ends the batch,
+    num_samples: None for all. images_dir, masks_dir, mask_suffix: for a dataset that lies in no
+    known way. figures: what to draw of each image, a key of FIGURES. overwrite:
+    compute finished images again. export: a key of EXPORTS, to write maps in the geometry of their
+    images too. before_image: called before each; what it raises ends the batch,
     whose summary is still written. share: of a group of processes, which share the images; the
     result is that of all on rank 0, and empty on the others. options: further fields of `Settings`.
     An image that cannot be used or written is listed in the result and does not stop the others.
@@ -1474,15 +1804,16 @@ def batch_integrated_gradients_analysis(
     source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options,
                            model_factory)  # fmt: skip
     load = partial(load_explainer, source, settings)
-    output = Output(Path(output_dir), figures, overwrite)
-    return analyse_dataset(load, data_dir, split, num_samples, settings, output, before_image,
+    output = Output(Path(output_dir), figures, overwrite, export)
+    folders = [None if folder is None else Path(folder) for folder in (images_dir, masks_dir)]
+    data = DataSource(Path(data_dir), split, *folders, mask_suffix)
+    return analyse_dataset(load, data, num_samples, settings, output, before_image,
                            share or Alone())  # fmt: skip
 
 
 def analyse_dataset(
     load: Callable[[], IntegratedGradients],
-    data_dir: str | Path,
-    split: str | None,
+    source: DataSource,
     num_samples: int | None,
     settings: Settings,
     output: Output,
@@ -1491,11 +1822,22 @@ def analyse_dataset(
 ) -> BatchResult:
     """`batch_integrated_gradients_analysis` under whole settings. load: gives the explainer, once
     data and output folder are known to be usable."""
-    samples = choose_samples(list_samples(data_dir, split), num_samples)
+    every = with_slices(list_samples(source.data_dir, source=source), settings.reading)
+    samples = choose_samples(every, num_samples)
+    for note in samples[0].notes if share.rank == 0 else ():
+        print(f'note: {note}', file=sys.stderr)
     make_output_folder(output.folder)
     with hold_folder(output.folder) if share.rank == 0 else contextlib.nullcontext():
         share.begin()
-        return _Batch(load(), samples, settings, output).run(before_image, share)
+        result = _Batch(load(), samples, settings, output).run(before_image, share)
+        if output.export is not None and share.rank == 0:
+            export([statistics['folder'] for statistics in result.images], output)
+        return result
+
+
+def export(folders: Sequence[str], output: Output) -> list[Path]:
+    """Write the maps of these folders where that is wanted. Raises OutputError, InputError."""
+    return [] if output.export is None else export_maps(output.folder, folders, output.export)
 
 
 def analyse_batch(
@@ -1528,6 +1870,8 @@ class _Batch:
     ) -> None:
         self.ig, self.samples, self.settings, self.output = ig, samples, settings, output
         self._record = settings_record(ig, settings)
+        self._known = truth_reading(ig, settings)
+        self._channels = ig.preprocessing.channels
         self._prepared = False
 
     def run(self, before_image: Callable[[], object], share: Share) -> BatchResult:
@@ -1550,7 +1894,8 @@ class _Batch:
 
     def _read(self, number: int) -> Pending:
         """Read one image; called from another thread."""
-        loaded = LoadedSample.of(self.samples[number], self.ig.preprocessing.channels)
+        sample = self.samples[number]
+        loaded = LoadedSample.of(sample, self._channels, self.settings, self._known)
         return Pending.of(loaded, self.settings, self._record, self.output)
 
     def _explain(self, number: int, pending: Callable[[], Pending], writers: Writers) -> None:
@@ -1566,7 +1911,7 @@ class _Batch:
             writers.settle(replace(outcome, status=FAILED, reason=str(error)))
         else:
             for statistics in by_target:
-                say_warnings(statistics)
+                say_warnings(statistics, self.samples[number].notes)
             outcome = replace(outcome, rows=tuple(map(row_of, by_target)))
             if write is None:
                 writers.settle(outcome)
@@ -1587,8 +1932,9 @@ class _Batch:
         self._prepared = True
         for sample in self.samples:
             with contextlib.suppress(InputError):
-                fit = self.ig.preprocessing
-                image = sample.image(fit.channels)
+                pixels = sample.load(self._channels, self.settings.reading).pixels
+                image = crop_image(pixels, self.settings.crop, sample.name)
+                fit = self.ig.preprocessing.of_image(image)
                 self.ig.prepare(ModelInput.of(fit, image, None).x, self.settings)
                 return
 
@@ -1623,10 +1969,10 @@ def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradi
     return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 
 
-def say_warnings(statistics: dict) -> None:
-    """What the user must not miss about one image, on stderr."""
+def say_warnings(statistics: dict, said: Sequence[str] = ()) -> None:
+    """What the user must not miss about one image, on stderr. said: what was told already."""
     for text in (*statistics['notes'], accuracy_warning(statistics)):
-        if text:
+        if text and text not in said:
             tqdm.write(f'{statistics["image"]}: {text}', file=sys.stderr)
 
 
@@ -1656,7 +2002,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog='integrated_gradients.py',
         description='Integrated Gradients for segmentation models: why did it draw this mask?',
-        epilog='Exit status: 0 done, 1 some images of a batch failed or its summary could not be '
+        epilog=f'Datasets that are told apart by looking: {layouts_text()}. '
+        'Exit status: 0 done, 1 some images of a batch failed or its summary could not be '
         'written, 2 bad input, 130 Ctrl-C, 143 SIGTERM.',
         allow_abbrev=False,  # --step 50 would silently mean --step_batch 50
     )
@@ -1669,6 +2016,12 @@ def build_parser() -> argparse.ArgumentParser:
     add('--data_dir', type=Path, default=Path('Dataset_no_preprocessing'),
         help='batch: the dataset folder (default: %(default)s)')
     add('--split', help='batch: its subfolder (default: test, else valid, val, the folder itself)')
+    add('--images_dir', type=Path, metavar='DIR',
+        help='the images, where the dataset lies in no known way (default: by looking)')
+    add('--masks_dir', type=Path, metavar='DIR', help='their masks (default: by looking)')
+    add('--mask_suffix', metavar='ENDING',
+        help="by which a mask's name differs from its image's, for example _lesion "
+             '(default: none, or one of the usual ones)')
     add('--num_samples', type=_count_or_all, default=10, metavar='N|all',
         help='batch: how many images, evenly spaced (default: %(default)s)')
     add('--output_dir', type=Path, default=Path('integrated_gradients_results'),
@@ -1676,6 +2029,9 @@ def build_parser() -> argparse.ArgumentParser:
     add('--figures', choices=tuple(FIGURES), default='all',
         help='of each image; png: the two figures; all: also the pictures that the page shows; '
              'they can be drawn later without computing anything again (default: %(default)s)')
+    add('--export', choices=tuple(EXPORTS),
+        help="also write each map in the image's own geometry: original resolution, float32, what "
+             'was not explained NaN; slices of a volume together (default: off)')
     add('--overwrite', action='store_true',
         help='compute images again that are finished (default: off)')
 
@@ -1759,6 +2115,11 @@ def source_from(args: argparse.Namespace, device: str) -> NetworkSource:
                          args.weights_key, options or None, args.model_factory)  # fmt: skip
 
 
+def data_source(args: argparse.Namespace) -> DataSource:
+    """The dataset that the parsed flags name."""
+    return DataSource(args.data_dir, args.split, args.images_dir, args.masks_dir, args.mask_suffix)
+
+
 def say_cost(settings: Settings) -> None:
     """Tell what checks will cost, where some are wanted, before anything is computed."""
     if settings.evaluate:
@@ -1771,18 +2132,23 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
         raise InputError('--mode single needs --image_path (or use --mode batch with --data_dir)')
     say_cost(settings)
     # A bad image is told before the model is loaded.
-    sample = single_sample(args.image_path, args.mask_path)
-    sample.check()
-    output = Output(make_output_folder(args.output_dir), args.figures, args.overwrite)
+    sample = single_sample(args.image_path, args.mask_path, data_source(args))
+    sample.check(settings.reading)
+    folder = make_output_folder(args.output_dir)
+    output = Output(folder, args.figures, args.overwrite, args.export)
     with hold_folder(output.folder):
         ig = load_explainer(source_from(args, args.device), settings)
-        loaded = LoadedSample.of(sample, ig.preprocessing.channels)
+        known = truth_reading(ig, settings)
+        loaded = LoadedSample.of(sample, ig.preprocessing.channels, settings, known)
         by_target = analyse_loaded(ig, loaded, settings, output, progress=True)
+        exported = export([statistics['folder'] for statistics in by_target], output)
     for statistics in by_target:
         print(statistics_text(statistics))
         for finding in statistics['verdict']:
             print(f'  {finding["flag"]}: {finding["text"]}')
         print(f'Files in {output.folder / statistics["folder"]}')
+        for path in exported:
+            print(f'Map in {path}')
         say_warnings(statistics)
     return 0
 
@@ -1797,8 +2163,8 @@ def run_batch(args: argparse.Namespace, settings: Settings, stop: StopSignals) -
         say_cost(settings)
     device = device_of_rank(args.device, share.size)
     load = partial(load_explainer, source_from(args, device), settings)
-    output = Output(args.output_dir, args.figures, args.overwrite)
-    result = analyse_dataset(load, args.data_dir, args.split, args.num_samples, settings, output,
+    output = Output(args.output_dir, args.figures, args.overwrite, args.export)
+    result = analyse_dataset(load, data_source(args), args.num_samples, settings, output,
                              stop.check, share)  # fmt: skip
     if share.rank > 0:
         return 0

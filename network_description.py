@@ -100,9 +100,10 @@ class NetworkDescription:
 
     def drawn(self, numbers: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """The numbers (h, w) of a mask that people drew -> (K, h, w) bool, the pixels of each
-        label. masks: predicted ones, of that shape."""
+        label; negative ones, which do not count, are of none. masks: predicted ones, of that
+        shape."""
         if self.kind(masks) == FOREGROUND:  # one class: any number is foreground
-            return (numbers != 0)[None]
+            return (numbers > 0)[None]
         first = 1 if self.kind(masks) == MULTILABEL else 0
         labels = torch.arange(first, first + len(masks), device=numbers.device)
         return numbers == labels.view(-1, 1, 1)
@@ -111,8 +112,9 @@ class NetworkDescription:
         """The numbers (h, w) of a mask that people drew -> (h, w) bool: what is an object, also
         one of a label that the network does not have."""
         if self.kind(masks) == EXCLUSIVE:
-            return numbers != (-1 if self.background is None else self.background)
-        return numbers != 0
+            background = -1 if self.background is None else self.background
+            return (numbers >= 0) & (numbers != background)
+        return numbers > 0
 
     def explained(
         self, logits: torch.Tensor, masks: torch.Tensor, label: int | None

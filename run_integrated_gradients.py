@@ -11,6 +11,7 @@ bundled demo is offered. Any flag of `integrated_gradients.py` may be added and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,8 +75,10 @@ def first_image(samples: list[Sample], wanted: str | None) -> Path:
         if sample.name == wanted:
             return sample.image_path
     for sample in samples if wanted is None else ():
-        if sample.read_truth is not None and sample.truth().any():
-            return sample.image_path
+        with contextlib.suppress(InputError):  # told when it is explained
+            truth = sample.truth()
+            if truth is not None and (truth > 0).any():
+                return sample.image_path
     return samples[0].image_path
 
 

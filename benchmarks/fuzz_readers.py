@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the readers of images, masks and COCO files, with Atheris.
+"""Coverage-guided fuzzing of the readers of images, masks, COCO files and label maps (Atheris).
 
     pip install atheris
     python benchmarks/fuzz_readers.py -max_total_time=60 benchmarks/work/corpus
@@ -20,7 +20,9 @@ import atheris
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-with atheris.instrument_imports(include=['segmentation_dataset', 'PIL']):
+OWN = ['segmentation_dataset', 'image_reading', 'mask_reading', 'coco_annotations', 'PIL']
+with atheris.instrument_imports(include=OWN):
+    from mask_reading import read_label_map
     from segmentation_dataset import COCO_FILE, InputError, list_samples, read_image, read_mask
 
 FOLDER = Path(tempfile.mkdtemp())
@@ -33,6 +35,9 @@ def read(content: bytes) -> None:
         if which < b'U':
             (FOLDER / 'a.png').write_bytes(rest)
             (read_image if which < b'@' else read_mask)(FOLDER / 'a.png')
+        elif which < b'f':
+            (FOLDER / 'map.txt').write_bytes(rest)
+            read_label_map(FOLDER / 'map.txt')
         else:
             (FOLDER / COCO_FILE).write_bytes(rest)
             for sample in list_samples(FOLDER):
@@ -52,7 +57,8 @@ def seeds(corpus: Path) -> None:
     for name, content in {
         'image': b'0' + picture,
         'mask': b'A' + picture,
-        'coco': b'a' + coco,
+        'map': b'a0 = 0, background\n255,0,0 = 1, organ\n#00ff00 = ignore\n',
+        'coco': b'g' + coco,
     }.items():
         (corpus / name).write_bytes(content)
 

@@ -1,10 +1,11 @@
 """Files that were damaged or made to do harm: every reader gives a result or one sentence.
 
-Each of the four readers gets 50 mutated files, and 2,500 with `-m long`.
+Each of the readers gets 50 mutated files, and 2,500 with `-m long`.
 """
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from integrated_gradients import main
+from mask_reading import read_label_map
+from medical_images import codestream_size
 from model_loading import create_model, load_model
 from segmentation_dataset import (
     InputError,
@@ -118,6 +122,7 @@ def pictures() -> list[bytes]:
 
 
 PICTURES = pictures()
+LABELS = (np.uint8, np.int16)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -144,9 +149,9 @@ def test_mutated_pictures(tmp_path, read, files_read, examples):
         except InputError as error:
             assert str(path) in str(error) and '\n' not in str(error)
         else:
-            assert array.dtype == np.uint8 and array.shape[2:] == (
-                (3,) if read is read_image else ()
-            )
+            kinds = (np.uint8, np.float32) if read is read_image else LABELS
+            assert array.dtype in kinds
+            assert array.shape[2:] == ((3,) if read is read_image else ())
 
     check()
 
@@ -230,7 +235,8 @@ def test_mutated_coco_files(tmp_path, files_read, examples):
             except InputError as error:
                 assert '\n' not in str(error)
             else:
-                assert truth.dtype == np.uint8 and truth.size < 1e8
+                known = truth is None or (truth.dtype in LABELS and truth.size < 1e8)
+                assert known
 
     check()
 
@@ -260,6 +266,171 @@ def test_annotations_that_broke_pycocotools(tmp_path, shape):
     write_coco(tmp_path, [{'id': 7, 'image_id': 1, 'segmentation': shape}], [image])
     with pytest.raises(InputError, match='annotation 7'):
         list_samples(tmp_path)[0].truth()
+
+
+# ------------------------------------------------------------------ scans, lists, label maps
+
+
+@pytest.fixture(scope='module')
+def scans() -> dict[str, list[bytes]]:
+    """Small DICOM and NIfTI files, by their endings."""
+    pydicom, nibabel = pytest.importorskip('pydicom'), pytest.importorskip('nibabel')
+    folder = Path(pydicom.__file__).parent / 'data' / 'test_files'
+    names = ('MR_small.dcm', 'CT_small.dcm', 'MR_small_RLE.dcm', 'MR_small_jp2klossless.dcm',
+             'MR_small_jpeg_ls_lossless.dcm', 'SC_rgb_small_odd_jpeg.dcm', 'rtdose_1frame.dcm',
+             'SC_rgb_small_odd.dcm', 'MR_small_bigendian.dcm', 'image_dfl.dcm')  # fmt: skip
+    dicom = [(folder / name).read_bytes() for name in names]
+    values = np.arange(4 * 5 * 6).reshape(4, 5, 6)
+    images = [
+        kind(values.astype(dtype), np.eye(4))
+        for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image)
+        for dtype in (np.uint8, np.int16, np.float32)
+    ]
+    plain = [image.to_bytes() for image in images]
+    return {'a.dcm': dicom, 'a.nii': plain, 'a.nii.gz': [gzip.compress(one) for one in plain]}
+
+
+@many_or_few
+@pytest.mark.parametrize('name', ['a.dcm', 'a.nii', 'a.nii.gz'])
+def test_mutated_scans(tmp_path, scans, name, files_read, examples):
+    path = tmp_path / name
+
+    @fuzzed(examples)
+    @given(seed=st.sampled_from(scans[name]), changes=edits, inside=st.booleans())
+    def check(seed, changes, inside):
+        packed = inside and name.endswith('.gz')
+        path.write_bytes(
+            gzip.compress(mutated(gzip.decompress(seed), changes))
+            if packed
+            else mutated(seed, changes)
+        )
+        files_read.append(1)
+        for read in (read_image, read_mask):
+            try:
+                array = read(path)
+            except InputError as error:
+                assert str(path) in str(error) and '\n' not in str(error)
+            else:
+                assert array.size < 1e8 and np.isfinite(array).all()
+
+    check()
+
+
+def test_volumes_and_frames_that_would_take_all_memory(tmp_path):
+    pytest.importorskip('nibabel')
+    header = bytearray(352)
+    header[0:4] = (348).to_bytes(4, 'little')
+    header[40:56] = b''.join(n.to_bytes(2, 'little') for n in (3, 20000, 20000, 20000, 1, 1, 1, 1))
+    header[70:74] = (64).to_bytes(2, 'little') + (64).to_bytes(2, 'little')
+    header[108:112] = np.float32(352).tobytes()
+    header[344:348] = b'n+1\0'
+    (tmp_path / 'a.nii').write_bytes(bytes(header))
+    with pytest.raises(InputError, match=r'a\.nii has the shape'):
+        read_image(tmp_path / 'a.nii')
+    header[40:56] = b''.join(n.to_bytes(2, 'little') for n in (3, 500, 500, 500, 1, 1, 1, 1))
+    (tmp_path / 'a.nii.gz').write_bytes(gzip.compress(bytes(header)))
+    with pytest.raises(InputError, match='cut short'):
+        read_image(tmp_path / 'a.nii.gz')
+
+
+def test_a_compressed_frame_may_not_be_larger_than_its_file_says():
+    siz = b'\xff\x4f\xff\x51\x00\x2f\x00\x00' + (60000).to_bytes(4, 'big') * 2 + bytes(8)
+    assert codestream_size(b'..' + siz) == (60000, 60000)
+    sof = b'\xff\xd8\xff\xe0\x00\x04ab\xff\xc0\x00\x0b\x08\x10\x00\x20\x00'
+    assert codestream_size(sof) == (0x1000, 0x2000)
+    assert codestream_size(b'\x00' * 50) is None
+
+
+LABEL_MAP = b'// remark\n0 = 0, background\n128 = 1, liver\n255,0,0 = 1\n#00ff00 = ignore\n'
+
+
+@many_or_few
+def test_mutated_label_maps(tmp_path, files_read, examples):
+    path = tmp_path / 'map.txt'
+
+    @fuzzed(examples)
+    @given(content=st.one_of(st.builds(mutated, st.just(LABEL_MAP), edits), st.binary(max_size=99)))
+    def check(content):
+        path.write_bytes(content)
+        files_read.append(1)
+        try:
+            found = read_label_map(path)
+        except InputError as error:
+            assert str(path) in str(error) and '\n' not in str(error)
+        else:
+            assert found.highest < 10_000
+
+    check()
+
+
+YOLO = b'0 0.1 0.1 0.5 0.1 0.5 0.5\n1 0.2 0.2 0.9 0.2 0.9 0.9 0.2 0.9\n'
+NAMES = b'path: ..\ntrain: images/train\nnames:\n  0: liver\n  1: tumour\n'
+
+
+@many_or_few
+def test_mutated_yolo_files(tmp_path, files_read, examples):
+    save_image(tmp_path / 'images' / 'a.png', noise_image())
+    (tmp_path / 'labels').mkdir()
+
+    @fuzzed(examples)
+    @given(
+        label=st.builds(mutated, st.just(YOLO), edits),
+        names=st.builds(mutated, st.just(NAMES), edits),
+    )
+    @example(label=YOLO, names=b'names: !!python/object/apply:os.system ["touch ran"]')
+    @example(label=YOLO, names=b'a: &a [x]\nnames: [*a]')
+    @example(label=YOLO, names=b'[' * 20_000)
+    @example(label=b'0 ' + b'0.1 ' * 100_000, names=NAMES)
+    def check(label, names):
+        (tmp_path / 'labels' / 'a.txt').write_bytes(label)
+        (tmp_path / 'data.yaml').write_bytes(names)
+        files_read.append(1)
+        try:
+            (sample,) = list_samples(tmp_path)
+            truth = sample.truth()
+        except InputError as error:
+            assert '\n' not in str(error)
+        else:
+            assert truth is None or (truth.shape == (40, 60) and truth.dtype in LABELS)
+        assert not (tmp_path / 'ran').exists()
+
+    check()
+
+
+@many_or_few
+def test_mutated_voc_and_nnunet_folders(tmp_path, files_read, examples):
+    lists = tmp_path / 'voc' / 'ImageSets' / 'Segmentation'
+    lists.mkdir(parents=True)
+    palette = Image.fromarray(square_mask(), 'P')
+    palette.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)
+    stream = io.BytesIO()
+    palette.save(stream, 'PNG')
+    save_image(tmp_path / 'voc' / 'JPEGImages' / 'a.jpg', noise_image())
+    save_image(tmp_path / 'nn' / 'imagesTs' / 'a_0000.png', noise_image())
+    save_image(tmp_path / 'nn' / 'labelsTs' / 'a.png', square_mask())
+    (tmp_path / 'voc' / 'SegmentationClass').mkdir()
+
+    @fuzzed(examples)
+    @given(changes=edits, which=st.integers(0, 2))
+    @example(changes=[(0.0, 'set', b'../../../etc/passwd')], which=1)
+    def check(changes, which):
+        contents = [stream.getvalue(), b'a\nb\n', b'{"labels": {"background": 0, "liver": 1}}']
+        contents[which] = mutated(contents[which], changes)
+        (tmp_path / 'voc' / 'SegmentationClass' / 'a.png').write_bytes(contents[0])
+        (lists / 'val.txt').write_bytes(contents[1])
+        (tmp_path / 'nn' / 'dataset.json').write_bytes(contents[2])
+        files_read.append(1)
+        for folder in ('voc', 'nn'):
+            try:
+                samples = list_samples(tmp_path / folder)
+                for sample in samples:
+                    assert sample.image_path.resolve().is_relative_to(tmp_path)
+                    truth = sample.truth()
+                    assert truth is None or truth.dtype in LABELS
+            except InputError as error:
+                assert '\n' not in str(error)
+
+    check()
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -49,17 +49,23 @@ CHANGED = {
     'on_empty': 'image', 'baseline': 'blur', 'baseline_draws': 2, 'seed': 3, 'num_steps': 9,
     'tolerance': 0.5, 'max_steps': 17, 'rule': 'trapezoid', 'precision': 'bfloat16',
     'precision_tolerance': 0.5, 'gap_tolerance': 0.5, 'evaluate': 'quick',
-    'thresholds': Thresholds(dice=0.9),
+    'thresholds': Thresholds(dice=0.9), 'window': '-160:240', 'frame': 2, 'slice': '1:5',
+    'crop': (1, 2, 3, 4), 'max_pixels': 10, 'label_map': 'map.txt', 'ignore_label': -1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('name', CHANGED)
-def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name):
+def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'map.txt').write_text('0 = 0\n7 = 1\n')
     value = CHANGED[name]
     words = {name: list(map(str, CHANGED[name])) for name in ('mean', 'std', 'class_names')}
     words |= {'image_size': ['64x96']}
     words |= {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
-    argv = ['--model_path', 'm', f'--{name}', *words.get(name, [str(value)])]
+    words |= {'crop': ['1,2,3,4']}
+    own = ['--window=-160:240'] if name == 'window' else [
+        f'--{name}', *words.get(name, [str(value)])]  # fmt: skip
+    argv = ['--model_path', 'm', *own]
     settings = settings_from(build_parser().parse_args(argv))
     assert settings == replace(Settings(), **{name: value})
     image = noise_image()
@@ -115,6 +121,14 @@ def test_all_settings_are_tried_above():
         ({'mean': 0.5}, 'mean must be numbers'),
         ({'std': (1.0, 0.0, 1.0)}, 'std must be numbers above 0'),
         ({'mean': (float('nan'),) * 3}, 'mean must be numbers'),
+        ({'window': '5'}, 'neither LOW:HIGH'),
+        ({'window': '5:1'}, 'neither LOW:HIGH'),
+        ({'window': 'nan:1'}, 'neither LOW:HIGH'),
+        ({'slice': '3:1'}, 'not of the form AXIS:INDEX'),
+        ({'crop': (0, 0, 0, 5)}, 'crop must be X,Y,WIDTH,HEIGHT'),
+        ({'crop': 'all'}, 'crop must be X,Y,WIDTH,HEIGHT'),
+        ({'ignore_label': 'x'}, 'ignore_label must be a whole number'),
+        ({'label_map': 'no such file'}, 'label map file not found'),
     ],
 )
 def test_values_that_make_no_sense(wrong, said):

@@ -1,0 +1,681 @@
+"""Reading masks: from the values in files to the numbers of classes.
+
+What a value means is decided by the *set* of values that the masks of a split hold, together with
+the number of classes of the network, never by one file or its largest value. Where a set can mean
+two things, it is refused with one sentence, and a label map says what is meant.
+
+Labels are (H, W): uint8, or int16 where some pixels do not count (IGNORED) or numbers are large.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from errors import InputError, NoFrameError
+from image_reading import (
+    ARRAY_SUFFIXES,
+    NIFTI_SUFFIXES,
+    PLAIN,
+    TIFF_SUFFIXES,
+    Opened,
+    Reading,
+    _check_finite,
+    _converted,
+    _read_array,
+    check_file,
+    frame_notes,
+    opened_picture,
+    suffix_of,
+)
+from medical_images import DICOM_SUFFIXES, read_dicom, read_nifti, read_volume
+
+MASK_SUFFIXES = ('.png', '.bmp', *TIFF_SUFFIXES, '.gif', '.jpg', '.jpeg', '.webp',
+                 *ARRAY_SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES)  # fmt: skip
+IGNORED = -1  # the label of pixels that do not count
+VOID = 255  # what most datasets write for them
+MOST_SCANNED = 1000  # masks of a split whose values are looked at
+MOST_COLOURS = 64  # of a mask, before they are taken for a photograph
+FEW = 21  # classes, whose numbers cannot be mistaken for softened edges
+SMALL = 127  # numbers up to here may be classes where the network's are not known
+LOSSY_TOLERANCE, EXACT_TOLERANCE = 32, 8  # around black and white, of areas
+MOST_MAP_BYTES = 1 << 20
+VOID_NAMES = ('ignore', 'ignored', 'void', 'unlabeled', 'unlabelled')
+COVERS = ', so that the truth covers the whole image: is one of them the background?'
+Colour = tuple[int, int, int]
+
+
+# --------------------------------------------------------------------------- what users say
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """What the values or colours of masks (of annotations: the category numbers) stand for."""
+
+    of_values: dict[int, int] = field(default_factory=dict)  # value -> class, or IGNORED
+    of_colours: dict[Colour, int] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)  # of classes, by number
+    path: str = ''
+
+    @property
+    def highest(self) -> int:
+        """The highest class that is named."""
+        return max((*self.of_values.values(), *self.of_colours.values()), default=0)
+
+
+def read_label_map(path: str | Path) -> LabelMap:
+    """Read a label map, a line for each value or colour of the masks:
+
+        0 = 0, background
+        128 = 1, liver
+        255,0,0 = 2, tumour
+        #00ff00 = ignore
+
+    Lines that start with `//` or `;`, or `# `, are remarks. Raises InputError.
+    """
+    path = Path(path)
+    check_file(path, 'label map')
+    try:
+        if path.stat().st_size > MOST_MAP_BYTES:
+            raise InputError(f'label map {path} is larger than 1 MiB (a line for each value)')
+        lines = path.read_text(encoding='utf-8-sig').splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f'label map {path} cannot be read as text (save it as UTF-8)') from None
+    values: dict[int, int] = {}
+    colours: dict[Colour, int] = {}
+    names: dict[int, str] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith(('//', ';')) or re.match(r'#(?![0-9a-fA-F]{6}\s*=)', line):
+            continue
+        what, label, name = _line_of_map(line, number, path)
+        known = colours if isinstance(what, tuple) else values
+        if known.setdefault(what, label) != label:
+            raise InputError(f'label map {path}, line {number}: {what} is named twice')
+        if name and label != IGNORED and names.setdefault(label, name) != name:
+            raise InputError(f'label map {path}, line {number}: class {label} has two names')
+    if not values and not colours:
+        raise InputError(f'label map {path} names no value (a line is VALUE = CLASS, NAME)')
+    if len(set(names.values())) < len(names):
+        raise InputError(f'label map {path} gives two classes the same name')
+    return LabelMap(values, colours, names, str(path))
+
+
+def _line_of_map(line: str, number: int, path: Path) -> tuple[int | Colour, int, str]:
+    """Value or colour, class and name of a line."""
+    left, equals, right = line.partition('=')
+    label, _, name = (part.strip() for part in right.partition(','))
+    left = left.strip()
+    if re.fullmatch(r'#[0-9a-fA-F]{6}', left):
+        what: int | Colour = tuple(int(left[k : k + 2], 16) for k in (1, 3, 5))
+    elif re.fullmatch(r'\d{1,3}[ ,]+\d{1,3}[ ,]+\d{1,3}', left):
+        what = tuple(int(part) for part in re.split(r'[ ,]+', left))
+    elif re.fullmatch(r'-?\d{1,9}', left):
+        what = int(left)
+    else:
+        what = (-1, -1, -1)
+    ignored = label.lower() in VOID_NAMES
+    fine = ignored or re.fullmatch(r'\d{1,4}', label)
+    if not equals or not fine or (isinstance(what, tuple) and not all(0 <= c <= 255 for c in what)):
+        shown = line if len(line) < 60 else line[:60] + '…'
+        raise InputError(
+            f'label map {path}, line {number}: "{shown}" is not of the form VALUE = CLASS, NAME '
+            '(VALUE: a number, R,G,B or #rrggbb; CLASS: a number, or ignore)'
+        )
+    return what, IGNORED if ignored else int(label), name
+
+
+@dataclass(frozen=True)
+class TruthReading:
+    """What is known when a ground truth is read: of the network, and what the user said."""
+
+    numbers: int | None = None  # how many numbers masks may hold, from 0; None: not known
+    background: int | None = 0  # the number that is no object; None: there is none
+    one_class: bool = False  # whether the network knows only foreground and background
+    label_map: LabelMap | None = None
+    ignore_label: int | None = None
+    pixels: Reading = PLAIN  # which frame or slice
+
+    @property
+    def objects(self) -> list[int] | None:
+        """The numbers of objects, in order; None where the network is not known."""
+        if self.numbers is None:
+            return None
+        return [number for number in range(self.numbers) if number != self.background]
+
+    def check_map(self) -> None:
+        """Raise InputError for a label map that names a class the network lacks."""
+        if self.label_map and self.numbers is not None and self.label_map.highest >= self.numbers:
+            raise InputError(
+                f'label map {self.label_map.path} names class {self.label_map.highest}, but the '
+                f'network tells apart {said_range(self.numbers)}'
+            )
+
+
+UNKNOWN = TruthReading()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a ground truth, and what was decided about them."""
+
+    values: np.ndarray | None  # (H, W) uint8 or int16; None: unknown for this image
+    notes: tuple[str, ...] = ()
+
+
+def said_range(numbers: int) -> str:
+    """The numbers of a network in words."""
+    return f'{numbers} numbers, 0 to {numbers - 1}'
+
+
+def said_values(values: Sequence) -> str:
+    """Values in words, the first ten of them."""
+    shown = [str(value) if not isinstance(value, tuple) else ','.join(map(str, value))
+             for value in list(values)[:10]]  # fmt: skip
+    more = '' if len(values) <= 10 else f' and {len(values) - 10} more'
+    colours = bool(values) and isinstance(next(iter(values)), tuple)
+    return (' / ' if colours else ', ').join(shown) + more
+
+
+# --------------------------------------------------------------------------- one file
+
+
+@dataclass(frozen=True)
+class MaskPicture:
+    """A mask as it lies in its file."""
+
+    levels: np.ndarray  # (H, W) whole numbers, or (H, W, 3) uint8 colours
+    lossy: bool = False  # whether the file's format changes values
+    soft: bool = False  # whether its numbers were shares from 0 to 1, now 0 to 255
+    notes: tuple[str, ...] = ()
+
+
+def read_mask_picture(
+    path: str | Path, reading: Reading = PLAIN, colours: bool = False
+) -> MaskPicture:
+    """The values of a mask file; colours: of a palette its colours, not its indices. Raises
+    InputError as `read_image` does."""
+    path = Path(path)
+    suffix = suffix_of(path)
+    if suffix in NIFTI_SUFFIXES:
+        check_file(path, 'mask')
+        found = read_nifti(path, reading.slice, 4 * reading.limit)
+        return _from_numbers(found.values, path)
+    if suffix in DICOM_SUFFIXES:
+        check_file(path, 'mask')
+        found = read_dicom(path, reading.frame, reading.limit)
+        frame_notes(path, 'mask', found.frames, reading)
+        return _from_numbers(found.values, path)
+    if suffix in ARRAY_SUFFIXES:
+        return _from_numbers(_read_array(path, reading), path)
+    try:
+        return _from_picture(opened_picture(path, 'mask', reading), path, colours)
+    except NoFrameError:
+        raise
+    except InputError:
+        if suffix not in TIFF_SUFFIXES or not path.is_file():
+            raise
+        return _from_numbers(_read_array(path, reading), path)
+
+
+def _from_numbers(values: np.ndarray, path: Path) -> MaskPicture:
+    """The mask in an array of numbers (H, W), or of colours (H, W, 3 or 4)."""
+    if values.ndim == 3 and 1 in values.shape:
+        values = values.reshape([side for side in values.shape if side != 1] or [1, 1])
+    if values.ndim == 3 and values.shape[2] in (3, 4) and values.dtype == np.uint8:
+        return _plain_grey(MaskPicture(np.ascontiguousarray(values[:, :, :3])))
+    if values.ndim != 2:
+        raise InputError(
+            f'mask {path} has the shape {values.shape} (give one number for each pixel, (H, W))'
+        )
+    _check_finite(values, path)
+    if values.dtype.kind != 'f':
+        return MaskPicture(values.astype(np.int64) if values.dtype.kind != 'b' else values * 1)
+    whole = np.rint(values)
+    if np.abs(values - whole).max(initial=0) < 1e-3:
+        return MaskPicture(whole.clip(-(2**40), 2**40).astype(np.int64))
+    low, high = float(values.min()), float(values.max())
+    if low >= 0 and high <= 1:
+        return MaskPicture(np.rint(values * 255).astype(np.int64), lossy=True, soft=True)
+    raise InputError(
+        f'mask {path} holds fractions from {low:.4g} to {high:.4g} (give whole numbers, or '
+        'shares from 0 to 1)'
+    )
+
+
+def _from_picture(opened: Opened, path: Path, colours: bool) -> MaskPicture:
+    """The mask in a picture: indices of a palette, grey levels, or colours."""
+    picture = opened.picture
+    if colours and picture.mode in ('P', 'PA'):
+        return MaskPicture(np.asarray(_converted(picture, path)), notes=opened.notes)
+    if picture.mode == 'PA':
+        picture = picture.getchannel(0)
+    if picture.mode in ('P', 'L', '1') or picture.mode.startswith('I') or picture.mode == 'F':
+        levels = np.asarray(picture)
+        turned = picture.mode == 'P' and _white_first(picture, levels)
+        found = _from_numbers(1 - levels.astype(np.int64) if turned else levels, path)
+        notes = ('index 0 of its palette is white and 1 black: white is taken as 1',) * turned
+        return replace(
+            found,
+            lossy=opened.lossy or found.lossy,
+            notes=(*opened.notes, *(f'{path.name}: {note}' for note in notes)),
+        )
+    if picture.mode in ('LA', 'La', 'RGBA', 'RGBa'):
+        bands = np.asarray(_converted(picture, path, 'RGBA'))
+        if _drawn_in_alpha(bands):
+            note = f'{path.name} is one colour throughout: its transparency is taken as the mask'
+            return MaskPicture(
+                bands[:, :, 3].astype(np.int64), opened.lossy, notes=(*opened.notes, note)
+            )
+    mask = MaskPicture(np.asarray(_converted(picture, path)), opened.lossy, notes=opened.notes)
+    return _plain_grey(mask)
+
+
+def _white_first(picture, levels: np.ndarray) -> bool:
+    """Whether a palette of two is just white and black, in this order."""
+    if levels.max(initial=0) > 1:
+        return False
+    palette = (picture.getpalette('RGB') or [])[:6]
+    return palette == [255, 255, 255, 0, 0, 0]
+
+
+def _drawn_in_alpha(bands: np.ndarray) -> bool:
+    """Whether a picture (H, W, 4) differs in its transparency only."""
+    colours, alpha = bands[:, :, :3].reshape(-1, 3), bands[:, :, 3]
+    return bool((colours == colours[:1]).all() and alpha.min() != alpha.max())
+
+
+def _plain_grey(mask: MaskPicture) -> MaskPicture:
+    """A mask (H, W, 3) whose channels are the same as one of levels."""
+    colours = mask.levels
+    tolerance = 3 if mask.lossy else 0
+    spread = colours.max(axis=2).astype(int) - colours.min(axis=2)
+    if spread.max(initial=0) > tolerance:
+        return mask
+    return replace(mask, levels=colours[:, :, 0].astype(np.int64))
+
+
+# --------------------------------------------------------------------------- the values of a split
+
+
+@dataclass(frozen=True)
+class Census:
+    """Which values masks hold."""
+
+    values: frozenset[int] = frozenset()  # grey levels or numbers
+    inner: frozenset[int] = frozenset()  # those that fill areas, not only the edges of others
+    colours: frozenset[Colour] = frozenset()  # of masks in several colours
+    hues: frozenset[Colour] = frozenset()  # of masks in one colour on black
+    shades: bool = False  # whether some mask is drawn in grey levels or numbers
+    lossy: bool = False
+
+    def __or__(self, other: Census) -> Census:
+        return Census(
+            self.values | other.values, self.inner | other.inner, self.colours | other.colours,
+            self.hues | other.hues, self.shades or other.shades, self.lossy or other.lossy,
+        )  # fmt: skip
+
+
+def census_of(mask: MaskPicture) -> Census:
+    """The values of one mask."""
+    if mask.levels.ndim == 2:
+        values = frozenset(np.unique(mask.levels).tolist())
+        return Census(values, _inner(mask, values), shades=max(values) > 0, lossy=mask.lossy)
+    hue = hue_of(mask)
+    if hue is not None:
+        found = census_of(replace(mask, levels=_brightness(mask.levels)))
+        return replace(found, hues=frozenset([hue]), shades=False)
+    return Census(colours=frozenset(_colours_of(mask)), lossy=mask.lossy)
+
+
+def _inner(mask: MaskPicture, values: frozenset[int]) -> frozenset[int]:
+    """The values that fill areas: of pixels that are like all eight neighbours."""
+    if len(values) <= 2:
+        return values
+    levels = mask.levels.clip(-32768, 32767).astype(np.int16)
+    box = np.ones((3, 3), np.uint8)
+    spread = cv2.dilate(levels, box).astype(int) - cv2.erode(levels, box)
+    flat = spread <= (3 if mask.lossy else 0)
+    return frozenset(np.unique(mask.levels[flat]).tolist())
+
+
+def _brightness(colours: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> (H, W): the brightest channel."""
+    return colours.max(axis=2).astype(np.int64)
+
+
+def hue_of(mask: MaskPicture) -> Colour | None:
+    """The colour of a mask (H, W, 3) that is one colour on black, its edges softened or not; None
+    where it has several."""
+    colours = mask.levels.astype(int)
+    brightness = colours.max(axis=2)
+    row, column = np.unravel_index(brightness.argmax(), brightness.shape)
+    hue = colours[row, column]
+    off = np.abs(colours * hue.max() - brightness[..., None] * hue).max(axis=2) / max(1, hue.max())
+    if mask.lossy:  # colours of JPEG are coarse at edges: only areas tell
+        box = np.ones((5, 5), np.uint8)
+        spread = cv2.dilate(mask.levels, box).astype(int) - cv2.erode(mask.levels, box)
+        off = off[spread.max(axis=2) <= 24]
+    return tuple(hue.tolist()) if off.max(initial=0) <= (40 if mask.lossy else 3) else None
+
+
+def _colours_of(mask: MaskPicture) -> list[Colour]:
+    flat = mask.levels.reshape(-1, 3).astype(np.int64)
+    codes = np.unique(flat @ np.array([1 << 16, 1 << 8, 1]))[: 1 << 12].tolist()
+    return [(code >> 16, code >> 8 & 255, code & 255) for code in codes]
+
+
+# --------------------------------------------------------------------------- what values mean
+
+
+@dataclass(frozen=True)
+class MaskCoding:
+    """How the values of a split's masks become labels."""
+
+    label_of: Callable[[int], int | None]  # value -> label; None: no mask looked at holds it
+    of_colours: dict[Colour, int] | None = None
+    threshold: float | None = None  # above it the object; for softened edges
+    low_high: tuple[int, int] = (0, 1)  # the labels below and above the threshold
+    ignored: int | None = None  # a value that stays out of the threshold
+    notes: tuple[str, ...] = ()
+
+    def labels(self, mask: MaskPicture, path: Path) -> np.ndarray:
+        """The labels (H, W) of a mask. Raises InputError for a value that none of those looked at
+        holds."""
+        if mask.levels.ndim == 3 and self.of_colours is not None:
+            return _mapped_colours(mask.levels, self.of_colours, path)
+        levels = mask.levels if mask.levels.ndim == 2 else _brightness(mask.levels)
+        if mask.levels.ndim == 3 and hue_of(mask) is None:
+            raise InputError(_several_colours(path))
+        if self.threshold is not None:
+            labels = np.where(levels > self.threshold, self.low_high[1], self.low_high[0])
+            if self.ignored is not None:
+                labels[levels == self.ignored] = IGNORED
+            return _compact(labels)
+        values, places = np.unique(levels, return_inverse=True)
+        found = [self.label_of(value) for value in values.tolist()]
+        unknown = [v for v, label in zip(values.tolist(), found, strict=True) if label is None]
+        if unknown:
+            raise InputError(
+                f'mask {path} holds {said_values(unknown)}, which the other masks or the label '
+                'map do not explain (say what each value is with --label_map FILE)'
+            )
+        return _compact(np.array(found, dtype=np.int64)[places].reshape(levels.shape))
+
+
+def _compact(labels: np.ndarray) -> np.ndarray:
+    small = labels.size == 0 or (labels.min() >= 0 and labels.max() <= 255)
+    return labels.astype(np.uint8 if small else np.int16)
+
+
+def _mapped_colours(colours: np.ndarray, known: dict[Colour, int], path: Path) -> np.ndarray:
+    codes = colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    values, places = np.unique(codes, return_inverse=True)
+    table = {r << 16 | g << 8 | b: label for (r, g, b), label in known.items()}
+    unknown = [(v >> 16, v >> 8 & 255, v & 255) for v in values.tolist() if v not in table]
+    if unknown:
+        raise InputError(
+            f'mask {path} holds the colours {said_values(unknown)}, which the label map does not '
+            'name (add a line R,G,B = CLASS for each; masks in colours must not be JPEG)'
+        )
+    return _compact(np.array([table[v] for v in values.tolist()])[places].reshape(codes.shape))
+
+
+def _several_colours(where: object) -> str:
+    return (
+        f'{where} holds several colours, and nothing says which class each is (say so with '
+        '--label_map FILE, a line R,G,B = CLASS, NAME for each)'
+    )
+
+
+def coding_of(census: Census, reading: TruthReading, where: object) -> MaskCoding:
+    """What the values of a split's masks mean. where: its masks, for messages. Raises InputError
+    where that is not certain."""
+    reading.check_map()
+    if reading.label_map is not None:
+        return _by_map(reading)
+    drawn = len(_distinct(census.hues, census.lossy)) + census.shades
+    if census.colours or drawn > 1:
+        raise InputError(_several_colours(where))
+    values = set(census.values) - {reading.ignore_label}
+    coding = _numbers(values, census, reading) or _levels(values, census, reading)
+    if coding is None:
+        raise InputError(_undecided(values, reading, where))
+    if reading.ignore_label is None:
+        return coding
+    return _leaving_out(coding, reading.ignore_label)
+
+
+def _distinct(hues: frozenset[Colour], lossy: bool) -> list[Colour]:
+    """Colours that differ by more than shade."""
+    found: list[Colour] = []
+    for hue in sorted(hues):
+        same = [np.abs(_full(hue) - _full(other)).max() <= (0.2 if lossy else 0.02)
+                for other in found]  # fmt: skip
+        found += [] if any(same) else [hue]
+    return found
+
+
+def _full(hue: Colour) -> np.ndarray:
+    """A colour at its brightest, 0-1."""
+    return np.array(hue) / max(1, max(hue))
+
+
+def _leaving_out(coding: MaskCoding, value: int) -> MaskCoding:
+    inner = coding.label_of
+    return replace(coding, label_of=lambda v: IGNORED if v == value else inner(v), ignored=value)
+
+
+def _by_map(reading: TruthReading) -> MaskCoding:
+    label_map = reading.label_map
+    of_values = dict(label_map.of_values)
+    for (r, g, b), label in label_map.of_colours.items():
+        if r == g == b:
+            of_values.setdefault(r, label)
+    of_colours = {(v, v, v): label for v, label in label_map.of_values.items() if 0 <= v <= 255}
+    of_colours |= label_map.of_colours
+    if reading.ignore_label is not None:
+        of_values[reading.ignore_label] = IGNORED
+        of_colours[(reading.ignore_label,) * 3] = IGNORED
+    return MaskCoding(of_values.get, of_colours)
+
+
+def _numbers(values: set[int], census: Census, reading: TruthReading) -> MaskCoding | None:
+    """The coding where values are the numbers of classes, with 255 as ignore label or not; None
+    where that is not certain."""
+    known = reading.numbers if reading.numbers is not None else SMALL + 1
+    small, notes = set(values), ()
+    if VOID in values and known <= VOID and reading.ignore_label is None:
+        rest = values - {VOID}
+        void = not census.lossy and max(rest, default=0) > 0
+        few = known <= FEW if reading.numbers is not None else max(rest, default=0) < FEW
+        certain = (few and max(rest, default=0) < known) or rest <= set(census.inner)
+        if not void or not certain:  # softened edges are no classes
+            return None
+        small, notes = rest, (
+            f'masks hold {VOID} beside {said_values(sorted(rest))}: taken as "ignore", which '
+            'counts in no score and no target (--label_map says otherwise)',
+        )  # fmt: skip
+    if not small or min(small) < 0:
+        return None if small else MaskCoding(lambda v: None)
+    fits = max(small) < known
+    if not fits and not _more_classes(small, census, reading):
+        return None
+    if not fits and reading.one_class:
+        notes += (
+            f'the network knows one class, the masks hold {said_values(sorted(small))}: everything '
+            f'above 0 is taken as that class{"" if 0 in small else COVERS} (--label_map says '
+            'otherwise)',
+        )
+    if reading.numbers is None and fits and not small <= set(census.inner) and len(small) > 2:
+        return None if max(small) > 64 else MaskCoding(_identity(known, VOID if notes else None))
+    highest = known if fits else SMALL + 1
+    void = VOID if VOID in values and VOID not in small else None
+    return MaskCoding(_identity(highest, void), notes=notes)
+
+
+def _more_classes(small: set[int], census: Census, reading: TruthReading) -> bool:
+    """Whether masks surely hold class numbers, though more than the network knows."""
+    if max(small) > SMALL or census.lossy:
+        return False
+    # Two values alone are foreground and background, whatever they are.
+    return reading.one_class and len(small) > 2 and small <= set(census.inner)
+
+
+def _identity(highest: int, void: int | None) -> Callable[[int], int | None]:
+    def label_of(value: int) -> int | None:
+        if value == void:
+            return IGNORED
+        return value if 0 <= value < highest else None
+
+    return label_of
+
+
+def _levels(values: set[int], census: Census, reading: TruthReading) -> MaskCoding | None:
+    """The coding where values are shades: two of them, softened edges between two, or as many in
+    even steps as the network has classes; None where that is not certain."""
+    if not values or min(values) < 0:
+        return None
+    objects, top = reading.objects, max(values)
+    two = reading.numbers in (None, 2)
+    high = 1 if objects is None or len(objects) != 1 else objects[0]
+    low = 0 if objects is None or len(objects) != 1 else 1 - high
+    if two and (values == {0, top} or values == {VOID}):
+        said = top not in (1, VOID, 65535)
+        note = (f'masks hold 0 and {top}: {top} is taken as the object',) * said
+        return MaskCoding({0: low, top: high}.get, low_high=(low, high), notes=note)
+    tolerance = LOSSY_TOLERANCE if census.lossy else EXACT_TOLERANCE
+    scale = max(1, top // 255)
+    poles = all(v <= tolerance * scale or v >= top - tolerance * scale for v in census.inner)
+    between = any(tolerance * scale < v < top for v in values)
+    if two and top > SMALL and poles and between:
+        return MaskCoding(lambda v: None, threshold=top / 2, low_high=(low, high))
+    return None if census.lossy else _even_steps(values, reading)
+
+
+def _even_steps(values: set[int], reading: TruthReading) -> MaskCoding | None:
+    """Shades from 0 up in even steps, as many as classes, none of which could be a class number."""
+    ordered, count = sorted(values), reading.numbers
+    if count is None or count < 3 or len(ordered) != count or ordered[0] != 0:
+        return None
+    step = ordered[-1] / (count - 1)
+    even = all(abs(v - k * step) <= 1 for k, v in enumerate(ordered))
+    if not even or ordered[1] < count:
+        return None
+    table = {value: label for label, value in enumerate(ordered)}
+    said = ', '.join(f'{value}: {label}' for value, label in table.items())
+    note = f'masks hold as many shades in even steps as the network has classes, taken as {said}'
+    return MaskCoding(table.get, notes=(f'{note} (--label_map says otherwise)',))
+
+
+def _undecided(values: set[int], reading: TruthReading, where: object) -> str:
+    network = '' if reading.numbers is None else (
+        f', while the network tells apart {said_range(reading.numbers)}'
+    )  # fmt: skip
+    hint = ', or --ignore_label 255' if VOID in values else ''
+    return (
+        f'{where}: masks hold {said_values(sorted(values))}{network}, so that it is not certain '
+        f'which value is which class (say so with --label_map FILE, a line VALUE = CLASS, NAME '
+        f'for each{hint})'
+    )
+
+
+# --------------------------------------------------------------------------- masks of a split
+
+
+def whole_mask(path: Path, reading: Reading) -> MaskPicture:
+    """All of a mask file: of a volume every slice, side by side, of other files the first frame."""
+    if suffix_of(path) not in NIFTI_SUFFIXES:
+        return read_mask_picture(path, replace(reading, frame=None))
+    check_file(path, 'mask')
+    volume = read_volume(path, 4 * reading.limit)
+    return _from_numbers(volume.reshape(volume.shape[0], -1), path)
+
+
+class MaskSet:
+    """The mask files of a split, whose values are read together. Several threads may ask."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(dict.fromkeys(paths))
+        self._lock = threading.Lock()
+        self._codings: list[tuple[TruthReading, MaskCoding | InputError]] = []
+
+    @cached_property
+    def scanned(self) -> list[Path]:
+        """Those whose values are looked at, evenly spaced where there are very many."""
+        if len(self.paths) <= MOST_SCANNED:
+            return self.paths
+        rows = np.linspace(0, len(self.paths) - 1, MOST_SCANNED).round().astype(int)
+        return [self.paths[row] for row in rows]
+
+    def census(self, reading: Reading) -> Census:
+        """The values of all of them; files that cannot be read are told when it is their turn."""
+        found = Census()
+        for path in self.scanned:
+            try:
+                found |= census_of(whole_mask(path, reading))
+            except InputError:
+                continue
+        return found
+
+    def coding(self, reading: TruthReading) -> MaskCoding:
+        """What their values mean. Raises InputError where that is not certain."""
+        with self._lock:
+            found = next((coding for known, coding in self._codings if known == reading), None)
+            if found is None:
+                try:
+                    skip = reading.label_map is not None  # which says everything
+                    census = Census() if skip else self.census(reading.pixels)
+                    found = coding_of(census, reading, self._where)
+                except InputError as error:
+                    found = error
+                self._codings.append((reading, found))
+        if isinstance(found, InputError):
+            raise InputError(str(found))
+        return found
+
+    @property
+    def _where(self) -> str:
+        if len(self.paths) == 1:
+            return f'mask {self.paths[0]}'
+        return f'the {len(self.paths)} masks in {self.paths[0].parent}'
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A ground truth in a mask file, one of a set."""
+
+    path: Path
+    masks: MaskSet
+
+    def __call__(self) -> np.ndarray:
+        """The labels (H, W), the network not being known. Raises InputError."""
+        return self.read(UNKNOWN).values
+
+    def read(self, reading: TruthReading) -> Labels:
+        """The labels (H, W). Raises InputError."""
+        by_colour = reading.label_map is not None and not reading.label_map.of_values
+        picture = read_mask_picture(self.path, reading.pixels, by_colour)
+        coding = self.masks.coding(reading)
+        labels = coding.labels(picture, self.path)
+        return Labels(labels, (*picture.notes, *coding.notes))
+
+
+def read_mask(path: str | Path, reading: TruthReading = UNKNOWN) -> np.ndarray:
+    """Read one mask file as (H, W) labels: uint8, or int16 where pixels do not count (-1).
+
+    Palette pictures give their indices, others their grey level (one colour on black: the brightest
+    channel). By the set of its values: small numbers are classes and stay as they are; 0/255 and
+    0/N are two-valued, softened and JPEG edges between two shades included; 255 beside small
+    numbers does not count. Raises InputError as `read_image` does, and for values that could mean
+    several things. In a dataset the values of all masks are looked at together.
+    """
+    path = Path(path)
+    return MaskFile(path, MaskSet([path])).read(reading).values
