@@ -100,6 +100,12 @@ def test_softened_and_jpeg_edges_are_no_classes(tmp_path, form, reading):
     assert ((read_mask(path, reading) == 1) != (big > 127)).mean() < 0.005
 
 
+def test_a_photograph_is_no_mask(tmp_path):
+    path = save_image(tmp_path / 'photo.png', noise_image()[:, :, 0])
+    with pytest.raises(InputError, match='--label_map'):
+        read_mask(path, ONE)
+
+
 def test_one_file_cannot_decide_alone(tmp_path):
     """{0, 255} is void where another mask of the split shows that 255 is no class."""
     both = [save_image(tmp_path / f'{k}.png', stripes(*values).astype(np.uint8))
