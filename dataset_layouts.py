@@ -98,7 +98,7 @@ def paired(images: Path, masks: Path | None, endings: Sequence[str] = MASK_ENDIN
         mask_of = _masks_by_name(masks, {stem_of(p) for p in paths}, endings, same)
     if same:
         own = set(mask_of.values())
-        orphans = [p for p in paths if p not in own and _is_orphan(p, paths, endings)]
+        orphans = {path for path in paths if path not in own and _ends_like_a_mask(path, endings)}
         left_out = len(orphans)
         paths = [path for path in paths if path not in own and path not in orphans]
     if not paths:
@@ -110,8 +110,8 @@ def paired(images: Path, masks: Path | None, endings: Sequence[str] = MASK_ENDIN
     return found
 
 
-def _is_orphan(path: Path, paths: Sequence[Path], endings: Sequence[str]) -> bool:
-    """Whether a file ends like a mask: then it is not explained as an image."""
+def _ends_like_a_mask(path: Path, endings: Sequence[str]) -> bool:
+    """Whether a file's name ends like a mask's: then it is not explained as an image."""
     return _without_ending(stem_of(path), endings) is not None and suffix_of(path) in MASK_SUFFIXES
 
 

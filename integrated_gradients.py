@@ -512,7 +512,8 @@ class Settings:
             _check_numbers(name, getattr(self, name), least=0.0 if name == 'std' else -math.inf)
         object.__setattr__(self, 'crop', _checked_crop(self.crop))
         object.__setattr__(self, 'ignore_label', _checked_value(self.ignore_label))
-        object.__setattr__(self, 'labels_known', self._read_label_map())
+        known = None if self.label_map is None else read_label_map(self.label_map)
+        object.__setattr__(self, '_known_labels', known)  # once: the file may change meanwhile
         _ = self.reading  # raises where it makes no sense
         if not self.target:
             raise InputError('no target is given (use --target predicted)')
@@ -546,13 +547,10 @@ class Settings:
         return Reading(self.window, self.frame, self.slice, self.crop, self.max_pixels,
                        self.normalize in OF_EACH_IMAGE)  # fmt: skip
 
-    def _read_label_map(self) -> LabelMap | None:
-        return None if self.label_map is None else read_label_map(self.label_map)
-
     @property
     def known_labels(self) -> LabelMap | None:
         """What the label map says, read when the settings were made."""
-        return vars(self).get('labels_known')
+        return vars(self)['_known_labels']
 
     def record(self) -> dict[str, object]:
         """For the statistics file; the targets as on the command line."""

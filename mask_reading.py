@@ -27,12 +27,12 @@ from image_reading import (
     TIFF_SUFFIXES,
     Opened,
     Reading,
-    _check_finite,
-    _converted,
-    _read_array,
     check_file,
+    check_finite,
+    converted,
     frame_notes,
     opened_picture,
+    read_array,
     suffix_of,
 )
 from medical_images import DICOM_SUFFIXES, read_dicom, read_nifti, read_volume
@@ -42,7 +42,7 @@ MASK_SUFFIXES = ('.png', '.bmp', *TIFF_SUFFIXES, '.gif', '.jpg', '.jpeg', '.webp
 IGNORED = -1  # the label of pixels that do not count
 VOID = 255  # what most datasets write for them
 MOST_SCANNED = 1000  # masks of a split whose values are looked at
-MOST_COLOURS = 64  # of a mask, before they are taken for a photograph
+MOST_BETWEEN = 0.5  # share of a mask that softened edges may take: more is a photograph
 FEW = 21  # classes, whose numbers cannot be mistaken for softened edges
 SMALL = 127  # numbers up to here may be classes where the network's are not known
 LOSSY_TOLERANCE, EXACT_TOLERANCE = 32, 8  # around black and white, of areas
@@ -214,7 +214,7 @@ def read_mask_picture(
         frame_notes(path, 'mask', found.frames, reading)
         return _from_numbers(found.values, path)
     if suffix in ARRAY_SUFFIXES:
-        return _from_numbers(_read_array(path, reading), path)
+        return _from_numbers(read_array(path, reading), path)
     try:
         return _from_picture(opened_picture(path, 'mask', reading), path, colours)
     except NoFrameError:
@@ -222,7 +222,7 @@ def read_mask_picture(
     except InputError:
         if suffix not in TIFF_SUFFIXES or not path.is_file():
             raise
-        return _from_numbers(_read_array(path, reading), path)
+        return _from_numbers(read_array(path, reading), path)
 
 
 def _from_numbers(values: np.ndarray, path: Path) -> MaskPicture:
@@ -235,7 +235,7 @@ def _from_numbers(values: np.ndarray, path: Path) -> MaskPicture:
         raise InputError(
             f'mask {path} has the shape {values.shape} (give one number for each pixel, (H, W))'
         )
-    _check_finite(values, path)
+    check_finite(values, path)
     if values.dtype.kind != 'f':
         return MaskPicture(values.astype(np.int64) if values.dtype.kind != 'b' else values * 1)
     whole = np.rint(values)
@@ -254,7 +254,7 @@ def _from_picture(opened: Opened, path: Path, colours: bool) -> MaskPicture:
     """The mask in a picture: indices of a palette, grey levels, or colours."""
     picture = opened.picture
     if colours and picture.mode in ('P', 'PA'):
-        return MaskPicture(np.asarray(_converted(picture, path)), notes=opened.notes)
+        return MaskPicture(np.asarray(converted(picture, path)), notes=opened.notes)
     if picture.mode == 'PA':
         picture = picture.getchannel(0)
     if picture.mode in ('P', 'L', '1') or picture.mode.startswith('I') or picture.mode == 'F':
@@ -268,13 +268,13 @@ def _from_picture(opened: Opened, path: Path, colours: bool) -> MaskPicture:
             notes=(*opened.notes, *(f'{path.name}: {note}' for note in notes)),
         )
     if picture.mode in ('LA', 'La', 'RGBA', 'RGBa'):
-        bands = np.asarray(_converted(picture, path, 'RGBA'))
+        bands = np.asarray(converted(picture, path, 'RGBA'))
         if _drawn_in_alpha(bands):
             note = f'{path.name} is one colour throughout: its transparency is taken as the mask'
             return MaskPicture(
                 bands[:, :, 3].astype(np.int64), opened.lossy, notes=(*opened.notes, note)
             )
-    mask = MaskPicture(np.asarray(_converted(picture, path)), opened.lossy, notes=opened.notes)
+    mask = MaskPicture(np.asarray(converted(picture, path)), opened.lossy, notes=opened.notes)
     return _plain_grey(mask)
 
 
@@ -314,12 +314,14 @@ class Census:
     colours: frozenset[Colour] = frozenset()  # of masks in several colours
     hues: frozenset[Colour] = frozenset()  # of masks in one colour on black
     shades: bool = False  # whether some mask is drawn in grey levels or numbers
+    between: float = 0.0  # share of pixels between black and the brightest, where it is largest
     lossy: bool = False
 
     def __or__(self, other: Census) -> Census:
         return Census(
             self.values | other.values, self.inner | other.inner, self.colours | other.colours,
-            self.hues | other.hues, self.shades or other.shades, self.lossy or other.lossy,
+            self.hues | other.hues, self.shades or other.shades,
+            max(self.between, other.between), self.lossy or other.lossy,
         )  # fmt: skip
 
 
@@ -327,12 +329,24 @@ def census_of(mask: MaskPicture) -> Census:
     """The values of one mask."""
     if mask.levels.ndim == 2:
         values = frozenset(np.unique(mask.levels).tolist())
-        return Census(values, _inner(mask, values), shades=max(values) > 0, lossy=mask.lossy)
+        return Census(values, _inner(mask, values), shades=max(values) > 0,
+                      between=_share_between(mask), lossy=mask.lossy)  # fmt: skip
     hue = hue_of(mask)
     if hue is not None:
         found = census_of(replace(mask, levels=_brightness(mask.levels)))
         return replace(found, hues=frozenset([hue]), shades=False)
     return Census(colours=frozenset(_colours_of(mask)), lossy=mask.lossy)
+
+
+def _share_between(mask: MaskPicture) -> float:
+    """The share of pixels that are neither nearly black nor nearly the brightest."""
+    tolerance, top = _tolerance(mask.lossy, int(mask.levels.max())), mask.levels.max()
+    return float(((mask.levels > tolerance) & (mask.levels < top - tolerance)).mean())
+
+
+def _tolerance(lossy: bool, top: int) -> int:
+    """By how much shades differ from black and white where they mean them."""
+    return (LOSSY_TOLERANCE if lossy else EXACT_TOLERANCE) * max(1, top // 255)
 
 
 def _inner(mask: MaskPicture, values: frozenset[int]) -> frozenset[int]:
@@ -551,11 +565,10 @@ def _levels(values: set[int], census: Census, reading: TruthReading) -> MaskCodi
         said = top not in (1, VOID, 65535)
         note = (f'masks hold 0 and {top}: {top} is taken as the object',) * said
         return MaskCoding({0: low, top: high}.get, low_high=(low, high), notes=note)
-    tolerance = LOSSY_TOLERANCE if census.lossy else EXACT_TOLERANCE
-    scale = max(1, top // 255)
-    poles = all(v <= tolerance * scale or v >= top - tolerance * scale for v in census.inner)
-    between = any(tolerance * scale < v < top for v in values)
-    if two and top > SMALL and poles and between:
+    tolerance = _tolerance(census.lossy, top)
+    poles = all(v <= tolerance or v >= top - tolerance for v in census.inner)
+    edges = any(tolerance < v < top for v in values) and census.between <= MOST_BETWEEN
+    if two and top > SMALL and poles and edges:
         return MaskCoding(lambda v: None, threshold=top / 2, low_high=(low, high))
     return None if census.lossy else _even_steps(values, reading)
 

@@ -100,6 +100,12 @@ def test_softened_and_jpeg_edges_are_no_classes(tmp_path, form, reading):
     assert ((read_mask(path, reading) == 1) != (big > 127)).mean() < 0.005
 
 
+def test_a_photograph_is_no_mask(tmp_path):
+    path = save_image(tmp_path / 'photo.png', noise_image()[:, :, 0])
+    with pytest.raises(InputError, match='--label_map'):
+        read_mask(path, ONE)
+
+
 def test_one_file_cannot_decide_alone(tmp_path):
     """{0, 255} is void where another mask of the split shows that 255 is no class."""
     both = [save_image(tmp_path / f'{k}.png', stripes(*values).astype(np.uint8))
@@ -300,6 +306,26 @@ def test_the_label_map_on_the_command_line(tmp_path, capsys):
     path.write_text('1 = 0\n2 = 1\n3 = ignore\n')  # other content: computed again
     _, (second,) = run(tmp_path, *single, '--label_map', str(path))
     assert second['resume_key'] != first['resume_key']
+
+
+def test_a_mask_of_another_shape_gives_no_scores_and_is_refused_as_a_target(tmp_path, capsys):
+    image = save_image(tmp_path / 'a.png', noise_image(40, 60))
+    mask = save_image(tmp_path / 'm.png', square_mask(60, 40) * np.uint8(255))
+    single = ['--image_path', str(image), '--mask_path', str(mask)]
+    status, (found,) = run(tmp_path, *single, '--target', 'image')
+    assert status == 0 and found['dice'] is None
+    assert any('of another shape' in note for note in found['notes'])
+    assert run(tmp_path, *single, '--target', 'truth')[0] == 2
+    assert 'target "truth"' in capsys.readouterr().err
+
+
+def test_the_ignore_label_on_the_command_line(tmp_path):
+    image = save_image(tmp_path / 'a.png', noise_image(40, 40))
+    mask = save_image(tmp_path / 'm.png', stripes(0, 1, 7).astype(np.uint8))
+    single = ['--image_path', str(image), '--mask_path', str(mask), '--target', 'truth']
+    areas = [run(tmp_path, *single, *flags)[1][0]['target_area']
+             for flags in ([], ['--ignore_label', '7'])]  # fmt: skip
+    assert areas[1] == pytest.approx(areas[0] / 2, rel=0.1)
 
 
 def test_a_mask_that_cannot_be_read_costs_one_image(tmp_path):
