@@ -384,7 +384,9 @@ class Sheet:
         axis.set_title('F (black) and IoU of the mask (blue) on the path', fontsize=8)
         axis.set_xlabel('alpha: 0 baseline, 1 image', fontsize=8, labelpad=1)
         other = axis.twinx()
-        other.plot(trend['alphas'], trend['mask_iou'], color='tab:blue', lw=0.8)
+        pairs = zip(trend['alphas'], trend['mask_iou'], strict=True)
+        seen = [pair for pair in pairs if pair[1] is not None]  # where there was a whole map
+        other.plot(*zip(*seen, strict=True), '.-', color='tab:blue', ms=3, lw=0.8)
         other.set_ylim(-0.03, 1.03)
         for each in (axis, other):
             each.tick_params(labelsize=7, pad=1)

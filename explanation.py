@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from attribution_target import Target
-from gradient_engine import Preparation
+from gradient_engine import Cropping, Preparation
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Trend:
 
     alphas: tuple[float, ...]  # rising
     scores: tuple[float, ...]  # F there
-    mask_iou: tuple[float, ...]  # of the predicted mask there with the one on the image
+    mask_iou: tuple[float | None, ...]  # of the predicted mask there with the one on the image;
+    # None where only the target's part of the map was computed
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Cost:
     precision_deviation: float | None  # of the map from float32, relative L2; None: not reduced
     retried: str | None  # why it was computed again in float32; None: it was not
     preparation: Preparation
+    cropping: Cropping = field(default_factory=Cropping)  # to all targets together
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Explanation:
     precision_deviation = _of_the_cost('precision_deviation')
     retried = _of_the_cost('retried')
     preparation = _of_the_cost('preparation')
+    cropping = _of_the_cost('cropping')
 
     @property
     def completeness_gap(self) -> float | None:

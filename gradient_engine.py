@@ -1,18 +1,11 @@
-"""Preparing a network for many gradient evaluations: the same numbers in less time.
+"""Running a network for many gradient evaluations: the same numbers in less time.
 
-Integrated Gradients evaluates dF/dx tens to hundreds of times on fixed weights. On a private copy
-of the network, in evaluation mode, that allows what training does not:
+Integrated Gradients evaluates dF/dx tens to hundreds of times on fixed weights. `network_graph`
+makes of the network a graph that is rewritten once and cropped, for each image, to what its targets
+can see; whether it computes the same is measured on the user's input (`measure_deviation`, and
+`GradientEngine.view` for the crops). A network without a graph runs as it is.
 
-- a batch norm that follows a convolution, and is its only reader, is folded into its weights;
-- the gradient of a stride-1 convolution with respect to its input is again a convolution, with the
-  weights transposed and flipped, and runs as one: forward kernels are faster than backward ones;
-- the copy is stored channels_last, the layout that convolution kernels prefer.
-
-Who follows whom is read off one forward pass, never off the order of a module's children. What
-cannot be improved runs as it is, and the user's network is not touched. Whether the copy computes
-the same is measured on the user's input (`measure_deviation`).
-
-On top of it: reduced precision by autocast, checked against float32 on every image; the number of
+On top of it: reduced precision, checked against float32 on every image; the number of
 interpolation steps that go through the network at once, measured; and `PathSampler`, which turns
 nodes of a path into attribution densities of one or several targets that share the forward passes.
 """
@@ -23,21 +16,27 @@ import contextlib
 import copy
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 
+import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from attribution_path import AttributionPath, Score, choice_among, segmentation_logits
+from attribution_path import (
+    AttributionPath,
+    Score,
+    choice_among,
+    enlarged,
+    segmentation_logits,
+)
+from attribution_target import Target
 from errors import InputError, NonFiniteError, attempt
 from network_description import plain_attributes
+from network_graph import Box, NetworkGraph, NotExportable, Plan, Rewrites
 from path_integral import norms
 
 PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
@@ -47,12 +46,9 @@ CPU_STEP_BATCH_PIXELS = 4 * 256 * 256  # on a CPU batching pays only while image
 WORTHWHILE = 0.95  # a larger step batch must take at most this share of the time per step
 EQUIVALENCE_TOLERANCE = 1e-4  # relative L2; beyond this the copy is not used
 EXACT_TOLERANCE = 1e-9  # the same in double precision
-EXACT_SIDE = 256  # pixels
-_METADATA = {'size', 'dim', 'numel', 'stride', 'is_contiguous', 'is_floating_point', '__len__'}
-_METADATA_PROPERTIES = {
-    getattr(torch.Tensor, name).__get__
-    for name in ('shape', 'dtype', 'device', 'ndim', 'requires_grad', 'is_cuda', 'layout')
-}
+WORTHWHILE_CROP = 0.9  # of the whole network's work; a crop that needs more is left alone
+MOST_PARTS = 64  # of a region that are cropped apart; of more, the box around all
+MOST_GRAPHS = 4  # of image sizes that are kept
 
 
 @dataclass(frozen=True)
@@ -66,240 +62,83 @@ class Preparation:
     fell_back: bool  # the original is used, because the copy deviated too much
     compiled: bool = False  # by torch.compile
     compile_failure: str | None = None  # why it could not be
+    padded: int = 0  # paddings folded into convolutions
+    no_graph: str | None = None  # why the network runs as it is, without these and without cropping
 
 
-def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, Preparation]:
-    """A private copy of a network in evaluation mode, compared with the original, which comes back
-    where the copy deviates.
+class LogitMap(nn.Module):
+    """A network whose result is the one logit map that is explained, at the input's size where it
+    is smaller (see `segmentation_logits` and `enlarged`)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[-2:]
+        return enlarged(segmentation_logits(self.network(x), size), size)
+
+
+# Images (N, C, H, W) -> whatever holds their logits.
+Network = Callable[[torch.Tensor], object]
+
+
+def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Preparation]:
+    """A network's graph, rewritten and compared with the original. Where there is none, a private
+    copy as it is; where that deviates, the original.
 
     example: an input (1, C, H, W) in the network's precision.
     """
-    network, folded, transposed = improved_copy(model, example)
-    deviations = measure_deviation(model, network, example)
-    fell_back = not max(deviations) <= EQUIVALENCE_TOLERANCE  # also where it is not a number
-    if fell_back and example.device.type == 'cpu' and example.dtype == torch.float32:
-        fell_back = not _same_in_double_precision(model, example)
-    if fell_back and max(measure_deviation(model, model, example)) > EQUIVALENCE_TOLERANCE:
-        raise InputError(
-            'the network gives another answer each time it is asked, also in evaluation mode '
-            '(dropout that is always on, or a state that changes: there is nothing to integrate)'
-        )
-    preparation = Preparation(folded, transposed, *deviations, fell_back=fell_back)
+    with frozen(model):
+        graph, reason = attempt(partial(NetworkGraph, LogitMap(model), example), NotExportable)
+        network = plain_copy(model) if graph is None else graph
+        deviations = measure_deviation(model, network, example)
+        fell_back = not max(deviations) <= EQUIVALENCE_TOLERANCE  # also where it is not a number
+        if fell_back and graph and example.device.type == 'cpu' and example.dtype == torch.float32:
+            fell_back = not _same_in_double_precision(model, example)
+        if fell_back and max(measure_deviation(model, model, example)) > EQUIVALENCE_TOLERANCE:
+            raise InputError(
+                'the network gives another answer each time it is asked, also in evaluation mode '
+                '(dropout that is always on, or a state that changes: there is nothing to '
+                'integrate)'
+            )
+    rewrites = Rewrites(0, 0, 0) if graph is None else graph.rewrites
+    preparation = Preparation(
+        rewrites.folded, rewrites.transposed, *deviations, fell_back,
+        padded=rewrites.padded, no_graph=reason,
+    )  # fmt: skip
     return model if fell_back else network, preparation
 
 
-def _same_in_double_precision(model: nn.Module, example: torch.Tensor) -> bool:
-    """Whether original and copy agree where rounding cannot excuse a difference.
+def _same_in_double_precision(model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether original and graph agree where rounding cannot excuse a difference.
 
     In single precision it can: it alone may push a ReLU over its kink, most of all where an image
-    is flat. A part of the image will do, since double precision takes time and memory.
+    is flat.
     """
-    part = example[..., :EXACT_SIDE, :EXACT_SIDE].double()
     try:
-        double = copy.deepcopy(model).double()
-        exact = measure_deviation(double, improved_copy(double, part)[0], part)
-    except Exception:  # a network that cannot be copied or takes one size only
+        double, x = copy.deepcopy(model).double(), x.double()
+        exact = measure_deviation(double, NetworkGraph(LogitMap(double), x), x)
+    except Exception:  # a network that cannot be copied, or has types of its own
         return False
     return max(exact) <= EXACT_TOLERANCE
 
 
-def improved_copy(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, int, int]:
-    """A private copy with parameters frozen, norms folded, faster backward, channels_last.
-
-    Returns the copy, and how many norms were folded and convolutions replaced. A network that
-    cannot be copied or traced comes back as it is.
-    """
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A private copy that computes what the network does, channels_last; where it cannot be
+    copied, the network itself."""
     try:
         network = copy.deepcopy(model).eval().requires_grad_(False)
-        followers = find_followers(network, example)
+        return network.to(memory_format=torch.channels_last)
     except Exception:  # any module must run; one that resists is left alone
-        return model, 0, 0
-    places = {module: name for name, module in network.named_modules()}
-    for convolution, norm in followers.items():
-        fold(convolution, norm)
-        network.set_submodule(places[norm], _rest_of(norm))
-    transposed = 0
-    for name, module in list(network.named_modules()):
-        if is_replaceable(module) and name:
-            network.set_submodule(name, TransposedBackwardConv2d(module))
-            transposed += 1
-    return network.to(memory_format=torch.channels_last), len(followers), transposed
-
-
-# --------------------------------------------------------------------------- batch-norm folding
-
-
-class _Follow(TorchFunctionMode):
-    """Watches a forward pass: which functions read the output of each convolution."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        modules = list(network.modules())
-        self.convolutions = {id(m.weight): m for m in modules if isinstance(m, nn.Conv2d)}
-        self.norms = {
-            id(m.running_mean): m
-            for m in modules
-            if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None
-        }
-        self.source: dict[int, nn.Conv2d] = {}  # id of a tensor -> the convolution that made it
-        self.readers: dict[nn.Conv2d, list[nn.BatchNorm2d | None]] = {}
-        self.runs: Counter[nn.Module] = Counter()
-        self._alive: list[torch.Tensor] = []  # so that no id is used twice
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        norm = None
-        if function is F.batch_norm:
-            mean = args[1] if len(args) > 1 else kwargs.get('running_mean')
-            norm = self.norms.get(id(mean))
-            self.runs[norm] += 1
-        is_metadata = function in _METADATA_PROPERTIES or function.__name__ in _METADATA
-        for leaf in () if is_metadata else tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor) and id(leaf) in self.source:
-                self.readers[self.source[id(leaf)]].append(norm)
-        result = function(*args, **kwargs)
-        if function in (F.conv2d, torch.conv2d):
-            weight = args[1] if len(args) > 1 else kwargs.get('weight')
-            convolution = self.convolutions.get(id(weight))
-            if convolution is not None:
-                self.runs[convolution] += 1
-                self.readers.setdefault(convolution, [])
-                self.source[id(result)] = convolution
-                self._alive.append(result)
-        return result
-
-
-def find_followers(network: nn.Module, example: torch.Tensor) -> dict[nn.Conv2d, nn.BatchNorm2d]:
-    """The convolutions whose output is read by one batch norm and by nothing else.
-
-    Both must run exactly once, and no two convolutions may share a weight: what runs twice has two
-    followers or two predecessors, and cannot be folded.
-    """
-    follow = _Follow(network)
-    with torch.no_grad(), follow:
-        network(example)
-    weights = Counter(
-        id(m.weight)
-        for m in network.modules()
-        if isinstance(getattr(m, 'weight', None), nn.Parameter)
-    )
-    return {
-        convolution: readers[0]
-        for convolution, readers in follow.readers.items()
-        if len(readers) == 1
-        and readers[0] is not None
-        and follow.runs[convolution] == follow.runs[readers[0]] == 1
-        and weights[id(convolution.weight)] == 1
-        and _rest_of(readers[0]) is not None
-    }
-
-
-def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Give a convolution the weights that make it compute norm(convolution(x)), in place.
-
-    In double precision, on the CPU: MPS has none.
-    """
-
-    def exact(values: torch.Tensor) -> torch.Tensor:
-        return values.detach().cpu().double()
-
-    scale = 1 / (exact(norm.running_var) + norm.eps).sqrt()
-    shift = -exact(norm.running_mean) * scale
-    if norm.affine:
-        scale, shift = scale * exact(norm.weight), shift * exact(norm.weight) + exact(norm.bias)
-    if convolution.bias is not None:
-        shift = shift + exact(convolution.bias) * scale
-    weight = exact(convolution.weight) * scale.view(-1, 1, 1, 1)
-    like = convolution.weight
-    convolution.weight = nn.Parameter(weight.to(like), requires_grad=False)
-    convolution.bias = nn.Parameter(shift.to(like), requires_grad=False)
-
-
-def _rest_of(norm: nn.BatchNorm2d) -> nn.Module | None:
-    """What is left of a batch norm once it is folded: nothing, or timm's activation after it.
-
-    None for other subclasses, whose forward may do anything.
-    """
-    if type(norm) is nn.BatchNorm2d:
-        return nn.Identity()
-    if type(norm).__name__ == 'BatchNormAct2d':
-        return nn.Sequential(norm.drop, norm.act)
-    return None
-
-
-# --------------------------------------------------------------------------- faster backward
-
-
-class _TransposedBackward(torch.autograd.Function):
-    """A stride-1 convolution whose input gradient is computed as a forward convolution."""
-
-    @staticmethod
-    def forward(ctx, x, weight, flipped, bias, padding, dilation):
-        ctx.save_for_backward(flipped)
-        ctx.padding, ctx.dilation = padding, dilation
-        return F.conv2d(x, weight, bias, 1, padding, dilation)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (flipped,) = ctx.saved_tensors
-        reach = [d * (k - 1) for d, k in zip(ctx.dilation, flipped.shape[2:], strict=True)]
-        padding = [r - p for r, p in zip(reach, ctx.padding, strict=True)]
-        back = F.conv2d(gradient.to(flipped.dtype), flipped, None, 1, padding, ctx.dilation)
-        return back, None, None, None, None, None
-
-
-class TransposedBackwardConv2d(nn.Module):
-    """Takes the place of a frozen convolution for which `is_replaceable` holds."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        weight = convolution.weight.detach()
-        self.register_buffer('weight', weight)
-        self.register_buffer('flipped', weight.flip(2, 3).transpose(0, 1).contiguous())
-        self.register_buffer('bias', convolution.bias)
-        self.padding, self.dilation = _padding_of(convolution), convolution.dilation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _TransposedBackward.apply(
-            x, self.weight, self.flipped, self.bias, self.padding, self.dilation
-        )
-
-
-def is_replaceable(module: nn.Module) -> bool:
-    """Whether a module is a plain stride-1, ungrouped, zero-padded convolution wider than 1x1.
-
-    Its padding must not exceed the kernel's reach, or the gradient would need cropping.
-    """
-    if not isinstance(module, nn.Conv2d) or _padding_of(module) is None:
-        return False
-    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    return (
-        tuple(module.stride) == (1, 1)
-        and module.groups == 1
-        and all(p <= r for p, r in zip(_padding_of(module), reach, strict=True))
-    )
-
-
-def _padding_of(convolution: nn.Conv2d) -> tuple[int, int] | None:
-    """Zero padding in rows and columns, or None where it is of another kind.
-
-    smp's EfficientNets pad in a module of their own, `static_padding`, before the convolution.
-    """
-    if type(convolution) is nn.Conv2d:
-        plain = convolution.padding_mode == 'zeros' and not isinstance(convolution.padding, str)
-        return tuple(convolution.padding) if plain else None
-    if type(convolution).__name__ != 'Conv2dStaticSamePadding':
-        return None
-    padding = getattr(convolution.static_padding, 'padding', (0, 0, 0, 0))
-    left, right, top, bottom = padding
-    return (top, left) if (left, top) == (right, bottom) else None
+        return model
 
 
 # --------------------------------------------------------------------------- equivalence
 
 
 def measure_deviation(
-    original: nn.Module, network: nn.Module, example: torch.Tensor
+    original: Network, network: Network, example: torch.Tensor
 ) -> tuple[float, float]:
     """Relative L2 difference between two networks of the logits, and of the gradient of their
     sum of squares, in which strong logits weigh most."""
@@ -307,7 +146,8 @@ def measure_deviation(
     for one in (original, network):
         x = example.detach().clone().requires_grad_()
         with torch.enable_grad():
-            logits = segmentation_logits(one(x), x.shape[-2:])
+            size = x.shape[-2:]
+            logits = enlarged(segmentation_logits(one(x), size), size)
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
         results.append((logits.detach(), gradient))
     (logits, gradient), (other_logits, other_gradient) = results
@@ -351,7 +191,7 @@ def reduced_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     so that they are not converted again in every pass."""
     network = copy.deepcopy(network)
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, TransposedBackwardConv2d)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
     return network
 
@@ -566,12 +406,69 @@ def check_finite(values: torch.Tensor, what: str, alphas: Sequence[float] = ()) 
         raise NonFiniteError(what, alphas[first] if alphas else None)
 
 
-class GradientEngine:
-    """Logits and gradients of a network, from its prepared copy.
+def boxes_of(region: torch.Tensor) -> list[Box]:
+    """The boxes around the connected parts of a region (h, w) bool, as boxes of a map (N, K, h, w);
+    of very many, the one around all."""
+    pixels = region.cpu().numpy().astype(np.uint8)
+    count, _, stats, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
+    parts = stats[1:, :4] if count - 1 <= MOST_PARTS else [cv2.boundingRect(pixels)]
+    return [
+        (None, None, (int(y), int(y + height)), (int(x), int(x + width)))
+        for x, y, width, height in parts
+    ]
 
-    The copy is made on the first image, and again when the network's weights have changed.
-    forward_passes and gradient_evaluations count the samples that went through the network, forth
-    and back, for results (not for preparing).
+
+@dataclass(frozen=True)
+class Cropping:
+    """What is computed for some targets of an image, and how exact that was measured to be."""
+
+    computed_share: float = 1.0  # of the convolutions' operations of the whole network
+    boxes: int = 1  # of the output
+    logit_deviation: float | None = None  # in them, from the whole map's; None: nothing is cropped
+    gradient_deviation: float | None = None  # None: measured on another image of this size
+    fell_back: bool = False  # nothing is cropped, because the crops deviated too much
+
+
+@dataclass(frozen=True)
+class View:
+    """What of the output is computed for some targets, and how their scores are made of it."""
+
+    targets: tuple[Score, ...]
+    plan: Plan | None = None  # None: all of the output
+    parts: tuple[tuple[Score | None, ...], ...] = ()  # of each target, one in each box of the plan
+    cropping: Cropping = field(default_factory=Cropping)
+
+    def scores(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """F of every target, (N,) each. maps: logits (N, K, h, w), one for each box."""
+        if self.plan is None:
+            return [target(maps[0]) for target in self.targets]
+        return [
+            sum(
+                part(logits)
+                for part, logits in zip(parts, maps, strict=True)
+                if part is not None  # which then takes no part in its gradient
+            )
+            for parts in self.parts
+        ]
+
+
+def parts_of(target: Target, boxes: Sequence[Box]) -> tuple[Target | None, ...]:
+    """A target's part in each of some boxes, which may overlap: each pixel counts in the first."""
+    left, parts = target.weights.clone(), []
+    for *_, rows, columns in boxes:
+        place = (..., slice(*(rows or (None,))), slice(*(columns or (None,))))
+        weights = left[place].clone()
+        left[place] = 0
+        parts.append(replace(target, weights=weights) if bool(weights.any()) else None)
+    return tuple(parts)
+
+
+class GradientEngine:
+    """Logits and gradients of a network, from its graph.
+
+    The graph is made on the first image of a size, and again when the network's weights have
+    changed. forward_passes and gradient_evaluations count the samples that went through the
+    network, forth and back, for results (not for preparing), in whole or in part.
     """
 
     def __init__(
@@ -581,12 +478,14 @@ class GradientEngine:
         self.step_batch = StepBatch(device, step_batch)
         self.forward_passes = 0
         self.gradient_evaluations = 0
-        self.network: nn.Module | None = None  # the prepared copy
+        self.network: Network | None = None  # the graph, or what runs instead
         self.preparation: Preparation | None = None
         self.output_note: str | None = None  # which of several maps is taken; None: none was seen
         self._compiled = compiled
-        self._reduced: dict[torch.dtype, nn.Module] = {}
+        self._reduced: dict[torch.dtype, nn.Module | bool] = {}
         self._fingerprint: tuple | None = None
+        self._prepared: dict[torch.Size, tuple[Network, Preparation]] = {}
+        self._compared: dict[torch.Size, float] = {}  # gradients of crops with whole ones
 
     @property
     def dtype(self) -> torch.dtype:
@@ -609,45 +508,161 @@ class GradientEngine:
             yield
 
     def _prepare(self, x: torch.Tensor) -> None:
-        """Make the private copy, unless there is one of the network as it is now."""
-        now = fingerprint(self.model)
-        if now == self._fingerprint:
-            return
-        self._reduced = {}
-        with explained_network(x.shape):
-            self.network, self.preparation = prepared_copy(self.model, x.to(self.dtype))
-        if self._compiled:
-            compiled = torch.compile(self.network, dynamic=False)
-            _, failure = attempt(partial(measure_deviation, self.network, compiled, x), Exception)
-            if failure is None:
-                self.network = compiled
-            self.preparation = replace(
-                self.preparation, compiled=failure is None, compile_failure=failure
-            )
+        """Make the graph for inputs like x, unless there is one of the network as it is now."""
+        now, size = fingerprint(self.model), x.shape[1:]
+        if now != self._fingerprint:
+            self._prepared, self._compared = {}, {}
+        if size not in self._prepared:
+            while len(self._prepared) >= MOST_GRAPHS:
+                del self._prepared[next(iter(self._prepared))]
+            with explained_network(x.shape):
+                self._prepared[size] = self._new_copy(x.to(self.dtype))
+        if self._prepared[size][0] is not self.network:
+            self.network, self.preparation = self._prepared[size]
+            self._reduced = {}
         self._fingerprint = now
+
+    def _new_copy(self, x: torch.Tensor) -> tuple[Network, Preparation]:
+        if self.output_note is None:
+            with torch.no_grad():
+                self.output_note = choice_among(self.model(x), x.shape[-2:])
+        if not self._compiled:
+            return prepared_copy(self.model, x)
+        plain = plain_copy(self.model)
+        deviations = measure_deviation(self.model, plain, x)
+        preparation = Preparation(0, 0, *deviations, False, no_graph='it is compiled instead')
+        compiled = torch.compile(plain, dynamic=False)
+        _, failure = attempt(partial(measure_deviation, plain, compiled, x), Exception)
+        if failure is not None:
+            network, preparation = prepared_copy(self.model, x)
+            return network, replace(preparation, compile_failure=failure)
+        return compiled, replace(preparation, compiled=True)
+
+    def view(self, targets: Sequence[Score]) -> View:
+        """What must be computed of the output for some targets: boxes around their regions, where
+        that is less work than all of it."""
+        targets = tuple(targets)
+        graph, regions = self.network, [t.region for t in targets if isinstance(t, Target)]
+        if not isinstance(graph, NetworkGraph) or len(regions) < len(targets):
+            return View(targets)
+        if any(region.shape != graph.output_shape[2:] for region in regions):
+            return View(targets)
+        plan = graph.plan(boxes_of(torch.stack(regions).any(dim=0)))
+        share = plan.work / graph.whole.work if graph.whole.work else 1.0
+        if share > WORTHWHILE_CROP:
+            return View(targets)
+        parts = tuple(parts_of(target, plan.boxes) for target in targets)
+        return View(targets, plan, parts, Cropping(share, len(plan.boxes)))
+
+    def compared_view(
+        self, x: torch.Tensor, logits: torch.Tensor, targets: Sequence[Score]
+    ) -> View:
+        """`view`, after its logits on an image x (1, C, H, W) were compared with those of the whole
+        map, and, on the first of its size, its gradient too. A view that deviates is not used."""
+        view = self.view(targets)
+        if view.plan is None:
+            return view
+        size, deviations = x.shape[1:], self._crop_deviation(x, logits, view)
+        if size not in self._compared:
+            deviations = (*deviations, self._gradient_deviation(x, view))
+            self._compared[size] = deviations[-1]
+        measured = dict(zip(('logit_deviation', 'gradient_deviation'), deviations, strict=False))
+        if not max(deviations) <= EQUIVALENCE_TOLERANCE:
+            return View(view.targets, cropping=Cropping(**measured, fell_back=True))
+        return replace(view, cropping=replace(view.cropping, **measured))
+
+    def _crop_deviation(self, x: torch.Tensor, logits: torch.Tensor, view: View) -> tuple[float]:
+        """Of a view's logits, from the whole map's."""
+        with torch.no_grad():
+            maps = self.maps(x, view.plan)
+        whole = [logits[..., slice(*(rows or (None,))), slice(*(columns or (None,)))]
+                 for *_, rows, columns in view.plan.boxes]  # fmt: skip
+        pairs = zip(maps, whole, strict=True)
+        return (max(relative_difference(ours, theirs) for ours, theirs in pairs),)
+
+    def _gradient_deviation(self, x: torch.Tensor, view: View) -> float:
+        """Of the gradient of all targets' sum, from the whole network's; 0 where only rounding can
+        be why, as double precision shows."""
+
+        def compared(dtype: torch.dtype | None) -> float:
+            gradients = []
+            for one in (View(view.targets), view):
+                point = x.detach().clone().to(dtype or self.dtype).requires_grad_()
+                with torch.enable_grad(), explained_network(x.shape):
+                    plan = one.plan or self.network.whole
+                    scores = one.scores(self.network.run(point, plan, dtype))
+                    pairs = zip(scores, view.targets, strict=True)
+                    total = sum(score.sum() * target.scale for score, target in pairs)
+                    gradients.append(torch.autograd.grad(total, point)[0])
+            return relative_difference(gradients[1], gradients[0])
+
+        deviation = compared(None)
+        if deviation <= EQUIVALENCE_TOLERANCE or self.dtype != torch.float32:
+            return deviation
+        exact, _ = attempt(partial(compared, torch.float64), Exception)
+        self.network.forget(torch.float64)
+        return deviation if exact is None or exact > EXACT_TOLERANCE else exact
 
     def run(
         self, x: torch.Tensor, reduced: torch.dtype | None = None, alphas: Sequence[float] = ()
     ) -> torch.Tensor:
         """Images (N, C, H, W) -> logits (N, K, h, w), both in the working precision, with a graph
         where gradients are enabled. alphas: see `check_finite`. Raises NonFiniteError."""
+        return self.maps(x, None, reduced, alphas)[0]
+
+    def maps(
+        self,
+        x: torch.Tensor,
+        plan: Plan | None,
+        reduced: torch.dtype | None = None,
+        alphas: Sequence[float] = (),
+    ) -> list[torch.Tensor]:
+        """`run`, for the boxes of a plan, one after the other; None: all."""
         self.forward_passes += len(x)
+        run = self._run_graph if isinstance(self.network, NetworkGraph) else self._run_network
+        with explained_network(x.shape):
+            maps = [one.to(x.dtype) for one in run(x, plan, reduced)]
+        for one in maps:
+            check_finite(one, 'the logits', alphas)
+        return maps
+
+    def _run_graph(
+        self, x: torch.Tensor, plan: Plan | None, reduced: torch.dtype | None
+    ) -> list[torch.Tensor]:
+        """Reduced precision runs whole, weights and activations, but for networks that mix types,
+        which run by autocast."""
+        graph = self.network
+        plan, x = plan or graph.whole, x.to(self.dtype)
+        if reduced is not None and reduced not in self._reduced:
+            trial = partial(self._try_reduced, x[:1], reduced)
+            _, failure = attempt(trial, RuntimeError, TypeError)
+            self._reduced[reduced] = failure is None
+        if reduced is None or self._reduced[reduced]:
+            return graph.run(x, plan, reduced)
+        with torch.autocast(self.device.type, dtype=reduced):
+            return graph.run(x, plan)
+
+    def _try_reduced(self, x: torch.Tensor, reduced: torch.dtype) -> None:
+        with torch.enable_grad():
+            point = x.detach().clone().requires_grad_()
+            logits = self.network.run(point, self.network.whole, reduced)[0]
+            torch.autograd.grad(logits.float().sum(), point)
+
+    def _run_network(
+        self, x: torch.Tensor, plan: None, reduced: torch.dtype | None
+    ) -> list[torch.Tensor]:
         if reduced is not None and reduced not in self._reduced:
             self._reduced[reduced] = reduced_copy(self.network, reduced)
         network = self.network if reduced is None else self._reduced[reduced]
         casting = {'dtype': reduced} if reduced else {'enabled': False}
-        with torch.autocast(self.device.type, **casting), explained_network(x.shape):
+        with torch.autocast(self.device.type, **casting):
             output = network(x.to(self.dtype) if reduced is None else x)
-        if self.output_note is None:
-            self.output_note = choice_among(output, x.shape[-2:])
-        logits = segmentation_logits(output, x.shape[-2:]).to(x.dtype)
-        check_finite(logits, 'the logits', alphas)
-        return logits
+        return [segmentation_logits(output, x.shape[-2:])]
 
     def densities(
         self,
         points: torch.Tensor,
-        logits: torch.Tensor,
+        scores: Sequence[torch.Tensor],
         targets: Sequence[Score],
         velocities: torch.Tensor,
         alphas: Sequence[float] = (),
@@ -655,24 +670,44 @@ class GradientEngine:
         """Gradient times velocity of every target, from one forward pass: (steps, targets, C, H,
         W).
 
-        points: (steps, C, H, W), the leaf of the graph of `logits` (steps, K, h, w). velocities:
-        of the same shape or (1, C, H, W). alphas: see `check_finite`. Raises NonFiniteError.
+        points: (steps, C, H, W), the leaf of the graph of `scores`, (steps,) for each target.
+        velocities: of the same shape or (1, C, H, W). alphas: see `check_finite`. Raises
+        NonFiniteError.
         """
         by_target = []
-        for number, target in enumerate(targets, start=1):
+        for number, (score, target) in enumerate(zip(scores, targets, strict=True), start=1):
             # Samples do not mix in evaluation mode: the gradient of the sum is each one's own.
             # Scaled by the region's size, so that what flows back from each pixel does not
             # underflow.
-            scores = target(logits).sum() * target.scale
             with explained_network(points.shape):
                 (gradient,) = torch.autograd.grad(
-                    scores, points, retain_graph=number < len(targets)
+                    score.sum() * target.scale, points, retain_graph=number < len(targets)
                 )
             by_target.append(gradient * (velocities / target.scale))
         self.gradient_evaluations += len(points)
         densities = torch.stack(by_target, dim=1)
         check_finite(densities, 'the gradients', alphas)
         return densities
+
+    def look(
+        self,
+        points: torch.Tensor,
+        velocities: torch.Tensor,
+        view: View,
+        reduced: torch.dtype | None = None,
+        alphas: Sequence[float] = (),
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """At points (steps, C, H, W): the view's maps, F of its targets (steps, targets), and their
+        densities (steps, targets, C, H, W). Raises NonFiniteError."""
+        # Marked below, they may be the path's own; of inference mode, they cannot be.
+        points = points.clone() if points.is_inference() else points.detach()
+        with torch.enable_grad():
+            points.requires_grad_()
+            maps = self.maps(points, view.plan, reduced, alphas)
+            scores = view.scores(maps)
+            densities = self.densities(points, scores, view.targets, velocities, alphas)
+        scores = torch.stack([score.detach() for score in scores], dim=1)
+        return [one.detach() for one in maps], scores, densities
 
 
 # --------------------------------------------------------------------------- along a path
@@ -686,14 +721,16 @@ class AtImage:
     logits: torch.Tensor  # (1, K, h, w)
     targets: Sequence[Score]
     gradient: torch.Tensor | None  # (targets, C, H, W); None where the rule has no node there
+    view: View | None = None  # of all targets; None: the whole map
 
 
 class PathSampler:
     """The attribution densities along a path, and a log of what was seen on it.
 
-    Called with nodes, it gives their densities (targets, C, H, W), one after the other; the nodes
-    go through the network in step batches. Densities that were computed before they are asked for
-    (at the ends, or to check the precision) wait in `_ready`, and each is given out once.
+    Called with nodes, it gives their densities (targets, C, H, W), one after the other; `some`
+    asks at each node for some of the targets. The nodes go through the network in step batches.
+    Densities that were computed before they are asked for (at the ends, or to check the precision)
+    wait in `_ready`, and each is given out once.
     """
 
     def __init__(
@@ -706,12 +743,15 @@ class PathSampler:
     ) -> None:
         """overlap: logits (N, K, h, w) -> (N,), how much of the mask is there. on_steps: told the
         number of nodes given out."""
-        self.engine, self.path, self.targets = engine, path, at_image.targets
+        self.engine, self.path, self.targets = engine, path, tuple(at_image.targets)
+        self.everyone = tuple(range(len(self.targets)))
         self.reduced: torch.dtype | None = None  # precision; None: the network's own
-        self.scores: dict[float, torch.Tensor] = {}  # of the targets at each node, (targets,)
-        self.overlaps: dict[float, torch.Tensor] = {}
+        self.scores: dict[float, torch.Tensor] = {}  # of the targets at each node, (targets,); NaN
+        # where one was not asked
+        self.overlaps: dict[float, torch.Tensor] = {}  # where there was a whole map
         self._overlap, self._on_steps = overlap, on_steps
-        self._ready: dict[float, torch.Tensor] = {}
+        self._ready: dict[tuple[float, int], torch.Tensor] = {}  # (C, H, W) at a node of a target
+        self._views = {self.everyone: at_image.view or View(self.targets)}
         self._see_the_end(at_image)
 
     def _see_the_end(self, at_image: AtImage) -> None:
@@ -721,66 +761,102 @@ class PathSampler:
         self._log([1.0], at_image.logits)
         if at_image.gradient is not None:
             _, velocity = self.path.at(self._tensor([1.0]))
-            self._ready[1.0] = at_image.gradient * velocity
+            self._keep([1.0], self.everyone, (at_image.gradient * velocity).unsqueeze(0))
 
     def see_the_ends(self, density_at_start: bool) -> None:
-        """Log the scores at both ends, as far as that was not done; density_at_start: and keep the
-        density at alpha = 0, which will be asked for, since it comes from the same pass."""
+        """Log the scores and the mask at both ends, as far as that was not done; density_at_start:
+        and keep the density at alpha = 0, which will be asked for; of a whole map it comes from
+        the same pass."""
         if density_at_start:
-            self._ready[0.0] = self._evaluate([0.0], None)[0]
-        for alpha in (0.0, 1.0):
-            if alpha not in self.scores:
+            self._keep([0.0], self.everyone, self._evaluate([0.0], self.everyone, None))
+        self.see_maps((0.0, 1.0))
+
+    def see_maps(self, alphas: Sequence[float]) -> None:
+        """Log the scores and the mask at nodes, from a whole map, as far as that was not done."""
+        for alpha in alphas:
+            if alpha not in self.overlaps:
                 points, _ = self.path.at(self._tensor([alpha]))
                 with torch.no_grad():
                     self._log([alpha], self.engine.run(points))
 
     def __call__(self, alphas: np.ndarray) -> Iterator[torch.Tensor]:
-        wanted = [float(alpha) for alpha in alphas]
-        missing = [alpha for alpha in wanted if alpha not in self._ready]
-        for alpha in wanted:
-            while alpha not in self._ready:
-                chunk = missing[: self.engine.step_batch.size]
-                computed = self._compute(chunk)
+        return self.some([(float(alpha), self.everyone) for alpha in alphas])
+
+    def some(self, wanted: Sequence[tuple[float, tuple[int, ...]]]) -> Iterator[torch.Tensor]:
+        """The densities at nodes, each of those of the targets that are asked for."""
+        for number, (alpha, targets) in enumerate(wanted):
+            while missing := self._missing(alpha, targets):
+                alike = (a for a, those in wanted[number:] if self._missing(a, those) == missing)
+                chunk = list(islice(alike, self.engine.step_batch.size))
+                computed = self._compute(chunk, missing)
                 if computed is None:
                     self.engine.step_batch.halve()
                     continue
-                self._ready.update(zip(chunk, computed, strict=True))
-                missing = missing[len(chunk) :]
+                self._keep(chunk, missing, computed)
             self._on_steps(1)
-            yield self._ready.pop(alpha)
+            yield torch.stack([self._ready.pop((alpha, target)) for target in targets])
 
-    def _compute(self, alphas: list[float]) -> torch.Tensor | None:
+    def _missing(self, alpha: float, targets: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(target for target in targets if (alpha, target) not in self._ready)
+
+    def _keep(
+        self, alphas: Sequence[float], targets: tuple[int, ...], densities: torch.Tensor
+    ) -> None:
+        """Densities (nodes, targets, C, H, W) for when they are asked for."""
+        for alpha, row in zip(alphas, densities, strict=True):
+            self._ready.update(((alpha, t), one) for t, one in zip(targets, row, strict=True))
+
+    def _compute(self, alphas: list[float], targets: tuple[int, ...]) -> torch.Tensor | None:
         """Densities of a chunk, (steps, targets, C, H, W); None where memory does not suffice."""
 
         def evaluate() -> torch.Tensor:
             with self.engine.step_batch.timed(len(alphas)), out_of_memory_is_one_error():
-                return self._evaluate(alphas, self.reduced)
+                return self._evaluate(alphas, targets, self.reduced)
 
         return attempt(evaluate, OutOfMemory)[0]
 
     def _evaluate(
-        self, alphas: list[float], reduced: torch.dtype | None, logged: bool = True
+        self,
+        alphas: list[float],
+        targets: tuple[int, ...],
+        reduced: torch.dtype | None,
+        logged: bool = True,
     ) -> torch.Tensor:
         """Densities at nodes, (steps, targets, C, H, W). Raises NonFiniteError, naming the node."""
         points, velocities = self.path.at(self._tensor(alphas))  # (steps, C, H, W)
-        points = points.detach()  # which are marked below, and may be the path's own
-        with torch.enable_grad():
-            points.requires_grad_()
-            logits = self.engine.run(points, reduced, alphas)  # (steps, K, h, w)
-            densities = self.engine.densities(points, logits, self.targets, velocities, alphas)
+        view = self._view(targets)
+        maps, scores, densities = self.engine.look(points, velocities, view, reduced, alphas)
         if logged:
-            self._log(alphas, logits.detach())
+            self._log_scores(alphas, targets, scores)
+            if view.plan is None:
+                self.overlaps.update(zip(alphas, self._overlap(maps[0]), strict=True))
         return densities
 
-    def _tensor(self, alphas: list[float]) -> torch.Tensor:
+    def _view(self, targets: tuple[int, ...]) -> View:
+        """What is computed for some of the targets: no more than for all."""
+        if targets not in self._views:
+            every, some = self._views[self.everyone], [self.targets[t] for t in targets]
+            fell_back = every.cropping.fell_back
+            self._views[targets] = View(tuple(some)) if fell_back else self.engine.view(some)
+        return self._views[targets]
+
+    def _tensor(self, alphas: Sequence[float]) -> torch.Tensor:
         image = self.path.image
         return torch.tensor(alphas, dtype=image.dtype).to(image.device, non_blocking=True)
 
     def _log(self, alphas: list[float], logits: torch.Tensor) -> None:
         """Remember the scores and the mask's overlap at nodes, without waiting for a GPU."""
         scores = torch.stack([target(logits) for target in self.targets], dim=1)
-        self.scores.update(zip(alphas, scores, strict=True))
+        self._log_scores(alphas, self.everyone, scores)
         self.overlaps.update(zip(alphas, self._overlap(logits), strict=True))
+
+    def _log_scores(
+        self, alphas: Sequence[float], targets: tuple[int, ...], scores: torch.Tensor
+    ) -> None:
+        """Remember scores (nodes, targets)."""
+        for alpha, row in zip(alphas, scores, strict=True):
+            known = self.scores.setdefault(alpha, row.new_full((len(self.targets),), torch.nan))
+            known[list(targets)] = row
 
     def check_precision(self, reduced: torch.dtype, nodes: Sequence[float]) -> float:
         """Relative L2 deviation of the map from float32, over nodes that are evaluated in both.
@@ -788,11 +864,13 @@ class PathSampler:
         The largest of the targets'; infinite where it is not a number. The float32 densities are
         kept for the integral.
         """
-        exact = torch.cat([self._evaluate([node], None) for node in nodes])
-        self._ready.update(zip(nodes, exact, strict=True))  # (nodes, targets, C, H, W)
+        exact = torch.cat([self._evaluate([node], self.everyone, None) for node in nodes])
+        self._keep(nodes, self.everyone, exact)  # (nodes, targets, C, H, W)
 
         def in_reduced_precision() -> torch.Tensor:
-            return torch.cat([self._evaluate([node], reduced, logged=False) for node in nodes])
+            return torch.cat(
+                [self._evaluate([node], self.everyone, reduced, logged=False) for node in nodes]
+            )
 
         rough, _ = attempt(in_reduced_precision, NonFiniteError)
         if rough is None:

@@ -390,12 +390,18 @@ STATISTICS: dict[str, Statistic] = {
         RECORD),
     'trend': Statistic(
         'at every node of the path from the (first) baseline: alpha, F, and the IoU of the '
-        'predicted mask there with that on the image', COMPOUND,
+        'predicted mask there with that on the image (null where the map was cropped)', COMPOUND,
         of=lambda m: {name: list(values) for name, values in vars(m.explanation.trend).items()}),
     'preparation': Statistic(
-        "the network's private copy: batch norms folded, convolutions run backwards as forward "
-        'ones, relative deviation of logits and gradient, whether the original was used instead',
+        "the network's graph: batch norms and paddings folded, convolutions run backwards as "
+        'forward ones, relative deviation of logits and gradient, whether the original was used '
+        'instead, why there is no graph',
         COMPOUND, COST, lambda m: dict(vars(m.explanation.cost.preparation))),
+    'cropping': Statistic(
+        "what was computed for the image's targets together: share of the convolutions' "
+        'operations, number of boxes, relative deviation of their logits and gradient from the '
+        "whole map's (null: not cropped, or measured on another image), whether it fell back",
+        COMPOUND, COST, lambda m: dict(vars(m.explanation.cost.cropping))),
 
     # What `--evaluate` measures.
     'deletion_area': _check(

@@ -144,7 +144,7 @@ from path_integral import (
     MeanIntegral,
     PathIntegral,
     first_nodes,
-    integrate,
+    integrate_targets,
 )
 from result_files import (
     FIGURES,
@@ -627,7 +627,7 @@ OPTIONS = OPTIONS - {'target', 'baseline'} | {'output_kind', 'background_class',
 class Integration:
     """What came of all paths of one image."""
 
-    mean: MeanIntegral
+    means: list[MeanIntegral]  # of each target
     trend: PathSampler  # of the first path
     start_scores: list[torch.Tensor]  # F at the start of each path, (targets,) each
     reduced: torch.dtype | None
@@ -816,6 +816,7 @@ class IntegratedGradients:
             precision_deviation=integration.deviation if integration.reduced else None,
             retried=retried,
             preparation=engine.preparation,
+            cropping=at_image.view.cropping,
         )
         name = baseline if isinstance(baseline, str) else 'tensor'
         explanation = partial(self._explanation, settings, network, at_image, masks, integration,
@@ -1012,20 +1013,19 @@ class IntegratedGradients:
         network: NetworkDescription,
         build: Callable[[torch.Tensor, torch.Tensor], list[Target]],
     ) -> tuple[AtImage, torch.Tensor]:
-        """What the network says of the image itself, in one pass: prediction, targets, and, where
-        the rule has a node there, their gradient. Also the predicted masks, (K, h, w) bool."""
+        """What the network says of the image itself: prediction and targets, from the whole map,
+        and, where the rule has a node there, their gradient. Also the predicted masks, (K, h, w)
+        bool."""
         refined = settings.tolerance is not None
         at_end = first_nodes(settings.rule, settings.steps, refined)[-1] == 1
-        point = x.clone().requires_grad_(bool(at_end))
-        with torch.set_grad_enabled(point.requires_grad):
-            graph = self.engine.run(point)  # (1, K, h, w)
-        logits = enlarged(graph.detach(), x.shape[-2:])
+        with torch.no_grad():
+            logits = enlarged(self.engine.run(x), x.shape[-2:])  # (1, K, h, w)
         masks = network.predicted(logits[0], settings.threshold)
         targets = build(logits, masks)
-        gradient = None
+        view, gradient = self.engine.compared_view(x, logits, targets), None
         if at_end:  # a velocity of 1: each path that ends here multiplies by its own
-            gradient = self.engine.densities(point, graph, targets, torch.ones_like(x), (1.0,))[0]
-        return AtImage(x, logits, targets, gradient), masks
+            gradient = self.engine.look(x, torch.ones_like(x), view, alphas=(1.0,))[2][0]
+        return AtImage(x, logits, targets, gradient, view), masks
 
     @staticmethod
     def _in_precision(
@@ -1055,7 +1055,7 @@ class IntegratedGradients:
         x, refined = at_image.x, settings.tolerance is not None
         nodes = first_nodes(settings.rule, settings.steps, refined)
         overlap = partial(mask_overlap, network.foreground(masks), network, settings.threshold)
-        mean, first, starts = MeanIntegral(), None, []
+        means, first, starts = [MeanIntegral() for _ in at_image.targets], None, []
         reduced, deviation = None, 0.0
         for path in paths:
             sampler = PathSampler(self.engine, path, at_image, overlap, on_steps)
@@ -1067,9 +1067,13 @@ class IntegratedGradients:
             sampler.reduced = reduced
             rounding = deviation if reduced else 0.0
             enough = partial(exact_enough, settings.tolerance, rounding, sampler)
-            mean.add(integrate(sampler, settings.rule, settings.steps, enough if refined else None))
+            integrals = integrate_targets(
+                sampler.some, len(means), settings.rule, settings.steps, enough if refined else None
+            )
+            for mean, integral in zip(means, integrals, strict=True):
+                mean.add(integral)
             starts.append(sampler.scores[0.0])
-        return Integration(mean, first, starts, reduced, deviation)
+        return Integration(means, first, starts, reduced, deviation)
 
     def _choose_precision(
         self, sampler: PathSampler, nodes: np.ndarray, settings: Settings
@@ -1099,15 +1103,15 @@ class IntegratedGradients:
         number: int,
     ) -> Explanation:
         """The result for one of the targets."""
-        target, mean = at_image.targets[number], integration.mean
+        target, mean = at_image.targets[number], integration.means[number]
         rounding = integration.deviation if integration.reduced else 0.0
-        attributions = mean.integral[number].clone()  # (C, H, W); a slice would keep all alive
+        attributions = mean.integral[0].clone()  # (C, H, W); a slice may keep all targets' alive
         uncertainty, error = None, None
         if mean.uncertainty is not None:
-            relative = float(mean.uncertainty[number].clone().norm() / attributions.norm())
+            relative = float(mean.uncertainty[0].norm() / attributions.norm())
             error = math.hypot(relative, rounding)
             size = attributions.sum(dim=0).square().mean().sqrt()  # of a pixel, root mean square
-            uncertainty = mean.summed_uncertainty[number].hypot(rounding * size).cpu()
+            uncertainty = mean.summed_uncertainty[0].hypot(rounding * size).cpu()
         mask, prediction = network.explained(at_image.logits, masks, target.label)
         return Explanation(
             attributions=attributions.to(device),
@@ -1201,29 +1205,28 @@ def mask_overlap(
 
 
 def exact_enough(
-    tolerance: float, rounding: float, sampler: PathSampler, running: PathIntegral
+    tolerance: float, rounding: float, sampler: PathSampler, number: int, running: PathIntegral
 ) -> bool:
-    """Whether map error and completeness gap of every target are below the tolerance. rounding:
-    what reduced precision adds to the error of the map."""
+    """Whether map error and completeness gap of a target are below the tolerance. rounding: what
+    reduced precision adds to the error of the map. number: of the target; running: its own."""
     errors = running.relative_errors()
     if errors is None:
         return False
-    totals = running.integral.sum(dim=(1, 2, 3))
-    ends = (sampler.scores[1.0], sampler.scores[0.0])
-    return all(
-        math.hypot(error, rounding) <= tolerance
-        and (completeness_gap(total, high, low) or 0.0) <= tolerance
-        for error, total, high, low in torch.stack([errors, totals, *ends], dim=1).tolist()
-    )
+    ends = (sampler.scores[1.0][number], sampler.scores[0.0][number])
+    error, total, high, low = torch.stack([errors[0], running.integral.sum(), *ends]).tolist()
+    gap = completeness_gap(total, high, low) or 0.0
+    return math.hypot(error, rounding) <= tolerance and gap <= tolerance
 
 
 def trend_of(sampler: PathSampler, number: int) -> Trend:
-    """What one target saw along a path."""
-    alphas = sorted(sampler.scores)
+    """What one target saw along a path, at the nodes where it was asked."""
+    scores = {alpha: float(sampler.scores[alpha][number]) for alpha in sorted(sampler.scores)}
+    alphas = [alpha for alpha, score in scores.items() if not math.isnan(score)]
+    seen = sampler.overlaps
     return Trend(
         tuple(alphas),
-        tuple(float(sampler.scores[alpha][number]) for alpha in alphas),
-        tuple(float(sampler.overlaps[alpha]) for alpha in alphas),
+        tuple(scores[alpha] for alpha in alphas),
+        tuple(float(seen[alpha]) if alpha in seen else None for alpha in alphas),
     )
 
 

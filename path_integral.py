@@ -30,9 +30,10 @@ known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -50,6 +51,8 @@ MAX_OPEN_BYTES = 256 * 2**20
 
 # alphas -> the densities there, (targets, C, H, W), one after the other
 Evaluate = Callable[[np.ndarray], Iterable[torch.Tensor]]
+# alphas, each with the targets asked there -> their densities, one alpha after the other
+EvaluateSome = Callable[[Sequence[tuple[float, tuple[int, ...]]]], Iterable[torch.Tensor]]
 
 
 # --------------------------------------------------------------------------- rules
@@ -218,6 +221,13 @@ class MapError:
             self.variance = self.variance + error.variance * sign
             self.refinement = self.refinement + error.refinement * sign
 
+    def of(self, target: int) -> MapError:
+        """That of one of the targets."""
+        if self.variance is None:
+            return self
+        rows = slice(target, target + 1)
+        return MapError(self.variance[rows], self.refinement[rows])
+
     @property
     def uncertainty(self) -> torch.Tensor | None:
         """Estimated error at each place, (targets, C, H, W); None for a single node."""
@@ -240,6 +250,12 @@ class PathIntegral:
         self.error.count(errors[0], sign)
         self.summed_error.count(errors[1], sign)
 
+    def of(self, target: int) -> PathIntegral:
+        """That of one of the targets."""
+        integral = self.integral[target : target + 1]
+        errors = self.error.of(target), self.summed_error.of(target)
+        return PathIntegral(integral, self.evaluations, *errors)
+
     def relative_errors(self) -> torch.Tensor | None:
         """Estimated relative L2 error of each target's map, (targets,); None for a single node."""
         uncertainty = self.error.uncertainty
@@ -253,6 +269,9 @@ def norms(maps: torch.Tensor) -> torch.Tensor:
 
 # Whether the integral is good enough, asked between rounds.
 Enough = Callable[[PathIntegral], bool]
+# A refinement, round by round: gives the nodes of a round, takes the densities there one by one
+# (and gives None between them), returns the integral.
+Rounds = Generator[np.ndarray | None, torch.Tensor, PathIntegral]
 
 
 def integrate(
@@ -262,13 +281,87 @@ def integrate(
 
     evaluate: nodes -> densities. rule: one of RULE_NAMES. steps: how often the density is
     evaluated; with `enough` at most, and the rule is refined from few nodes until that is True.
-    Raises InputError: a number of steps the rule does not have, a rule that is not nested.
+    Of several targets, the nodes suit all. Raises InputError: a number of steps the rule does not
+    have, a rule that is not nested.
     """
+    if _is_fixed(rule, steps, enough):
+        return sum_rule(evaluate, _fixed_rule(rule, steps))
+    return _alone(_rounds(rule, steps, enough), evaluate)
+
+
+def integrate_targets(
+    evaluate: EvaluateSome,
+    count: int,
+    rule: str,
+    steps: int,
+    enough: Callable[[int, PathIntegral], bool] | None = None,
+) -> list[PathIntegral]:
+    """`integrate` for each of `count` targets: with its own nodes, which are those it would get
+    alone, and no longer than it needs; what several ask at one node is asked together.
+
+    enough: told the number of the target.
+    """
+    everyone = tuple(range(count))
+    if _is_fixed(rule, steps, enough):
+        both = sum_rule(
+            lambda nodes: evaluate([(float(node), everyone) for node in nodes]),
+            _fixed_rule(rule, steps),
+        )
+        return [both.of(target) for target in everyone]
+    tests = [enough and partial(enough, target) for target in everyone]
+    return _in_step([_rounds(rule, steps, test) for test in tests], evaluate)
+
+
+def _is_fixed(rule: str, steps: int, enough: object) -> bool:
+    """Whether all nodes are known beforehand."""
+    return steps == 1 or enough is None if rule != ADAPTIVE else steps == 1
+
+
+def _fixed_rule(rule: str, steps: int) -> Rule:
+    return midpoint_rule(1) if rule == ADAPTIVE else RULES[rule](steps)
+
+
+def _rounds(rule: str, steps: int, enough: Enough | None) -> Rounds:
     if rule == ADAPTIVE:
-        return integrate_adaptively(evaluate, steps, enough)
-    if enough is None:
-        return sum_rule(evaluate, RULES[rule](steps))
-    return _integrate_nested(evaluate, rule, steps, enough)
+        return adaptive_rounds(steps, enough)
+    return nested_rounds(rule, steps, enough)
+
+
+def _alone(rounds: Rounds, evaluate: Evaluate) -> PathIntegral:
+    """Give a refinement what it asks for."""
+    nodes = next(rounds)
+    while True:
+        following = None
+        for density in evaluate(nodes):
+            try:
+                following = rounds.send(density)
+            except StopIteration as end:
+                return end.value
+        nodes = following
+
+
+def _in_step(all_rounds: Sequence[Rounds], evaluate: EvaluateSome) -> list[PathIntegral]:
+    """Give refinements of several targets what they ask for: in each round every node once, with
+    the targets that ask there."""
+    results: dict[int, PathIntegral] = {}
+    asked = {target: next(rounds) for target, rounds in enumerate(all_rounds)}
+    while asked:
+        there: dict[float, list[int]] = defaultdict(list)
+        for target, nodes in asked.items():
+            for node in nodes:
+                there[float(node)].append(target)
+        wanted = [(node, tuple(there[node])) for node in sorted(there)]
+        asked = {}
+        for (_, targets), densities in zip(wanted, evaluate(wanted), strict=True):
+            for density, target in zip(densities.split(1), targets, strict=True):
+                try:
+                    # Its own memory: it may be kept when the others' are not.
+                    following = all_rounds[target].send(density.clone())
+                except StopIteration as end:
+                    results[target] = end.value
+                else:
+                    asked |= {} if following is None else {target: following}
+    return [results[target] for target in range(len(all_rounds))]
 
 
 def interval_errors(
@@ -325,15 +418,17 @@ def sum_rule(evaluate: Evaluate, rule: Rule) -> PathIntegral:
     return running
 
 
-def _integrate_nested(evaluate: Evaluate, rule: str, steps: int, enough: Enough) -> PathIntegral:
+def nested_rounds(rule: str, steps: int, enough: Enough) -> Rounds:
     """Levels of a nested rule, one after the other; all densities are kept between them."""
     known: dict[float, torch.Tensor] = {}
     for count in _nested_counts(rule, steps):
         level = RULES[rule](count)
         keys = [round(float(node), 12) for node in level.nodes]
         fresh = [row for row, key in enumerate(keys) if key not in known]
-        for row, density in zip(fresh, evaluate(level.nodes[fresh]), strict=True):
-            known[keys[row]] = density
+        asked: np.ndarray | None = level.nodes[fresh]
+        for row in fresh:
+            known[keys[row]] = yield asked
+            asked = None
         by_level = sum_rule(lambda _, keys=keys: (known[key] for key in keys), level)
         if enough(by_level):
             break
@@ -374,21 +469,39 @@ def intervals_between(
     return intervals
 
 
+# How much an interval may change the map of each target.
+Priority = Callable[[Interval], torch.Tensor]
+
+
 def integrate_adaptively(
     evaluate: Evaluate,
     steps: int,
     enough: Enough | None = None,
-    priority: Callable[[Interval], torch.Tensor] = lambda interval: interval.bound,
+    priority: Priority = lambda interval: interval.bound,
 ) -> PathIntegral:
-    """Bisect where the map may still change most, until `steps` are spent or it is enough.
+    """`adaptive_rounds`; a single step is the midpoint rule."""
+    if steps == 1:
+        return sum_rule(evaluate, _first_rule(steps))
+    return _alone(adaptive_rounds(steps, enough, priority), evaluate)
+
+
+def adaptive_rounds(
+    steps: int,
+    enough: Enough | None = None,
+    priority: Priority = lambda interval: interval.bound,
+) -> Rounds:
+    """Bisect where the map may still change most, until `steps`, at least 2, are spent or it is
+    enough.
 
     Of several targets the one with the largest relative error decides. What is bisected does not
-    depend on how many steps go through the network at once. A single step is the midpoint rule.
+    depend on how many steps go through the network at once.
     """
     first = _first_rule(steps)
-    if steps == 1:
-        return sum_rule(evaluate, first)
-    nodes, densities = first.nodes.tolist(), list(evaluate(first.nodes))
+    nodes, densities = first.nodes.tolist(), []
+    asked: np.ndarray | None = first.nodes
+    for _ in nodes:
+        densities.append((yield asked))
+        asked = None
     weights = zip(densities, first.weights.tolist(), strict=True)
     running = PathIntegral(sum(density * weight for density, weight in weights), len(nodes))
     scale = norms(running.integral).clamp(min=torch.finfo(running.integral.dtype).tiny)
@@ -403,10 +516,12 @@ def integrate_adaptively(
         sizes = torch.stack([(priority(interval) / scale).max() for interval in intervals])
         order = sizes.argsort(descending=True, stable=True).tolist()[:most]
         count = min(max(1, len(order) // BISECTED_SHARE), steps - running.evaluations)
-        cuts = [intervals[row] for row in order[:count]]
+        cuts = sorted((intervals[row] for row in order[:count]), key=lambda cut: cut.left)
         intervals = [intervals[row] for row in sorted(order[count:])]
-        for cut, density in zip(cuts, evaluate(np.array([c.middle for c in cuts])), strict=True):
-            intervals += _bisect(running, cut, density)
+        asked = np.array([cut.middle for cut in cuts])
+        for cut in cuts:
+            intervals += _bisect(running, cut, (yield asked))
+            asked = None
         running.evaluations += count
     return running
 

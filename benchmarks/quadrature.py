@@ -34,7 +34,7 @@ sys.path.append(str(HERE.parent))  # at the end: this file has the name of no mo
 
 from rival_rules import NUIG_INTERVALS, nuig_rule, riemannopt_rule  # noqa: E402
 
-from gradient_engine import improved_copy  # noqa: E402
+from gradient_engine import prepared_copy  # noqa: E402
 from integrated_gradients import build_baselines, choose_samples  # noqa: E402
 from model_loading import load_model  # noqa: E402
 from path_integral import (  # noqa: E402
@@ -149,7 +149,7 @@ def load(model_path: str, size: int | None) -> tuple[torch.nn.Module, Preprocess
         own = model.preprocessing
         fit = Preprocessing(size or own.image_size, 'stretch', own.mean, own.std)
         example = torch.zeros(1, 3, fit.image_size, fit.image_size)
-        _prepared[model_path] = improved_copy(model, example)[0], fit
+        _prepared[model_path] = prepared_copy(model, example)[0], fit
     return _prepared[model_path]
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import Function, relative_error
 
 from attribution_path import StraightPath, plain_map
-from gradient_engine import AtImage, GradientEngine, PathSampler
+from gradient_engine import AtImage, GradientEngine, PathSampler, View
 from integrated_gradients import Target
 from path_integral import ADAPTIVE, MeanIntegral, integrate
 
@@ -29,10 +29,8 @@ def sampled(network, paths, x, rule=ADAPTIVE, steps=33, batch=4, shared=True):
     engine = GradientEngine(network.double(), torch.device('cpu'), batch, False)
     mean, samplers = MeanIntegral(), []
     with engine.running(x):
-        point = x.clone().requires_grad_()
-        logits = engine.run(point)
-        gradient = engine.densities(point, logits, [WHOLE], torch.ones_like(x))[0]
-        at_image = AtImage(x, logits.detach(), [WHOLE], gradient if shared else None)
+        maps, _, gradient = engine.look(x, torch.ones_like(x), View((WHOLE,)))
+        at_image = AtImage(x, maps[0], [WHOLE], gradient[0] if shared else None)
         for path in paths:
             sampler = PathSampler(engine, path, at_image, lambda logits: torch.ones(len(logits)))
             sampler.see_the_ends(density_at_start=False)

@@ -1,224 +1,69 @@
-"""The prepared copy of a network computes the same, and only what may be folded is folded."""
+"""A network is prepared so that it computes the same, and what cannot be prepared runs as it is;
+the rewrites themselves are tested in test_network_graph."""
 
-import copy
-
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import relative_error
 from torch import nn
 
 import gradient_engine
-from gradient_engine import (
-    TransposedBackwardConv2d,
-    find_followers,
-    improved_copy,
-    is_replaceable,
-    measure_deviation,
-    prepared_copy,
-)
-from model_loading import create_model
+import network_graph
+from attribution_target import Target
+from gradient_engine import GradientEngine, View, boxes_of, parts_of, prepared_copy
+from integrated_gradients import IntegratedGradients
+from network_graph import NetworkGraph
+
+CPU = torch.device('cpu')
 
 
-def randomise(network: nn.Module) -> nn.Module:
-    """Batch norms with statistics that matter."""
-    generator = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(generator=generator)
-            module.running_var.uniform_(0.5, 2, generator=generator)
-            if module.affine:
-                module.weight.data.uniform_(0.5, 2, generator=generator)
-                module.bias.data.normal_(generator=generator)
-    return network.eval()
+def engine_of(network: nn.Module) -> GradientEngine:
+    return GradientEngine(network.eval().requires_grad_(False), CPU, 2, False)
 
 
-def check_same(network: nn.Module, size: int = 16) -> tuple[nn.Module, int]:
-    """The improved copy in double precision agrees to rounding; returns it and what was folded."""
-    network = randomise(network).double()
-    x = torch.randn(
-        1, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )
-    improved, folded, _ = improved_copy(network, x)
-    assert max(measure_deviation(network, improved, x)) < 1e-12
-    return improved, folded
-
-
-class Twisted(nn.Module):
-    """Its children stand in another order than they run."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm_b = nn.BatchNorm2d(5)
-        self.first = nn.Conv2d(3, 5, 3)
-        self.norm_a = nn.BatchNorm2d(5)
-        self.second = nn.Conv2d(5, 5, 3, bias=False)
-
-    def forward(self, x):
-        return self.norm_b(self.second(F.relu(self.norm_a(self.first(x)))))
-
-
-def test_folding_follows_the_data_not_the_order_of_the_children():
-    network = Twisted()
-    followers = find_followers(randomise(network), torch.randn(1, 3, 16, 16))
-    assert followers == {network.first: network.norm_a, network.second: network.norm_b}
-    improved, folded = check_same(network)
-    assert folded == 2
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in improved.modules())
-
-
-class Custom(nn.Module):
-    """conv, norm and a formula of both."""
-
-    def __init__(self, formula):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.other = nn.Conv2d(3, 3, 3, padding=1)
-        self.norm = nn.BatchNorm2d(3)
-        self.formula = formula
-
-    def forward(self, x):
-        return self.formula(self, x)
-
-
-def read_twice(net, x):
-    y = net.conv(x)
-    return net.norm(y) + y
-
-
-def read_by_a_method(net, x):
-    y = net.conv(x)
-    return net.norm(y) * y.mean()
-
-
-def read_in_a_list(net, x):
-    y = net.conv(x)
-    return torch.cat([net.norm(y), y], dim=1)
-
-
-def activation_between(net, x):
-    return net.norm(F.relu(net.conv(x)))
-
-
-def norm_first(net, x):
-    return net.conv(net.norm(x))
-
-
-def convolution_runs_twice(net, x):
-    return net.norm(net.conv(net.conv(x)))
-
-
-def norm_runs_twice(net, x):
-    return net.norm(net.conv(x)) + net.norm(net.other(x))
-
-
-def changed_in_place_before(net, x):
-    y = net.conv(x)
-    y.mul_(2)
-    return net.norm(y)
-
-
-@pytest.mark.parametrize(
-    'formula',
-    [read_twice, read_by_a_method, read_in_a_list, activation_between, norm_first,
-     convolution_runs_twice, norm_runs_twice, changed_in_place_before],
-)  # fmt: skip
-def test_what_cannot_be_folded_is_left_alone(formula):
-    _, folded = check_same(Custom(formula))
-    assert folded == 0
-
-
-def test_asking_for_the_shape_does_not_prevent_folding():
-    def asks(net, x):
-        y = net.conv(x)
-        assert y.shape[-1] == y.size(-1) and y.dim() == y.ndim == 4
-        return net.norm(y)
-
-    assert check_same(Custom(asks))[1] == 1
-
-
-def test_shared_weights_are_not_folded():
-    network = Custom(lambda net, x: net.norm(net.conv(x)) + net.other(x))
-    network.other.weight = network.conv.weight
-    assert check_same(network)[1] == 0
-
-
-@pytest.mark.parametrize(
-    'options', [{'affine': False}, {'track_running_stats': False}, {'eps': 0.1}]
-)
-def test_kinds_of_batch_norm(options):
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options))
-    if 'track_running_stats' in options:  # such a norm uses the batch: it stays
-        improved, folded, _ = improved_copy(network.eval(), torch.randn(1, 3, 8, 8))
-        assert folded == 0 and isinstance(improved[1], nn.BatchNorm2d)
-    else:
-        assert check_same(network)[1] == 1
-
-
-@pytest.mark.parametrize('kernel', [1, 3, (1, 5), (3, 2)])
-@pytest.mark.parametrize('padding', [0, 1])
-@pytest.mark.parametrize('dilation', [1, 2])
-def test_transposed_backward_is_the_gradient(kernel, padding, dilation):
-    convolution = nn.Conv2d(3, 7, kernel, padding=padding, dilation=dilation).double()
-    reaches = [dilation * (k - 1) for k in convolution.kernel_size]
-    assert is_replaceable(convolution) == (padding <= min(reaches))
-    if not is_replaceable(convolution):
-        return
-    x = torch.randn(2, 3, 11, 13, dtype=torch.float64, requires_grad=True)
-    outputs = [net(x) for net in (convolution, TransposedBackwardConv2d(convolution))]
-    vector = torch.randn_like(outputs[0])
-    gradients = [torch.autograd.grad(y, x, vector)[0] for y in outputs]
-    torch.testing.assert_close(outputs[0], outputs[1])
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
-@pytest.mark.parametrize(
-    'module',
-    [
-        nn.Conv2d(4, 4, 3, stride=2),
-        nn.Conv2d(4, 4, 3, groups=2),
-        nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect'),
-        nn.Conv2d(4, 4, 3, padding='same'),
-        nn.Conv2d(4, 4, 3, padding=3),
-        nn.ConvTranspose2d(4, 4, 3),
-        nn.ReLU(),
-    ],
-)
-def test_other_modules_keep_their_backward(module):
-    assert not is_replaceable(module)
-
-
-@pytest.mark.parametrize(
-    'architecture, encoder',
-    [('unetplusplus', 'efficientnet-b0'), ('unet', 'resnet18'), ('fpn', 'mobilenet_v2'),
-     ('deeplabv3plus', 'tu-tf_efficientnet_lite0'), ('pan', 'resnet18'), ('linknet', 'resnet18')],
-)  # fmt: skip
-def test_real_networks_agree_to_rounding(architecture, encoder):
+def decoder() -> nn.Module:
+    """Sees three pixels around."""
     torch.manual_seed(0)
-    network = create_model(architecture, encoder, 1)
-    _, folded = check_same(network, 128)
-    assert folded >= 20
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU(),
+        nn.Conv2d(4, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1),
+    ).double()  # fmt: skip
+
+
+def square(top: int, left: int, side: int, size: int = 64) -> Target:
+    weights = torch.zeros(1, size, size)
+    weights[:, top : top + side, left : left + side] = 1 / side**2
+    return Target(f'{top},{left}', weights)
+
+
+@pytest.fixture
+def x():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(1, 3, 64, 64, generator=generator, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------ preparing
 
 
 def test_demo_model_in_single_precision(demo_model, brain):
     before = {name: value.clone() for name, value in demo_model.state_dict().items()}
     network, prepared = prepared_copy(demo_model, brain)
-    assert not prepared.fell_back and prepared.folded == 70 and prepared.transposed > 30
+    assert isinstance(network, NetworkGraph) and not prepared.fell_back
+    assert prepared.no_graph is None
+    assert prepared.folded == 70 and prepared.transposed > 30 and prepared.padded == 5
     assert prepared.logit_deviation < 1e-5
-    assert network is not demo_model
     for name, value in demo_model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.requires_grad for parameter in demo_model.parameters())
 
 
-def test_a_copy_that_deviates_is_not_used(monkeypatch, demo_model, brain):
-    fold = gradient_engine.fold
+def test_a_graph_that_deviates_is_not_used(monkeypatch, demo_model, brain):
+    fold = network_graph.fold
 
-    def wrong(convolution, norm):
-        fold(convolution, norm)
-        convolution.bias.data += 0.01
+    def wrong(graph, convolution, axis, scale, shift):
+        fold(graph, convolution, axis, scale, shift + 0.01)
 
-    monkeypatch.setattr(gradient_engine, 'fold', wrong)
+    monkeypatch.setattr(network_graph, 'fold', wrong)
     network, prepared = prepared_copy(demo_model, brain)
     assert prepared.fell_back and network is demo_model
     assert prepared.logit_deviation > 1e-4
@@ -226,7 +71,6 @@ def test_a_copy_that_deviates_is_not_used(monkeypatch, demo_model, brain):
 
 def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain):
     """Single precision may differ by more than the tolerance; double precision decides."""
-    network = randomise(Twisted())
     measured = []
 
     def measure(original, other, example):
@@ -234,47 +78,172 @@ def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain
         return (1e-3, 1e-3) if example.dtype == torch.float32 else (1e-13, 1e-13)
 
     monkeypatch.setattr(gradient_engine, 'measure_deviation', measure)
-    _, prepared = prepared_copy(network, brain)
+    _, prepared = prepared_copy(decoder().float(), brain)
     assert measured == [torch.float32, torch.float64]
     assert not prepared.fell_back and prepared.gradient_deviation == 1e-3
 
 
-def test_a_network_that_cannot_be_copied_runs_as_it_is(brain):
-    class Stubborn(nn.Conv2d):
+class Branching(nn.Conv2d):
+    """Asks for a value on the way, which no graph holds."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(2 * x)
+
+
+def test_a_network_without_a_graph_runs_as_it_is_and_says_why(brain):
+    network = Branching(3, 1, 3).eval()
+    copied, prepared = prepared_copy(network, brain)
+    assert type(copied) is Branching and copied is not network
+    assert prepared.folded == prepared.transposed == 0 and prepared.no_graph
+    assert prepared.logit_deviation < 1e-6 and not prepared.fell_back
+
+
+def test_what_cannot_be_copied_either_is_run_itself(brain):
+    class Stubborn(Branching):
         def __deepcopy__(self, memo):
             raise TypeError('no copies')
 
     network = Stubborn(3, 1, 3).eval()
     copied, prepared = prepared_copy(network, brain)
-    assert copied is network and prepared.folded == prepared.transposed == 0
+    assert copied is network and prepared.no_graph
 
 
-def test_improved_copy_of_a_network_in_training_mode_evaluates():
-    network = randomise(Twisted()).train()
-    x = torch.randn(1, 3, 16, 16)
-    improved, _, _ = improved_copy(network, x)
-    expected = copy.deepcopy(network).eval()(x)
-    assert relative_error(improved(x), expected) < 1e-5
+def test_a_gradient_of_ones_own_is_not_lost(brain):
+    """Exporting drops a custom backward: the comparison of gradients notices."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    class Network(nn.Conv2d):
+        def forward(self, x):
+            return Doubled.apply(super().forward(x))
+
+    network = Network(3, 1, 3).eval()
+    copied, prepared = prepared_copy(network, brain)
+    assert prepared.no_graph or (prepared.fell_back and copied is network)
+
+
+def test_a_network_in_training_mode_is_prepared_for_evaluation_and_stays_in_training():
+    network = decoder().train()
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    prepared, _ = prepared_copy(network, x)
     assert network.training
+    assert relative_error(prepared(x), network.eval()(x)) < 1e-12
 
 
-class WithoutDouble(torch.Tensor):
-    """A tensor of a device that has no float64, as MPS."""
+def test_a_size_has_a_graph_of_its_own_and_finds_it_again(x):
+    engine = engine_of(decoder())
+    graphs = []
+    for part in (x, x[..., :32, :48], x):
+        with engine.running(part):
+            assert engine.run(part).shape[-2:] == part.shape[-2:]
+            graphs.append(engine.network)
+    assert graphs[0] is graphs[2] is not graphs[1]
 
-    def double(self):
-        raise TypeError('no float64 here')
 
-    def cpu(self):
-        return super().cpu().as_subclass(torch.Tensor)
+# ------------------------------------------------------------------ cropping to the targets
 
 
-def test_folding_asks_no_device_for_double_precision():
-    conv, norm = nn.Conv2d(3, 4, 3), randomise(nn.BatchNorm2d(4))
-    expected = norm(conv(x := torch.randn(1, 3, 8, 8)))
-    for module in (conv, norm):
-        for name, value in (*module.named_parameters(), *module.named_buffers()):
-            if value.is_floating_point():
-                delattr(module, name)
-                setattr(module, name, value.detach().as_subclass(WithoutDouble))
-    gradient_engine.fold(conv, norm)
-    torch.testing.assert_close(conv(x).as_subclass(torch.Tensor), expected.detach())
+def test_parts_of_a_region_have_boxes_of_their_own():
+    region = torch.zeros(50, 60, dtype=torch.bool)
+    region[3:5, 7:10] = True
+    region[40:, 59] = True
+    assert boxes_of(region) == [
+        (None, None, (3, 5), (7, 10)), (None, None, (40, 50), (59, 60)),
+    ]  # fmt: skip
+    speckled = torch.zeros(50, 60, dtype=torch.bool)
+    speckled[1:49:2, 2:59:2] = True
+    assert boxes_of(speckled) == [(None, None, (1, 48), (2, 59))]
+
+
+def test_a_pixel_in_two_boxes_counts_once():
+    target = square(10, 10, 20)
+    boxes = [(None, None, (0, 22), (0, 22)), (None, None, (12, 40), None)]
+    first, second = parts_of(target, boxes)
+    assert first.weights.shape == (1, 22, 22) and second.weights.shape == (1, 28, 64)
+    both = float(first.weights.sum() + second.weights.sum())
+    assert both == pytest.approx(float(target.weights[:, :22, :22].sum()) + 8 * 20 / 400
+                                 + 10 * 8 / 400)  # fmt: skip
+    assert parts_of(target, [(None, None, (0, 5), (0, 5))]) == (None,)
+
+
+@pytest.mark.parametrize('score', ['logit', 'probability'])
+def test_what_is_seen_of_some_targets_is_what_the_whole_map_gives(x, score):
+    """Alone and in company, at corners and edges, a pixel and overlapping regions."""
+    engine = engine_of(decoder())
+    targets = [square(0, 0, 5), square(30, 59, 5), square(40, 20, 1), square(41, 18, 8)]
+    targets = [Target(t.name, t.weights, score) for t in targets]
+    points = torch.cat([x, 0.3 * x])
+    with engine.running(x):
+        whole = engine.look(points, x, View(tuple(targets)))
+        for some in (targets, targets[:1], targets[2:]):
+            view = engine.view(some)
+            assert view.plan is not None and view.cropping.computed_share < 0.6
+            _, scores, densities = engine.look(points, x, view)
+            rows = [targets.index(target) for target in some]
+            torch.testing.assert_close(scores, whole[1][:, rows])
+            torch.testing.assert_close(densities, whole[2][:, rows])
+        assert engine.view([square(0, 0, 64)]).plan is None  # nothing to crop
+
+
+def test_crops_that_deviate_are_not_used(monkeypatch, x):
+    engine = engine_of(decoder())
+    with engine.running(x):
+        logits = engine.run(x)
+        good = engine.compared_view(x, logits, [square(5, 5, 5)])
+        assert good.plan is not None and good.cropping.logit_deviation < 1e-12
+        assert good.cropping.gradient_deviation < 1e-12
+        again = engine.compared_view(x, logits, [square(8, 5, 5)])
+        assert again.cropping.gradient_deviation is None  # measured once for a size
+        bad = engine.compared_view(x, logits + 0.01, [square(5, 5, 5)])
+        assert bad.plan is None and bad.cropping.fell_back
+
+
+def test_a_target_is_explained_alike_alone_and_in_company(x):
+    """Also where nodes are chosen on the way, and where it is finished before the others."""
+    ig = IntegratedGradients(decoder().eval(), 'cpu', step_batch=2)
+    targets = [square(0, 0, 5), square(30, 50, 9), square(40, 20, 1)]
+    options = {'baseline_type': torch.zeros_like(x), 'tolerance': 0.002, 'max_steps': 40}
+    together = ig.explain_targets(x, targets, **options)
+    for target, one in zip(targets, together, strict=True):
+        alone = ig.explain(x, target, **options)
+        assert relative_error(one.attributions, alone.attributions) < 1e-9
+        assert (one.steps, one.trend.alphas) == (alone.steps, alone.trend.alphas)
+        assert one.within_tolerance and one.cropping.computed_share < 0.9
+    assert len({one.steps for one in together}) > 1
+
+
+def test_the_mask_is_followed_where_a_whole_map_is_there(x):
+    ig = IntegratedGradients(decoder().eval(), 'cpu')
+    found = ig.explain(x, square(0, 0, 5), torch.zeros_like(x), 6, 'midpoint')
+    trend = dict(zip(found.trend.alphas, found.trend.mask_iou, strict=True))
+    assert trend[0.0] is not None and trend[1.0] == 1 and None in trend.values()
+    assert not any(np.isnan(found.trend.scores))
+
+
+class MixedTypes(nn.Module):
+    """Computes a part in float32 whatever comes in, which weights in bfloat16 do not go with."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x).float().exp())
+
+
+@pytest.mark.parametrize('kind', [decoder, MixedTypes])
+def test_reduced_precision_runs_whole_where_types_are_not_mixed(x, kind):
+    torch.manual_seed(0)
+    engine, x = engine_of(kind().float()), x.float()
+    with engine.running(x), torch.no_grad():
+        exact, reduced = engine.run(x), engine.run(x, torch.bfloat16)
+        assert reduced.dtype == torch.float32
+        assert 1e-4 < relative_error(reduced, exact) < 0.03
+        assert engine._reduced[torch.bfloat16] == (kind is decoder)

@@ -29,7 +29,7 @@ from integrated_gradients import (
     explanation_statistics,
     plain_map,
 )
-from network_description import LOGITS, NetworkDescription
+from network_graph import Plan
 
 
 def explain(formula, x, baseline, **options) -> Explanation:
@@ -609,47 +609,38 @@ def test_progress_goes_to_stderr(ig, brain, capsys):
 # ------------------------------------------------------------------ shared work
 
 
-class Counting(nn.Module):
-    """Counts the images and the backward passes that go through a network."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network, self.forwards, self.backwards = network, 0, 0
-        self.network_description = NetworkDescription(gives=LOGITS)
-
-    def forward(self, x):
-        self.forwards += len(x)
-        y = self.network(x)
-        if y.requires_grad:
-            y.register_hook(self.count)
-        return y
-
-    def count(self, gradient):
-        self.backwards += len(gradient)
-
-    def __deepcopy__(self, memo):
-        raise TypeError('counted as it is')
-
-
-def test_several_targets_share_the_forward_passes(exact_ig, brain_detail):
-    counting = Counting(exact_ig.model)
-    engine = IntegratedGradients(counting, 'cpu', exact_ig.preprocessing, step_batch=2)
-    engine.explain(brain_detail, num_steps=2)  # prepares
+def test_several_targets_share_the_forward_passes(exact_ig, brain_detail, monkeypatch):
+    ig = IntegratedGradients(exact_ig.model, 'cpu', exact_ig.preprocessing, step_batch=2)
+    ig.explain(brain_detail, num_steps=2)  # prepares
     rows = torch.arange(64).view(-1, 1).expand(64, 64)
     regions = [rows < 20, rows > 50, torch.ones(64, 64, dtype=torch.bool)]
-    spent = []
+    spent = {'forwards': 0, 'backwards': 0}
+
+    def count(what, work):
+        def counted(plan, x, *rest):
+            spent[what] += len(x)
+            return work(plan, x, *rest)
+
+        return counted
+
+    gradients = torch.autograd.grad
+
+    def grad(outputs, inputs, **options):
+        spent['backwards'] += len(inputs)
+        return gradients(outputs, inputs, **options)
+
+    monkeypatch.setattr(Plan, 'run', count('forwards', Plan.run))
+    monkeypatch.setattr(torch.autograd, 'grad', grad)
+    counted = []
     for targets in (regions[:1], regions):
-        counting.forwards = counting.backwards = 0
-        together = engine.explain_targets(brain_detail, targets, num_steps=9)
-        spent.append((counting.forwards, counting.backwards))
-        assert {one.cost.forward_passes for one in together} == {counting.forwards}
-    assert spent == [(9, 9), (9, 27)]  # prediction, F(x), F(x') and the nodes 0 and 1 are shared
-    # A backward pass costs about as much as a forward pass: k targets (1 + k) / 2 of one.
-    assert sum(spent[1]) < (1 + 0.6 * 2) * sum(spent[0])
-    # The nodes suit all targets: with a fixed rule each is what it is alone.
-    together = engine.explain_targets(brain_detail, regions, num_steps=9, rule='midpoint')
+        spent |= {'forwards': 0, 'backwards': 0}
+        together = ig.explain_targets(brain_detail, targets, num_steps=9, rule='midpoint')
+        counted.append((spent['forwards'], spent['backwards']))
+        assert {one.cost.forward_passes for one in together} == {spent['forwards']}
+    # 9 nodes, the prediction, F(x'), and the crop to the first region, which is compared.
+    assert counted == [(12, 9), (11, 27)]
     for region, one in zip(regions, together, strict=True):
-        alone = engine.explain(brain_detail, region, num_steps=9, rule='midpoint')
+        alone = ig.explain(brain_detail, region, num_steps=9, rule='midpoint')
         assert relative_error(one.attributions, alone.attributions) < 1e-9
         assert one.score == pytest.approx(alone.score)
         assert one.trend.scores == pytest.approx(alone.trend.scores)
@@ -661,9 +652,14 @@ def test_the_same_target_object_may_be_given_twice(ig, brain):
     assert relative_error(second.attributions, first.attributions) < 1e-6
 
 
-def test_open_rules_need_two_more_forward_passes(exact_ig, brain_detail):
+def test_open_rules_need_two_more_forward_passes_and_a_crop_one_for_comparison(
+    exact_ig, brain_detail
+):
     found = exact_ig.explain(brain_detail, num_steps=9, rule='midpoint')
-    assert found.cost.forward_passes == 11 and found.gradient_evaluations == 9
+    assert found.cropping.computed_share < 0.9
+    assert found.cost.forward_passes == 9 + 2 + 1 and found.gradient_evaluations == 9
+    whole = exact_ig.explain(brain_detail, 'image', num_steps=9, rule='midpoint')
+    assert whole.cropping.computed_share == 1 and whole.cost.forward_passes == 9 + 2
 
 
 # ------------------------------------------------------------------ tolerance and precision
@@ -780,5 +776,6 @@ def test_trend_from_the_baseline_to_the_image(ig, brain, rule):
     assert list(trend.alphas) == sorted(trend.alphas)
     assert trend.scores[0] == pytest.approx(found.baseline_score)
     assert trend.scores[-1] == pytest.approx(found.score)
-    assert trend.mask_iou[-1] == 1 and all(0 <= iou <= 1 for iou in trend.mask_iou)
+    assert trend.mask_iou[-1] == 1
+    assert all(0 <= iou <= 1 for iou in trend.mask_iou if iou is not None)
     assert trend.mask_iou[0] == 0  # black holds no structure
