@@ -618,6 +618,10 @@ def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
 
 # --------------------------------------------------------------------------- IntegratedGradients
 
+MASK_SHARE = 0.05  # of a path's work, at most, goes into whole maps between its ends
+FORWARD_SHARE = 0.4  # of a gradient's work that its forward pass is, about
+MOST_MASKS = 3
+
 # What `explain` takes beside its own arguments.
 OPTIONS = {name for name, known in Settings.table().items() if known.group == ATTRIBUTION}
 OPTIONS = OPTIONS - {'target', 'baseline'} | {'output_kind', 'background_class', 'outputs'}
@@ -1062,6 +1066,9 @@ class IntegratedGradients:
             sampler.see_the_ends(density_at_start=bool(nodes[0] == 0))
             if first is None:
                 first = sampler
+                share = at_image.view.cropping.computed_share
+                planned = len(nodes) if refined else settings.steps
+                sampler.see_maps(mask_nodes(nodes, planned, share))
                 reduced, deviation = self._choose_precision(sampler, nodes, settings)
                 self.engine.step_batch.start(x.shape[-2] * x.shape[-1], reduced)
             sampler.reduced = reduced
@@ -1216,6 +1223,21 @@ def exact_enough(
     error, total, high, low = torch.stack([errors[0], running.integral.sum(), *ends]).tolist()
     gap = completeness_gap(total, high, low) or 0.0
     return math.hypot(error, rounding) <= tolerance and gap <= tolerance
+
+
+def mask_nodes(nodes: np.ndarray, steps: int, share: float) -> list[float]:
+    """The nodes between the ends at which the predicted mask is followed too, on a cropped path:
+    a few, spread evenly, since each takes a forward pass of the whole network. None of a path that
+    is not cropped, where the mask is seen at every node.
+
+    nodes: those that are asked whatever is found. steps: of the path. share: of the work of a whole
+    gradient that a cropped one takes.
+    """
+    count = min(MOST_MASKS, int(MASK_SHARE * steps * share / FORWARD_SHARE))
+    if share == 1:
+        return []
+    places = (np.arange(count) + 1) / (count + 1)
+    return sorted({float(nodes[np.abs(nodes - place).argmin()]) for place in places})
 
 
 def trend_of(sampler: PathSampler, number: int) -> Trend:

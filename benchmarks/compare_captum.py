@@ -5,12 +5,12 @@
         --data_dir demo/Dataset_no_preprocessing --image_size 256
 
 Runs are interleaved, the medians of --repeats compared: seconds for the same nodes in float32 and
-in reduced precision, for the same map error, for 1 and 3 targets, for 1 and several images. Captum
-runs with Gauss-Legendre nodes and internal_batch_size 1, which needs the least memory; ours
-measures its step batch. Writes benchmarks/results/compare_captum_NAME.md. With --memory: instead
-the peak memory of each in a process of its own, in compare_captum_NAME_memory.md. With --profile:
-where the time of one gradient goes, and how far that is from what the machine can multiply, in
-compare_captum_NAME_profile.md.
+in reduced precision, for the same map error, until a map is known to be good, for targets of
+different size, for 1 and 3 targets, for 1 and several images. Captum runs with Gauss-Legendre nodes
+and internal_batch_size 1, which needs the least memory; ours measures its step batch. Writes
+benchmarks/results/compare_captum_NAME.md. With --memory: instead the peak memory of each in a
+process of its own, in compare_captum_NAME_memory.md. With --profile: where the time of one gradient
+goes, and how far that is from what the machine can multiply, in compare_captum_NAME_profile.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import captum.attr
+import cv2
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,6 +48,7 @@ from integrated_gradients import (  # noqa: E402
 from segmentation_dataset import Preprocessing, list_samples  # noqa: E402
 
 CAPTUM_NODES = 50  # its default
+KNOWN_ERROR = 0.05  # of a map, relative L2
 STEP_COUNTS = (8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 44, 48, 56, 64, 80, 96, 128)
 # Parts of a profile, by what the name of an operator holds; the first that matches.
 PARTS = {
@@ -246,13 +248,11 @@ prepared copy takes {spent:.2f} s ({100 * work / peak / spent:.0f} % of the peak
 """
 
 
-def equal_error_steps(bench: Bench, reference_nodes: int) -> tuple[float, int]:
+def equal_error_steps(bench: Bench, reference: torch.Tensor) -> tuple[float, int]:
     """The map error of Captum's default, and how many steps of the adaptive rule reach it.
 
-    Against a reference of equidistant nodes (trapezoid rule). Found by bisection, as if more
-    steps were always better.
+    Found by bisection, as if more steps were always better.
     """
-    reference = bench.explain(0, rule='trapezoid', num_steps=reference_nodes).attributions
     level = deviation(bench.captum(0, CAPTUM_NODES), reference)
 
     def reaches(steps: int) -> bool:
@@ -287,6 +287,59 @@ def compare_sharing(bench: Bench, gauss: dict, repeats: int, row: Callable[..., 
     row(f'{len(some)} images', seconds['Captum'], seconds['ours'])
 
 
+def regions_of(region: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Targets of different size, (h, w) bool each: the largest object of a mask, its middle pixel,
+    and boxes around that of a fiftieth and of a quarter of the image."""
+    _, numbers, sizes, _ = cv2.connectedComponentsWithStats(region.numpy().astype(np.uint8))
+    found = torch.from_numpy(numbers == 1 + int(np.argmax(sizes[1:, cv2.CC_STAT_AREA])))
+    row, column = (int(line.float().median()) for line in found.nonzero().T)
+
+    def box(share: float) -> torch.Tensor:
+        height, width = (max(1, round(share**0.5 * size)) for size in region.shape)
+        top = min(max(0, row - height // 2), region.shape[0] - height)
+        left = min(max(0, column - width // 2), region.shape[1] - width)
+        chosen = torch.zeros_like(region)
+        chosen[top : top + height, left : left + width] = True
+        return chosen
+
+    return {'one object': found, 'one pixel': box(0), 'a small region': box(0.02),
+            'a large region': box(0.25)}  # fmt: skip
+
+
+def compare_regions(bench: Bench, gauss: dict, repeats: int, row: Callable[..., None]) -> None:
+    """The rows of targets of different size."""
+    for name, region in regions_of(bench.regions[0]).items():
+        seconds, maps = interleave(
+            {
+                'Captum': lambda region=region: bench.captum(0, gauss['num_steps'], region),
+                'ours': lambda region=region: bench.explain(0, target=region, **gauss),
+            },
+            repeats,
+            warm=1,
+        )
+        share = maps['ours'].cropping.computed_share
+        row(f'{name}, {100 * float(region.float().mean()):.2g} % of the image', seconds['Captum'],
+            seconds['ours'], f'{100 * share:.0f} % of the convolutions computed; maps differ by '
+            f'{deviation(maps["ours"].attributions, maps["Captum"]):.1e}')  # fmt: skip
+
+
+def compare_known(
+    bench: Bench, repeats: int, row: Callable[..., None], reference: torch.Tensor
+) -> None:
+    """The row of the time until a map is thought to be within KNOWN_ERROR of the true one."""
+    seconds, maps = interleave(
+        {
+            'Captum': lambda: bench.captum(0, CAPTUM_NODES),
+            'ours': lambda: bench.explain(0, tolerance=KNOWN_ERROR),
+        },
+        repeats,
+    )
+    errors = [deviation(found, reference) for found in (maps['Captum'], maps['ours'].attributions)]
+    row(f'until {100 * KNOWN_ERROR:.0f} % of map error, by what each knows', seconds['Captum'],
+        seconds['ours'], f'{CAPTUM_NODES} nodes of theirs, truly off by {errors[0]:.3f}; '
+        f'{maps["ours"].steps} of ours, truly off by {errors[1]:.3f}')  # fmt: skip
+
+
 def compare(arguments: argparse.Namespace) -> list[str]:
     """The rows of the table."""
     bench = load(arguments, arguments.batch)
@@ -317,7 +370,11 @@ def compare(arguments: argparse.Namespace) -> list[str]:
         f'maps differ by {off:.3f}, reported {reduced.cost.precision_deviation:.3f}')  # fmt: skip
 
     if not arguments.skip_error:
-        level, steps = equal_error_steps(bench, arguments.reference_nodes)
+        # Of equidistant nodes.
+        reference = bench.explain(
+            0, rule='trapezoid', num_steps=arguments.reference_nodes
+        ).attributions
+        level, steps = equal_error_steps(bench, reference)
         seconds, _ = interleave(
             {
                 'Captum': lambda: bench.captum(0, CAPTUM_NODES),
@@ -327,7 +384,9 @@ def compare(arguments: argparse.Namespace) -> list[str]:
         )
         remark = f'relative L2 {level:.3f}: {CAPTUM_NODES} nodes of theirs, {steps} of ours'
         row('equal map error, float32', seconds['Captum'], seconds['ours'], remark)
+        compare_known(bench, max(1, repeats // 2), row, reference)
 
+    compare_regions(bench, gauss, repeats, row)
     compare_sharing(bench, gauss, repeats, row)
     return rows
 

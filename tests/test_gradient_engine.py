@@ -11,7 +11,7 @@ import gradient_engine
 import network_graph
 from attribution_target import Target
 from gradient_engine import GradientEngine, View, boxes_of, parts_of, prepared_copy
-from integrated_gradients import IntegratedGradients
+from integrated_gradients import IntegratedGradients, mask_nodes
 from network_graph import NetworkGraph
 
 CPU = torch.device('cpu')
@@ -225,6 +225,19 @@ def test_the_mask_is_followed_where_a_whole_map_is_there(x):
     trend = dict(zip(found.trend.alphas, found.trend.mask_iou, strict=True))
     assert trend[0.0] is not None and trend[1.0] == 1 and None in trend.values()
     assert not any(np.isnan(found.trend.scores))
+
+
+def test_the_mask_is_followed_at_few_nodes_that_cost_less_than_a_twentieth(x):
+    nodes = np.linspace(0, 1, 101)
+    assert mask_nodes(nodes, 101, 0.2) == [0.33, 0.67]  # 2 * 0.4 of 101 * 0.2
+    assert mask_nodes(nodes, 1000, 0.9) == [0.25, 0.5, 0.75]
+    assert mask_nodes(nodes[::25], 5, 0.5) == mask_nodes(nodes, 101, 1) == []
+    ig = IntegratedGradients(decoder().eval(), 'cpu')
+    found = ig.explain(x, square(0, 0, 30), torch.zeros_like(x), 101, 'trapezoid')
+    seen = [a for a, iou in zip(found.trend.alphas, found.trend.mask_iou, strict=True)
+            if iou is not None]  # fmt: skip
+    between = mask_nodes(nodes, 101, found.cropping.computed_share)
+    assert between and seen == pytest.approx([0, *between, 1])
 
 
 class MixedTypes(nn.Module):
