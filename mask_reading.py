@@ -48,6 +48,7 @@ FEW = 21  # classes, whose numbers cannot be mistaken for softened edges
 SMALL = 127  # numbers up to here may be classes where the network's are not known
 LOSSY_TOLERANCE, EXACT_TOLERANCE = 32, 8  # around black and white, of areas
 MOST_MAP_BYTES = 1 << 20
+COUNTED = (np.uint8, np.uint16)  # types whose values are counted
 BLOCK = 1 << 20  # pixels that are looked at together
 VOID_NAMES = ('ignore', 'ignored', 'void', 'unlabeled', 'unlabelled')
 COVERS = ', so that the truth covers the whole image: is one of them the background?'
@@ -375,8 +376,8 @@ def hue_of(mask: MaskPicture) -> Colour | None:
     hue = mask.levels[row, column].astype(np.int32)
     limit = (40 if mask.lossy else 3) * max(1, int(hue.max()))
     for rows in _blocks(mask.levels):
-        colours = mask.levels[rows].astype(np.int32)
-        off = np.abs(colours * hue.max() - brightness[rows][..., None] * hue).max(axis=2)
+        colours = mask.levels[rows]
+        off = _off_hue(colours, brightness[rows], hue)
         if mask.lossy:  # colours of JPEG are coarse at edges: only areas tell
             box = np.ones((5, 5), np.uint8)
             spread = cv2.dilate(mask.levels[rows], box) - cv2.erode(mask.levels[rows], box)
@@ -384,6 +385,16 @@ def hue_of(mask: MaskPicture) -> Colour | None:
         if off.max(initial=0) > limit:
             return None
     return tuple(hue.tolist())
+
+
+def _off_hue(colours: np.ndarray, brightness: np.ndarray, hue: np.ndarray) -> np.ndarray:
+    """(h, w): how far colours (h, w, 3) are from shades of a hue, times its largest channel."""
+    off = np.zeros(brightness.shape, np.int32)
+    bright = brightness.astype(np.int32)
+    for channel in range(3):
+        own = colours[..., channel].astype(np.int32)
+        np.maximum(off, np.abs(own * hue.max() - bright * hue[channel]), out=off)
+    return off
 
 
 def _blocks(array: np.ndarray) -> Iterator[slice]:
@@ -398,7 +409,10 @@ def distinct(levels: np.ndarray) -> frozenset[int]:
     """The different values of an array."""
     found: set[int] = set()
     for rows in _blocks(levels):
-        found.update(np.unique(levels[rows]).tolist())
+        block = levels[rows]
+        counted = block.dtype in COUNTED  # much faster than sorting
+        values = np.flatnonzero(np.bincount(block.reshape(-1))) if counted else np.unique(block)
+        found.update(values.tolist())
     return frozenset(found)
 
 
@@ -456,6 +470,10 @@ class MaskCoding:
                 f'mask {path} holds {said_values(unknown)}, which the other masks or the label '
                 'map do not explain (say what each value is with --label_map FILE)'
             )
+        if levels.dtype in COUNTED:
+            by_value = np.zeros(1 + max(table, default=0), np.int16)
+            by_value[list(table)] = list(table.values())
+            return _compact(by_value[levels])
         return _looked_up(levels, table, lambda block: block)
 
 
