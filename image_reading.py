@@ -45,6 +45,7 @@ MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # of an image, unless more a
 BYTES_A_PIXEL = 30  # of a large image on its way to the network: 11 to 18, measured, and a copy
 AUTO, DICOM = 'auto', 'dicom'  # of a window
 AUTO_PERCENTILES = (0.5, 99.5)  # of the values that `auto` makes 0 and 255
+MOST_SAMPLED = 1 << 24  # values of which they are taken; evenly spaced where there are more
 LEAST_RANGE = 0.1  # share of the range that an image should use
 ORIENTATION = 0x0112  # the EXIF tag
 # What EXIF orientations do to an array (H, W, ...).
@@ -510,7 +511,8 @@ def value_range(stored: Stored, path: Path, reading: Reading) -> tuple[float, fl
     if stored.values.size:
         low, high = float(stored.values.min()), float(stored.values.max())
     if reading.window == AUTO:
-        low, high = (float(end) for end in np.percentile(stored.values, AUTO_PERCENTILES))
+        sample = stored.values.reshape(-1)[:: max(1, stored.values.size // MOST_SAMPLED)]
+        low, high = (float(end) for end in np.percentile(sample, AUTO_PERCENTILES))
         return (low, high) if low < high else _extremes(stored.values)
     for known in (stored.window, stored.full_range):
         if known is not None and np.isfinite(known).all() and known[0] < known[1]:

@@ -115,7 +115,7 @@ from image_reading import BYTES_A_PIXEL, MOST_PIXELS, LoadedImage, Reading, crop
 from image_statistics import contrast, explanation_statistics, label_scores, mask_scores
 from map_export import EXPORTS, export_maps
 from mask_reading import IGNORED, VOID, LabelMap, TruthReading, read_label_map
-from medical_images import Geometry
+from medical_images import Geometry, check_nifti
 from model_factory import runs_at
 from model_loading import (
     ARCHITECTURES,
@@ -1626,6 +1626,8 @@ class Output:
         check_choice('figures', self.figures, FIGURES)
         if self.export is not None:
             check_choice('export', self.export, EXPORTS)
+        if self.export == 'nifti':
+            check_nifti()  # before hours are spent
         object.__setattr__(self, 'folder', Path(self.folder))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,11 +42,14 @@ MASK_SUFFIXES = ('.png', '.bmp', *TIFF_SUFFIXES, '.gif', '.jpg', '.jpeg', '.webp
 IGNORED = -1  # the label of pixels that do not count
 VOID = 255  # what most datasets write for them
 MOST_SCANNED = 1000  # masks of a split whose values are looked at
+MOST_COLOURS = 64  # of a mask that are remembered
 MOST_BETWEEN = 0.5  # share of a mask that softened edges may take: more is a photograph
 FEW = 21  # classes, whose numbers cannot be mistaken for softened edges
 SMALL = 127  # numbers up to here may be classes where the network's are not known
 LOSSY_TOLERANCE, EXACT_TOLERANCE = 32, 8  # around black and white, of areas
 MOST_MAP_BYTES = 1 << 20
+COUNTED = (np.uint8, np.uint16)  # types whose values are counted
+BLOCK = 1 << 20  # pixels that are looked at together
 VOID_NAMES = ('ignore', 'ignored', 'void', 'unlabeled', 'unlabelled')
 COVERS = ', so that the truth covers the whole image: is one of them the background?'
 Colour = tuple[int, int, int]
@@ -193,7 +196,6 @@ class MaskPicture:
 
     levels: np.ndarray  # (H, W) whole numbers, or (H, W, 3) uint8 colours
     lossy: bool = False  # whether the file's format changes values
-    soft: bool = False  # whether its numbers were shares from 0 to 1, now 0 to 255
     notes: tuple[str, ...] = ()
 
 
@@ -237,13 +239,13 @@ def _from_numbers(values: np.ndarray, path: Path) -> MaskPicture:
         )
     check_finite(values, path)
     if values.dtype.kind != 'f':
-        return MaskPicture(values.astype(np.int64) if values.dtype.kind != 'b' else values * 1)
+        return MaskPicture(values.astype(np.uint8) if values.dtype.kind == 'b' else values)
     whole = np.rint(values)
     if np.abs(values - whole).max(initial=0) < 1e-3:
-        return MaskPicture(whole.clip(-(2**40), 2**40).astype(np.int64))
+        return MaskPicture(whole.clip(-(2**30), 2**30).astype(np.int32))
     low, high = float(values.min()), float(values.max())
     if low >= 0 and high <= 1:
-        return MaskPicture(np.rint(values * 255).astype(np.int64), lossy=True, soft=True)
+        return MaskPicture(np.rint(values * 255).astype(np.uint8), lossy=True)
     raise InputError(
         f'mask {path} holds fractions from {low:.4g} to {high:.4g} (give whole numbers, or '
         'shares from 0 to 1)'
@@ -260,7 +262,7 @@ def _from_picture(opened: Opened, path: Path, colours: bool) -> MaskPicture:
     if picture.mode in ('P', 'L', '1') or picture.mode.startswith('I') or picture.mode == 'F':
         levels = np.asarray(picture)
         turned = picture.mode == 'P' and _white_first(picture, levels)
-        found = _from_numbers(1 - levels.astype(np.int64) if turned else levels, path)
+        found = _from_numbers(1 - levels if turned else levels, path)
         notes = ('index 0 of its palette is white and 1 black: white is taken as 1',) * turned
         return replace(
             found,
@@ -271,9 +273,7 @@ def _from_picture(opened: Opened, path: Path, colours: bool) -> MaskPicture:
         bands = np.asarray(converted(picture, path, 'RGBA'))
         if _drawn_in_alpha(bands):
             note = f'{path.name} is one colour throughout: its transparency is taken as the mask'
-            return MaskPicture(
-                bands[:, :, 3].astype(np.int64), opened.lossy, notes=(*opened.notes, note)
-            )
+            return MaskPicture(bands[:, :, 3].copy(), opened.lossy, notes=(*opened.notes, note))
     mask = MaskPicture(np.asarray(converted(picture, path)), opened.lossy, notes=opened.notes)
     return _plain_grey(mask)
 
@@ -296,10 +296,10 @@ def _plain_grey(mask: MaskPicture) -> MaskPicture:
     """A mask (H, W, 3) whose channels are the same as one of levels."""
     colours = mask.levels
     tolerance = 3 if mask.lossy else 0
-    spread = colours.max(axis=2).astype(int) - colours.min(axis=2)
+    spread = colours.max(axis=2) - colours.min(axis=2)
     if spread.max(initial=0) > tolerance:
         return mask
-    return replace(mask, levels=colours[:, :, 0].astype(np.int64))
+    return replace(mask, levels=colours[:, :, 0].copy())
 
 
 # --------------------------------------------------------------------------- the values of a split
@@ -328,7 +328,7 @@ class Census:
 def census_of(mask: MaskPicture) -> Census:
     """The values of one mask."""
     if mask.levels.ndim == 2:
-        values = frozenset(np.unique(mask.levels).tolist())
+        values = distinct(mask.levels)
         return Census(values, _inner(mask, values), shades=max(values) > 0,
                       between=_share_between(mask), lossy=mask.lossy)  # fmt: skip
     hue = hue_of(mask)
@@ -340,7 +340,10 @@ def census_of(mask: MaskPicture) -> Census:
 
 def _share_between(mask: MaskPicture) -> float:
     """The share of pixels that are neither nearly black nor nearly the brightest."""
-    tolerance, top = _tolerance(mask.lossy, int(mask.levels.max())), mask.levels.max()
+    top = int(mask.levels.max())
+    tolerance = _tolerance(mask.lossy, top)
+    if top <= 2 * tolerance:
+        return 0.0
     return float(((mask.levels > tolerance) & (mask.levels < top - tolerance)).mean())
 
 
@@ -353,37 +356,83 @@ def _inner(mask: MaskPicture, values: frozenset[int]) -> frozenset[int]:
     """The values that fill areas: of pixels that are like all eight neighbours."""
     if len(values) <= 2:
         return values
-    levels = mask.levels.clip(-32768, 32767).astype(np.int16)
+    levels = mask.levels.clip(0, 32767).astype(np.int16)
     box = np.ones((3, 3), np.uint8)
-    spread = cv2.dilate(levels, box).astype(int) - cv2.erode(levels, box)
+    spread = cv2.dilate(levels, box) - cv2.erode(levels, box)
     flat = spread <= (3 if mask.lossy else 0)
-    return frozenset(np.unique(mask.levels[flat]).tolist())
+    return distinct(mask.levels[flat])
 
 
 def _brightness(colours: np.ndarray) -> np.ndarray:
     """(H, W, 3) -> (H, W): the brightest channel."""
-    return colours.max(axis=2).astype(np.int64)
+    return colours.max(axis=2)
 
 
 def hue_of(mask: MaskPicture) -> Colour | None:
     """The colour of a mask (H, W, 3) that is one colour on black, its edges softened or not; None
     where it has several."""
-    colours = mask.levels.astype(int)
-    brightness = colours.max(axis=2)
+    brightness = mask.levels.max(axis=2)
     row, column = np.unravel_index(brightness.argmax(), brightness.shape)
-    hue = colours[row, column]
-    off = np.abs(colours * hue.max() - brightness[..., None] * hue).max(axis=2) / max(1, hue.max())
-    if mask.lossy:  # colours of JPEG are coarse at edges: only areas tell
-        box = np.ones((5, 5), np.uint8)
-        spread = cv2.dilate(mask.levels, box).astype(int) - cv2.erode(mask.levels, box)
-        off = off[spread.max(axis=2) <= 24]
-    return tuple(hue.tolist()) if off.max(initial=0) <= (40 if mask.lossy else 3) else None
+    hue = mask.levels[row, column].astype(np.int32)
+    limit = (40 if mask.lossy else 3) * max(1, int(hue.max()))
+    for rows in _blocks(mask.levels):
+        colours = mask.levels[rows]
+        off = _off_hue(colours, brightness[rows], hue)
+        if mask.lossy:  # colours of JPEG are coarse at edges: only areas tell
+            box = np.ones((5, 5), np.uint8)
+            spread = cv2.dilate(mask.levels[rows], box) - cv2.erode(mask.levels[rows], box)
+            off = off[spread.max(axis=2) <= 24]
+        if off.max(initial=0) > limit:
+            return None
+    return tuple(hue.tolist())
+
+
+def _off_hue(colours: np.ndarray, brightness: np.ndarray, hue: np.ndarray) -> np.ndarray:
+    """(h, w): how far colours (h, w, 3) are from shades of a hue, times its largest channel."""
+    off = np.zeros(brightness.shape, np.int32)
+    bright = brightness.astype(np.int32)
+    for channel in range(3):
+        own = colours[..., channel].astype(np.int32)
+        np.maximum(off, np.abs(own * hue.max() - bright * hue[channel]), out=off)
+    return off
+
+
+def _blocks(array: np.ndarray) -> Iterator[slice]:
+    """The rows of an array (H, W, ...), some at a time: what is computed from all at once would
+    take many times its memory."""
+    step = max(1, BLOCK // max(1, array.shape[1])) if array.ndim > 1 else BLOCK
+    for first in range(0, len(array), step):
+        yield slice(first, first + step)
+
+
+def distinct(levels: np.ndarray) -> frozenset[int]:
+    """The different values of an array."""
+    found: set[int] = set()
+    for rows in _blocks(levels):
+        block = levels[rows]
+        counted = block.dtype in COUNTED  # much faster than sorting
+        values = np.flatnonzero(np.bincount(block.reshape(-1))) if counted else np.unique(block)
+        found.update(values.tolist())
+    return frozenset(found)
+
+
+def _codes(colours: np.ndarray) -> np.ndarray:
+    """(..., 3) colours as one number each."""
+    return colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+
+
+def _colour(code: int) -> Colour:
+    return code >> 16, code >> 8 & 255, code & 255
 
 
 def _colours_of(mask: MaskPicture) -> list[Colour]:
-    flat = mask.levels.reshape(-1, 3).astype(np.int64)
-    codes = np.unique(flat @ np.array([1 << 16, 1 << 8, 1]))[: 1 << 12].tolist()
-    return [(code >> 16, code >> 8 & 255, code & 255) for code in codes]
+    """The colours of a mask, not all where there are thousands."""
+    found: set[int] = set()
+    for rows in _blocks(mask.levels):
+        found.update(np.unique(_codes(mask.levels[rows])).tolist())
+        if len(found) > MOST_COLOURS:
+            break
+    return sorted(map(_colour, found))[:MOST_COLOURS]
 
 
 # --------------------------------------------------------------------------- what values mean
@@ -409,37 +458,54 @@ class MaskCoding:
         if mask.levels.ndim == 3 and hue_of(mask) is None:
             raise InputError(_several_colours(path))
         if self.threshold is not None:
-            labels = np.where(levels > self.threshold, self.low_high[1], self.low_high[0])
+            low, high = (np.int16(label) for label in self.low_high)
+            labels = np.where(levels > self.threshold, high, low)
             if self.ignored is not None:
                 labels[levels == self.ignored] = IGNORED
             return _compact(labels)
-        values, places = np.unique(levels, return_inverse=True)
-        found = [self.label_of(value) for value in values.tolist()]
-        unknown = [v for v, label in zip(values.tolist(), found, strict=True) if label is None]
+        table = {value: self.label_of(value) for value in distinct(levels)}
+        unknown = sorted(value for value, label in table.items() if label is None)
         if unknown:
             raise InputError(
                 f'mask {path} holds {said_values(unknown)}, which the other masks or the label '
                 'map do not explain (say what each value is with --label_map FILE)'
             )
-        return _compact(np.array(found, dtype=np.int64)[places].reshape(levels.shape))
+        if levels.dtype in COUNTED:
+            by_value = np.zeros(1 + max(table, default=0), np.int16)
+            by_value[list(table)] = list(table.values())
+            return _compact(by_value[levels])
+        return _looked_up(levels, table, lambda block: block)
 
 
 def _compact(labels: np.ndarray) -> np.ndarray:
     small = labels.size == 0 or (labels.min() >= 0 and labels.max() <= 255)
-    return labels.astype(np.uint8 if small else np.int16)
+    return labels.astype(np.uint8 if small else np.int16, copy=False)
+
+
+def _looked_up(
+    values: np.ndarray, table: dict[int, int], code: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """The labels (H, W) of values (H, W) or (H, W, 3), by the numbers that `code` makes of them."""
+    labels = np.zeros(values.shape[:2], np.int16)
+    for rows in _blocks(values):
+        found, places = np.unique(code(values[rows]), return_inverse=True)
+        own = np.array([table[value] for value in found.tolist()], dtype=np.int16)
+        labels[rows] = own[places].reshape(labels[rows].shape)
+    return _compact(labels)
 
 
 def _mapped_colours(colours: np.ndarray, known: dict[Colour, int], path: Path) -> np.ndarray:
-    codes = colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
-    values, places = np.unique(codes, return_inverse=True)
     table = {r << 16 | g << 8 | b: label for (r, g, b), label in known.items()}
-    unknown = [(v >> 16, v >> 8 & 255, v & 255) for v in values.tolist() if v not in table]
+    unknown: set[int] = set()
+    for rows in _blocks(colours):
+        unknown |= set(np.unique(_codes(colours[rows])).tolist()) - table.keys()
     if unknown:
         raise InputError(
-            f'mask {path} holds the colours {said_values(unknown)}, which the label map does not '
-            'name (add a line R,G,B = CLASS for each; masks in colours must not be JPEG)'
+            f'mask {path} holds the colours {said_values(sorted(map(_colour, unknown)))}, which '
+            'the label map does not name (add a line R,G,B = CLASS for each; masks in colours '
+            'must not be JPEG)'
         )
-    return _compact(np.array([table[v] for v in values.tolist()])[places].reshape(codes.shape))
+    return _looked_up(colours, table, _codes)
 
 
 def _several_colours(where: object) -> str:
@@ -459,6 +525,7 @@ def coding_of(census: Census, reading: TruthReading, where: object) -> MaskCodin
     if census.colours or drawn > 1:
         raise InputError(_several_colours(where))
     values = set(census.values) - {reading.ignore_label}
+    census = replace(census, inner=census.inner - {reading.ignore_label})
     coding = _numbers(values, census, reading) or _levels(values, census, reading)
     if coding is None:
         raise InputError(_undecided(values, reading, where))

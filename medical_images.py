@@ -67,6 +67,11 @@ def _library(name: str, path: Path) -> ModuleType:
         raise InputError(f'{path} needs {name}, which is not installed ({INSTALL})') from None
 
 
+def check_nifti() -> None:
+    """Raise InputError where no NIfTI file can be written."""
+    _library('nibabel', Path('--export nifti'))
+
+
 # --------------------------------------------------------------------------- DICOM
 
 

@@ -177,38 +177,40 @@ def _exists(path: str | Path) -> bool:
 
 
 def _in_dataset(image_path: Path, source: DataSource | None) -> Sample | None:
-    """The sample of an image in the dataset that it lies in; None where there is none."""
-    if source is not None and (source.images_dir or source.masks_dir or source.mask_suffix):
-        places = [source if source.images_dir or source.masks_dir is None else
-                  replace(source, images_dir=image_path.parent)]  # fmt: skip
-        if source.mask_suffix and not source.masks_dir:
-            places = [replace(source, images_dir=source.images_dir or image_path.parent)]
-    else:
-        places = _datasets_around(image_path)
+    """The sample of an image in the dataset that it lies in; None where there is none. Raises
+    InputError where folders were named that are not there."""
+    named = source is not None and (source.images_dir or source.masks_dir or source.mask_suffix)
+    if named:
+        own = source.images_dir or image_path.parent
+        return _sample_of(image_path, _samples(find(replace(source, images_dir=own))))
     without = None
-    for place in places:
+    for place in _datasets_around(image_path):
         try:
-            found = find(place)
+            samples = _samples(find(place))
         except InputError:
-            if source is not None and place is source:
-                raise
             continue
-        for sample in _samples(found):
-            if image_path in (sample.image_path, *sample.channel_paths) or (
-                _same_file(image_path, (sample.image_path, *sample.channel_paths))
-            ):
-                if sample.read_truth is not None:
-                    return sample
-                some = any(pair.truth is not None for pair in found.pairs)
-                alone = replace(sample, notes=sample.notes if some else ())
-                without = without or alone  # nobody missed masks where there are none at all
+        sample = _sample_of(image_path, samples)
+        if sample is not None and sample.read_truth is not None:
+            return sample
+        if sample is not None and without is None:  # nobody missed masks where there are none
+            some = any(other.read_truth is not None for other in samples)
+            without = replace(sample, notes=sample.notes if some else ())
     return without
+
+
+def _sample_of(image_path: Path, samples: Sequence[Sample]) -> Sample | None:
+    """The sample of an image file, under the path that the user gave."""
+    for sample in samples:
+        paths = (sample.image_path, *sample.channel_paths)
+        if image_path in paths or _same_file(image_path, paths):
+            return sample if sample.channel_paths else replace(sample, image_path=image_path)
+    return None
 
 
 def _datasets_around(image_path: Path) -> list[DataSource]:
     """Where an image's dataset may begin: its folder, that above (the split, or the type, or both
     together) and the one above that."""
-    folder = image_path.parent
+    folder = image_path.absolute().parent
     if not folder.is_dir():
         return []
     above, top = folder.parent, folder.parent.parent

@@ -122,6 +122,15 @@ def test_masks_that_are_missing_are_said_with_what_was_looked_for(tmp_path):
     assert 'no masks were found' in list_samples(tmp_path / 'bare')[0].notes[0]
 
 
+def test_a_single_image_named_from_within_its_folder(tmp_path, monkeypatch):
+    lay(tmp_path, {'images/a.png': None, 'masks/a.png': MASK})
+    monkeypatch.chdir(tmp_path / 'images')
+    sample = single_sample('a.png')
+    assert sample.truth(ONE).any() and str(sample.image_path) == 'a.png'
+    with pytest.raises(InputError, match='masks_dir is not there'):
+        single_sample('a.png', None, DataSource(tmp_path, masks_dir=tmp_path / 'nowhere'))
+
+
 def test_the_folder_of_the_images_itself(tmp_path):
     lay(tmp_path, {'images/a.png': None, 'masks/a.png': MASK})
     assert list_samples(tmp_path / 'images')[0].truth(ONE).any()
