@@ -45,11 +45,7 @@ def flags(figures: dict, **limits: float) -> list[str]:
         ),
         ({'attribution_ratio_in_target': 3.0, 'baseline_contrast': 0.9}, ['good focus']),
         (
-            {'baseline_contrast': 0.7, 'infidelity': 0.05, **MARGINS},
-            ['beats its controls'],
-        ),  # a bright target against white: the checks know better
-        (
-            {'baseline_contrast': 0.7, 'infidelity': 0.4, **MARGINS},
+            {'baseline_contrast': 0.7, **MARGINS},
             ['baseline hides the target', 'beats its controls'],
         ),
         (
@@ -133,11 +129,10 @@ def test_every_text_can_be_written_and_every_threshold_is_used():
         assert {name.split('.')[0].split('[')[0] for name in names} <= set(rule.needs)
     # Moving a threshold far to either side changes what is found in some image.
     shown = figures | {'baseline_contrast': None, 'deletion_margin': None}  # nothing is hidden
-    cleared = figures | {'deletion_margin': 0.5, 'insertion_margin': 0.5, 'infidelity': 0.0}
     for threshold in (field.name for field in fields(Thresholds)):
         assert any(
             flags(one, **{threshold: -9.0}) != flags(one, **{threshold: 9.0})
-            for one in (figures, shown, cleared)
+            for one in (figures, shown)
         ), threshold
 
 
