@@ -586,7 +586,8 @@ def randomisation(
         return Evaluation()
     layers = layers[::-1]
     redrawn = replace(subject, network=network, run=None)
-    cuts = np.unique(np.linspace(1, len(layers), min(work.stages, len(layers))).astype(int))
+    stages_there = min(work.stages, len(layers))  # a single one redraws all of them
+    cuts = np.unique(np.linspace(len(layers), 1, stages_there).astype(int))
     before = redrawn.map_of(work.map_steps)
     stages = []
     with _bar('model randomisation', len(cuts), progress, 'stage') as bar:

@@ -465,6 +465,13 @@ def test_redrawn_weights_keep_their_mean_and_deviation():
     assert abs(np.corrcoef(before.flatten(), layer.weight.detach().flatten())[0, 1]) < 0.05
 
 
+def test_a_single_stage_of_randomisation_redraws_every_layer(demo_model):
+    subject = replace(patch_subject(PERFECT), network=demo_model.eval())
+    subject = replace(subject, method=lambda *_: np.zeros((3, SIDE, SIDE)))
+    (stage,) = faithfulness.randomisation(subject, EFFORTS['quick']).details['randomisation']
+    assert stage['layers'] == stage['of'] > 1
+
+
 def test_randomisation_starts_at_the_head_and_leaves_the_network_alone(demo_model):
     subject = replace(patch_subject(PERFECT), network=demo_model.eval())
     before = {name: tensor.clone() for name, tensor in demo_model.state_dict().items()}
