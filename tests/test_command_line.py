@@ -243,9 +243,10 @@ def test_evaluation_tells_its_cost_and_fills_the_metrics(tmp_path, capsys):
     assert re.search(r'--evaluate quick: \d+ forward passes and \d+ gradient', captured.err)
     name = DEMO_IMAGE.stem
     statistics = strict_json(tmp_path / name / f'{name}_statistics.json')
-    for metric in ('deletion_area', 'insertion_margin', 'infidelity', 'mass_in_truth'):
+    for metric in ('insertion_area', 'insertion_margin', 'infidelity', 'mass_in_truth'):
         assert statistics[metric] is not None
-    assert statistics['randomised_correlation'] is None  # only with full
+    assert statistics['recomputed_correlation'] > statistics['randomised_correlation']
+    assert statistics['baseline_correlation'] is None  # only with full
     assert statistics['evaluation']['effort'] == 'quick'
     for finding in statistics['verdict']:
         assert finding['text'] in captured.out
