@@ -386,7 +386,9 @@ class Sheet:
         other = axis.twinx()
         pairs = zip(trend['alphas'], trend['mask_iou'], strict=True)
         seen = [pair for pair in pairs if pair[1] is not None]  # where there was a whole map
-        other.plot(*zip(*seen, strict=True), '.-', color='tab:blue', ms=3, lw=0.8)
+        style = '.-' if len(seen) == len(trend['alphas']) else 's'  # no line where it is not known
+        other.plot(*np.array(seen).reshape(-1, 2).T, style, color='tab:blue', ms=3, lw=0.8,
+                   clip_on=False)  # fmt: skip
         other.set_ylim(-0.03, 1.03)
         for each in (axis, other):
             each.tick_params(labelsize=7, pad=1)

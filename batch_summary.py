@@ -44,7 +44,7 @@ from image_statistics import (
 )
 from map_metrics import rank_correlation
 from result_files import figure_writer, image_files, read_statistics, write_files
-from verdict import Thresholds, batch_findings, concerns
+from verdict import Thresholds, batch_findings, concerns, gap_tolerance_of
 
 CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`, where there are such
 _FLAT = {key: row.kind for key, row in STATISTICS.items() if row.kind != COMPOUND}
@@ -366,7 +366,7 @@ def write_summary(
     done = table[table['status'] == DONE]
     if len(done):
         figure = summary_figure(
-            done, settings['gap_tolerance'], result.summary['ratio_dice_correlation'],
+            done, gap_tolerance_of(settings), result.summary['ratio_dice_correlation'],
             Thresholds(**settings['thresholds']),
         )  # fmt: skip
         writers[output_dir / 'summary.png'] = figure_writer(figure)

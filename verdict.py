@@ -84,9 +84,8 @@ def _explains_nothing(figures: dict, limits: Thresholds) -> bool:
     return change < limits.baseline_change * (max(scores) - min(scores))
 
 
-def _gap_tolerance(figures: dict) -> float:
+def gap_tolerance_of(settings: dict) -> float:
     """The gap above which to warn: a tolerance that was asked for and reached is kept to."""
-    settings = figures['settings']
     return max(settings['gap_tolerance'], settings.get('tolerance') or 0.0)
 
 
@@ -109,7 +108,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          'The target hardly weighs more than the background, pixel for pixel (attribution ratio of '
          'the target {attribution_ratio_in_target:.3g}).'),
     FindingRule('gap too large', CONCERN, ('completeness_gap', 'settings'),
-         lambda s, t: s['completeness_gap'] > _gap_tolerance(s),
+         lambda s, t: s['completeness_gap'] > gap_tolerance_of(s['settings']),
          'The attributions miss the change of the score by {completeness_gap:.1%} (more than '
          '{settings[gap_tolerance]:.0%}): use more steps.'),
     FindingRule('map not computed', CONCERN, ('map_error',),
@@ -270,7 +269,8 @@ def parse_thresholds(pairs: Sequence[str]) -> Thresholds:
 
 def accuracy_warning(statistics: dict) -> str | None:
     """The sentence for a map that is less exact than was asked for; None where all is well."""
-    settings, gap_tolerance = statistics['settings'], _gap_tolerance(statistics)
+    settings = statistics['settings']
+    gap_tolerance = gap_tolerance_of(settings)
     error = shown('map_error', statistics['map_error'])
     gap = shown('completeness_gap', statistics['completeness_gap'])
     if statistics['within_tolerance'] is False:
