@@ -21,7 +21,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from image_statistics import CLIP_PERCENTILE, counted, names_of_channels, shown, span
+from image_statistics import CLIP_PERCENTILE, counts_text, names_of_channels, shown, span_text
 from verdict import Thresholds, accuracy_warning, map_verdict
 
 if TYPE_CHECKING:
@@ -236,9 +236,9 @@ def summary_figure(
     _ratio_scatter(scatter, ordered, correlation)
     first = ordered.iloc[0]
     title = (
-        f'{ordered["image"].nunique()} images · target {counted(ordered["target"])} · '
-        f'baseline {counted(ordered["baseline"])} · {first["rule"]} rule, '
-        f'{span(ordered["steps"])} steps'
+        f'{ordered["image"].nunique()} images · target {counts_text(ordered["target"])} · '
+        f'baseline {counts_text(ordered["baseline"])} · {first["rule"]} rule, '
+        f'{span_text(ordered["steps"])} steps'
     )
     fig.suptitle(wrap(title, 0.95 * fig.get_figwidth(), FONT['heading']), fontsize=FONT['heading'])
     return fig

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from image_statistics import METRICS, STATISTICS, counted, shown, span
+from image_statistics import METRICS, STATISTICS, counts_text, shown, span_text
 from result_files import FILE_ENDINGS
 from segmentation_dataset import size_text
 from verdict import LEVELS, concerns
@@ -79,8 +79,8 @@ def report_html(
         most_listed=MOST_LISTED,
         failed=failed,
         first=images[0] if images else None,
-        baselines=counted([entry['baseline'] for entry in images]),
-        steps=span([entry['steps'] for entry in images]),
+        baselines=counts_text([entry['baseline'] for entry in images]),
+        steps=span_text([entry['steps'] for entry in images]),
     )
 
 

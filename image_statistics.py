@@ -220,7 +220,7 @@ def names_of_channels(statistics: dict) -> list[str]:
     return list(statistics.get('channel_names') or ('red', 'green', 'blue'))
 
 
-def counted(names: Sequence[str], most: int = 3) -> str:
+def counts_text(names: Sequence[str], most: int = 3) -> str:
     """A name, or how often there is each of several, the most frequent first; so many of them."""
     counts = Counter(names).most_common()
     if len(counts) == 1:
@@ -229,7 +229,7 @@ def counted(names: Sequence[str], most: int = 3) -> str:
     return ', '.join([*named, *(['…'] if len(counts) > most else [])])
 
 
-def span(numbers: Sequence[int]) -> str:
+def span_text(numbers: Sequence[int]) -> str:
     """A number, or the least and the greatest of several."""
     return ' to '.join(map(str, sorted({min(numbers), max(numbers)}))) if len(numbers) else ''
 

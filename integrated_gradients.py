@@ -925,8 +925,8 @@ class IntegratedGradients:
 
     @property
     def logit_maps(self) -> int | None:
-        """How many logit maps the network gives: what is known of it, else what it gives for noise;
-        None where it cannot be run."""
+        """How many logit maps the network gives: what is known of it, else what it gives for a
+        blank input; None where it cannot be run."""
         known = self._network.source.get('classes')
         if isinstance(known, int):
             return known
@@ -938,13 +938,13 @@ class IntegratedGradients:
 
     def _count_maps(self) -> int:
         size = sides(self.preprocessing.image_size)
-        noise = torch.zeros((1, self.preprocessing.channels, *size), dtype=self.engine.dtype)
+        blank = torch.zeros((1, self.preprocessing.channels, *size), dtype=self.engine.dtype)
         with (
             torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),
             frozen(self.model),
         ):
-            return segmentation_logits(self.model(noise.to(self.device)), size).shape[1]
+            return segmentation_logits(self.model(blank.to(self.device)), size).shape[1]
 
     def baseline_images(
         self,
@@ -1403,7 +1403,7 @@ def counted_truth(
             f'the truth holds {VOID} beside class numbers: taken as "ignore", which counts in no '
             'score and no target',
         )  # fmt: skip
-    return np.where(truth == value, IGNORED, truth.astype(np.int16)).astype(np.int16), notes
+    return np.where(truth == value, np.int16(IGNORED), truth.astype(np.int16)), notes
 
 
 def truth_reading(ig: IntegratedGradients, settings: Settings) -> TruthReading:
@@ -1601,9 +1601,8 @@ def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
         **ig.network_under(settings, seen=False).record(),
         'device': str(ig.device),
     }
-    if settings.label_map is not None:
-        content = Path(settings.label_map).read_bytes()
-        record['label_map_sha256'] = hashlib.sha256(content).hexdigest()
+    if settings.known_labels is not None:
+        record['label_map_sha256'] = settings.known_labels.sha256
     if settings.baseline not in BASELINES and Path(settings.baseline).is_file():
         content = Path(settings.baseline).read_bytes()
         record['baseline_sha256'] = hashlib.sha256(content).hexdigest()

@@ -9,6 +9,7 @@ Labels are (H, W): uint8, or int16 where some pixels do not count (IGNORED) or n
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,7 @@ class LabelMap:
     of_colours: dict[Colour, int] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)  # of classes, by number
     path: str = ''
+    sha256: str = ''  # of the file as it was read
 
     @property
     def highest(self) -> int:
@@ -88,7 +90,8 @@ def read_label_map(path: str | Path) -> LabelMap:
     try:
         if path.stat().st_size > MOST_MAP_BYTES:
             raise InputError(f'label map {path} is larger than 1 MiB (a line for each value)')
-        lines = path.read_text(encoding='utf-8-sig').splitlines()
+        content = path.read_bytes()
+        lines = content.decode('utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError):
         raise InputError(f'label map {path} cannot be read as text (save it as UTF-8)') from None
     values: dict[int, int] = {}
@@ -108,7 +111,7 @@ def read_label_map(path: str | Path) -> LabelMap:
         raise InputError(f'label map {path} names no value (a line is VALUE = CLASS, NAME)')
     if len(set(names.values())) < len(names):
         raise InputError(f'label map {path} gives two classes the same name')
-    return LabelMap(values, colours, names, str(path))
+    return LabelMap(values, colours, names, str(path), hashlib.sha256(content).hexdigest())
 
 
 def _line_of_map(line: str, number: int, path: Path) -> tuple[int | Colour, int, str]:

@@ -30,7 +30,9 @@ from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / 'demo')]
+
+from train_demo_model import segmentation_loss  # noqa: E402
 
 from errors import InputError  # noqa: E402
 from faithfulness import evaluate_explanation  # noqa: E402
@@ -48,6 +50,7 @@ BOUNDARY_POINTS = 33  # at which the score is looked at for the boundary
 SCENARIOS = ('look', 'cue', 'shortcut')
 BASELINES = ('zero', 'white', 'mean', 'blur', 'boundary', 'auto')
 SHORTCUT = 'border artefact'  # what a verdict has to find
+VERDICTS = ('trust broadly', 'trust in part', 'do not trust')
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,7 @@ def trained(scenario: str, batches: int, seed: int) -> UNet:
         some = [generate(scenario, k % 2 == 0, rng, rng.random() < 0.5) for k in range(16)]
         x = torch.cat([PREPROCESSING.normalise(one.image) for one in some])
         truth = torch.from_numpy(np.stack([one.mask for one in some])).float().unsqueeze(1)
-        logits = network(x)
-        overlap = (logits.sigmoid() * truth).sum()
-        dice = (2 * overlap + 1) / (logits.sigmoid().sum() + truth.sum() + 1)
-        loss = F.binary_cross_entropy_with_logits(logits, truth) + 1 - dice
+        loss = segmentation_loss(network(x), truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -212,9 +212,6 @@ def row_of(scenario: str, kind: str, baseline: str, seen: Sequence[Seen]) -> str
         f'{found}/{len(seen)}', *(str(first[flag]) for flag in VERDICTS),
     ]  # fmt: skip
     return f'| {" | ".join(cells)} |'
-
-
-VERDICTS = ('trust broadly', 'trust in part', 'do not trust')
 
 
 def main() -> None:

@@ -9,15 +9,15 @@ black hides dark nuclei, and white makes bright ones weigh less than the ground 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from sys import path
 
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent))
 
 from attribution_figures import TARGET_COLOUR, clip_level  # noqa: E402
 from image_statistics import explanation_statistics, shown  # noqa: E402

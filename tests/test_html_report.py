@@ -12,7 +12,7 @@ import pytest
 from helpers import EVIL, checked_batch
 
 from html_report import reproducing_command
-from image_statistics import counted, shown, span
+from image_statistics import counts_text, shown, span_text
 from integrated_gradients import Settings, build_parser
 
 
@@ -71,9 +71,11 @@ def test_commands_say_what_differs_from_the_defaults(changed, words):
 
 
 def test_what_differs_between_images_is_counted():
-    assert counted(['zero', 'zero']) == 'zero' and counted(['a', 'b', 'b']) == 'b (2), a (1)'
-    assert counted(list('abcda')) == 'a (2), b (1), c (1), …'
-    assert span([7]) == span([7, 7]) == '7' and span([9, 3, 5]) == '3 to 9'
+    assert (
+        counts_text(['zero', 'zero']) == 'zero' and counts_text(['a', 'b', 'b']) == 'b (2), a (1)'
+    )
+    assert counts_text(list('abcda')) == 'a (2), b (1), c (1), …'
+    assert span_text([7]) == span_text([7, 7]) == '7' and span_text([9, 3, 5]) == '3 to 9'
 
 
 def test_figures_as_text():
