@@ -59,7 +59,8 @@ def test_when_a_rank_dies_the_others_start_again_and_finished_images_stay(tmp_pa
         ['--standalone', '--max_restarts=1'],
     )
     deadline = time.time() + 120
-    while len(finished := list(tmp_path.glob('*/*_statistics.json'))) < 2:
+    # Not those that are about to be renamed.
+    while len(finished := list(tmp_path.glob('*/[!.]*_statistics.json'))) < 2:
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
     before = {path: path.stat().st_mtime_ns for path in finished}
