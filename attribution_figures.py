@@ -21,7 +21,15 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from image_statistics import CLIP_PERCENTILE, counts_text, names_of_channels, shown, span_text
+from image_statistics import (
+    CLIP_PERCENTILE,
+    counts_text,
+    gap_text,
+    how_text,
+    names_of_channels,
+    shown,
+    span_text,
+)
 from verdict import Thresholds, accuracy_warning, map_verdict
 
 if TYPE_CHECKING:
@@ -97,7 +105,9 @@ def attribution_figure(view: View, statistics: dict) -> Figure:
         dice = shown('dice', statistics['dice'])
         sheet.show_mask(third, view.truth, TRUTH_TINT, f'Ground truth (Dice {dice})')
     else:
-        sheet.show(third, view.baseline, f'Baseline: {statistics["baseline"]}')
+        name = statistics['baseline']
+        title = f'Baseline: {name}' if name else 'Baseline of the checks (the map has none)'
+        sheet.show(third, view.baseline, title)
 
     level = clip_level(view.magnitude)
     drawn = sheet.show(heat, view.magnitude, 'Attribution', cmap='hot', norm=Normalize(0, level))
@@ -198,6 +208,30 @@ def channels_figure(view: View, statistics: dict) -> Figure:
     return sheet.figure
 
 
+def methods_figure(views: Sequence[View], described: Sequence[dict]) -> Figure:
+    """One image and target under several methods, side by side: |attribution| over the image, each
+    on its own scale. described: the statistics of each."""
+    first = described[0]
+    lines = [
+        f'target: mean {first["score_type"]} over "{first["target"]}" '
+        f'({first["target_area"]:,} px) · F(x) = {shown("score", first["score"])}',
+        'every map on its own scale, smoothed, transparent near 0; gap: completeness gap, n/a '
+        'where the method promises none; ratio: of the target',
+    ]
+    sheet = Sheet(views[0], first, panels=len(views) + 1, bars=(), lines=lines)
+    sheet.show(sheet.axes[0], views[0].image, f'Image: {first["image"]}')
+    sheet.outline(sheet.axes[0], views[0].region, TARGET_COLOUR, 'solid')
+    for axis, view, statistics in zip(sheet.axes[1:], views, described, strict=True):
+        ratio = shown('attribution_ratio_in_target', statistics['attribution_ratio_in_target'])
+        gap = shown('completeness_gap', statistics['completeness_gap'])
+        sheet.show(axis, in_grey(view.image), f'{statistics["method"]}: gap {gap}, ratio {ratio}')
+        _, smooth, scale, opacity = smoothed(view.magnitude)
+        sheet.show(axis, smooth, cmap='hot', norm=scale, alpha=opacity)
+        sheet.outline(axis, view.region, TARGET_COLOUR, 'solid')
+    sheet.legend({f'target region ({first["target"]})': (TARGET_COLOUR, 'solid')})
+    return sheet.figure
+
+
 def channels_of(view: View, statistics: dict) -> tuple[list[str], list[float | None]]:
     """Names of the input's channels and their shares of |attribution|."""
     count = len(view.attributions)
@@ -234,14 +268,18 @@ def summary_figure(
     ratios.legend(fontsize=FONT['label'])
     _histogram(shares, ordered)
     _ratio_scatter(scatter, ordered, correlation)
-    first = ordered.iloc[0]
     title = (
         f'{ordered["image"].nunique()} images · target {counts_text(ordered["target"])} · '
-        f'baseline {counts_text(ordered["baseline"])} · {first["rule"]} rule, '
-        f'{span_text(ordered["steps"])} steps'
+        f'baseline {counts_text(_texts(ordered, "baseline"))} · '
+        f'{counts_text(_texts(ordered, "rule"))} rule, {span_text(ordered["steps"])} steps'
     )
     fig.suptitle(wrap(title, 0.95 * fig.get_figwidth(), FONT['heading']), fontsize=FONT['heading'])
     return fig
+
+
+def _texts(images: DataFrame, key: str) -> list[str]:
+    """A statistic of every image in words."""
+    return ['no' if value is None or value != value else value for value in images[key]]
 
 
 def _values(images: DataFrame, key: str) -> np.ndarray:
@@ -311,7 +349,9 @@ class Sheet:
         panels: int,
         bars: Sequence[int],
         trend: bool = False,
+        lines: Sequence[str] | None = None,
     ) -> None:
+        """lines: of the caption, by default those of the statistics."""
         self.view = view
         height, width = view.original_size
         aspect = width / height
@@ -325,11 +365,13 @@ class Sheet:
         corner = self.TREND[0] if trend else 0.0  # of the page's foot; the caption has the rest
         self._centre = (self.width - corner) / 2
         heading = wrap(statistics['image'], self.width, FONT['heading'] * BOLD)
-        lines = caption_lines(statistics)
+        about_one = lines is None
+        lines = caption_lines(statistics) if about_one else lines
         in_sentences = [line[0].upper() + line[1:] for line in lines]
-        lines = in_sentences if trend else [' · '.join(lines)]  # beside the corner there is room
+        # Beside the corner there is room.
+        lines = in_sentences if trend or not about_one else [' · '.join(lines)]
         caption = '\n'.join(wrap(line, self.width - corner, FONT['caption']) for line in lines)
-        warning = accuracy_warning(statistics) or ''
+        warning = (accuracy_warning(statistics) if about_one else None) or ''
         warning = wrap(warning, self.width - corner, FONT['caption'] * BOLD)
         depth = caption.count('\n') + 1 + (warning.count('\n') + 1 if warning else 0)
         top = self.GAP + 1.3 * self.LINE * (heading.count('\n') + 1)
@@ -380,6 +422,9 @@ class Sheet:
         width, height = self.TREND
         place = (self.width - width + 0.45, 0.45, width - 1.05, height - 0.75)
         axis = self._add(*place)
+        if not trend['alphas']:  # a method without a path
+            axis.set_axis_off()
+            return
         axis.plot(trend['alphas'], trend['scores'], '.-', color='black', ms=4, lw=0.8)
         axis.set_title('F (black) and IoU of the mask (blue) on the path', fontsize=8)
         axis.set_xlabel('alpha: 0 baseline, 1 image', fontsize=8, labelpad=1)
@@ -486,10 +531,10 @@ def caption_lines(statistics: dict) -> list[str]:
     return [
         f'Target: mean {statistics["score_type"]} over "{statistics["target"]}" '
         f'({statistics["target_area"]:,} px)',
-        f'baseline: {statistics["baseline"]} · {statistics["rule"]} rule, '
-        f'{statistics["steps"]} steps',
+        f'{statistics.get("method", "ig")}, baseline: {statistics["baseline"] or "none"} · '
+        f'{how_text(statistics)}',
         f'F(x) = {show("score")}, F(baseline) = {show("baseline_score")} · '
-        f'completeness gap {show("completeness_gap")}',
+        f'completeness gap {gap_text(statistics)}',
         f'map error {show("map_error")} ({map_verdict(statistics["map_error"])})',
         f'share of |attribution| whose sign is settled: {settled}',
         f'attribution ratio {show("attribution_ratio")}',

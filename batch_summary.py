@@ -262,6 +262,8 @@ def row_of(statistics: dict) -> dict:
     """The row of summary.csv for one explanation."""
     names = names_of_channels(statistics)
     shares = statistics['channel_shares'] or (None,) * len(names)
+    if len(shares) != len(names):  # the map does not tell channels apart
+        names = shares = ()
     row = {
         **statistics,
         **{f'share_{name}': share for name, share in zip(names, shares, strict=True)},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from attribution_path import plain_map
 from attribution_target import Target
 from gradient_engine import Cropping, Preparation
 
@@ -46,6 +48,26 @@ class LabelScores:
     pixel_accuracy: float  # share of pixels whose class is right; of independent labels, of pairs
 
 
+# What a method promises of the sum of its map.
+BY_INTEGRAL, IN_EXPECTATION = 'integral', 'expectation'  # or BY_CONSTRUCTION
+# What a method compares the image with: what the user says, something of its own, nothing.
+GIVEN, OWN, NO_BASELINE = 'given', 'own', 'none'
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a method says of itself: all that figures, statistics and checks ask of it."""
+
+    name: str = 'ig'  # as on the command line
+    completeness: str | None = BY_INTEGRAL  # how the sum comes to F(x) - F(x'); None: it need not
+    quadrature: bool = True  # an integral whose error is estimated, to a tolerance if wanted
+    sequential: bool = False  # each step needs the result of the one before
+    baseline: str = GIVEN  # GIVEN, OWN or NO_BASELINE
+    drawn: bool = False  # at random, so that a map in few steps is another
+    channels: bool = True  # whether it tells the input's channels apart
+    signed: bool = True  # whether its sign means raising or lowering the score
+
+
 def _of_the_cost(name: str) -> property:
     return property(lambda explanation: getattr(explanation.cost, name))
 
@@ -66,11 +88,12 @@ class Explanation:
     baseline_pixels: np.ndarray  # (H, W, C) float32, 0-255: the (first) baseline
     target: str
     objective: Target  # F itself: logits -> score
-    baseline: str
-    rule: str
-    steps: int  # interpolation steps per baseline (the most, where draws differ)
+    baseline: str | None  # None: it is compared with nothing
+    rule: str | None  # None: no integral is computed
+    steps: int  # interpolation steps per baseline (the most, where draws differ); without an
+    # integral, what else the method takes many of
     score: float  # F(x)
-    baseline_score: float  # F(x'), mean over the draws
+    baseline_score: float | None  # F(x'), mean over the draws; None: no path starts there
     attribution_sum: float
     map_error: float | None  # estimated relative L2 error of the map; None: a single step
     tolerance: float | None
@@ -82,6 +105,11 @@ class Explanation:
     draws: int = 1  # baselines that the map is the mean over
     counted: np.ndarray | None = None  # (h, w) bool: where the truth counts; None: everywhere
     notes: tuple[str, ...] = ()  # what was found out about the network on the way, in sentences
+    method: Declared = Declared()
+    end_score: float | None = None  # F where the paths end; None: at the image
+    sum_error: float | None = None  # standard error of the sum, where baselines are drawn
+    fine: torch.Tensor | None = None  # (c, h, w): the map of a layer in its own resolution
+    again: Callable[..., np.ndarray] = plain_map  # the method's map of another input, for checks
 
     @property
     def score_type(self) -> str:
@@ -101,9 +129,28 @@ class Explanation:
     cropping = _of_the_cost('cropping')
 
     @property
+    def promised_sum(self) -> float | None:
+        """What the attributions should sum to: the change of F along the paths; None where the
+        method promises nothing."""
+        if self.method.completeness is None or self.baseline_score is None:
+            return None
+        return (self.score if self.end_score is None else self.end_score) - self.baseline_score
+
+    @property
     def completeness_gap(self) -> float | None:
-        """|sum of attributions - (F(x) - F(x'))| / |F(x) - F(x')|; None where F(x) = F(x')."""
-        return completeness_gap(self.attribution_sum, self.score, self.baseline_score)
+        """|sum of attributions - (F(x) - F(x'))| / |F(x) - F(x')|; None where F(x) = F(x'), or
+        where nothing is promised."""
+        if self.promised_sum is None:
+            return None
+        end = self.promised_sum + self.baseline_score
+        return completeness_gap(self.attribution_sum, end, self.baseline_score)
+
+    @property
+    def gap_error(self) -> float | None:
+        """Standard error of the gap, where baselines are drawn."""
+        if self.sum_error is None or self.completeness_gap is None:
+            return None
+        return self.sum_error / abs(self.promised_sum)
 
     @property
     def within_tolerance(self) -> bool | None:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from attribution_path import Score, plain_map, segmentation_logits
 from errors import InputError
-from explanation import Explanation
+from explanation import GIVEN, Explanation
 from gradient_engine import GradientEngine
 from image_statistics import METRICS, NEAR, NOISE_RADIUS, contrast
 from map_metrics import (
@@ -172,7 +172,8 @@ class Subject:
         """The method's map (C, H, W), of another image or against another baseline if given."""
         x = self.x if x is None else x
         baseline = self.baseline if baseline is None else baseline
-        return self.method(self.logits, x, baseline, self.target, steps)
+        network = NetworkCall(self.logits, self.network)
+        return self.method(network, x, baseline, self.target, steps)
 
     def as_input(self, pixels: np.ndarray) -> torch.Tensor:
         """An image (H, W, C), 0-255, as the network takes it."""
@@ -232,6 +233,18 @@ class Subject:
         return scores
 
 
+@dataclass(frozen=True)
+class NetworkCall:
+    """A network as a method that makes further maps is given it: a function, images (N, C, H, W) ->
+    logits; and the module itself, for a method that looks inside."""
+
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    module: nn.Module
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        return self.logits(points)
+
+
 class Explainer(Protocol):
     """What is asked of `IntegratedGradients`."""
 
@@ -258,6 +271,8 @@ def subject_of(
 ) -> Subject:
     """What is checked of an explanation. Arguments: see `evaluate_explanation`."""
     x = ig.check_input(input_tensor)  # (1, C, H, W)
+    declared = explanation.method
+    kinds = COMPARED_BASELINES if declared.baseline == GIVEN else ()
     content = None if placement is None else placement.content(x.shape[-2:])
     return Subject(
         attributions=explanation.attributions.cpu().numpy(),
@@ -271,10 +286,11 @@ def subject_of(
         truth=truth,
         counted=explanation.counted,
         content=content,
-        others={kind: ig.baseline_images(kind, x, seed=seed)[0] for kind in COMPARED_BASELINES},
+        others={kind: ig.baseline_images(kind, x, seed=seed)[0] for kind in kinds},
         batch=ig.engine.step_batch.size,
         run=ig.engine.run,
-        drawn=explanation.draws > 1,
+        method=explanation.again,
+        drawn=explanation.draws > 1 or declared.drawn,
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
@@ -19,7 +19,13 @@ from types import NoneType
 import numpy as np
 
 from image_statistics import COMPOUND, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
-from result_files import image_files, json_writer, read_statistics, write_files
+from result_files import (
+    image_files,
+    in_file_names,
+    json_writer,
+    read_statistics,
+    write_files,
+)
 from verdict import Thresholds, verdict_of
 
 # Settings that do not change what is computed, and where the network, which has a digest, is from.
@@ -57,28 +63,41 @@ def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str
     return digest.hexdigest()
 
 
-def folder_name(name: str, target: str, several: bool) -> str:
-    """The folder of an image, or of one of its targets where several may be explained."""
-    return f'{name}_{target.replace(":", "-").replace(",", "-")}' if several else name
+@dataclass(frozen=True)
+class Naming:
+    """How the folders of an image are named: after it, and where there are several after the
+    target and the method."""
+
+    name: str
+    several_targets: bool
+    methods: tuple[str, ...]
+
+    def folder(self, target: str, method: str) -> str:
+        """The folder of an explanation."""
+        parts = [self.name]
+        parts += [in_file_names(target)] if self.several_targets else []
+        parts += [in_file_names(method)] if len(self.methods) > 1 else []
+        return '_'.join(parts)
 
 
 def finished_statistics(
-    output_dir: Path, name: str, possible: Sequence[str], several: bool, key: str
+    output_dir: Path, naming: Naming, possible: Sequence[str], key: str
 ) -> list[dict] | None:
-    """The statistics of an image that was finished with this key; None if it must be computed.
+    """The statistics of an image that was finished with this key, of each target and method; None
+    if it must be computed.
 
-    possible: the targets of which one came first, whichever was not empty. several: whether each
-    target has a folder of its own.
+    possible: the targets of which one came first, whichever was not empty.
     """
-    for folder in dict.fromkeys(folder_name(name, target, several) for target in possible):
+    for folder in dict.fromkeys(naming.folder(target, naming.methods[0]) for target in possible):
         first = _read_finished(output_dir / folder, key)
         if first is None or first['target'] != first['targets'][0]:
             continue
-        others = [
-            _read_finished(output_dir / folder_name(name, target, several), key)
-            for target in first['targets'][1:]
+        every = [
+            _read_finished(output_dir / naming.folder(target, method), key)
+            for target in first['targets']
+            for method in naming.methods
         ]
-        return None if None in others else [first, *others]
+        return None if None in every else every
     return None
 
 
@@ -95,8 +114,9 @@ def _read_finished(folder: Path, key: str) -> dict | None:
 
 # Of the statistics that are no plain figures: what others are built on.
 TYPES = {
-    'targets': list, 'settings': dict, 'verdict': list, 'notes': list, 'versions': dict,
-    'trend': dict, 'evaluation': (dict, NoneType), 'channel_shares': (list, NoneType),
+    'targets': list, 'methods': list, 'settings': dict, 'verdict': list, 'notes': list,
+    'versions': dict, 'trend': dict, 'evaluation': (dict, NoneType),
+    'channel_shares': (list, NoneType),
 }  # fmt: skip
 
 

@@ -777,9 +777,16 @@ class PathSampler:
         """Log the scores and the mask at nodes, from a whole map, as far as that was not done."""
         for alpha in alphas:
             if alpha not in self.overlaps:
-                points, _ = self.path.at(self._tensor([alpha]))
+                several = getattr(self.path, 'starts', None) if alpha == 0 else None
+                points = self.path.at(self._tensor([alpha]))[0] if several is None else several
                 with torch.no_grad():
-                    self._log([alpha], self.engine.run(points))
+                    self._log_mean(alpha, [self.engine.run(one) for one in points.split(1)])
+
+    def _log_mean(self, alpha: float, all_logits: Sequence[torch.Tensor]) -> None:
+        """Remember the mean scores and overlap of the points that a path has at one end."""
+        rows = [torch.stack([target(one) for target in self.targets], 1) for one in all_logits]
+        self._log_scores([alpha], self.everyone, torch.stack(rows).mean(dim=0))
+        self.overlaps[alpha] = torch.cat([self._overlap(one) for one in all_logits]).mean()
 
     def __call__(self, alphas: np.ndarray) -> Iterator[torch.Tensor]:
         return self.some([(float(alpha), self.everyone) for alpha in alphas])

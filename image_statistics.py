@@ -23,6 +23,8 @@ TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'  # kinds: t
 COMPOUND = ''  # a kind: lists and dictionaries, in the image's own file only
 WORK, RESULT, COST, CHECK, RECORD = 'work', 'result', 'cost', 'check', 'record'  # groups
 
+BY_CONSTRUCTION = 'construction'  # of a method's completeness: whatever is computed
+
 CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap black
 
 # What the definitions of checks say.
@@ -142,6 +144,14 @@ class Measured:
         if uncertainty is None or not level:
             return None
         return np.percentile(uncertainty.numpy(), CLIP_PERCENTILE) / level
+
+    @property
+    def uncertainty_ratio(self) -> float | None:
+        """The mean of the uncertainty by that of what it is of."""
+        uncertainty = self.explanation.uncertainty
+        if uncertainty is None or not self.summed.any():
+            return None
+        return float(uncertainty.double().mean()) / self.summed.mean()
 
     @cached_property
     def scores(self) -> dict[str, float | None]:
@@ -280,11 +290,16 @@ STATISTICS: dict[str, Statistic] = {
         lambda m: int(m.explanation.region.sum()), 'px'),
     'score_type': Statistic('what is averaged over the region: logit or probability', TEXT, WORK,
         lambda m: m.explanation.score_type),
+    'method': Statistic('how it is explained', TEXT, WORK, lambda m: m.explanation.method.name),
+    'completeness': Statistic(
+        'how the sum of the map comes to the change of the score, as the method promises: by the '
+        'integral, by construction (so that the gap tells nothing), in expectation', TEXT, WORK,
+        lambda m: m.explanation.method.completeness),
     'baseline': Statistic('what the image is compared with', TEXT, WORK,
         lambda m: m.explanation.baseline),
     'rule': Statistic('quadrature rule', TEXT, WORK, lambda m: m.explanation.rule),
-    'steps': Statistic('interpolation steps for each baseline (the most, where draws differ)',
-        WHOLE, WORK, lambda m: m.explanation.steps),
+    'steps': Statistic('interpolation steps for each baseline (the most, where draws differ), or '
+        'what else the method takes many of', WHOLE, WORK, lambda m: m.explanation.steps),
     'gradient_evaluations': Statistic(
         'all gradients computed, those of the precision check included', WHOLE, COST,
         lambda m: m.explanation.cost.gradient_evaluations, page=10, label='Gradient evaluations'),
@@ -316,10 +331,15 @@ STATISTICS: dict[str, Statistic] = {
         of=lambda m: m.on_baseline, unit='%'),
     'attribution_sum': Statistic('sum of the attributions',
         of=lambda m: m.explanation.attribution_sum, unit='score'),
+    'promised_sum': Statistic(
+        'what that should be: the change of F along the paths; null where the method promises '
+        'nothing', of=lambda m: m.explanation.promised_sum, unit='score'),
     'completeness_gap': Statistic(
         'how far the sum of the map misses the change of the score, by that change',
         of=lambda m: m.explanation.completeness_gap, unit='%', summarised=True, page=3,
         label='Completeness gap', heading='Gap'),
+    'gap_error': Statistic('standard error of the gap, where baselines are drawn',
+        of=lambda m: m.explanation.gap_error, unit='%'),
     'map_error': Statistic('estimated relative L2 error of the map',
         of=lambda m: m.explanation.map_error, unit='%', summarised=True, page=4,
         label='Map error (estimate)', heading='Map error'),
@@ -330,6 +350,9 @@ STATISTICS: dict[str, Statistic] = {
     'uncertainty_level': Statistic(
         f'{CLIP_PERCENTILE}th percentile of the uncertainty by that of the |attribution| it is of',
         of=lambda m: m.uncertainty_level, unit='%'),
+    'uncertainty_ratio': Statistic(
+        'mean uncertainty (of drawn baselines: standard error) of a pixel by the mean of the '
+        '|attribution| it is of', of=lambda m: m.uncertainty_ratio, unit='%'),
     'within_tolerance': Statistic('whether map error and gap are below the tolerance', TRUTH,
         of=lambda m: m.explanation.within_tolerance),
     'attribution_mean': Statistic('mean of the signed attributions, all pixels and channels',
@@ -489,6 +512,7 @@ STATISTICS: dict[str, Statistic] = {
         'the part in it, and axis and index of the slice of a volume', COMPOUND, RECORD),
     'notes': Statistic('what was decided or left out, in sentences', COMPOUND, RECORD),
     'targets': Statistic('all targets explained in the same run', COMPOUND, RECORD),
+    'methods': Statistic('all methods they were explained by', COMPOUND, RECORD),
     'settings': Statistic('all settings as they took effect', COMPOUND, RECORD),
     'versions': Statistic('versions of what decides the numbers', COMPOUND, RECORD),
     'verdict': Statistic('the findings: flag, level (good, note, concern) and sentence', COMPOUND,
@@ -524,6 +548,22 @@ def _plain(value: object) -> object:
 
 
 # --------------------------------------------------------------------------- as text
+
+
+def how_text(statistics: dict) -> str:
+    """By which rule, if any, and in how many steps a map was computed."""
+    count, rule = statistics['steps'], statistics['rule']
+    steps = f'{count} step{"" if count == 1 else "s"}'
+    return f'{rule} rule, {steps}' if rule else steps
+
+
+def gap_text(statistics: dict, precise: bool = False) -> str:
+    """The completeness gap, and how far it tells anything."""
+    gap = shown('completeness_gap', statistics['completeness_gap'], precise)
+    error = statistics.get('gap_error')  # older results have none
+    if error is not None:
+        return f'{gap} (standard error {shown("gap_error", error, precise)})'
+    return f'{gap} (by construction)' if statistics.get('completeness') == BY_CONSTRUCTION else gap
 
 
 def shown(key: str, value: float | None, precise: bool = False) -> str:

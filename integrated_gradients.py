@@ -17,6 +17,8 @@ The way of an image, from the command line to its files:
     analyse_sample    finished already? else explain, then write          here, finished_images
     analyse_image     pixels -> input; explain; statistics; verdict       here, image_statistics
     explain_with      prediction -> targets, paths; their integral        IntegratedGradients, here
+    Method.explain    image, targets, baselines -> paths, or else         attribution_methods
+    Work.walk         paths -> their integrals; precision, tolerance      path_walk
     StraightPath.at   alphas -> points and velocities                     attribution_path
     PathSampler       nodes -> gradient times velocity, in step batches   gradient_engine
     integrate         densities -> attributions and their error           path_integral
@@ -35,7 +37,6 @@ import contextlib
 import hashlib
 import io
 import math
-import numbers
 import operator
 import sys
 import time
@@ -49,13 +50,15 @@ import torch
 from tqdm import tqdm
 
 from attribution_figures import attribution_figure, channels_figure
-from attribution_path import (
-    AttributionPath,
-    StraightPath,
-    enlarged,
-    plain_map,
-    segmentation_logits,
+from attribution_methods import (
+    METHODS,
+    Method,
+    build_methods,
+    methods_text,
+    option_texts,
+    options_text,
 )
+from attribution_path import enlarged, plain_map, segmentation_logits
 from attribution_target import (
     TARGETS,
     Target,
@@ -85,31 +88,35 @@ from dataset_layouts import DataSource, layouts_text
 from errors import (
     EmptyTargetError,
     InputError,
-    NonFiniteError,
     OutputError,
     attempt,
     check_choice,
 )
-from explanation import Cost, Explanation, LabelScores, Trend, completeness_gap
+from explanation import (
+    GIVEN,
+    NO_BASELINE,
+    Cost,
+    Explanation,
+    LabelScores,
+    Trend,
+    completeness_gap,
+)
 from faithfulness import EFFORTS, evaluate_explanation, evaluation_cost, subject_of
 from finished_images import (
+    Naming,
     finished_statistics,
-    folder_name,
     judged_again,
     resume_key,
     versions,
 )
 from gradient_engine import (
-    CHECKED_NODES,
     PRECISIONS,
     AtImage,
     GradientEngine,
-    PathSampler,
     Preparation,
     fingerprint,
     frozen,
     peak_memory,
-    reduced_dtype,
 )
 from image_reading import BYTES_A_PIXEL, MOST_PIXELS, LoadedImage, Reading, crop_image
 from image_statistics import contrast, explanation_statistics, label_scores, mask_scores
@@ -138,14 +145,8 @@ from network_description import (
     likely_channels,
     probability_kind,
 )
-from path_integral import (
-    ADAPTIVE,
-    RULE_NAMES,
-    MeanIntegral,
-    PathIntegral,
-    first_nodes,
-    integrate_targets,
-)
+from path_integral import ADAPTIVE, RULE_NAMES, first_nodes
+from path_walk import Found, Work, dtype_name, in_precision, mask_overlap
 from result_files import (
     FIGURES,
     Description,
@@ -180,10 +181,12 @@ from segmentation_dataset import (
     strong_blur,
     with_slices,
 )
+from setting_table import Setting, setting
 from verdict import Thresholds, accuracy_warning, parse_thresholds, statistics_text, verdict_of
 
 __all__ = [  # what users import from here, wherever it stands
     'BASELINES',
+    'METHODS',
     'TARGETS',
     'BatchResult',
     'Cost',
@@ -208,6 +211,7 @@ __all__ = [  # what users import from here, wherever it stands
     'build_baselines',
     'build_target',
     'channels_figure',
+    'completeness_gap',
     'describe_image',
     'describe_network',
     'describe_targets',
@@ -336,52 +340,6 @@ MODEL, PREPROCESSING, ATTRIBUTION, CHECKING = 'model', 'preprocessing', 'attribu
 
 
 @dataclass(frozen=True)
-class Setting:
-    """All that is known of one setting: its flag, its help and its check are made from this."""
-
-    group: str  # of flags
-    meaning: str
-    choices: Sequence[str] | None = None
-    least: int | None = None  # a whole number of at least this
-    most: int | None = None
-    above: float | None = None
-    below: float | None = None
-    metavar: str | None = None
-    default_text: str = '%(default)s'  # in the help
-    instead_of: str = ''  # another setting; only one of the two may be given
-
-    def checked(self, name: str, value: object) -> object:
-        """The value, numbers as Python's own. Raises InputError for one that makes no sense."""
-        if self.choices is not None:
-            check_choice(name, value if isinstance(value, str) else repr(value), self.choices)
-        if self.least is not None:
-            try:
-                value = None if isinstance(value, bool) else operator.index(value)
-            except TypeError:
-                value = None
-            if value is None or value < self.least:
-                raise InputError(f'{name} must be a whole number of at least {self.least}')
-            if self.most is not None and value > self.most:
-                raise InputError(f'{name} must be at most {self.most}, not {value}')
-        if self.above is not None:
-            fine = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            fine = fine and math.isfinite(value) and value > self.above
-            if self.below is not None and not (fine and value < self.below):
-                raise InputError(
-                    f'{name} must lie between {self.above:g} and {self.below:g}, not {value!r}'
-                )
-            if not fine:
-                raise InputError(f'{name} must be above {self.above:g}, not {value!r}')
-            value = float(value)
-        return value
-
-
-def setting(default: object, group: str, meaning: str, **known: object):
-    """A field of Settings with what is known of it; see `Setting`."""
-    return field(default=default, metadata={'setting': Setting(group, meaning, **known)})
-
-
-@dataclass(frozen=True)
 class Settings:
     """Everything that decides the numbers of an explanation; one object for CLI, API, notebook.
 
@@ -453,6 +411,13 @@ class Settings:
     target: tuple[str, ...] = setting(('predicted',), ATTRIBUTION, 'one or several; '
         + '; '.join(f'{kind.form}: {kind.meaning}' for kind in TARGETS.values()),
         metavar='TARGET', default_text='predicted')  # several share their forward passes
+    method: tuple[str, ...] = setting(('ig',), ATTRIBUTION, 'how; one or several; '
+        + methods_text(), metavar='METHOD', default_text='ig')
+    method_option: tuple[str, ...] = setting((), ATTRIBUTION, 'of the methods: '
+        + '; '.join(options_text(kind) for kind in METHODS.values()), metavar='NAME=VALUE',
+        default_text='as said')
+    no_multiply: bool = setting(False, ATTRIBUTION,
+        'the mean gradient, not multiplied by image minus baseline', default_text='off')
     score: str = setting('logit', ATTRIBUTION, 'what is averaged over the target', choices=SCORES)
     threshold: float = setting(0.5, ATTRIBUTION, 'probability above which a pixel is predicted',
         above=0, below=1)
@@ -466,7 +431,7 @@ class Settings:
         + '; or an image file', metavar='|'.join((*BASELINES, AUTO, 'FILE')))
     baseline_draws: int = setting(4, ATTRIBUTION,
         'of baseline random: averaged, num_steps each', least=1, metavar='N')
-    seed: int = setting(0, ATTRIBUTION, 'of baseline random', least=0)
+    seed: int = setting(0, ATTRIBUTION, 'of baseline random, and of methods that draw', least=0)
     num_steps: int = setting(50, ATTRIBUTION, 'interpolation steps', least=1, most=MOST_STEPS,
         metavar='N')
     tolerance: float | None = setting(None, ATTRIBUTION,
@@ -502,6 +467,9 @@ class Settings:
                 object.__setattr__(self, one.name, value)
         if not isinstance(self.compile, bool) or not isinstance(self.thresholds, Thresholds):
             raise InputError('compile must be True or False, and thresholds of class Thresholds')
+        if not isinstance(self.no_multiply, bool):
+            raise InputError(f'no_multiply must be True or False, not {self.no_multiply!r}')
+        self._check_methods()
         check_baseline(self.baseline)
         if self.image_size is not None:
             object.__setattr__(self, 'image_size', checked_size(self.image_size))
@@ -520,6 +488,38 @@ class Settings:
         for target in self.target:
             check_form(target)
         first_nodes(self.rule, self.steps, self.tolerance is not None)  # the rule has them
+
+    def _check_methods(self) -> None:
+        """Build the methods, once. Raises InputError: unknown ones, options they do not have, or a
+        tolerance or a precision that one of them cannot keep to."""
+        names = self.method.split() if isinstance(self.method, str) else self.method
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+            raise InputError(f'method must be text, or several, not {names!r}')
+        if not names or len(set(names)) < len(names):
+            raise InputError('method must name different methods (use --method ig)')
+        object.__setattr__(self, 'method', tuple(names))
+        object.__setattr__(self, 'method_option', option_texts(self.method_option))
+        built = build_methods(self.method, self.method_option, not self.no_multiply)
+        object.__setattr__(self, '_methods', built)
+        exact = self.precision in ('auto', 'float32')
+        wanted = 'tolerance' if self.tolerance is not None else None if exact else 'precision'
+        for one in built:
+            if wanted and not one.declares.quadrature:
+                raise InputError(
+                    f'--{wanted} goes with methods whose error is estimated, which {one.name} has '
+                    'no integral for (leave it out)'
+                )
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods, with their options."""
+        return vars(self)['_methods']
+
+    def of_method(self, name: str) -> Settings:
+        """These settings for one of their methods, with the options that it has."""
+        alone = build_methods([name], [], not self.no_multiply)[0]
+        own = tuple(t for t in self.method_option if t.partition('=')[0] in alone.option_names)
+        return replace(self, method=(name,), method_option=own)
 
     @classmethod
     def table(cls) -> dict[str, Setting]:
@@ -553,8 +553,9 @@ class Settings:
         return vars(self)['_known_labels']
 
     def record(self) -> dict[str, object]:
-        """For the statistics file; the targets as on the command line."""
-        return {**asdict(self), 'target': ' '.join(self.target)}
+        """For the statistics file; targets and methods as on the command line."""
+        joined = {name: ' '.join(getattr(self, name)) for name in ('target', 'method')}
+        return {**asdict(self), **joined}
 
 
 def _check_numbers(name: str, values: Sequence[float] | None, least: float) -> None:
@@ -618,24 +619,9 @@ def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
 
 # --------------------------------------------------------------------------- IntegratedGradients
 
-MASK_SHARE = 0.05  # of a path's work, at most, goes into whole maps between its ends
-FORWARD_SHARE = 0.4  # of a gradient's work that its forward pass is, about
-MOST_MASKS = 3
-
 # What `explain` takes beside its own arguments.
 OPTIONS = {name for name, known in Settings.table().items() if known.group == ATTRIBUTION}
 OPTIONS = OPTIONS - {'target', 'baseline'} | {'output_kind', 'background_class', 'outputs'}
-
-
-@dataclass(frozen=True)
-class Integration:
-    """What came of all paths of one image."""
-
-    means: list[MeanIntegral]  # of each target
-    trend: PathSampler  # of the first path
-    start_scores: list[torch.Tensor]  # F at the start of each path, (targets,) each
-    reduced: torch.dtype | None
-    deviation: float  # of the map from float32, where reduced
 
 
 class IntegratedGradients:
@@ -702,7 +688,8 @@ class IntegratedGradients:
         target: str | Target | torch.Tensor = 'predicted',
         **options: object,
     ) -> torch.Tensor:
-        """The attributions alone: same shape and device as the input, (C, H, W) or (N, C, H, W).
+        """The attributions alone: same shape and device as the input, (C, H, W) or (N, C, H, W),
+        with one channel where the method does not tell channels apart.
 
         Each image of a batch gets its own target. Options and errors: see `explain`.
         """
@@ -715,7 +702,7 @@ class IntegratedGradients:
             ).attributions
             for image in images
         ]
-        return torch.stack(results).reshape(input_tensor.shape)
+        return torch.stack(results).reshape(*input_tensor.shape[:-3], *results[0].shape)
 
     def explain(
         self,
@@ -752,9 +739,10 @@ class IntegratedGradients:
             of output pixels. 'each-object' stands for as many objects as there are.
         baseline_type: a key of BASELINES, an image file, or a tensor of the input's shape in
             the same normalised space.
-        num_steps, rule, and as options tolerance, max_steps, score, threshold, baseline_draws,
-            seed, on_empty, min_object_area, output_kind, background_class, outputs, precision,
-            precision_tolerance: see `Settings` and --help.
+        num_steps, rule, and as options method (one), method_option, no_multiply, tolerance,
+            max_steps, score, threshold, baseline_draws, seed, on_empty, min_object_area,
+            output_kind, background_class, outputs, precision, precision_tolerance: see `Settings`
+            and --help.
         truth: (h, w) class labels, for target 'truth'. placement: for target 'pixel:X,Y' in
             original image coordinates; without it X,Y are output pixels.
         skip_empty: leave out targets whose region holds no pixel, unless all are empty.
@@ -780,8 +768,12 @@ class IntegratedGradients:
         skip_empty: bool = False,
         progress: bool = False,
     ) -> list[Explanation]:
-        """`explain_targets` under whole settings. targets, baseline: instead of theirs."""
+        """`explain_targets` under whole settings, of one method. targets, baseline: instead of
+        theirs."""
         started = time.perf_counter()
+        if len(settings.methods) > 1:
+            raise InputError('an explanation is of one method (take one after the other)')
+        (method,) = settings.methods
         x = self.check_input(input_tensor)  # (1, C, H, W)
         self._check_normalised()
         notes = self._see_outputs(x, settings)
@@ -803,12 +795,12 @@ class IntegratedGradients:
                 )
                 notes += (reason,)
             pixels, tensors = self._baselines(baseline, x, settings)
-            paths = [StraightPath(tensor, x) for tensor in tensors]
-            total = None if settings.tolerance else settings.num_steps * len(paths)
-            with tqdm(total=total, unit='step', desc='interpolation steps', leave=False,
-                      disable=not progress) as bar:  # fmt: skip
-                walk = partial(self._walk, network, at_image, masks, paths, on_steps=bar.update)
-                integration, retried = self._in_precision(walk, settings)
+            overlap = partial(mask_overlap, network.foreground(masks), network, settings.threshold)
+            work = Work(engine, at_image, tensors, settings, overlap)
+            name = baseline if isinstance(baseline, str) else 'tensor'
+            if own := method.baseline(work):
+                name, pixels = own[0], self.preprocessing.to_pixels(own[1])
+            found, retried = _found_by(method, work, settings, progress)
             counts = engine.forward_passes - counts[0], engine.gradient_evaluations - counts[1]
         cost = Cost(
             gradient_evaluations=counts[1],
@@ -816,25 +808,26 @@ class IntegratedGradients:
             seconds=time.perf_counter() - started,
             step_batch=engine.step_batch.size,
             peak_memory_bytes=peak_memory(self.device),
-            precision=dtype_name(integration.reduced or engine.dtype),
-            precision_deviation=integration.deviation if integration.reduced else None,
+            precision=dtype_name(found[0].reduced or engine.dtype),
+            precision_deviation=found[0].deviation,
             retried=retried,
             preparation=engine.preparation,
             cropping=at_image.view.cropping,
         )
-        name = baseline if isinstance(baseline, str) else 'tensor'
-        explanation = partial(self._explanation, settings, network, at_image, masks, integration,
-                              cost, name, pixels, input_tensor.device)  # fmt: skip
+        explanation = partial(self._explanation, settings, network, at_image, masks, found, cost,
+                              len(tensors), name, pixels, input_tensor.device)  # fmt: skip
         notes += (engine.output_note,) if engine.output_note else ()
         if numbers is not None:
             notes += unknown_numbers(network, masks, numbers)
         scores = None if numbers is None else scores_of_labels(network, masks, numbers)
         ignored = numbers is not None and bool((numbers < 0).any())
         counted = (numbers >= 0).cpu().numpy() if ignored else None
-        image = self.preprocessing.to_pixels(x)
-        difference = np.abs(image - pixels).sum(axis=2)  # (H, W)
-        if placement is not None:
-            difference[~placement.content(difference.shape)] = np.nan
+        difference = None
+        if method.declares.baseline != NO_BASELINE:
+            image = self.preprocessing.to_pixels(x)
+            difference = np.abs(image - pixels).sum(axis=2)  # (H, W)
+            if placement is not None:
+                difference[~placement.content(difference.shape)] = np.nan
         return [
             replace(
                 explanation(number),
@@ -1017,84 +1010,14 @@ class IntegratedGradients:
         network: NetworkDescription,
         build: Callable[[torch.Tensor, torch.Tensor], list[Target]],
     ) -> tuple[AtImage, torch.Tensor]:
-        """What the network says of the image itself: prediction and targets, from the whole map,
-        and, where the rule has a node there, their gradient. Also the predicted masks, (K, h, w)
-        bool."""
-        refined = settings.tolerance is not None
-        at_end = first_nodes(settings.rule, settings.steps, refined)[-1] == 1
+        """What the network says of the image itself: prediction and targets, from the whole map.
+        Also the predicted masks, (K, h, w) bool."""
         with torch.no_grad():
             logits = enlarged(self.engine.run(x), x.shape[-2:])  # (1, K, h, w)
         masks = network.predicted(logits[0], settings.threshold)
         targets = build(logits, masks)
-        view, gradient = self.engine.compared_view(x, logits, targets), None
-        if at_end:  # a velocity of 1: each path that ends here multiplies by its own
-            gradient = self.engine.look(x, torch.ones_like(x), view, alphas=(1.0,))[2][0]
-        return AtImage(x, logits, targets, gradient, view), masks
-
-    @staticmethod
-    def _in_precision(
-        walk: Callable[[Settings], Integration], settings: Settings
-    ) -> tuple[Integration, str | None]:
-        """The integration in the precision that was asked for, or, where that overflows, in
-        float32, and why."""
-        if settings.precision == 'float32':
-            return walk(settings), None
-        integration, overflow = attempt(partial(walk, settings), NonFiniteError)
-        if overflow is None:
-            return integration, None
-        wanted = 'reduced precision' if settings.precision == 'auto' else settings.precision
-        reason = f'computed again in float32, since in {wanted} {overflow}'
-        return walk(replace(settings, precision='float32')), reason
-
-    def _walk(
-        self,
-        network: NetworkDescription,
-        at_image: AtImage,
-        masks: torch.Tensor,
-        paths: Sequence[AttributionPath],
-        settings: Settings,
-        on_steps: Callable[[int], object],
-    ) -> Integration:
-        """Integrate along the paths, one after the other, and average."""
-        x, refined = at_image.x, settings.tolerance is not None
-        nodes = first_nodes(settings.rule, settings.steps, refined)
-        overlap = partial(mask_overlap, network.foreground(masks), network, settings.threshold)
-        means, first, starts = [MeanIntegral() for _ in at_image.targets], None, []
-        reduced, deviation = None, 0.0
-        for path in paths:
-            sampler = PathSampler(self.engine, path, at_image, overlap, on_steps)
-            sampler.see_the_ends(density_at_start=bool(nodes[0] == 0))
-            if first is None:
-                first = sampler
-                share = at_image.view.cropping.computed_share
-                planned = len(nodes) if refined else settings.steps
-                sampler.see_maps(mask_nodes(nodes, planned, share))
-                reduced, deviation = self._choose_precision(sampler, nodes, settings)
-                self.engine.step_batch.start(x.shape[-2] * x.shape[-1], reduced)
-            sampler.reduced = reduced
-            rounding = deviation if reduced else 0.0
-            enough = partial(exact_enough, settings.tolerance, rounding, sampler)
-            integrals = integrate_targets(
-                sampler.some, len(means), settings.rule, settings.steps, enough if refined else None
-            )
-            for mean, integral in zip(means, integrals, strict=True):
-                mean.add(integral)
-            starts.append(sampler.scores[0.0])
-        return Integration(means, first, starts, reduced, deviation)
-
-    def _choose_precision(
-        self, sampler: PathSampler, nodes: np.ndarray, settings: Settings
-    ) -> tuple[torch.dtype | None, float]:
-        """The reduced type, where it is wanted and, under `auto`, accurate enough; and the map's
-        deviation from float32 in it. nodes: those that are evaluated whatever is found."""
-        reduced = reduced_dtype(settings.precision, self.device)
-        if reduced is None or self.engine.dtype != torch.float32:
-            return None, 0.0
-        near = {int(np.abs(nodes - alpha).argmin()) for alpha in CHECKED_NODES}
-        deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(near)])
-        limit = min(settings.precision_tolerance, (settings.tolerance or 1.0) / 2)
-        refused = settings.precision == 'auto' and deviation > limit
-        return None if refused else reduced, deviation
+        view = self.engine.compared_view(x, logits, targets)
+        return AtImage(x, logits, targets, None, view), masks
 
     def _explanation(
         self,
@@ -1102,50 +1025,63 @@ class IntegratedGradients:
         network: NetworkDescription,
         at_image: AtImage,
         masks: torch.Tensor,
-        integration: Integration,
+        found: Sequence[Found],
         cost: Cost,
+        draws: int,
         baseline: str,
         baseline_pixels: np.ndarray,
         device: torch.device,
         number: int,
     ) -> Explanation:
         """The result for one of the targets."""
-        target, mean = at_image.targets[number], integration.means[number]
-        rounding = integration.deviation if integration.reduced else 0.0
-        attributions = mean.integral[0].clone()  # (C, H, W); a slice may keep all targets' alive
-        uncertainty, error = None, None
-        if mean.uncertainty is not None:
-            relative = float(mean.uncertainty[0].norm() / attributions.norm())
-            error = math.hypot(relative, rounding)
-            size = attributions.sum(dim=0).square().mean().sqrt()  # of a pixel, root mean square
-            uncertainty = mean.summed_uncertainty[0].hypot(rounding * size).cpu()
+        target, one, (method,) = at_image.targets[number], found[number], settings.methods
+        declared = method.declares
         mask, prediction = network.explained(at_image.logits, masks, target.label)
+        total = float(one.attributions.cpu().double().sum()) if one.total is None else one.total
         return Explanation(
-            attributions=attributions.to(device),
-            uncertainty=uncertainty,
+            attributions=one.attributions.to(device),
+            uncertainty=one.uncertainty,
             prediction=prediction.cpu(),
             predicted_mask=mask.cpu(),
             region=target.region.cpu(),
             baseline_pixels=baseline_pixels,
             target=target.name,
             objective=replace(target, weights=target.weights.cpu()),
-            baseline=baseline,
-            rule=settings.rule,
-            steps=mean.evaluations,
+            baseline=None if declared.baseline == NO_BASELINE else baseline,
+            rule=method.rule_name(settings.rule) if declared.quadrature else None,
+            steps=one.evaluations,
             score=float(target(at_image.logits)),
-            baseline_score=float(np.mean([float(s[number]) for s in integration.start_scores])),
-            attribution_sum=float(attributions.cpu().double().sum()),
-            map_error=error if error is None or math.isfinite(error) else None,
+            baseline_score=one.start_score,
+            attribution_sum=total,
+            map_error=one.map_error,
             tolerance=settings.tolerance,
-            trend=trend_of(integration.trend, number),
+            trend=one.trend,
             cost=cost,
-            draws=len(integration.start_scores),
+            draws=draws if declared.baseline == GIVEN else 1,
+            method=declared,
+            end_score=one.end_score,
+            sum_error=one.total_error,
+            fine=one.fine,
+            again=partial(method.map_for_check, settings.seed, None),
         )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a type, as in PRECISIONS."""
-    return str(dtype).removeprefix('torch.')
+def _found_by(
+    method: Method, work: Work, settings: Settings, progress: bool
+) -> tuple[list[Found], str | None]:
+    """What a method finds, in the precision that was asked for, or why that was not possible."""
+    with tqdm(total=method.steps_in_all(work), unit='step', leave=False, disable=not progress,
+              desc=f'{method.name}, interpolation steps') as bar:  # fmt: skip
+
+        def found_in(precision: str) -> list[Found]:
+            own = settings
+            if precision != settings.precision:
+                own = replace(settings, precision=precision)
+            return method.explain(replace(work, settings=own, on_steps=bar.update))
+
+        # Where no error of the map is estimated, reduced precision could not be judged.
+        wanted = settings.precision if method.declares.quadrature else 'float32'
+        return in_precision(found_in, wanted)
 
 
 def _build_targets(
@@ -1199,57 +1135,6 @@ def scores_of_labels(
     background = network.background if exclusive else None
     scores = label_scores(masks.cpu().numpy(), truth.cpu().numpy())
     return LabelScores(scores, background, float(right.cpu().double().mean()))
-
-
-def mask_overlap(
-    mask: torch.Tensor, network: NetworkDescription, threshold: float, logits: torch.Tensor
-) -> torch.Tensor:
-    """(N, K, h, w) logits -> (N,): IoU of the predicted masks with that of the image, (h, w)."""
-    masks = network.foreground(network.predicted(enlarged(logits, mask.shape), threshold))
-    both = (masks & mask).sum(dim=(1, 2))
-    union = (masks | mask).sum(dim=(1, 2))
-    return torch.where(union > 0, both / union, 1.0)
-
-
-def exact_enough(
-    tolerance: float, rounding: float, sampler: PathSampler, number: int, running: PathIntegral
-) -> bool:
-    """Whether map error and completeness gap of a target are below the tolerance. rounding: what
-    reduced precision adds to the error of the map. number: of the target; running: its own."""
-    errors = running.relative_errors()
-    if errors is None:
-        return False
-    ends = (sampler.scores[1.0][number], sampler.scores[0.0][number])
-    error, total, high, low = torch.stack([errors[0], running.integral.sum(), *ends]).tolist()
-    gap = completeness_gap(total, high, low) or 0.0
-    return math.hypot(error, rounding) <= tolerance and gap <= tolerance
-
-
-def mask_nodes(nodes: np.ndarray, steps: int, share: float) -> list[float]:
-    """The nodes between the ends at which the predicted mask is followed too, on a cropped path:
-    a few, spread evenly, since each takes a forward pass of the whole network. None of a path that
-    is not cropped, where the mask is seen at every node.
-
-    nodes: those that are asked whatever is found. steps: of the path. share: of the work of a whole
-    gradient that a cropped one takes.
-    """
-    count = min(MOST_MASKS, int(MASK_SHARE * steps * share / FORWARD_SHARE))
-    if share == 1:
-        return []
-    places = (np.arange(count) + 1) / (count + 1)
-    return sorted({float(nodes[np.abs(nodes - place).argmin()]) for place in places})
-
-
-def trend_of(sampler: PathSampler, number: int) -> Trend:
-    """What one target saw along a path, at the nodes where it was asked."""
-    scores = {alpha: float(sampler.scores[alpha][number]) for alpha in sorted(sampler.scores)}
-    alphas = [alpha for alpha, score in scores.items() if not math.isnan(score)]
-    seen = sampler.overlaps
-    return Trend(
-        tuple(alphas),
-        tuple(scores[alpha] for alpha in alphas),
-        tuple(float(seen[alpha]) if alpha in seen else None for alpha in alphas),
-    )
 
 
 # --------------------------------------------------------------------------- one image
@@ -1339,12 +1224,14 @@ class ModelInput:
     def explain(
         self, ig: IntegratedGradients, settings: Settings, progress: bool
     ) -> list[tuple[Explanation, np.ndarray | None]]:
-        """For each target the explanation, and the pixels (H, W) bool that truly are of its
-        class, if known. Of several targets, empty ones are left out."""
-        explanations = ig.explain_with(
-            settings, self.x, truth=self.truth, placement=self.placement, skip_empty=True,
-            progress=progress,
+        """For each target, and each method, the explanation, and the pixels (H, W) bool that truly
+        are of its class, if known. Of several targets, empty ones are left out."""
+        explained = partial(
+            ig.explain_with, input_tensor=self.x, truth=self.truth, placement=self.placement,
+            skip_empty=True, progress=progress,
         )  # fmt: skip
+        by_method = [explained(settings.of_method(name)) for name in settings.method]
+        explanations = [one for of_target in zip(*by_method, strict=True) for one in of_target]
         if self.truth is None:
             return [(explanation, None) for explanation in explanations]
         return [(one, one.objective.explained(self.truth)) for one in explanations]
@@ -1359,9 +1246,9 @@ def explain_image(
 ) -> list[tuple[Explanation, np.ndarray | None]]:
     """Explain an image as it was read: (H0, W0, C), 0-255, with (H0, W0) truth labels if known.
 
-    Returns for each target the explanation and the truth of the explained class at model
-    resolution, (H, W) bool or None. Of several targets, empty ones are left out. Where all are
-    empty and `settings.on_empty` is 'image', the whole image is explained.
+    Returns for each target, and each method, the explanation and the truth of the explained class
+    at model resolution, (H, W) bool or None. Of several targets, empty ones are left out. Where all
+    are empty and `settings.on_empty` is 'image', the whole image is explained.
     """
     truth = counted_truth(ig, truth, settings)[0]
     with _normalised(ig, ReadImage(image, truth), settings) as given:
@@ -1486,7 +1373,8 @@ def _described(
             *read.notes,
             *notes_on(image, truth, settings, [one for one, _ in results]),
         ],
-        'targets': [one.target for one, _ in results],
+        'targets': list(dict.fromkeys(one.target for one, _ in results)),
+        'methods': list(settings.method),
         'settings': settings_record(ig, settings),
         'versions': versions(),
         'channel_names': list(ig.preprocessing.channel_names),
@@ -1573,7 +1461,7 @@ def notes_on(
             f'{image.shape[1]}×{image.shape[0]}: the mask was resized (nearest neighbour)'
         )
     notes += explanations[0].notes
-    targets = [one.target for one in explanations]
+    targets = list(dict.fromkeys(one.target for one in explanations))
     asked = [target for target in settings.target if kind_of(target).expand is None]
     left_out = [target for target in asked if target not in targets]
     if targets == ['image'] and 'image' not in settings.target:
@@ -1706,7 +1594,7 @@ class Pending:
 
     loaded: LoadedSample
     key: str  # see `resume_key`
-    finished: list[dict] | None  # the statistics of its targets, where it need not be computed
+    finished: list[dict] | None  # of its targets and methods, where it need not be computed
 
     @classmethod
     def of(cls, loaded: LoadedSample, settings: Settings, record: dict, output: Output) -> Pending:
@@ -1715,10 +1603,15 @@ class Pending:
         finished = None
         if not output.overwrite:
             finished = finished_statistics(
-                output.folder, loaded.sample.name, settings.possible_first_targets,
-                settings.several_targets, key,
+                output.folder, naming_of(loaded.sample.name, settings),
+                settings.possible_first_targets, key,
             )  # fmt: skip
         return cls(loaded, key, finished)
+
+
+def naming_of(name: str, settings: Settings) -> Naming:
+    """How the folders of an image are named under these settings."""
+    return Naming(name, settings.several_targets, settings.method)
 
 
 def statistics_of(
@@ -1732,16 +1625,16 @@ def statistics_of(
     where they are there already."""
     if pending.finished is not None:
         judged = [judged_again(one, settings.thresholds, output.folder) for one in pending.finished]
-        folders = [statistics['folder'] for statistics in judged]
-        if any(missing_figures(output.folder / folder, output.figures) for folder in folders):
-            return judged, partial(redraw_missing, output.folder, folders, output.figures)
+        if missing_figures(output.folder, judged, output.figures):
+            return judged, partial(redraw_missing, output.folder, judged, output.figures)
         return judged, None
     loaded, name = pending.loaded, pending.loaded.sample.name
     described = describe_read(ig, name, loaded.read, settings, progress)
+    naming = naming_of(name, settings)
     for statistics, _ in described:
         statistics |= {
             'image_path': str(loaded.sample.image_path),
-            'folder': folder_name(name, statistics['target'], settings.several_targets),
+            'folder': naming.folder(statistics['target'], statistics['method']),
             'resume_key': pending.key,
         }
     by_target = [statistics for statistics, _ in described]
@@ -2112,8 +2005,8 @@ def _flag_of(one: object, known: Setting) -> dict[str, object]:
         return flag | {'nargs': '+', 'type': float}
     if one.name == 'class_names':
         return flag | {'nargs': '+'}
-    if one.name in ('target', 'thresholds'):
-        default = known.default_text if one.name == 'target' else None
+    if one.name in ('target', 'thresholds', 'method', 'method_option'):
+        default = known.default_text if one.name in ('target', 'method') else None
         return flag | {'nargs': '+', 'default': default}
     if known.least == 1:
         return flag | {'type': _whole_number}
@@ -2129,6 +2022,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     given['target'] = 'each-object' if args.each_object else args.target
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     given['thresholds'] = parse_thresholds(args.thresholds or ())
+    given['method_option'] = given['method_option'] or ()
     return Settings(**given)
 
 

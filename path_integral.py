@@ -11,6 +11,8 @@ A *rule* says at which nodes the density is evaluated and with which weights it 
     fixed     nodes and weights known beforehand (`RULES`)
     nested    the same, refined level by level until the error is small; nothing is computed twice
     adaptive  intervals bisected where the density changes most, summed by the trapezoid rule
+    drawn     nodes at random, two in each of equal strata (`Stratified`), for densities that are
+              themselves drawn; the error is then the standard error
 
 The *error of the map* is estimated from the same densities, interval by interval. Two things are
 known about the trapezoid rule's error on an interval of length h with densities a, b at its ends:
@@ -31,7 +33,7 @@ known here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import pairwise
@@ -48,6 +50,7 @@ BISECTED_SHARE = 4  # each round bisects a quarter of the intervals, so that a G
 # many bytes. The least promising are left as they are.
 MAX_OPEN_INTERVALS = 128
 MAX_OPEN_BYTES = 256 * 2**20
+DRAWN_AT_ONCE = 16  # nodes that are drawn between two questions whether it is enough
 
 # alphas -> the densities there, (targets, C, H, W), one after the other
 Evaluate = Callable[[np.ndarray], Iterable[torch.Tensor]]
@@ -160,11 +163,37 @@ NESTED: dict[str, tuple[int, ...]] = {
 }
 
 
-def first_nodes(rule: str, steps: int, refined: bool) -> np.ndarray:
+@dataclass(frozen=True)
+class Stratified:
+    """Two nodes at random in each of equal strata of [0, 1]; refined by drawing further sets of
+    such nodes, of which the mean is taken. The differences within the pairs tell the variance of
+    what is drawn (Cochran: Sampling Techniques, 1977, section 5.4)."""
+
+    seed: int
+    name: str = 'stratified'
+
+    def sets(self, steps: int, refined: bool) -> Iterator[np.ndarray]:
+        """Nodes, rising: all at once, or set by set; a single step has no pair."""
+        size = min(DRAWN_AT_ONCE, steps) if refined else steps
+        size -= size % 2 if size > 1 else 0
+        strata, rng = max(1, size // 2), np.random.default_rng(self.seed)
+        for _ in range(steps // size):
+            within = np.sort(rng.random((strata, min(2, size))), axis=1)
+            yield ((np.arange(strata)[:, None] + within) / strata).ravel()
+
+
+AnyRule = str | Rule | Stratified  # a name of RULE_NAMES, or a rule that a method brings along
+
+
+def first_nodes(rule: AnyRule, steps: int, refined: bool) -> np.ndarray:
     """The nodes that are evaluated whatever is found there: all of a fixed rule's, else the first.
 
     Raises InputError: a number of steps the rule does not have, a rule that is not nested.
     """
+    if isinstance(rule, Rule):
+        return rule.nodes
+    if isinstance(rule, Stratified):
+        return next(rule.sets(steps, refined))
     if rule == ADAPTIVE:
         return _first_rule(steps).nodes
     return RULES[rule](_nested_counts(rule, steps)[0] if refined else steps).nodes
@@ -244,6 +273,7 @@ class PathIntegral:
     evaluations: int = 0  # of the density
     error: MapError = field(default_factory=MapError)  # of each attribution
     summed_error: MapError = field(default_factory=MapError)  # of their sum over the channels
+    sum_variance: torch.Tensor | None = None  # (targets,): of the sum of all, where it was drawn
 
     def count(self, errors: ErrorPair, sign: int = 1) -> None:
         """Count the errors of an interval, or (sign -1) no longer."""
@@ -254,7 +284,8 @@ class PathIntegral:
         """That of one of the targets."""
         integral = self.integral[target : target + 1]
         errors = self.error.of(target), self.summed_error.of(target)
-        return PathIntegral(integral, self.evaluations, *errors)
+        drawn = None if self.sum_variance is None else self.sum_variance[target : target + 1]
+        return PathIntegral(integral, self.evaluations, *errors, drawn)
 
     def relative_errors(self) -> torch.Tensor | None:
         """Estimated relative L2 error of each target's map, (targets,); None for a single node."""
@@ -292,7 +323,7 @@ def integrate(
 def integrate_targets(
     evaluate: EvaluateSome,
     count: int,
-    rule: str,
+    rule: AnyRule,
     steps: int,
     enough: Callable[[int, PathIntegral], bool] | None = None,
 ) -> list[PathIntegral]:
@@ -312,16 +343,22 @@ def integrate_targets(
     return _in_step([_rounds(rule, steps, test) for test in tests], evaluate)
 
 
-def _is_fixed(rule: str, steps: int, enough: object) -> bool:
-    """Whether all nodes are known beforehand."""
+def _is_fixed(rule: AnyRule, steps: int, enough: object) -> bool:
+    """Whether all nodes are known beforehand, and their weights too."""
+    if not isinstance(rule, str):
+        return isinstance(rule, Rule)
     return steps == 1 or enough is None if rule != ADAPTIVE else steps == 1
 
 
-def _fixed_rule(rule: str, steps: int) -> Rule:
+def _fixed_rule(rule: str | Rule, steps: int) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
     return midpoint_rule(1) if rule == ADAPTIVE else RULES[rule](steps)
 
 
-def _rounds(rule: str, steps: int, enough: Enough | None) -> Rounds:
+def _rounds(rule: str | Stratified, steps: int, enough: Enough | None) -> Rounds:
+    if isinstance(rule, Stratified):
+        return stratified_rounds(rule, steps, enough)
     if rule == ADAPTIVE:
         return adaptive_rounds(steps, enough)
     return nested_rounds(rule, steps, enough)
@@ -433,6 +470,33 @@ def nested_rounds(rule: str, steps: int, enough: Enough) -> Rounds:
         if enough(by_level):
             break
     return by_level
+
+
+def stratified_rounds(rule: Stratified, steps: int, enough: Enough | None = None) -> Rounds:
+    """Means over nodes drawn in strata, set after set; what is known of their variance: of each
+    attribution, of their sum over the channels, and of the sum of all."""
+    total, moments = 0.0, [0.0, 0.0, 0.0]
+    for count, nodes in enumerate(rule.sets(steps, enough is not None), start=1):
+        asked: np.ndarray | None = nodes
+        strata = (len(nodes) + 1) // 2
+        for _ in range(strata):
+            pair = []
+            for _ in range(min(2, len(nodes))):
+                pair.append((yield asked))
+                asked = None
+            total = total + sum(pair) / (len(pair) * strata)
+            half = (pair[-1] - pair[0]) / (2 * strata)  # of the difference, of a stratum's share
+            parts = half, half.sum(dim=1, keepdim=True), half.flatten(1).double().sum(dim=1)
+            moments = [m + part.square() for m, part in zip(moments, parts, strict=True)]
+        running = PathIntegral(total / count, count * len(nodes))
+        if len(nodes) > 1:
+            each, summed, whole = (moment / count**2 for moment in moments)
+            running.error = MapError(each, torch.zeros_like(each))
+            running.summed_error = MapError(summed, torch.zeros_like(summed))
+            running.sum_variance = whole
+        if enough and enough(running):
+            break
+    return running
 
 
 @dataclass(frozen=True)
@@ -551,10 +615,19 @@ class MeanIntegral:
     total: torch.Tensor | float = 0.0  # (targets, C, H, W)
     squares: torch.Tensor | None = None  # (targets, C, H, W): of the uncertainties, their sum
     summed_squares: torch.Tensor | None = None  # (targets, 1, H, W): of the sum over channels
+    sum_variance: torch.Tensor | None = None  # (targets,): of the sum of all, where it was drawn
+    second: bool = False  # whether second moments are wanted too
+    moments: tuple = (0.0, 0.0, 0.0)  # sums of v^2, of u^2 v, of (u v)^2: value, its uncertainty
 
     def add(self, one: PathIntegral) -> None:
         """Take in the integral along one more path."""
         self.total = self.total + one.integral
+        self.sum_variance = one.sum_variance
+        if self.second:
+            value, known = one.integral, one.error.uncertainty
+            square = torch.zeros_like(value) if known is None else known.square()
+            parts = value.square(), square * value, square * value.square()
+            self.moments = tuple(m + part for m, part in zip(self.moments, parts, strict=True))
         self.squares = self._with(self.squares, one.error)
         self.summed_squares = self._with(self.summed_squares, one.summed_error)
         self.evaluations = max(self.evaluations, one.evaluations)
@@ -566,6 +639,17 @@ class MeanIntegral:
         if uncertainty is None or (self.count and squares is None):
             return None
         return uncertainty.square() if squares is None else squares + uncertainty.square()
+
+    def second_moment(self, about_mean: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The mean of the squares, or the variance, (targets, C, H, W), and its estimated error, to
+        first order; None where that of the paths is unknown."""
+        centre = self.integral if about_mean else torch.zeros_like(self.integral)
+        squares, linear, quadratic = self.moments
+        moment = (squares / self.count - centre.square()).clamp(min=0)
+        if self.squares is None:
+            return moment, None
+        variance = quadratic - 2 * centre * linear + centre.square() * self.squares
+        return moment, 2 * variance.clamp(min=0).sqrt() / self.count
 
     @property
     def integral(self) -> torch.Tensor:

@@ -21,7 +21,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from attribution_figures import View, attribution_figure, channels_figure, page_pictures
+from attribution_figures import (
+    View,
+    attribution_figure,
+    channels_figure,
+    methods_figure,
+    page_pictures,
+)
 from errors import InputError, OutputError, one_line
 from segmentation_dataset import Placement, as_picture
 
@@ -123,6 +129,21 @@ def _arrays_writer(arrays: dict[str, np.ndarray]) -> Callable[[Path], object]:
     return write
 
 
+def in_file_names(text: str) -> str:
+    """A target or a method, as it stands in names of files."""
+    return text.replace(':', '-').replace(',', '-')
+
+
+def methods_figures(output_dir: Path, described: Sequence[dict]) -> dict[Path, list[dict]]:
+    """The figures that show methods side by side, one for each target, and the statistics of what
+    they show; none where there is one method."""
+    figures: dict[Path, list[dict]] = {}
+    for statistics in described if len(described[0].get('methods') or ()) > 1 else ():
+        stem = statistics['folder'].removesuffix('_' + in_file_names(statistics['method']))
+        figures.setdefault(output_dir / f'{stem}_methods.png', []).append(statistics)
+    return figures
+
+
 def image_files(folder: Path) -> dict[str, Path]:
     """The files of one image's folder by what they hold; the statistics mark it as finished."""
     return {name: folder / f'{folder.name}_{end}' for name, end in FILE_ENDINGS.items()}
@@ -142,8 +163,13 @@ def write_image(output_dir: Path, described: Sequence[Description], figures: str
     """Write the files of one image's targets, each into the `folder` its statistics name.
 
     figures: a key of FIGURES. The first target's statistics name the others: written last, they
-    mark all as finished. Raises OutputError.
+    mark all as finished. Of several methods, each target gets a figure of them in the output folder
+    itself. Raises OutputError.
     """
+    if FIGURES[figures]:
+        views = {statistics['folder']: view_of(arrays) for statistics, arrays in described}
+        shown = methods_figures(output_dir, [statistics for statistics, _ in described])
+        _write_methods_figures(shown, views)
     for statistics, arrays in reversed(described):
         files = image_files(output_dir / statistics['folder'])
         write_files(
@@ -178,15 +204,37 @@ def redraw_figures(folder: str | Path, figures: str = 'all') -> None:
     write_files(_picture_writers(image_files(Path(folder)), view, statistics, figures))
 
 
-def redraw_missing(output_dir: Path, folders: Sequence[str], figures: str) -> None:
-    """Draw the pictures of finished images that lack some of them."""
-    for folder in folders:
-        if missing_figures(output_dir / folder, figures):
-            redraw_figures(output_dir / folder, figures)
+def _write_methods_figures(shown: dict[Path, list[dict]], views: dict[str, View]) -> None:
+    write_files(
+        {
+            path: figure_writer(methods_figure([views[s['folder']] for s in several], several))
+            for path, several in shown.items()
+        }
+    )
 
 
-def missing_figures(folder: Path, figures: str) -> bool:
-    """Whether a finished image lacks one of the pictures that are wanted."""
+def redraw_missing(output_dir: Path, described: Sequence[dict], figures: str) -> None:
+    """Draw the pictures that finished explanations lack; described: their statistics."""
+    for statistics in described:
+        if _lacks_figures(output_dir / statistics['folder'], figures):
+            redraw_figures(output_dir / statistics['folder'], figures)
+    shown = methods_figures(output_dir, described)
+    missing = {path: several for path, several in shown.items() if not path.is_file()}
+    folders = [statistics['folder'] for several in missing.values() for statistics in several]
+    views = {folder: load_view(output_dir / folder)[0] for folder in folders}
+    if FIGURES[figures]:
+        _write_methods_figures(missing, views)
+
+
+def missing_figures(output_dir: Path, described: Sequence[dict], figures: str) -> bool:
+    """Whether finished explanations of an image lack one of the pictures that are wanted."""
+    together = methods_figures(output_dir, described) if FIGURES[figures] else {}
+    return not all(path.is_file() for path in together) or any(
+        _lacks_figures(output_dir / statistics['folder'], figures) for statistics in described
+    )
+
+
+def _lacks_figures(folder: Path, figures: str) -> bool:
     files = image_files(folder)
     return not all(files[name].is_file() for name in FIGURES[figures])
 

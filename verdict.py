@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from errors import InputError
-from image_statistics import names_of_channels, shown
+from image_statistics import gap_text, how_text, names_of_channels, shown
 
 GOOD, NOTE, CONCERN = 'good', 'note', 'concern'  # levels of a finding
 
@@ -332,8 +332,8 @@ def statistics_text(statistics: dict) -> str:
         f'Dice, IoU, pixel accuracy   {show("dice")}, {show("iou")}, {show("pixel_accuracy")}',
         *([f'Dice of each class          {classes}'] if classes else []),
         f'F(x), F(baseline)           {show("score")}, {show("baseline_score")}',
-        f'Completeness gap            {show("completeness_gap")} '
-        f'({statistics["rule"]} rule, {statistics["steps"]} steps)',
+        f'Completeness gap            {gap_text(statistics, precise=True)} '
+        f'({how_text(statistics)})',
         f'Map error (estimate)        {show("map_error")}: {map_verdict(statistics["map_error"])}',
         f'Sign settled                {show("settled_share")} of |attribution|',
         f'Time                        {statistics["seconds"]:.1f} s, '
@@ -341,6 +341,7 @@ def statistics_text(statistics: dict) -> str:
         f'{statistics["step_batch"]} at once',
     ]
     heading = (
-        f'{statistics["image"]} (target {statistics["target"]}, baseline {statistics["baseline"]})'
+        f'{statistics["image"]} ({statistics["method"]}, target {statistics["target"]}, '
+        f'baseline {statistics["baseline"] or "none"})'
     )
     return '\n  '.join([heading, *lines])

@@ -11,8 +11,9 @@ import gradient_engine
 import network_graph
 from attribution_target import Target
 from gradient_engine import GradientEngine, View, boxes_of, parts_of, prepared_copy
-from integrated_gradients import IntegratedGradients, mask_nodes
+from integrated_gradients import IntegratedGradients
 from network_graph import NetworkGraph
+from path_walk import mask_nodes
 
 CPU = torch.device('cpu')
 

@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT
 
 import integrated_gradients
+from attribution_methods import METHODS, form_of, options_text
 from image_statistics import COMPOUND, METRICS, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
 from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
 from network_guess import LEAVES_NO_TRACE
@@ -66,6 +67,23 @@ def test_every_statistic_stands_in_the_table_as_it_is_defined():
         if line not in plain
     ]  # fmt: skip
     assert not missing, '\n'.join(missing)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_stands_in_the_table_as_it_declares_itself(name):
+    assert method_row(name) in REFERENCE.replace('\\|', '|')
+
+
+def method_row(name: str) -> str:
+    """The row of a method in the table of REFERENCE."""
+    kind = METHODS[name]
+    declared = kind().declares
+    promises = [f'sum: {declared.completeness or "n/a"}']
+    promises += ['tolerance'] if declared.quadrature else []
+    promises += [f'baseline: {declared.baseline}']
+    options = options_text(kind).partition(' has ')[2]
+    cells = (f'`{form_of(name)}`', kind.__doc__, ', '.join(promises), options, kind.source)
+    return f'| {" | ".join(cells)} |'
 
 
 def test_every_finding_and_threshold_is_explained():

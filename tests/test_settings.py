@@ -50,6 +50,7 @@ CHANGED = {
     'tolerance': 0.5, 'max_steps': 17, 'rule': 'trapezoid', 'precision': 'bfloat16',
     'precision_tolerance': 0.5, 'gap_tolerance': 0.5, 'evaluate': 'quick',
     'thresholds': Thresholds(dice=0.9), 'window': '-160:240', 'frame': 2, 'slice': '1:5',
+    'method': ('smooth', 'ig'), 'method_option': ('samples=3', 'noise=0.2'), 'no_multiply': True,
     'crop': (1, 2, 3, 4), 'max_pixels': 10, 'label_map': 'map.txt', 'ignore_label': -1,
 }  # fmt: skip
 
@@ -62,12 +63,14 @@ def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name, tmp_path
     words = {name: list(map(str, CHANGED[name])) for name in ('mean', 'std', 'class_names')}
     words |= {'image_size': ['64x96']}
     words |= {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
-    words |= {'crop': ['1,2,3,4']}
+    words |= {'crop': ['1,2,3,4'], 'method': list(CHANGED['method']), 'no_multiply': []}
+    words |= {'method_option': [*CHANGED['method_option'], '--method', 'smooth']}
     own = ['--window=-160:240'] if name == 'window' else [
         f'--{name}', *words.get(name, [str(value)])]  # fmt: skip
     argv = ['--model_path', 'm', *own]
     settings = settings_from(build_parser().parse_args(argv))
-    assert settings == replace(Settings(), **{name: value})
+    also = {'method': ('smooth',)} if name == 'method_option' else {}
+    assert settings == replace(Settings(), **{name: value}, **also)
     image = noise_image()
     keys = [resume_key(one.record(), image, None) for one in (Settings(), settings)]
     cost_only = name in ('step_batch', 'compile', 'thresholds')
@@ -128,6 +131,24 @@ def test_all_settings_are_tried_above():
         ({'crop': (0, 0, 0, 5)}, 'crop must be X,Y,WIDTH,HEIGHT'),
         ({'crop': 'all'}, 'crop must be X,Y,WIDTH,HEIGHT'),
         ({'ignore_label': 'x'}, 'ignore_label must be a whole number'),
+        ({'method': 'nonsense'}, 'unknown method "nonsense" .choose from ig'),
+        ({'method': 'ig:encoder'}, 'not of the form ig'),
+        ({'method': ('ig', 'ig')}, 'must name different methods'),
+        ({'method': ()}, 'must name different methods'),
+        ({'method': 5}, 'method must be text'),
+        ({'method_option': ('samples=3',)}, 'unknown option "samples" .ig has no options'),
+        ({'method': 'smooth', 'method_option': ('samples',)}, 'lacks its =VALUE'),
+        (
+            {'method': 'smooth', 'method_option': ('samples=0',)},
+            'at least 1 .smooth has samples=8',
+        ),
+        ({'method': 'smooth', 'method_option': ('noise=x',)}, 'noise is no number: "x"'),
+        ({'method': 'smooth', 'method_option': {'kind': 'best'}}, 'unknown kind "best"'),
+        ({'method_option': 5}, 'method_option must be NAME=VALUE'),
+        ({'no_multiply': 'no'}, 'no_multiply must be True or False'),
+        ({'no_multiply': True, 'method': 'gradient'}, '--no_multiply goes with ig, '),
+        ({'tolerance': 0.1, 'method': 'gradient'}, '--tolerance goes with methods whose error'),
+        ({'precision': 'bfloat16', 'method': 'gradient'}, '--precision goes with methods'),
         ({'label_map': 'no such file'}, 'label map file not found'),
     ],
 )
