@@ -61,6 +61,7 @@ class View:
     truth: np.ndarray | None  # (h, w) bool; None: unknown
     baseline: np.ndarray  # (h, w, 3) uint8
     uncertainty: np.ndarray | None = None  # (h, w) float32, of `summed`; None: unknown
+    regions: np.ndarray | None = None  # (h, w) int16: rank of each pixel's region, from 1
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -122,7 +123,10 @@ def attribution_figure(view: View, statistics: dict) -> Figure:
 
     norm = CenteredNorm(0, clip_level(view.summed))
     doubtful = not view.settled.all()
-    title = 'Signed: red raises the score' + (', grey is not settled' if doubtful else '')
+    title = 'Signed: red raises the score'
+    if statistics.get('signed') is False:
+        title = 'The same, its sign says nothing'
+    title += ', grey is not settled' if doubtful else ''
     opacity = np.where(view.settled, 1.0, UNSETTLED_OPACITY)
     signed.set_facecolor(UNSETTLED)
     drawn = sheet.show(signed, view.summed, title, cmap='RdBu_r', norm=norm, alpha=opacity)
@@ -208,6 +212,36 @@ def channels_figure(view: View, statistics: dict) -> Figure:
     return sheet.figure
 
 
+def regions_figure(view: View, statistics: dict) -> Figure:
+    """The image, its regions by rank, and the image where the smallest sets of them that carry 50,
+    80 and 95 % of the attribution are."""
+    lines = [
+        'regions of the image by the |attribution| a pixel that each adds (XRAI), of method '
+        f'{statistics["method"]} and target "{statistics["target"]}"',
+    ]
+    sheet = Sheet(view, statistics, panels=5, bars=(1,), lines=lines)
+    sheet.show(sheet.axes[0], view.image, 'Image')
+    ranks = np.where(view.regions > 0, view.regions, view.regions.max()).astype(float)
+    drawn = sheet.show(sheet.axes[1], ranks, 'Regions by rank', cmap='magma_r')
+    sheet.bar(
+        sheet.axes[1], drawn, 'rank, the first carries most a pixel', 'neither', clipped=False
+    )
+    for axis, part in zip(sheet.axes[2:], (50, 80, 95), strict=True):
+        count, area = statistics[f'regions_{part}'] or 0, statistics[f'regions_{part}_area']
+        sheet.show(axis, in_grey(view.image) // 4)
+        inside = (view.regions > 0) & (view.regions <= count)
+        size = view.image.shape[1::-1]
+        mask = cv2.resize(inside.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        layer = np.dstack([view.image, 255 * mask])
+        share = shown(f'regions_{part}_area', area)
+        regions = f'{count} region{"" if count == 1 else "s"}'
+        sheet.show(axis, layer, f'{part} %: {regions}, {share} of the image')
+    for axis in sheet.axes:
+        sheet.outline(axis, view.region, TARGET_COLOUR, 'solid')
+    sheet.legend({f'target region ({statistics["target"]})': (TARGET_COLOUR, 'solid')})
+    return sheet.figure
+
+
 def methods_figure(views: Sequence[View], described: Sequence[dict]) -> Figure:
     """One image and target under several methods, side by side: |attribution| over the image, each
     on its own scale. described: the statistics of each."""
@@ -223,7 +257,7 @@ def methods_figure(views: Sequence[View], described: Sequence[dict]) -> Figure:
     sheet.outline(sheet.axes[0], views[0].region, TARGET_COLOUR, 'solid')
     for axis, view, statistics in zip(sheet.axes[1:], views, described, strict=True):
         ratio = shown('attribution_ratio_in_target', statistics['attribution_ratio_in_target'])
-        gap = shown('completeness_gap', statistics['completeness_gap'])
+        gap = gap_text(statistics)
         sheet.show(axis, in_grey(view.image), f'{statistics["method"]}: gap {gap}, ratio {ratio}')
         _, smooth, scale, opacity = smoothed(view.magnitude)
         sheet.show(axis, smooth, cmap='hot', norm=scale, alpha=opacity)
@@ -480,7 +514,9 @@ class Sheet:
         axis.set_xlim(left, right)
         axis.set_ylim(bottom, top)
 
-    def bar(self, axis: Axes, drawn: AxesImage, label: str, extend: str) -> None:
+    def bar(
+        self, axis: Axes, drawn: AxesImage, label: str, extend: str, clipped: bool = True
+    ) -> None:
         """A colour bar below a panel that says where the colours are clipped."""
         box = axis.get_position()
         x = (box.x0 + box.x1) / 2 * self.width - self.cell / 2
@@ -493,7 +529,7 @@ class Sheet:
         bar.set_ticks([tick for tick in ticks if low <= tick <= high])
         bar.solids.set_alpha(1)
         bar.ax.tick_params(labelsize=8)
-        text = f'{label} (clipped at the {CLIP_PERCENTILE}th percentile)'
+        text = f'{label} (clipped at the {CLIP_PERCENTILE}th percentile)' if clipped else label
         bar.set_label(wrap(text, self.cell, FONT['label']), fontsize=FONT['label'])
 
     def legend(self, entries: dict[str, tuple[str, str]]) -> None:
@@ -531,7 +567,7 @@ def caption_lines(statistics: dict) -> list[str]:
     return [
         f'Target: mean {statistics["score_type"]} over "{statistics["target"]}" '
         f'({statistics["target_area"]:,} px)',
-        f'{statistics.get("method", "ig")}, baseline: {statistics["baseline"] or "none"} · '
+        f'method {statistics.get("method", "ig")}, baseline: {statistics["baseline"] or "none"} · '
         f'{how_text(statistics)}',
         f'F(x) = {show("score")}, F(baseline) = {show("baseline_score")} · '
         f'completeness gap {gap_text(statistics)}',

@@ -54,6 +54,8 @@ def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str
     decisive = {name: value for name, value in record.items() if name not in NOT_DECISIVE}
     if 'baseline_sha256' in decisive:  # a file: wherever it lies
         del decisive['baseline']
+    if 'references_sha256' in decisive:
+        decisive.pop('reference_dir', None)
     if 'label_map_sha256' in decisive:
         del decisive['label_map']
     digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())

@@ -295,6 +295,8 @@ STATISTICS: dict[str, Statistic] = {
         'how the sum of the map comes to the change of the score, as the method promises: by the '
         'integral, by construction (so that the gap tells nothing), in expectation', TEXT, WORK,
         lambda m: m.explanation.method.completeness),
+    'signed': Statistic('whether a sign of the map means that the score is raised or lowered',
+        TRUTH, WORK, lambda m: m.explanation.method.signed),
     'baseline': Statistic('what the image is compared with', TEXT, WORK,
         lambda m: m.explanation.baseline),
     'rule': Statistic('quadrature rule', TEXT, WORK, lambda m: m.explanation.rule),
@@ -425,6 +427,16 @@ STATISTICS: dict[str, Statistic] = {
         'operations, number of boxes, relative deviation of their logits and gradient from the '
         "whole map's (null: not cropped, or measured on another image), whether it fell back",
         COMPOUND, COST, lambda m: dict(vars(m.explanation.cost.cropping))),
+
+    # What `--segments` adds.
+    **{
+        f'regions_{part}{end}': Statistic(f'{what} of ranked regions that carries {part} % of '
+                                          '|attribution|', kind, of=lambda m: None, unit=unit)
+        for part in (50, 80, 95)
+        for end, what, kind, unit in (
+            ('', 'size of the smallest set', WHOLE, ''),
+            ('_area', 'share of the image under the smallest set', NUMBER, '%'))
+    },
 
     # What `--evaluate` measures.
     'deletion_area': _check(
@@ -563,7 +575,9 @@ def gap_text(statistics: dict, precise: bool = False) -> str:
     error = statistics.get('gap_error')  # older results have none
     if error is not None:
         return f'{gap} (standard error {shown("gap_error", error, precise)})'
-    return f'{gap} (by construction)' if statistics.get('completeness') == BY_CONSTRUCTION else gap
+    if statistics.get('completeness') == BY_CONSTRUCTION:
+        return f'{"0 %" if (statistics["completeness_gap"] or 0) < 5e-4 else gap} (by construction)'
+    return gap
 
 
 def shown(key: str, value: float | None, precise: bool = False) -> str:

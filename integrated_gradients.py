@@ -147,6 +147,8 @@ from network_description import (
 )
 from path_integral import ADAPTIVE, RULE_NAMES, first_nodes
 from path_walk import Found, Work, dtype_name, in_precision, mask_overlap
+from reference_images import ReferenceImages
+from region_ranking import Regions, rank_regions, segments_of
 from result_files import (
     FIGURES,
     Description,
@@ -416,6 +418,12 @@ class Settings:
     method_option: tuple[str, ...] = setting((), ATTRIBUTION, 'of the methods: '
         + '; '.join(options_text(kind) for kind in METHODS.values()), metavar='NAME=VALUE',
         default_text='as said')
+    segments: str | None = setting(None, ATTRIBUTION,
+        'rank regions of the image by the attribution they carry; xrai: by segments of its '
+        'colours at several scales', choices=('xrai',), default_text='off')
+    reference_dir: str | None = setting(None, ATTRIBUTION,
+        'method expected: the folder of the other images', metavar='DIR',
+        default_text='the others of the dataset')
     no_multiply: bool = setting(False, ATTRIBUTION,
         'the mean gradient, not multiplied by image minus baseline', default_text='off')
     score: str = setting('logit', ATTRIBUTION, 'what is averaged over the target', choices=SCORES)
@@ -658,6 +666,7 @@ class IntegratedGradients:
         if preprocessing is None and own == Preprocessing():
             own = own.for_channels(likely_channels(self.model))
         self._given = preprocessing is not None  # by the user, who then knows the channels
+        self.reference_images: ReferenceImages | None = None  # for methods that compare with others
         self.preprocessing = preprocessing or own
 
     @property
@@ -730,6 +739,7 @@ class IntegratedGradients:
         placement: Placement | None = None,
         skip_empty: bool = False,
         progress: bool = False,
+        references: torch.Tensor | None = None,
         **options: object,
     ) -> list[Explanation]:
         """Explain several targets of one image; they share the forward passes.
@@ -746,6 +756,8 @@ class IntegratedGradients:
         truth: (h, w) class labels, for target 'truth'. placement: for target 'pixel:X,Y' in
             original image coordinates; without it X,Y are output pixels.
         skip_empty: leave out targets whose region holds no pixel, unless all are empty.
+        references: (n, C, H, W), other images, for methods that compare with such; by default those
+            of `reference_dir`.
 
         Raises InputError: wrong shapes or values, not enough memory; EmptyTargetError: a target
         region holds no pixel; NonFiniteError: logits or gradients that are not finite, also when
@@ -755,7 +767,7 @@ class IntegratedGradients:
             raise TypeError(f'unexpected {", ".join(unknown)} (options: {", ".join(OPTIONS)})')
         settings = Settings(num_steps=num_steps, rule=rule, **options)
         return self.explain_with(settings, input_tensor, targets, baseline_type, truth, placement,
-                                 skip_empty, progress)  # fmt: skip
+                                 skip_empty, progress, references)  # fmt: skip
 
     def explain_with(
         self,
@@ -767,6 +779,7 @@ class IntegratedGradients:
         placement: Placement | None = None,
         skip_empty: bool = False,
         progress: bool = False,
+        references: torch.Tensor | None = None,
     ) -> list[Explanation]:
         """`explain_targets` under whole settings, of one method. targets, baseline: instead of
         theirs."""
@@ -796,7 +809,8 @@ class IntegratedGradients:
                 notes += (reason,)
             pixels, tensors = self._baselines(baseline, x, settings)
             overlap = partial(mask_overlap, network.foreground(masks), network, settings.threshold)
-            work = Work(engine, at_image, tensors, settings, overlap)
+            others = self._references(method, x, references, settings)
+            work = Work(engine, at_image, tensors, settings, overlap, others)
             name = baseline if isinstance(baseline, str) else 'tensor'
             if own := method.baseline(work):
                 name, pixels = own[0], self.preprocessing.to_pixels(own[1])
@@ -815,7 +829,7 @@ class IntegratedGradients:
             cropping=at_image.view.cropping,
         )
         explanation = partial(self._explanation, settings, network, at_image, masks, found, cost,
-                              len(tensors), name, pixels, input_tensor.device)  # fmt: skip
+                              others, len(tensors), name, pixels, input_tensor.device)  # fmt: skip
         notes += (engine.output_note,) if engine.output_note else ()
         if numbers is not None:
             notes += unknown_numbers(network, masks, numbers)
@@ -965,6 +979,26 @@ class IntegratedGradients:
         )
         return images[0], [self.preprocessing.normalise(image).to(x) for image in images]
 
+    def _references(
+        self,
+        method: Method,
+        x: torch.Tensor,
+        given: torch.Tensor | None,
+        settings: Settings,
+    ) -> torch.Tensor | None:
+        """The other images (n, C, H, W) that a method compares x with; None: it does not."""
+        if not method.references:
+            return None
+        if given is not None:
+            if given.ndim != 4 or given.shape[1:] != x.shape[1:] or not len(given):
+                raise InputError(
+                    f'references must have the shape (n, {", ".join(map(str, x.shape[1:]))}) of '
+                    f'images like the input, not {tuple(given.shape)}'
+                )
+            return given.detach().to(x)[: method.references]
+        source = self.reference_images or references_of(settings, ())
+        return source.tensors(self.preprocessing, x, method.references)
+
     def _best_baseline(
         self,
         x: torch.Tensor,
@@ -1027,6 +1061,7 @@ class IntegratedGradients:
         masks: torch.Tensor,
         found: Sequence[Found],
         cost: Cost,
+        others: torch.Tensor | None,
         draws: int,
         baseline: str,
         baseline_pixels: np.ndarray,
@@ -1062,7 +1097,7 @@ class IntegratedGradients:
             end_score=one.end_score,
             sum_error=one.total_error,
             fine=one.fine,
-            again=partial(method.map_for_check, settings.seed, None),
+            again=partial(method.map_for_check, settings.seed, others),
         )
 
 
@@ -1397,8 +1432,18 @@ def _described(
             )  # fmt: skip
         statistics['verdict'] = verdict_of(statistics, settings.thresholds)
         arrays = display_arrays(explanation, image, explained_truth, given.placement)
+        if settings.segments:
+            regions = ranked_regions(explanation, ig.preprocessing.to_pixels(given.x))
+            statistics |= regions.statistics()
+            arrays['regions'] = regions.ranks
         described.append((statistics, arrays))
     return described
+
+
+def ranked_regions(explanation: Explanation, pixels: np.ndarray) -> Regions:
+    """Regions of the image (H, W, C), 0-255, by the |attribution| they carry."""
+    magnitude = explanation.attributions.cpu().abs().sum(dim=0).double().numpy()
+    return rank_regions(magnitude, segments_of(pixels))
 
 
 def names_of_labels(
@@ -1489,12 +1534,24 @@ def settings_record(ig: IntegratedGradients, settings: Settings) -> dict:
         **ig.network_under(settings, seen=False).record(),
         'device': str(ig.device),
     }
+    counts = [method.references for method in settings.methods if method.references]
+    if counts:
+        source = ig.reference_images or references_of(settings, ())
+        record['references_sha256'] = source.sha256(max(counts))
     if settings.known_labels is not None:
         record['label_map_sha256'] = settings.known_labels.sha256
     if settings.baseline not in BASELINES and Path(settings.baseline).is_file():
         content = Path(settings.baseline).read_bytes()
         record['baseline_sha256'] = hashlib.sha256(content).hexdigest()
     return record
+
+
+def references_of(settings: Settings, samples: Sequence[Sample]) -> ReferenceImages:
+    """The images that methods may compare with: those of the folder that the settings name, else
+    these. Raises InputError for an unusable folder."""
+    if settings.reference_dir is not None:
+        samples = list_samples(settings.reference_dir)
+    return ReferenceImages(samples, settings.reading)
 
 
 # --------------------------------------------------------------------------- one sample
@@ -1746,7 +1803,9 @@ def analyse_dataset(
     make_output_folder(output.folder)
     with hold_folder(output.folder) if share.rank == 0 else contextlib.nullcontext():
         share.begin()
-        result = _Batch(load(), samples, settings, output).run(before_image, share)
+        ig = load()
+        ig.reference_images = references_of(settings, every)
+        result = _Batch(ig, samples, settings, output).run(before_image, share)
         if output.export is not None and share.rank == 0:
             export([statistics['folder'] for statistics in result.images], output)
         return result
@@ -2044,6 +2103,12 @@ def say_cost(settings: Settings) -> None:
         print(evaluation_cost(settings.evaluate), file=sys.stderr)
 
 
+def around(sample: Sample) -> list[Sample]:
+    """The images in the folder of a sample."""
+    found, _ = attempt(partial(list_samples, sample.image_path.parent), InputError)
+    return found or [sample]
+
+
 def run_single(args: argparse.Namespace, settings: Settings) -> int:
     """Explain one image and print its statistics."""
     if args.image_path is None:
@@ -2056,6 +2121,7 @@ def run_single(args: argparse.Namespace, settings: Settings) -> int:
     output = Output(folder, args.figures, args.overwrite, args.export)
     with hold_folder(output.folder):
         ig = load_explainer(source_from(args, args.device), settings)
+        ig.reference_images = references_of(settings, around(sample))
         known = truth_reading(ig, settings)
         loaded = LoadedSample.of(sample, ig.preprocessing.channels, settings, known)
         by_target = analyse_loaded(ig, loaded, settings, output, progress=True)

@@ -146,6 +146,7 @@ class Work:
     overlap: Callable[[torch.Tensor], torch.Tensor]  # logits (N, K, h, w) -> (N,), of the mask
     references: torch.Tensor | None = None  # (n, C, H, W): other images
     on_steps: Callable[[int], object] = lambda count: None  # told how many were done
+    pixels_of_pass: int | None = None  # of the network's input, where x is not that
 
     @property
     def x(self) -> torch.Tensor:
@@ -155,12 +156,15 @@ class Work:
     @property
     def pixels(self) -> int:
         """Of the network's input: how much work a pass is."""
-        return self.x.shape[-2] * self.x.shape[-1]
+        return self.pixels_of_pass or self.x.shape[-2] * self.x.shape[-1]
 
-    @property
-    def scores_here(self) -> list[float]:
-        """F of each target on the image."""
-        return [float(target(self.at_image.logits)) for target in self.at_image.targets]
+    def sampler(self, path: AttributionPath) -> PathSampler:
+        """Of densities along a path, for methods that sum them in a way of their own; the whole map
+        at its ends is seen."""
+        sampler = PathSampler(self.engine, path, self.at_image, self.overlap, self.on_steps)
+        sampler.see_the_ends(density_at_start=False)
+        self.engine.step_batch.start(self.pixels)
+        return sampler
 
     def walk(
         self,

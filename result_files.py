@@ -27,6 +27,7 @@ from attribution_figures import (
     channels_figure,
     methods_figure,
     page_pictures,
+    regions_figure,
 )
 from errors import InputError, OutputError, one_line
 from segmentation_dataset import Placement, as_picture
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
 FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
     'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
     'overlay': 'overlay.png', 'uncertainty': 'uncertainty.png', 'thumbnail': 'thumbnail.png',
-    'arrays': 'attributions.npz', 'statistics': 'statistics.json',
+    'regions': 'regions.png', 'arrays': 'attributions.npz', 'statistics': 'statistics.json',
 }  # fmt: skip
-FIGURES = {  # what --figures draws of each image; all: what the page shows too
+FIGURES = {  # what --figures draws of each image, regions where they are known; all: what the page
+    # shows too
     'none': (),
-    'png': ('attribution', 'channels'),
-    'all': ('attribution', 'channels', 'image', 'overlay', 'uncertainty', 'thumbnail'),
+    'png': ('attribution', 'channels', 'regions'),
+    'all': ('attribution', 'channels', 'regions', 'image', 'overlay', 'uncertainty', 'thumbnail'),
 }
 
 DISPLAY_SIDE = 1024  # pixels: the longer side of the image that is kept for figures
@@ -216,7 +218,7 @@ def _write_methods_figures(shown: dict[Path, list[dict]], views: dict[str, View]
 def redraw_missing(output_dir: Path, described: Sequence[dict], figures: str) -> None:
     """Draw the pictures that finished explanations lack; described: their statistics."""
     for statistics in described:
-        if _lacks_figures(output_dir / statistics['folder'], figures):
+        if _lacks_figures(output_dir, statistics, figures):
             redraw_figures(output_dir / statistics['folder'], figures)
     shown = methods_figures(output_dir, described)
     missing = {path: several for path, several in shown.items() if not path.is_file()}
@@ -230,13 +232,16 @@ def missing_figures(output_dir: Path, described: Sequence[dict], figures: str) -
     """Whether finished explanations of an image lack one of the pictures that are wanted."""
     together = methods_figures(output_dir, described) if FIGURES[figures] else {}
     return not all(path.is_file() for path in together) or any(
-        _lacks_figures(output_dir / statistics['folder'], figures) for statistics in described
+        _lacks_figures(output_dir, statistics, figures) for statistics in described
     )
 
 
-def _lacks_figures(folder: Path, figures: str) -> bool:
-    files = image_files(folder)
-    return not all(files[name].is_file() for name in FIGURES[figures])
+def _lacks_figures(output_dir: Path, statistics: dict, figures: str) -> bool:
+    files = image_files(output_dir / statistics['folder'])
+    wanted = set(FIGURES[figures])
+    if statistics.get('regions_50') is None:
+        wanted.discard('regions')
+    return not all(files[name].is_file() for name in wanted)
 
 
 def _picture_writers(
@@ -245,12 +250,14 @@ def _picture_writers(
     """The pictures of one image that are wanted, by file."""
     wanted = FIGURES[figures]
     drawn = {'attribution': attribution_figure, 'channels': channels_figure}
+    if view.regions is not None:
+        drawn['regions'] = regions_figure
     writers = {
         files[name]: figure_writer(draw(view, statistics))
         for name, draw in drawn.items()
         if name in wanted
     }
-    if set(wanted) - drawn.keys():
+    if 'image' in wanted:
         writers |= {files[name]: _picture_writer(a) for name, a in page_pictures(view).items()}
     return writers
 
@@ -260,7 +267,7 @@ def view_of(arrays: dict[str, np.ndarray]) -> View:
     size = tuple(int(side) for side in arrays['original_size'])
     crop = Placement(size, *(int(side) for side in arrays['content'])).crop
     shapes = {arrays[key].shape[-2:] for key in ('attributions', 'predicted_mask', 'region')}
-    shapes |= {arrays[key].shape for key in ('uncertainty', 'truth') if key in arrays}
+    shapes |= {arrays[key].shape for key in ('uncertainty', 'truth', 'regions') if key in arrays}
     if len(shapes) > 1:
         raise ValueError(f'its maps have different shapes: {sorted(shapes)}')
     return View(
@@ -272,6 +279,7 @@ def view_of(arrays: dict[str, np.ndarray]) -> View:
         truth=crop(arrays['truth']) if 'truth' in arrays else None,
         baseline=crop(arrays['baseline']),
         uncertainty=crop(unpacked(arrays)) if 'uncertainty' in arrays else None,
+        regions=crop(arrays['regions']) if 'regions' in arrays else None,
     )
 
 

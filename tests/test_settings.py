@@ -51,6 +51,7 @@ CHANGED = {
     'precision_tolerance': 0.5, 'gap_tolerance': 0.5, 'evaluate': 'quick',
     'thresholds': Thresholds(dice=0.9), 'window': '-160:240', 'frame': 2, 'slice': '1:5',
     'method': ('smooth', 'ig'), 'method_option': ('samples=3', 'noise=0.2'), 'no_multiply': True,
+    'segments': 'xrai', 'reference_dir': 'others',
     'crop': (1, 2, 3, 4), 'max_pixels': 10, 'label_map': 'map.txt', 'ignore_label': -1,
 }  # fmt: skip
 

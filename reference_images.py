@@ -1,0 +1,68 @@
+"""Other images that an image is compared with: those of its dataset, or of a folder.
+
+Methods that draw their baselines from data (expected gradients) take some of them, evenly spaced,
+and never the image itself, nor a copy of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from errors import InputError
+from image_reading import Reading, crop_image
+from segmentation_dataset import Preprocessing, Sample, choose_samples
+
+
+class ReferenceImages:
+    """Samples of which others are compared with; each is read once."""
+
+    def __init__(self, samples: Sequence[Sample], reading: Reading) -> None:
+        self.samples, self.reading = list(samples), reading
+        self._read: dict[str, np.ndarray] = {}  # pixels (H, W, C) by name
+
+    def chosen(self, count: int) -> list[Sample]:
+        """So many, evenly spaced, and one more in the place of the image itself."""
+        return choose_samples(self.samples, count + 1)
+
+    def sha256(self, count: int) -> str:
+        """Of the files that may be drawn from. Raises InputError for one that cannot be read."""
+        digest = hashlib.sha256()
+        for sample in self.chosen(count):
+            try:
+                digest.update(hashlib.sha256(sample.image_path.read_bytes()).digest())
+            except OSError as error:
+                raise InputError(
+                    f'cannot read the reference image {sample.image_path}: {error.strerror}'
+                ) from None
+        return digest.hexdigest()
+
+    def tensors(self, fit: Preprocessing, x: torch.Tensor, count: int) -> torch.Tensor:
+        """At most `count` images other than x (1, C, H, W), as the network takes them: (n, C, H,
+        W). Raises InputError where there is none."""
+        found = []
+        for sample in self.chosen(count):
+            image = self._pixels(sample, fit.channels)
+            own = fit.of_image(image)
+            other = own.normalise(own.resize_image(image)).to(x)
+            if other.shape == x.shape and not torch.equal(other, x):
+                found.append(other)
+        if not found:
+            raise InputError(
+                'there is no other image to compare with (name a folder with --reference_dir)'
+            )
+        return torch.cat(found[:count])
+
+    def _pixels(self, sample: Sample, channels: int) -> np.ndarray:
+        """Of a sample, cut like the image that is explained, where it is large enough."""
+        if sample.name not in self._read:
+            pixels = sample.load(channels, self.reading).pixels
+            with contextlib.suppress(InputError):
+                pixels = crop_image(pixels, self.reading.crop, sample.name)
+            pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+            self._read[sample.name] = pixels
+        return self._read[sample.name]
