@@ -79,7 +79,7 @@ def report_html(
         most_listed=MOST_LISTED,
         failed=failed,
         first=images[0] if images else None,
-        baselines=counts_text([entry['baseline'] for entry in images]),
+        baselines=counts_text([entry['baseline'] or 'none' for entry in images]),
         steps=span_text([entry['steps'] for entry in images]),
     )
 
@@ -197,6 +197,8 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
             words += [f'--{name}', *map(str, value)]
         elif name == 'target':
             words += ['--each_object'] if value == 'each-object' else ['--target', *value.split()]
+        elif name == 'method':
+            words += ['--method', *value.split()]
         elif name == 'thresholds':
             changed = {key: limit for key, limit in value.items() if limit != default[key]}
             words += ['--thresholds', *(f'{key}={limit:g}' for key, limit in changed.items())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -34,9 +35,10 @@ from attribution_path import BlurPath, DrawnPath
 from errors import InputError
 from explanation import GIVEN, NO_BASELINE, Declared
 from faithfulness import evaluate, subject_of
+from html_report import reproducing_command
 from image_reading import Reading
 from image_statistics import explanation_statistics
-from integrated_gradients import IntegratedGradients, Settings, main
+from integrated_gradients import IntegratedGradients, Settings, build_parser, main, settings_from
 from network_layers import enlarged_sum
 from path_integral import Stratified, integrate
 from reference_images import ReferenceImages
@@ -740,6 +742,11 @@ def test_a_batch_of_methods_resumes_where_it_stopped(tmp_path, monkeypatch):
     assert not differences(tmp_path / 'whole', tmp_path / 'parts')
     summary = json.loads((tmp_path / 'whole' / 'summary.json').read_text())
     assert len({image['method'] for image in summary['images']}) == 2
+    page = (tmp_path / 'whole' / 'index.html').read_text(encoding='utf-8')
+    command = shlex.split(reproducing_command(summary['images'][0], Settings().record()))
+    again = settings_from(build_parser().parse_args(command[2:]))
+    assert again.method == ('expected', 'gradcam:encoder.stage4') and 'Traceback' not in page
+    assert again.method_option == ('references=3',)
 
 
 def test_a_tolerance_that_a_method_cannot_keep_to_is_status_2(capsys):

@@ -403,7 +403,8 @@ def test_pictures_of_the_page(size, known):
     doubt = np.random.default_rng(0).random((64, 64)).astype(np.float32) if known else None
     pictures = page_pictures(view(*size, uncertainty=doubt))
     shapes = {picture.shape for name, picture in pictures.items() if name != 'thumbnail'}
-    assert set(pictures) | {'attribution', 'channels', 'regions'} == set(result_files.FIGURES['all'])
+    figures = {'attribution', 'channels', 'regions'}
+    assert set(pictures) | figures == set(result_files.FIGURES['all'])
     assert len(shapes) == 1 and max(shapes.pop()) == 640
     outline = (pictures['uncertainty'] != in_grey(pictures['image'])).any(axis=2).mean()
     assert (outline > 0.3) == known  # nothing but the outline where it is unknown
