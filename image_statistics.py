@@ -29,6 +29,7 @@ CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap b
 STRONGEST = 0.05  # share of the pixels that "top" means
 RIM = 0.05  # width of the outer rim, share of the longer side
 NEAR = 0.05  # "near the target": within this share of the longer side
+FAR = 0.15  # "far from the target": beyond this share of the longer side
 NOISE_RADIUS = 0.02  # of the pixel range: of max-sensitivity's perturbations
 
 
@@ -479,6 +480,14 @@ STATISTICS: dict[str, Statistic] = {
         'left out) over its share of the area', '0 and up', 'lower', 'this toolkit'),
     'padding_excess': _check(
         'the same for letterbox padding', '0 and up', 'lower', 'this toolkit'),
+    'distant_spot_effect': _check(
+        'how far the score falls, from F(x) to that of the filled image, when the strongest square '
+        f'of the map farther than {FAR:.0%} of the longer side from the target and other predicted '
+        'objects is filled with the mean of its surroundings; the larger of two sizes of squares',
+        'about 0 to 1', 'lower', 'this toolkit'),
+    'distant_spot_x': _check('where that square lies, in pixels of the model input from the left',
+        '0 and up', '', 'this toolkit'),
+    'distant_spot_y': _check('the same from the top', '0 and up', '', 'this toolkit'),
     'evaluation': Statistic('what those were taken from: curves, profile, stages, pairs of '
         'baselines', COMPOUND, of=lambda m: None),
 
