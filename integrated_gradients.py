@@ -804,7 +804,11 @@ class IntegratedGradients:
                 notes += (reason,)
             pixels, tensors = self._baselines(baseline, x, settings)
             paths = [StraightPath(tensor, x) for tensor in tensors]
-            total = None if settings.tolerance else settings.num_steps * len(paths)
+            several = (
+                len(at_image.targets) > 1 and settings.rule == 'adaptive'
+            )  # each its own nodes
+            unknown = settings.tolerance or several
+            total = None if unknown else settings.num_steps * len(paths)
             with tqdm(total=total, unit='step', desc='interpolation steps', leave=False,
                       disable=not progress) as bar:  # fmt: skip
                 walk = partial(self._walk, network, at_image, masks, paths, on_steps=bar.update)

@@ -110,8 +110,8 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          'the target {attribution_ratio_in_target:.3g}).'),
     FindingRule('gap too large', CONCERN, ('completeness_gap', 'settings'),
          lambda s, t: s['completeness_gap'] > gap_tolerance_of(s['settings']),
-         'The attributions miss the change of the score by {completeness_gap:.1%} (more than '
-         '{settings[gap_tolerance]:.0%}): use more steps.'),
+         'The attributions miss the change of the score by {completeness_gap:.1%}, more than the '
+         'tolerance: use more steps.'),
     FindingRule('map not computed', CONCERN, ('map_error',),
          lambda s, t: s['map_error'] > t.lost_map,
          'Not even the broad features of the map are settled (estimated error {map_error:.0%}): '
