@@ -424,9 +424,8 @@ def boxes_of(region: torch.Tensor) -> list[Box]:
 class Cropping:
     """What is computed for some targets of an image, and how exact that was measured to be."""
 
-    computed_share: float = 1.0  # of the convolutions' operations of the whole network, in a pass
-    boxes: int = 1  # of the output, in all passes
-    passes: int = 1  # for the targets of a node: one for all of them, or one for each
+    computed_share: float = 1.0  # of the convolutions' operations of the whole network
+    boxes: int = 1  # of the output
     logit_deviation: float | None = None  # in them, from the whole map's; None: nothing is cropped
     gradient_deviation: float | None = None  # None: measured on another image of this size
     fell_back: bool = False  # nothing is cropped, because the crops deviated too much
@@ -440,7 +439,6 @@ class View:
     plan: Plan | None = None  # None: all of the output
     parts: tuple[tuple[Score | None, ...], ...] = ()  # of each target, one in each box of the plan
     cropping: Cropping = field(default_factory=Cropping)
-    alone: tuple[View, ...] = ()  # of each target, where a pass for each is less work than one
 
     def scores(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """F of every target, (N,) each. maps: logits (N, K, h, w), one for each box."""
@@ -546,19 +544,6 @@ class GradientEngine:
         """What must be computed of the output for some targets: boxes around their regions, where
         that is less work than all of it."""
         targets = tuple(targets)
-        together = self.joint_view(targets)
-        alone = tuple(self.joint_view((target,)) for target in targets)
-        shares = [one.cropping.computed_share for one in alone]
-        # What is computed forwards is shared, but the gradient of each target goes back through
-        # all that is computed, and costs about as much as the way there.
-        if 2 * sum(shares) >= (1 + len(targets)) * together.cropping.computed_share:
-            return together
-        boxes = sum(one.cropping.boxes for one in alone)
-        cropping = Cropping(sum(shares) / len(shares), boxes, len(alone))
-        return View(targets, cropping=cropping, alone=alone)
-
-    def joint_view(self, targets: tuple[Score, ...]) -> View:
-        """`view` in one pass."""
         graph, regions = self.network, [t.region for t in targets if isinstance(t, Target)]
         if not isinstance(graph, NetworkGraph) or len(regions) < len(targets):
             return View(targets)
@@ -577,26 +562,25 @@ class GradientEngine:
         """`view`, after its logits on an image x (1, C, H, W) were compared with those of the whole
         map, and, on the first of its size, its gradient too. A view that deviates is not used."""
         view = self.view(targets)
-        cropped = [one for one in view.alone or (view,) if one.plan is not None]
-        if not cropped:
+        if view.plan is None:
             return view
-        size, deviations = x.shape[1:], [self._crop_deviation(x, logits, one) for one in cropped]
-        measured = {'logit_deviation': max(deviations)}
+        size, deviations = x.shape[1:], self._crop_deviation(x, logits, view)
         if size not in self._compared:
-            self._compared[size] = self._gradient_deviation(x, cropped[0])
-            measured['gradient_deviation'] = self._compared[size]
-        if not max(measured.values()) <= EQUIVALENCE_TOLERANCE:
+            deviations = (*deviations, self._gradient_deviation(x, view))
+            self._compared[size] = deviations[-1]
+        measured = dict(zip(('logit_deviation', 'gradient_deviation'), deviations, strict=False))
+        if not max(deviations) <= EQUIVALENCE_TOLERANCE:
             return View(view.targets, cropping=Cropping(**measured, fell_back=True))
         return replace(view, cropping=replace(view.cropping, **measured))
 
-    def _crop_deviation(self, x: torch.Tensor, logits: torch.Tensor, view: View) -> float:
+    def _crop_deviation(self, x: torch.Tensor, logits: torch.Tensor, view: View) -> tuple[float]:
         """Of a view's logits, from the whole map's."""
         with torch.no_grad():
             maps = self.maps(x, view.plan)
         whole = [logits[..., slice(*(rows or (None,))), slice(*(columns or (None,)))]
                  for *_, rows, columns in view.plan.boxes]  # fmt: skip
         pairs = zip(maps, whole, strict=True)
-        return max(relative_difference(ours, theirs) for ours, theirs in pairs)
+        return (max(relative_difference(ours, theirs) for ours, theirs in pairs),)
 
     def _gradient_deviation(self, x: torch.Tensor, view: View) -> float:
         """Of the gradient of all targets' sum, from the whole network's; 0 where only rounding can
@@ -714,15 +698,9 @@ class GradientEngine:
         view: View,
         reduced: torch.dtype | None = None,
         alphas: Sequence[float] = (),
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """At points (steps, C, H, W): the whole map of logits, if one was computed, F of the view's
-        targets (steps, targets), and their densities (steps, targets, C, H, W). Raises
-        NonFiniteError."""
-        if view.alone:
-            looks = [self.look(points, velocities, one, reduced, alphas) for one in view.alone]
-            wholes, scores, densities = zip(*looks, strict=True)
-            known = next((one for one in wholes if one is not None), None)
-            return known, torch.cat(scores, dim=1), torch.cat(densities, dim=1)
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """At points (steps, C, H, W): the view's maps, F of its targets (steps, targets), and their
+        densities (steps, targets, C, H, W). Raises NonFiniteError."""
         # Marked below, they may be the path's own; of inference mode, they cannot be.
         points = points.clone() if points.is_inference() else points.detach()
         with torch.enable_grad():
@@ -731,7 +709,7 @@ class GradientEngine:
             scores = view.scores(maps)
             densities = self.densities(points, scores, view.targets, velocities, alphas)
         scores = torch.stack([score.detach() for score in scores], dim=1)
-        return maps[0].detach() if view.plan is None else None, scores, densities
+        return [one.detach() for one in maps], scores, densities
 
 
 # --------------------------------------------------------------------------- along a path
@@ -849,22 +827,19 @@ class PathSampler:
         """Densities at nodes, (steps, targets, C, H, W). Raises NonFiniteError, naming the node."""
         points, velocities = self.path.at(self._tensor(alphas))  # (steps, C, H, W)
         view = self._view(targets)
-        logits, scores, densities = self.engine.look(points, velocities, view, reduced, alphas)
+        maps, scores, densities = self.engine.look(points, velocities, view, reduced, alphas)
         if logged:
             self._log_scores(alphas, targets, scores)
-            if logits is not None:
-                self.overlaps.update(zip(alphas, self._overlap(logits), strict=True))
+            if view.plan is None:
+                self.overlaps.update(zip(alphas, self._overlap(maps[0]), strict=True))
         return densities
 
     def _view(self, targets: tuple[int, ...]) -> View:
         """What is computed for some of the targets: no more than for all."""
         if targets not in self._views:
-            every, some = self._views[self.everyone], tuple(self.targets[t] for t in targets)
-            if every.alone:
-                view = View(some, alone=tuple(every.alone[t] for t in targets))
-            else:
-                view = View(some) if every.cropping.fell_back else self.engine.joint_view(some)
-            self._views[targets] = view
+            every, some = self._views[self.everyone], [self.targets[t] for t in targets]
+            fell_back = every.cropping.fell_back
+            self._views[targets] = View(tuple(some)) if fell_back else self.engine.view(some)
         return self._views[targets]
 
     def _tensor(self, alphas: Sequence[float]) -> torch.Tensor:

@@ -399,9 +399,8 @@ STATISTICS: dict[str, Statistic] = {
         'instead, why there is no graph',
         COMPOUND, COST, lambda m: dict(vars(m.explanation.cost.preparation))),
     'cropping': Statistic(
-        "what was computed for the image's targets: share of the convolutions' operations in a "
-        'pass, number of boxes in all of them, passes for a node (one for all targets, or one for '
-        'each where that is less work), relative deviation of their logits and gradient from the '
+        "what was computed for the image's targets together: share of the convolutions' "
+        'operations, number of boxes, relative deviation of their logits and gradient from the '
         "whole map's (null: not cropped, or measured on another image), whether it fell back",
         COMPOUND, COST, lambda m: dict(vars(m.explanation.cost.cropping))),
 

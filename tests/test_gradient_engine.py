@@ -185,31 +185,12 @@ def test_what_is_seen_of_some_targets_is_what_the_whole_map_gives(x, score):
         whole = engine.look(points, x, View(tuple(targets)))
         for some in (targets, targets[:1], targets[2:]):
             view = engine.view(some)
-            assert view.plan or view.alone
-            assert view.cropping.computed_share < 0.6
+            assert view.plan is not None and view.cropping.computed_share < 0.6
             _, scores, densities = engine.look(points, x, view)
             rows = [targets.index(target) for target in some]
             torch.testing.assert_close(scores, whole[1][:, rows])
             torch.testing.assert_close(densities, whole[2][:, rows])
         assert engine.view([square(0, 0, 64)]).plan is None  # nothing to crop
-
-
-def test_distant_targets_go_alone_and_neighbours_together(x):
-    engine = engine_of(decoder())
-    near = [square(20, 20, 5), square(21, 22, 5), square(22, 20, 5)]
-    far = [square(0, 0, 5), square(55, 55, 5)]
-    with engine.running(x):
-        together, apart = engine.view(near), engine.view(far)
-        assert together.plan is not None and not together.alone and together.cropping.passes == 1
-        assert [one.targets for one in apart.alone] == [(far[0],), (far[1],)]
-        joint = engine.joint_view(tuple(far)).cropping
-        assert apart.cropping.passes == apart.cropping.boxes == 2
-        assert 2 * 2 * apart.cropping.computed_share < 3 * joint.computed_share
-        logits = engine.run(x)
-        assert engine.compared_view(x, logits, far).cropping.logit_deviation < 1e-12
-        logits[..., 55:, 55:] += 0.01  # only what the second sees
-        bad = engine.compared_view(x, logits, far)
-        assert bad.cropping.fell_back and bad.plan is None and not bad.alone
 
 
 def test_crops_that_deviate_are_not_used(monkeypatch, x):
