@@ -187,8 +187,10 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
             continue  # nothing else is possible
         if name in ('mean', 'std') and used.get('of_each'):
             continue  # of this image only
-        if name == 'image_size':
-            words += ['--image_size', size_text(value)]
+        if name in ('image_size', 'resize') and used.get('tile'):
+            continue  # that of a tile
+        if name in ('image_size', 'tile'):
+            words += [f'--{name}', size_text(value)]
         elif name == 'crop':
             words += ['--crop', ','.join(map(str, value))]
         elif name == 'window':
