@@ -169,6 +169,8 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
     used = statistics['settings']
     words = ['python', 'integrated_gradients.py', '--model_path', str(used.get('model_path'))]
     words += ['--image_path', str(statistics['image_path'])]
+    for name, value in (statistics.get('mask_flags') or {}).items():
+        words += [f'--{name}', value]
     place = statistics.get('placement') or {}
     if 'axis' in place and not used.get('slice'):
         words += ['--slice', f'{place["axis"]}:{place["index"]}']

@@ -511,6 +511,8 @@ STATISTICS: dict[str, Statistic] = {
     'verdict': Statistic('the findings: flag, level (good, note, concern) and sentence', COMPOUND,
                          RECORD),
     'image_path': Statistic('the file of the image', TEXT, RECORD),
+    'mask_flags': Statistic('flags by which it was said where the mask lies, where any were',
+                            COMPOUND, RECORD),
     'folder': Statistic("the folder of the image's files", TEXT, RECORD),
     'resume_key': Statistic('hash of everything that decides the files', TEXT, RECORD),
 }  # fmt: skip

@@ -1963,6 +1963,7 @@ def statistics_of(
     for statistics, _ in described:
         statistics |= {
             'image_path': str(loaded.sample.image_path),
+            'mask_flags': loaded.sample.mask_flags or None,
             'folder': folder_name(name, statistics['target'], settings.several_targets),
             'resume_key': pending.key,
         }
@@ -2021,6 +2022,8 @@ def batch_integrated_gradients_analysis(
     images_dir: str | Path | None = None,
     masks_dir: str | Path | None = None,
     mask_suffix: str | None = None,
+    mask_prefix: str | None = None,
+    mask_name: str | None = None,
     encoder: str | None = None,
     architecture: str | None = None,
     weights_key: str | None = None,
@@ -2036,10 +2039,10 @@ def batch_integrated_gradients_analysis(
 ) -> BatchResult:
     """Explain images of a dataset split, evenly spaced through it, and write a summary.
 
-    num_samples: None for all. images_dir, masks_dir, mask_suffix: for a dataset that lies in no
-    known way. figures: what to draw of each image, a key of FIGURES. overwrite:
-    compute finished images again. export: a key of EXPORTS, to write maps in the geometry of their
-    images too. before_image: called before each; what it raises ends the batch,
+    num_samples: None for all. images_dir, masks_dir, mask_suffix, mask_prefix, mask_name: for a
+    dataset that lies in no known way. figures: what to draw of each image, a key of FIGURES.
+    overwrite: compute finished images again. export: a key of EXPORTS, to write maps in the
+    geometry of their images too. before_image: called before each; what it raises ends the batch,
     whose summary is still written. share: of a group of processes, which share the images; the
     result is that of all on rank 0, and empty on the others. options: further fields of `Settings`.
     An image that cannot be used or written is listed in the result and does not stop the others.
@@ -2052,7 +2055,7 @@ def batch_integrated_gradients_analysis(
     load = partial(load_explainer, source, settings)
     output = Output(Path(output_dir), figures, overwrite, export)
     folders = [None if folder is None else Path(folder) for folder in (images_dir, masks_dir)]
-    data = DataSource(Path(data_dir), split, *folders, mask_suffix)
+    data = DataSource(Path(data_dir), split, *folders, mask_suffix, mask_prefix, mask_name)
     return analyse_dataset(load, data, num_samples, settings, output, before_image,
                            share or Alone())  # fmt: skip
 
@@ -2268,6 +2271,12 @@ def build_parser() -> argparse.ArgumentParser:
     add('--mask_suffix', metavar='ENDING',
         help="by which a mask's name differs from its image's, for example _lesion "
              '(default: none, or one of the usual ones)')
+    add('--mask_prefix', metavar='START',
+        help="by which a mask's name begins before its image's, for example seg_ (default: none, "
+             'or mask_)')
+    add('--mask_name', metavar='IMAGE=MASK',
+        help="how masks are named where the image's name changes; * stands for what is the same, "
+             "for example '*_training=*_manual1' (default: by --mask_suffix and --mask_prefix)")
     add('--num_samples', type=_count_or_all, default=10, metavar='N|all',
         help='batch: how many images, evenly spaced (default: %(default)s)')
     add('--output_dir', type=Path, default=Path('integrated_gradients_results'),
@@ -2363,7 +2372,8 @@ def source_from(args: argparse.Namespace, device: str) -> NetworkSource:
 
 def data_source(args: argparse.Namespace) -> DataSource:
     """The dataset that the parsed flags name."""
-    return DataSource(args.data_dir, args.split, args.images_dir, args.masks_dir, args.mask_suffix)
+    return DataSource(args.data_dir, args.split, args.images_dir, args.masks_dir,
+                      args.mask_suffix, args.mask_prefix, args.mask_name)  # fmt: skip
 
 
 def say_cost(settings: Settings) -> None:
