@@ -237,6 +237,8 @@ MOST_STEPS = 100_000
 NEED_TRUTH = ('truth', 'false-positive', 'false-negative')  # of the targets
 PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
 OUTPUTS = ('auto', LOGITS, PROBABILITIES)
+LARGE_IN_TILES = 10_000_000  # pixels, from which on their memory is told
+TILED_BYTES_A_PIXEL = 180  # of a picture in tiles, its maps and their figures: 165, measured
 AGAINST_TILES = {  # settings, and why they go without --tile
     'crop': 'it explains a part of the image in one piece',
     'image_size': 'tiles go into the network at their own size',
@@ -1455,14 +1457,16 @@ class TiledInput:
     ) -> torch.Tensor:
         """The network's logits (1, K, H, W) on a picture, put together from tiles; 0 beside them.
         Each pixel's come from the tile that it belongs to."""
-        whole = None
+        whole, last = None, None
         with ig.engine.running(ig.check_input(self.example(ig))), torch.no_grad():
             for tile in tqdm(tiles, 'prediction', unit='tile', leave=False, disable=not progress):
-                x = ig.check_input(self.input_of(ig, picture, tile))
-                found = enlarged(ig.engine.run(x), self.tiling.tile)  # (1, K, h, w)
+                x = self.input_of(ig, picture, tile)
+                if last is None or not torch.equal(x, last):  # of one colour many are alike
+                    found = enlarged(ig.engine.run(ig.check_input(x)), self.tiling.tile).cpu()
+                    last = x
                 if whole is None:
                     whole = torch.zeros((1, found.shape[1], *self.tiling.size))
-                whole[..., tile.own_rows, tile.own_columns] = found[(..., *tile.own)].cpu().float()
+                whole[..., tile.own_rows, tile.own_columns] = found[(..., *tile.own)].float()
         return whole
 
     def explain(
@@ -1890,7 +1894,7 @@ class LoadedSample:
             truth=truth,
             origin=crop[:2] if crop else (0, 0),
             class_names={} if truth is None else sample.names_of_classes(known),
-            notes=(*sample.notes, *loaded.notes, *said, *_memory_note(size)),
+            notes=(*sample.notes, *loaded.notes, *said, *_memory_note(size, settings)),
             value_range=loaded.value_range,
             geometry=loaded.geometry,
             whole_size=size,
@@ -1914,12 +1918,13 @@ def _truth_of(
     return truth, notes
 
 
-def _memory_note(size: tuple[int, int]) -> tuple[str, ...]:
+def _memory_note(size: tuple[int, int], settings: Settings) -> tuple[str, ...]:
     """What a very large image needs, in words."""
-    if size[0] * size[1] <= MOST_PIXELS:
+    pixels, tiled = size[0] * size[1], settings.tile is not None
+    if pixels <= (LARGE_IN_TILES if tiled else MOST_PIXELS):
         return ()
-    memory = size[0] * size[1] * BYTES_A_PIXEL / 2**30
-    return (f'an image of {size[0] * size[1]:,} pixels, which takes about {memory:.1f} GiB',)
+    memory = pixels * (TILED_BYTES_A_PIXEL if tiled else BYTES_A_PIXEL) / 2**30
+    return (f'an image of {pixels:,} pixels, which takes about {memory:.1f} GiB',)
 
 
 @dataclass(frozen=True)

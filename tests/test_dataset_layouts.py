@@ -89,15 +89,16 @@ def test_layouts(tmp_path, way):
     assert np.array_equal(alone.truth(ONE) > 0, square_mask() > 0)
 
 
-def test_the_table_is_printed_by_help_and_reference():
+def test_the_table_is_printed_by_help_readme_and_reference():
     told = ' '.join(build_parser().format_help().split())
     from helpers import ROOT
 
-    reference = (ROOT / 'REFERENCE.md').read_text()
+    rows = ''.join(f'| {layout.name} | {layout.form} |\n' for layout in LAYOUTS)  # in order
+    for document in ('REFERENCE.md', 'README.md'):
+        assert f'| dataset | how it lies |\n|---|---|\n{rows}\n' in (ROOT / document).read_text()
     for layout in LAYOUTS:
         assert layout.name in layouts_text()
         assert layout.name in told.replace('- ', '-')
-        assert f'| {layout.name} | {layout.form} |' in reference
 
 
 def test_folders_by_flags(tmp_path):

@@ -266,8 +266,11 @@ def test_ignored_pixels_are_in_no_score_no_target_and_no_localisation():
     assert figures['share_in_prediction'] == pytest.approx(1)
 
 
-@pytest.mark.parametrize('target, area', [('predicted', 3), ('class:1', 2), ('object:1', 2),
-                                          ('object:2', 1), ('image', 8), ('pixel:0,0', 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    'target, area',
+    [('predicted', 3), ('class:1', 2), ('object:1', 2), ('object:2', 1), ('image', 8),
+     ('pixel:0,0', 1)],
+)  # fmt: skip
 def test_a_target_of_the_prediction_holds_no_ignored_pixel(target, area):
     labels = torch.tensor([[1, 1, 0, 2], [1, 0, 0, 2]])
     logits = torch.nn.functional.one_hot(labels, 3).permute(2, 0, 1).float()
