@@ -406,3 +406,35 @@ def test_masks_of_which_only_some_are_looked_at_are_said(tmp_path, monkeypatch):
     lay(tmp_path, {f'images/{n}.png': None for n in 'abc'})
     lay(tmp_path, {f'masks/{n}.png': MASK for n in 'abc'})
     assert '3 masks mean is decided by 2 of them' in list_samples(tmp_path)[0].notes[0]
+
+
+# ------------------------------------------------------------------ numbers out of proportion
+
+
+@pytest.mark.parametrize(
+    'label, names, classes',
+    [
+        ('9999' + OUTLINE[1:], 'names: [a]', {1: 'a'}),  # as many classes as that: not quadratic
+        (OUTLINE, 'names: {99999999999: a}', {}),
+        (OUTLINE, 'names: {-4: a}', {}),
+    ],
+)
+def test_yolo_numbers_that_would_take_all_memory_or_time(tmp_path, label, names, classes):
+    lay(tmp_path, {'images/a.png': None, 'labels/a.txt': label, 'data.yaml': names})
+    (sample,) = list_samples(tmp_path)
+    assert sample.truth().max() > 0 and sample.names_of_classes() == classes
+
+
+@pytest.mark.parametrize('number', ['66222', '40000' + OUTLINE[1:]])
+def test_a_yolo_class_that_no_dataset_has_is_refused(tmp_path, number):
+    lay(tmp_path, {'images/a.png': None, 'labels/a.txt': number})
+    with pytest.raises(InputError, match='no class and outline'):
+        list_samples(tmp_path)[0].truth()
+
+
+def test_a_coco_category_of_a_large_number_fits_a_label(tmp_path):
+    content = coco('a.jpg')
+    content['annotations'][0]['category_id'] = content['categories'][0]['id'] = 10**9
+    lay(tmp_path, {'test/_annotations.coco.json': content, 'test/a.jpg': None})
+    (sample,) = list_samples(tmp_path)
+    assert sample.truth().max() == sample.truth(ONE).max() == 1
