@@ -161,8 +161,7 @@ class Mosaic:
         place, shown = (tile.rows, tile.columns), (slice(None), *tile.shown)
         own = part.attributions.cpu().float()
         self.attributions[(slice(None), *place)] += share * own[shown]
-        relative = math.nan if part.map_error is None else part.map_error
-        self._error += (share * relative * float(own.double().norm())) ** 2
+        self._error += (share * _error_of(part, float(own.double().norm()))) ** 2
         if part.uncertainty is None:
             self._known = False
         else:
@@ -205,6 +204,14 @@ class Mosaic:
         height, width = self._tiling.tile
         return Tiles(len(self._tiling.tiles), self.explained, (height, width),
                      self._tiling.overlap)  # fmt: skip
+
+
+def _error_of(part: Explanation, size: float) -> float:
+    """The estimated L2 error of a tile's map, of L2 norm `size`; NaN where it is unknown."""
+    if part.map_error is not None:
+        return part.map_error * size
+    known = part.uncertainty is not None and not size  # a tile that is like its baseline
+    return float(part.uncertainty.double().norm()) if known else math.nan
 
 
 def cost_of(parts: Sequence[Cost], gradients: int, passes: int, seconds: float) -> Cost:

@@ -201,6 +201,14 @@ def test_error_and_uncertainty_are_those_of_the_tiles_together():
     assert found.map_error is None and found.uncertainty is None
 
 
+def test_tiles_that_are_like_their_baseline_are_no_unknown_error():
+    picture = smooth_picture(64, 64)
+    picture[:, :32] = 0
+    (found, _) = explained(PerPixel(), picture, overlap=0, target='image', rule='trapezoid')[1][0]
+    assert found.tiles.explained == 4 and found.map_error is not None
+    assert not found.attributions[:, :, :32].any()
+
+
 def test_a_tolerance_is_that_of_the_picture():
     picture = smooth_picture(70, 101)
     (found, _) = explained(PerPixel(), picture, rule='adaptive', tolerance=0.05)[1][0]
