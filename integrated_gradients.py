@@ -1474,7 +1474,7 @@ class TiledInput:
     ) -> list[tuple[Explanation, np.ndarray | None]]:
         """As `ModelInput.explain`, for the whole picture."""
         started = time.perf_counter()
-        notes = ig.see_outputs(ig.check_input(self.example(ig)), settings)
+        notes = ig.see_outputs(ig.check_input(self.example(ig)), settings) + self._padding_note()
         engine, network = ig.engine, ig.network_under(settings)
         counts = engine.forward_passes, engine.gradient_evaluations
         logits = self.logits(ig, self.image, self.tiling.tiles, progress)  # (1, K, H, W)
@@ -1522,6 +1522,16 @@ class TiledInput:
             known = None if self.truth is None else target.explained(self.truth)
             found.append((explanation, known))
         return found
+
+    def _padding_note(self) -> tuple[str, ...]:
+        """Whether the picture is smaller than a tile, in words."""
+        (height, width), tile = self.tiling.size, self.tiling.tile
+        if height >= tile[0] and width >= tile[1]:
+            return ()
+        return (
+            f'the image of {width}×{height} is smaller than a tile of {tile[1]}×{tile[0]}: it was '
+            'padded black',
+        )
 
     def _holding(self, targets: Sequence[Target]) -> list[Tile]:
         """The tiles to which pixels of the targets belong."""

@@ -238,7 +238,9 @@ def run(tmp_path, image, *flags: str) -> int:
 def test_pictures_of_any_shape(tmp_path, size, capsys):
     image = save_image(tmp_path / 'a.png', noise_image(*size))
     assert run(tmp_path, image, '--tile', '64', '--export', 'npy') == 0
-    assert 'Tiles explained' in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert 'Tiles explained' in told.out
+    assert ('padded black' in told.err) == (min(size) < 64)
     view, statistics = load_view(tmp_path / 'out' / 'a')
     assert view.attributions.shape == (3, *size) and view.original_size == size
     exported = np.load(tmp_path / 'out' / 'a' / 'a_map.npy')
