@@ -50,7 +50,8 @@ CHANGED = {
     'tolerance': 0.5, 'max_steps': 17, 'rule': 'trapezoid', 'precision': 'bfloat16',
     'precision_tolerance': 0.5, 'gap_tolerance': 0.5, 'evaluate': 'quick',
     'thresholds': Thresholds(dice=0.9), 'window': '-160:240', 'frame': 2, 'slice': '1:5',
-    'crop': (1, 2, 3, 4), 'tile': (64, 96), 'overlap': 8, 'max_pixels': 10, 'label_map': 'map.txt', 'ignore_label': -1,
+    'crop': (1, 2, 3, 4), 'tile': (64, 96), 'overlap': 8, 'max_pixels': 10,
+    'label_map': 'map.txt', 'ignore_label': -1,
 }  # fmt: skip
 
 
