@@ -46,6 +46,16 @@ class LabelScores:
     pixel_accuracy: float  # share of pixels whose class is right; of independent labels, of pairs
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """How a picture was explained that is larger than the network's input."""
+
+    count: int  # of tiles that the picture has
+    explained: int  # of these, those that hold pixels of the target
+    size: tuple[int, int]  # (height, width) of each, in pixels of the picture
+    overlap: int  # of neighbours, at least
+
+
 def _of_the_cost(name: str) -> property:
     return property(lambda explanation: getattr(explanation.cost, name))
 
@@ -82,6 +92,7 @@ class Explanation:
     draws: int = 1  # baselines that the map is the mean over
     counted: np.ndarray | None = None  # (h, w) bool: where the truth counts; None: everywhere
     notes: tuple[str, ...] = ()  # what was found out about the network on the way, in sentences
+    tiles: Tiles | None = None  # None: in one piece
 
     @property
     def score_type(self) -> str:

@@ -221,6 +221,18 @@ def names_of_channels(statistics: dict) -> list[str]:
     return list(statistics.get('channel_names') or ('red', 'green', 'blue'))
 
 
+def tiles_text(statistics: dict) -> str:
+    """How an image was cut into tiles; empty where it was not."""
+    tiles = statistics.get('tiles')  # older results have none
+    if not tiles:
+        return ''
+    height, width = tiles['size']
+    return (
+        f'{tiles["explained"]} of {tiles["count"]} tiles of {width}×{height}, overlap '
+        f'{tiles["overlap"]}'
+    )
+
+
 def counts_text(names: Sequence[str], most: int = 3) -> str:
     """A name, or how often there is each of several, the most frequent first; so many of them."""
     counts = Counter(names).most_common()
@@ -404,6 +416,11 @@ STATISTICS: dict[str, Statistic] = {
         "whole map's (null: not cropped, or measured on another image), whether it fell back",
         COMPOUND, COST, lambda m: dict(vars(m.explanation.cost.cropping))),
 
+    'tiles': Statistic(
+        'with --tile: how many tiles the picture has (count), how many hold the target and were '
+        'explained, their size (height, width) and overlap in pixels of the picture', COMPOUND,
+        of=lambda m: m.explanation.tiles and _listed(vars(m.explanation.tiles))),
+
     # What `--evaluate` measures.
     'deletion_area': _check(
         'area under the score while pixels are removed, most relevant first; 1 is F(x), 0 the '
@@ -503,6 +520,8 @@ STATISTICS: dict[str, Statistic] = {
     'verdict': Statistic('the findings: flag, level (good, note, concern) and sentence', COMPOUND,
                          RECORD),
     'image_path': Statistic('the file of the image', TEXT, RECORD),
+    'mask_flags': Statistic('flags by which it was said where the mask lies, where any were',
+                            COMPOUND, RECORD),
     'folder': Statistic("the folder of the image's files", TEXT, RECORD),
     'resume_key': Statistic('hash of everything that decides the files', TEXT, RECORD),
 }  # fmt: skip
@@ -523,6 +542,11 @@ def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = 
         for key, row in STATISTICS.items()
         if row.of or key in METRICS
     }
+
+
+def _listed(values: dict) -> dict:
+    """A dictionary with lists for tuples, as JSON gives it back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _plain(value: object) -> object:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from errors import InputError
-from image_statistics import names_of_channels, shown
+from image_statistics import names_of_channels, shown, tiles_text
 
 GOOD, NOTE, CONCERN = 'good', 'note', 'concern'  # levels of a finding
 
@@ -242,6 +242,8 @@ def _unchecked(statistics: dict) -> str | None:
     """Why a map was not checked; None: it was."""
     if statistics.get('deletion_margin') is not None:
         return None
+    if statistics.get('tiles'):
+        return 'with --tile there are no checks; --crop and --evaluate quick check a part'
     if not statistics.get('settings', {}).get('evaluate'):
         return 'add --evaluate quick'
     return 'removing parts of this image tells nothing about any map'
@@ -334,6 +336,7 @@ def statistics_text(statistics: dict) -> str:
 
     shares, names = statistics['channel_shares'], names_of_channels(statistics)
     channels = ' / '.join(f'{100 * share:.1f} %' for share in shares) if shares else 'n/a'
+    tiles = tiles_text(statistics)
     by_class = statistics.get('class_scores') or {}
     classes = ', '.join(f'{name} {scores["dice"]:.4g}' for name, scores in by_class.items())
     lines = [
@@ -354,6 +357,7 @@ def statistics_text(statistics: dict) -> str:
         f'({statistics["rule"]} rule, {statistics["steps"]} steps)',
         f'Map error (estimate)        {show("map_error")}: {map_verdict(statistics["map_error"])}',
         f'Sign settled                {show("settled_share")} of |attribution|',
+        *([f'Tiles explained             {tiles}'] if tiles else []),
         f'Time                        {statistics["seconds"]:.1f} s, '
         f'{statistics["gradient_evaluations"]} gradient evaluations in {statistics["precision"]}, '
         f'{statistics["step_batch"]} at once',

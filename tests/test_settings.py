@@ -50,7 +50,8 @@ CHANGED = {
     'tolerance': 0.5, 'max_steps': 17, 'rule': 'trapezoid', 'precision': 'bfloat16',
     'precision_tolerance': 0.5, 'gap_tolerance': 0.5, 'evaluate': 'quick',
     'thresholds': Thresholds(dice=0.9), 'window': '-160:240', 'frame': 2, 'slice': '1:5',
-    'crop': (1, 2, 3, 4), 'max_pixels': 10, 'label_map': 'map.txt', 'ignore_label': -1,
+    'crop': (1, 2, 3, 4), 'tile': (64, 96), 'overlap': 8, 'max_pixels': 10,
+    'label_map': 'map.txt', 'ignore_label': -1,
 }  # fmt: skip
 
 
@@ -62,14 +63,16 @@ def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name, tmp_path
     words = {name: list(map(str, CHANGED[name])) for name in ('mean', 'std', 'class_names')}
     words |= {'image_size': ['64x96']}
     words |= {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
-    words |= {'crop': ['1,2,3,4']}
+    words |= {'crop': ['1,2,3,4'], 'tile': ['64x96']}
     own = ['--window=-160:240'] if name == 'window' else [
         f'--{name}', *words.get(name, [str(value)])]  # fmt: skip
-    argv = ['--model_path', 'm', *own]
-    settings = settings_from(build_parser().parse_args(argv))
-    assert settings == replace(Settings(), **{name: value})
+    beside = ['--tile', '64'] if name == 'overlap' else []  # which goes with it only
+    argv = ['--model_path', 'm', *beside]
+    plain = settings_from(build_parser().parse_args(argv))
+    settings = settings_from(build_parser().parse_args([*argv, *own]))
+    assert settings == replace(plain, **{name: value})
     image = noise_image()
-    keys = [resume_key(one.record(), image, None) for one in (Settings(), settings)]
+    keys = [resume_key(one.record(), image, None) for one in (plain, settings)]
     cost_only = name in ('step_batch', 'compile', 'thresholds')
     assert (keys[0] == keys[1]) == cost_only
     json.dumps(settings.record(), allow_nan=False)
