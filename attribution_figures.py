@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import cv2
@@ -29,6 +30,7 @@ from image_statistics import (
     names_of_channels,
     shown,
     span_text,
+    tiles_text,
 )
 from verdict import Thresholds, accuracy_warning, map_verdict
 
@@ -42,6 +44,7 @@ BOLD = 1.25  # how much wider bold type runs
 FONT = {'title': 11, 'label': 9, 'caption': 10, 'heading': 13}
 SMOOTHING = 0.006  # of the longer side: sigma of the overlay's blur
 SPECK = 1e-4  # a region smaller than this share of the image cannot be seen by its outline
+MAP_SIDE = 2048  # pixels, longer side: of maps as they are drawn
 PAGE_SIDE, THUMBNAIL_SIDE = 640, 128  # pixels, longer side
 WARNING_COLOUR = '#b00020'
 UNSETTLED, UNSETTLED_OPACITY = '#a8a8a8', 0.25  # behind pixels of unsettled sign, and theirs
@@ -86,6 +89,30 @@ class View:
             return np.ones(self.summed.shape, bool)
         return np.abs(self.summed) >= self.uncertainty
 
+    def shrunk(self) -> View:
+        """The same with maps of at most MAP_SIDE, by mean: of the pixels of larger ones a drawing
+        would show some and leave out the others, and take much memory."""
+        height, width = self.region.shape
+        scale = MAP_SIDE / max(height, width)
+        if scale >= 1:
+            return self
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        small = partial(cv2.resize, dsize=size, interpolation=cv2.INTER_AREA)
+
+        def small_mask(mask: np.ndarray) -> np.ndarray:
+            share = small(mask.astype(np.float32))
+            return share >= 0.5 if (share >= 0.5).any() else share > 0  # what is there is seen
+
+        return replace(
+            self,
+            attributions=np.stack([small(one) for one in self.attributions]),
+            predicted_mask=small_mask(self.predicted_mask),
+            region=small_mask(self.region),
+            truth=None if self.truth is None else small_mask(self.truth),
+            baseline=small(self.baseline),
+            uncertainty=None if self.uncertainty is None else small(self.uncertainty),
+        )
+
 
 def clip_level(values: np.ndarray) -> float:
     """The 99th percentile of |values|; the maximum where that is zero; 1 for an all-zero map."""
@@ -95,6 +122,7 @@ def clip_level(values: np.ndarray) -> float:
 
 def attribution_figure(view: View, statistics: dict) -> Figure:
     """Original, prediction, truth or baseline, heatmap, overlay and signed map of one image."""
+    view = view.shrunk()
     sheet = Sheet(view, statistics, panels=6, bars=(3, 4, 5), trend=True)
     image, prediction, third, heat, overlay, signed = sheet.axes
     sheet.show(image, view.image, 'Image')
@@ -159,6 +187,7 @@ def page_pictures(view: View) -> dict[str, np.ndarray]:
     """Pictures for the page: image, overlay with the target's outline, a small overlay, and an
     overlay of the map's uncertainty, on its own scale; (h, w, 3) uint8 of at most PAGE_SIDE and
     THUMBNAIL_SIDE pixels. Where the uncertainty is unknown, its picture is the plain grey image."""
+    view = view.shrunk()
     height, width = view.original_size
     factor = PAGE_SIDE / max(height, width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -190,6 +219,7 @@ def _page_overlay(view: View, image: np.ndarray, values: np.ndarray) -> np.ndarr
 def channels_figure(view: View, statistics: dict) -> Figure:
     """The signed attributions of the channels on one colour scale, and their sum. Of more than
     MAX_CHANNELS the strongest; of one channel the sum is all there is."""
+    view = view.shrunk()
     names, shares = channels_of(view, statistics)
     shown_ones = sorted(range(len(names)), key=lambda k: -(shares[k] or 0))[:MAX_CHANNELS]
     panels = sorted(shown_ones) if len(names) > 1 else []
@@ -562,13 +592,14 @@ def caption_lines(statistics: dict) -> list[str]:
     def show(key: str) -> str:
         return shown(key, statistics[key])
 
+    tiles = tiles_text(statistics)
     share = statistics.get('settled_share')  # older results have none
     settled = 'unknown' if share is None else shown('settled_share', share)
     return [
         f'Target: mean {statistics["score_type"]} over "{statistics["target"]}" '
         f'({statistics["target_area"]:,} px)',
         f'method {statistics.get("method", "ig")}, baseline: {statistics["baseline"] or "none"} · '
-        f'{how_text(statistics)}',
+        f'{how_text(statistics)}{" · " + tiles if tiles else ""}',
         f'F(x) = {show("score")}, F(baseline) = {show("baseline_score")} · '
         f'completeness gap {gap_text(statistics)}',
         f'map error {show("map_error")} ({map_verdict(statistics["map_error"])})',

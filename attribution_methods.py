@@ -24,7 +24,7 @@ from explanation import IN_EXPECTATION, NO_BASELINE, OWN, Declared, Trend
 from gradient_engine import PathSampler
 from image_statistics import BY_CONSTRUCTION
 from network_layers import at_layer, enlarged_sum
-from path_integral import AnyRule, Rule, Stratified
+from path_integral import ADAPTIVE, AnyRule, Rule, Stratified
 from path_walk import NOTHING_SEEN, Found, PlainSettings, Work, plain_work, trend_of
 from setting_table import Setting
 
@@ -131,7 +131,8 @@ class Multiplied(PathMethod):
 
     def steps_in_all(self, work: Work) -> int | None:
         """See `Method`."""
-        if work.settings.tolerance is not None:
+        own_nodes = len(work.at_image.targets) > 1 and work.settings.rule == ADAPTIVE
+        if work.settings.tolerance is not None or own_nodes:  # each target has nodes of its own
             return None
         return work.settings.steps * len(work.baselines) * self._copies
 

@@ -82,6 +82,12 @@ class TargetContext:
         """(h, w) int64: the label of every pixel; of independent ones that of the highest logit."""
         return self.logits.argmax(dim=0) if len(self.logits) > 1 else self.masks[0].long()
 
+    @cached_property
+    def counted(self) -> torch.Tensor:
+        """`masks` without the pixels that do not count in the ground truth, where that is known:
+        they are in no target but those that name them, `image` and `pixel:X,Y`."""
+        return self.masks if self.truth is None else self.masks & (self.truth >= 0)
+
     @property
     def foreground(self) -> torch.Tensor:
         """The predicted mask, (h, w) bool: what is not background."""
@@ -92,7 +98,7 @@ class TargetContext:
         """Connected components (8 neighbours) of the predicted mask of each label, (h, w) bool,
         with the label; largest first. Raises InputError where there are too many."""
         found: list[tuple[int, int, np.ndarray, int]] = []
-        for label, mask in enumerate(self.network.without_background(self.masks)):
+        for label, mask in enumerate(self.network.without_background(self.counted)):
             pixels = mask.cpu().numpy().astype(np.uint8)
             count, numbers, sizes, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
             for number in range(1, count):
@@ -153,7 +159,7 @@ class TargetContext:
 
 def predicted_target(context: TargetContext, argument: str) -> Target:
     """the predicted mask: pixels above the threshold (several classes: not background)"""
-    return context.mean_of(context.network.without_background(context.masks))
+    return context.mean_of(context.network.without_background(context.counted))
 
 
 def object_target(context: TargetContext, argument: str) -> Target:
@@ -185,7 +191,7 @@ def truth_target(context: TargetContext, argument: str) -> Target:
 def false_positive_target(context: TargetContext, argument: str) -> Target:
     """predicted, but not so in the ground truth: why did it see this?"""
     truth = context.known_truth('false-positive')
-    wrong = context.masks & ~truth & (context.truth >= 0)
+    wrong = context.counted & ~truth
     return context.mean_of(context.network.without_background(wrong))
 
 
@@ -231,7 +237,7 @@ def class_target(context: TargetContext, argument: str) -> Target:
         raise InputError(f'target "class:{argument}": K must be a class from 0 to {classes - 1}')
     label = int(argument)
     masks = torch.zeros_like(context.masks)
-    masks[label] = context.masks[label]
+    masks[label] = context.counted[label]
     return context.mean_of(masks, label)
 
 
@@ -292,8 +298,10 @@ def build_target(spec: str, context: TargetContext, score: str = 'logit') -> Tar
         raise InputError(f'target "{spec}" stands for several (use {kind.first})')
     target = kind.build(context, spec.partition(':')[2])
     if not target.weights.any():
+        ignored = context.truth is not None and bool((context.truth < 0).any())
+        counts = ' that counts in its ground truth' if ignored else ''
         raise EmptyTargetError(
-            f'target "{spec}" is empty: no such pixel in this image '
+            f'target "{spec}" is empty: no such pixel{counts} in this image '
             '(use --target image to explain the whole logit map, or a lower --threshold)'
         )
     return replace(target, name=spec, score=score)

@@ -24,6 +24,7 @@ LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation: pycocotools needs 150 
 MOST_TEXT = 1 << 30  # bytes of an annotation file
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
            RecursionError, MemoryError)  # fmt: skip
+MOST_CLASSES = 10_000  # of YOLO, which counts them from 0
 BACKGROUND_NAMES = ('background', '_background_', '__background__', 'bg', 'unlabeled', 'void')
 
 
@@ -52,7 +53,7 @@ class Categories:
             return list(range(max(known, default=-1) + 1))
         return sorted(known - {0} if self.zero_is_parent else known)
 
-    @property
+    @cached_property
     def background(self) -> int | None:
         """The number of a category that is the background by its name."""
         named = {k: self.names.get(k, '').lower() for k in self.ids}
@@ -73,7 +74,10 @@ class Categories:
         if reading.one_class:
             table = dict.fromkeys(ids, objects[0])
         elif objects is None:
-            table = _in_order(ids) if 0 in ids else {k: k for k in ids}
+            numbers = (
+                0 not in ids and max(ids, default=0) < MOST_CLASSES and min(ids, default=1) > 0
+            )
+            table = {k: k for k in ids} if numbers else _in_order(ids)
         elif set(ids) <= set(objects) and (not self.from_zero or 0 in objects):
             table = {k: k for k in ids}
         elif len(ids) == len(objects) or (self._counted and len(ids) < len(objects)):
@@ -431,7 +435,7 @@ def read_yolo(path: Path, size: tuple[int, int]) -> list[dict]:
         try:
             category = int(words[0])
             points = np.array(words[1:], dtype=float)
-            fine = 0 <= category < 1 << 16 and np.isfinite(points).all()
+            fine = 0 <= category < MOST_CLASSES and np.isfinite(points).all()
         except ValueError:
             fine = False
         if not fine:
@@ -488,8 +492,9 @@ def yolo_classes(paths: Sequence[Path]) -> frozenset[int]:
                 continue
             for line in path.read_text(encoding='utf-8-sig').splitlines():
                 word = line.split(maxsplit=1)[:1]
-                if word and word[0].isdecimal() and len(word[0]) < 6:
-                    found.add(int(word[0]))
+                fine = word and word[0].isdecimal() and len(word[0]) < 10
+                number = int(word[0]) if fine else MOST_CLASSES
+                found |= {number} if number < MOST_CLASSES else set()
         except (OSError, UnicodeDecodeError):
             continue
     return frozenset(found)
@@ -506,7 +511,8 @@ def read_names(path: Path) -> dict[int, str]:
         content = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_NoAliases)
         names = content.get('names') or {}
         pairs = names.items() if isinstance(names, dict) else enumerate(names)
-        return {int(k): str(v)[:200] for k, v in pairs if isinstance(v, (str, int, float))}
+        known = {int(k): str(v)[:200] for k, v in pairs if isinstance(v, (str, int, float))}
+        return {k: v for k, v in known.items() if 0 <= k < MOST_CLASSES}
     except (*DAMAGED, yaml.YAMLError):
         return {}
 

@@ -7,9 +7,10 @@ does not lie that way. The first row that finds images counts.
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coco_annotations import (
@@ -33,10 +34,13 @@ MASK_FOLDERS = ('masks', 'mask', 'labels', 'label', 'gt', 'gts', 'annotations', 
                 'targets', 'target', 'masks_png', 'seg')  # fmt: skip
 MASK_ENDINGS = ('_segmentation', '_mask', '-mask', '.mask', '_masks', '_label', '-label', '_labels',
                 '_gt', '-gt', '_seg', '_groundtruth')  # fmt: skip
+MASK_PREFIXES = ('mask_', 'mask-')
 BESIDE_ENDINGS = ('annot', '_annot', '_annotations', '_masks', '_mask', 'masks', 'mask', '_labels',
                   '_label', 'labels', '_gt', '_seg')  # fmt: skip
 NNUNET_FOLDERS = {'test': 'Ts', 'train': 'Tr', '': 'Ts'}
 MOST_CHANNELS = 64
+MOST_LIST_BYTES = 1 << 20  # of a list of names
+CLASSES_FILE = '_classes.csv'  # beside the masks of Roboflow's semantic export: value, name
 Truth = Callable[[], object]
 
 
@@ -82,41 +86,81 @@ def folder_named(parent: Path, names: Sequence[str]) -> Path | None:
     return next((there[name] for name in names if name in there), None)
 
 
-def _without_ending(stem: str, endings: Sequence[str]) -> str | None:
-    """A name without the ending of a mask; None where it has none."""
-    lower = stem.lower()
-    ending = next((e for e in endings if lower.endswith(e.lower()) and len(stem) > len(e)), None)
-    return None if ending is None else stem[: -len(ending)]
+@dataclass(frozen=True)
+class Naming:
+    """How a mask's name is made of its image's, both without file type; * is what they share."""
+
+    mask: str  # for example *_manual1
+    image: str = '*'  # for example *_training
+
+    def image_of(self, stem: str) -> str | None:
+        """The name of the image that a mask of this name belongs to; None where it is no mask's."""
+        before, _, after = self.mask.partition('*')
+        lower, rest = stem.lower(), len(stem) - len(after)
+        named = lower.startswith(before.lower()) and lower.endswith(after.lower())
+        return self.image.replace('*', stem[len(before) : rest]) if (
+            named and len(before) < rest) else None  # fmt: skip
 
 
-def paired(images: Path, masks: Path | None, endings: Sequence[str] = MASK_ENDINGS) -> Found | None:
-    """The images of a folder, each with the mask of its name, plain or with an ending; images and
+PLAIN_NAMES: tuple[Naming, ...] = ()
+ENDINGS = tuple(Naming(f'*{ending}') for ending in MASK_ENDINGS)
+PREFIXES = tuple(Naming(f'{prefix}*') for prefix in MASK_PREFIXES)
+USUAL_NAMES = (*ENDINGS, *PREFIXES)
+
+
+def _image_of(stem: str, namings: Sequence[Naming]) -> str | None:
+    """The name of a mask's image; None where it is plain."""
+    return next(filter(None, (naming.image_of(stem) for naming in namings)), None)
+
+
+def paired(
+    images: Path, masks: Path | None, namings: Sequence[Naming] = USUAL_NAMES
+) -> Found | None:
+    """The images of a folder, each with the mask of its name, plain or as `namings` say; images and
     masks may lie in the same folder. None where there is no image."""
     paths, mask_of, left_out = image_files(images), {}, 0
     same = masks is not None and masks == images
     if masks is not None:
-        mask_of = _masks_by_name(masks, {stem_of(p) for p in paths}, endings, same)
+        mask_of = _masks_by_name(masks, {stem_of(p) for p in paths}, namings, same)
     if same:
         own = set(mask_of.values())
-        orphans = {path for path in paths if path not in own and _ends_like_a_mask(path, endings)}
+        orphans = {path for path in paths if path not in own and _named_as_mask(path, namings, own)}
         left_out = len(orphans)
         paths = [path for path in paths if path not in own and path not in orphans]
     if not paths:
         return None
-    found = _with_masks(paths, mask_of)
+    found = replace(_with_masks(paths, mask_of), class_names=_names_beside(masks))
     if left_out:
-        note = f'{left_out} files in {images} end like masks, but have no image: left out'
-        return Found(found.pairs, notes=(note, *found.notes))
+        note = f'{left_out} files in {images} are named like masks, but have no image: left out'
+        return replace(found, notes=(note, *found.notes))
     return found
 
 
-def _ends_like_a_mask(path: Path, endings: Sequence[str]) -> bool:
-    """Whether a file's name ends like a mask's: then it is not explained as an image."""
-    return _without_ending(stem_of(path), endings) is not None and suffix_of(path) in MASK_SUFFIXES
+def _named_as_mask(path: Path, namings: Sequence[Naming], masks: set[Path]) -> bool:
+    """Whether a file is named like a mask: then it is not explained as an image. An image may well
+    be called mask_1: that counts where masks of other images are named so."""
+    if suffix_of(path) not in MASK_SUFFIXES:
+        return False
+    used = (n for n in namings if n not in PREFIXES or any(n.image_of(stem_of(m)) for m in masks))
+    return _image_of(stem_of(path), tuple(used)) is not None
+
+
+def _names_beside(masks: Path | None) -> dict[int, str]:
+    """The names of classes by their numbers in masks, where `_classes.csv` beside them gives
+    them."""
+    try:
+        path = masks / CLASSES_FILE if masks is not None else None
+        if path is None or not path.is_file() or path.stat().st_size > MOST_LIST_BYTES:
+            return {}
+        rows = list(csv.reader(path.read_text(encoding='utf-8-sig').splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return {}
+    rows = [[cell.strip() for cell in row[:2]] for row in rows if len(row) > 1]
+    return {int(value): name for value, name in rows if re.fullmatch(r'\d{1,5}', value) and name}
 
 
 def _masks_by_name(
-    folder: Path, stems: set[str], endings: Sequence[str], same: bool
+    folder: Path, stems: set[str], namings: Sequence[Naming], same: bool
 ) -> dict[str, Path]:
     """The mask files of a folder by the name of the image they belong to."""
     found: dict[str, Path] = {}
@@ -124,7 +168,7 @@ def _masks_by_name(
         if suffix_of(path) not in MASK_SUFFIXES or not path.is_file():
             continue
         stem = stem_of(path)
-        bare = _without_ending(stem, endings)
+        bare = _image_of(stem, namings)
         if bare is not None and (bare in stems or stem not in stems):
             found[bare] = path
         elif not same:
@@ -250,7 +294,7 @@ def voc(root: Path, split: str) -> Found | None:
         masks = folder_named(base, ['segmentationclass', 'segmentationclasspng'])
         if images is None or masks is None:
             continue
-        found = paired(images, masks, ())
+        found = paired(images, masks, PLAIN_NAMES)
         names = _voc_list(base, split)
         if found is None or (names is None and split and base == root):
             continue
@@ -357,7 +401,7 @@ def _two_folders(
 
 def beside(root: Path, split: str) -> Found | None:
     """`NAME.jpg` beside `NAME_mask.png` (`_segmentation`, `-mask`, `.mask`, `_label`, `_gt`,
-    `_seg`)"""
+    `_seg`) or `mask_NAME.png`; names of classes in `_classes.csv`"""
     folder = _folder(root, split)
     if not folder.is_dir():
         return None
@@ -412,7 +456,7 @@ def layouts_text() -> str:
     return '; '.join(f'{layout.name}: {layout.form}' for layout in LAYOUTS).replace('`', '')
 
 
-NAMED_BY_ENDING = (two_folders, beside, images_alone)  # where --mask_suffix says which mask
+NAMED_BY_ENDING = (two_folders, beside, images_alone)  # where --mask_suffix, … say which mask
 
 
 # --------------------------------------------------------------------------- finding them
@@ -427,19 +471,73 @@ class DataSource:
     images_dir: Path | None = None  # instead of a layout
     masks_dir: Path | None = None
     mask_suffix: str | None = None  # by which a mask's name differs from its image's
+    mask_prefix: str | None = None
+    mask_name: str | None = None  # IMAGE=MASK, both with a *: what the two names share
+
+    @property
+    def naming(self) -> Naming | None:
+        """How masks are named, where that was said. Raises InputError."""
+        ends = self.mask_suffix is not None or self.mask_prefix is not None
+        if self.mask_name is None:
+            suffix = _without_type(self.mask_suffix or '')
+            return Naming(f'{self.mask_prefix or ""}*{suffix}') if ends else None
+        image, _, mask = self.mask_name.partition('=')
+        if ends:
+            raise InputError('--mask_name goes without --mask_suffix and --mask_prefix')
+        if image.count('*') != 1 or mask.count('*') != 1:
+            raise InputError(
+                f'mask_name "{self.mask_name}" is not of the form IMAGE=MASK, with one * in each '
+                "for what the names share (for example '*_training=*_manual1')"
+            )
+        return Naming(_without_type(mask), _without_type(image))
+
+    @property
+    def names_folders(self) -> bool:
+        """Whether it was said where images or masks lie."""
+        return self.images_dir is not None or self.masks_dir is not None
+
+    def names(self) -> dict[str, str]:
+        """What was said of the names of masks, by flag."""
+        said = {name: getattr(self, name) for name in ('mask_suffix', 'mask_prefix', 'mask_name')}
+        return {name: value for name, value in said.items() if value is not None}
+
+    def flags(self) -> dict[str, str]:
+        """What was said of where the masks lie, by flag: with it one image alone finds its own."""
+        folders = {'images_dir': self.images_dir or self.data_dir, 'masks_dir': self.masks_dir,
+                   'data_dir': self.data_dir}  # fmt: skip
+        given = folders if self.names_folders else {}
+        given = {name: str(value) for name, value in given.items() if value is not None}
+        return {**given, **self.names()}
+
+
+def _without_type(name: str) -> str:
+    """A name, or the end of one, without its file type."""
+    kind = suffix_of(Path(f'x{name}'))
+    return name[: -len(kind)] if kind in (*MASK_SUFFIXES, *IMAGE_SUFFIXES) else name
 
 
 def find(source: DataSource) -> Found:
     """The images of a dataset and what is known of their truth. Raises InputError."""
     try:
-        if source.images_dir is not None or source.masks_dir is not None:
-            return _by_flags(source)
-        return _by_looking(source)
+        look = _by_flags if source.names_folders else _by_looking
+        return _sampled_said(look(source))
     except OSError as error:
         raise InputError(
             f'cannot read {error.filename or source.data_dir}: {error.strerror or error} '
             '(check the permissions and the drive)'
         ) from None
+
+
+def _sampled_said(found: Found) -> Found:
+    """With a note where there are more masks than are looked at to find out what values mean."""
+    masks = next((p.truth.masks for p in found.pairs if isinstance(p.truth, MaskFile)), None)
+    if masks is None or len(masks.paths) == len(masks.scanned):
+        return found
+    note = (
+        f'what the values of the {len(masks.paths):,} masks mean is decided by '
+        f'{len(masks.scanned):,} of them, evenly spaced (--label_map says it for certain)'
+    )
+    return replace(found, notes=(*found.notes, note))
 
 
 def _by_flags(source: DataSource) -> Found:
@@ -448,7 +546,7 @@ def _by_flags(source: DataSource) -> Found:
     masks = images
     if source.masks_dir is not None:
         masks = _given_folder(source.masks_dir, source.data_dir, 'masks_dir')
-    found = paired(images, masks, _endings(source))
+    found = paired(images, masks, _namings(source))
     if found is None:
         raise InputError(f'no images in {images} (looked for {", ".join(IMAGE_SUFFIXES)})')
     return _said(found, images, f'in {masks}, {_looked_for(source)}')
@@ -462,17 +560,17 @@ def _given_folder(folder: Path, data_dir: Path, flag: str) -> Path:
     raise InputError(f'{flag} is not there: {folder} (nor {data_dir / folder})')
 
 
-def _endings(source: DataSource) -> tuple[str, ...]:
-    """The endings of masks' names; of one that was given with its file type, without that."""
-    if source.mask_suffix is None:
-        return MASK_ENDINGS
-    ending = source.mask_suffix
-    kind = suffix_of(Path(f'x{ending}'))
-    return (ending[: -len(kind)] if kind in MASK_SUFFIXES else ending,)
+def _namings(source: DataSource) -> tuple[Naming, ...]:
+    """How masks may be named."""
+    own = source.naming
+    return USUAL_NAMES if own is None else (own,)
 
 
 def _looked_for(source: DataSource) -> str:
-    return f"the image's name, plain or with {', '.join(_endings(source))}"
+    own = source.naming
+    if own is None:
+        return f"the image's name, plain or with {', '.join((*MASK_ENDINGS, *MASK_PREFIXES))}"
+    return f'{own.mask} for {own.image}, or the same name'
 
 
 def _by_looking(source: DataSource) -> Found:
@@ -485,8 +583,8 @@ def _by_looking(source: DataSource) -> Found:
             continue
         for layout in LAYOUTS:
             found = layout.find(root, split)
-            if source.mask_suffix is not None and layout.find in NAMED_BY_ENDING:
-                found = _with_suffix(root, split, source, layout)
+            if source.naming is not None and layout.find in NAMED_BY_ENDING:
+                found = _with_naming(root, split, source, layout)
             if found is not None and found.pairs:
                 return _said(found, found.pairs[0].images[0].parent, _where_masks(found, source))
         if source.split is None and split and (root / split).is_dir():
@@ -494,14 +592,14 @@ def _by_looking(source: DataSource) -> Found:
     raise InputError(_nothing_found(root, source))
 
 
-def _with_suffix(root: Path, split: str, source: DataSource, layout: Layout) -> Found | None:
-    """A layout of images and masks, where the masks' ending was given."""
-    endings = _endings(source)
+def _with_naming(root: Path, split: str, source: DataSource, layout: Layout) -> Found | None:
+    """A layout of images and masks, where it was said how masks are named."""
+    namings = _namings(source)
     if layout.find is two_folders:
         places = list(_two_folders(root, split, IMAGE_FOLDERS, MASK_FOLDERS))
-        return next(filter(None, (paired(a, b, endings) for a, b in places)), None)
+        return next(filter(None, (paired(a, b, namings) for a, b in places)), None)
     folder = _folder(root, split)
-    return paired(folder, folder, endings) if folder.is_dir() else None
+    return paired(folder, folder, namings) if folder.is_dir() else None
 
 
 def _split_is_there(root: Path, split: str) -> bool:
@@ -546,5 +644,5 @@ def _said(found: Found, folder: Path, where: str) -> Found:
     what = f'no mask was found for {without} of {len(found.pairs)} images in {folder}'
     if without == len(found.pairs):
         what = f'no masks were found for the images in {folder}, so there is no truth'
-    note = f'{what} (looked {where}; --masks_dir and --mask_suffix name others)'
+    note = f'{what} (looked {where}; --masks_dir, --mask_suffix and --mask_name name others)'
     return Found(found.pairs, found.class_names, (*found.notes, note))

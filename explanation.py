@@ -68,6 +68,16 @@ class Declared:
     signed: bool = True  # whether its sign means raising or lowering the score
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """How a picture was explained that is larger than the network's input."""
+
+    count: int  # of tiles that the picture has
+    explained: int  # of these, those that hold pixels of the target
+    size: tuple[int, int]  # (height, width) of each, in pixels of the picture
+    overlap: int  # of neighbours, at least
+
+
 def _of_the_cost(name: str) -> property:
     return property(lambda explanation: getattr(explanation.cost, name))
 
@@ -110,6 +120,7 @@ class Explanation:
     sum_error: float | None = None  # standard error of the sum, where baselines are drawn
     fine: torch.Tensor | None = None  # (c, h, w): the map of a layer in its own resolution
     again: Callable[..., np.ndarray] = plain_map  # the method's map of another input, for checks
+    tiles: Tiles | None = None  # None: in one piece
 
     @property
     def score_type(self) -> str:

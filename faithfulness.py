@@ -8,7 +8,8 @@ A heatmap convinces whether or not it is true, so each check has something to fa
   weights are redrawn layer by layer (it should change);
 - the map of the image under a little noise, and against other baselines (it should not);
 - what the map says a patch is worth against what removing the patch really does (infidelity);
-- where the map lies: inside masks, how far from the target, in the rim and the padding.
+- where the map lies: inside masks, how far from the target, in the rim and the padding;
+- whether the score hangs on a spot far from the target, which is filled to see (a shortcut).
 
 Arrays are NumPy, at model resolution; a *relevance* is a map (H, W). `evaluate` runs all checks on
 one `Subject`, which may hold the map of any tool. METRICS defines every number.
@@ -35,7 +36,7 @@ from attribution_path import Score, plain_map, segmentation_logits
 from errors import InputError
 from explanation import GIVEN, Explanation
 from gradient_engine import GradientEngine
-from image_statistics import METRICS, NEAR, NOISE_RADIUS, contrast
+from image_statistics import FAR, METRICS, NEAR, NOISE_RADIUS, contrast
 from map_metrics import (
     Curve,
     edge_excess,
@@ -59,6 +60,7 @@ LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve i
 BEYOND = 1.0  # ranges beyond 0 and 1 that a curve may leave them by, before its fill is not counted
 BROAD = 0.02  # of the longer side: sigma of the blur that leaves a map's broad features
 SUPERPIXELS = 100
+SPOT_SIDES = (0.08, 0.16)  # of the longer side: sides of the squares that a spot is looked for in
 COMPARED_BASELINES = ('zero', 'blur', 'mean', 'white')
 FORWARDS_A_GRADIENT = 3  # a gradient costs about as much as three forward passes
 RADIUS_SHARES = (50, 90, 95)  # per cent of a map that a radius holds
@@ -81,7 +83,8 @@ class Effort:
 
     def forwards(self) -> int:
         """Forward passes of one evaluation."""
-        return self.curve_forwards() + (self.patches + 1 if self.patches else 0)
+        patches = self.patches + 1 if self.patches else 0
+        return self.curve_forwards() + patches + 2 + len(SPOT_SIDES)
 
     def curve_forwards(self) -> int:
         """Those of the deletion and insertion curves: ends once, what lies between for each."""
@@ -104,7 +107,7 @@ EFFORTS: dict[str, Effort] = {
         points=4,
         displaced=2,
         random_maps=1,
-        patches=20,
+        patches=16,
         stages=1,
         map_steps=4,
     ),
@@ -582,6 +585,68 @@ def random_patch(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray
     return mask
 
 
+# --------------------------------------------------------------------------- distant spots
+
+
+def distant_spots(
+    subject: Subject, work: Effort, seed: int = 0, progress: bool = False
+) -> Evaluation:
+    """How far the score falls when the squares that hold most of the attribution, of all that lie
+    far from the target and from other predicted objects, are filled with the mean of what is left
+    nearby. A watermark in a corner may hold less of the map than the corner's area explains, and
+    still carry the whole mask: only removing it tells."""
+    distance = signed_distance(subject.region | subject.prediction)
+    if subject.content is not None:
+        distance = np.where(subject.content, distance, -np.inf)
+    spots = [
+        spot
+        for share in SPOT_SIDES
+        if (spot := strongest_square(subject.magnitude, distance, share)) is not None
+    ]
+    if not spots:
+        return Evaluation()
+    rng = np.random.default_rng(seed)
+    everything = np.ones(distance.shape, bool)
+    masks = [everything, *spots]
+    with _bar('distant spots', 1 + len(masks), progress) as bar:
+        (full,) = subject.scores(iter([subject.pixels]), bar)
+        empty, *others = subject.scores(
+            (without(subject, 'local mean', mask, rng) for mask in masks), bar
+        )
+    change = abs(full - empty)
+    if change <= LEAST_CHANGE * max(abs(full), abs(empty), 1e-6):
+        return Evaluation()
+    effects = [(full - score) / change for score in others]
+    worst = int(np.argmax(effects))
+    rows, columns = np.nonzero(spots[worst])
+    return Evaluation(
+        {
+            'distant_spot_effect': effects[worst],
+            'distant_spot_x': float(columns.mean()),
+            'distant_spot_y': float(rows.mean()),
+        }
+    )
+
+
+def strongest_square(
+    magnitude: np.ndarray, distance: np.ndarray, share: float
+) -> np.ndarray | None:
+    """The square (H, W) bool that holds most of a map (H, W), of all that lie wholly farther than
+    FAR from what `distance` is measured from; None: none does. share: of the longer side."""
+    longer = max(magnitude.shape)
+    half = max(1, round(share * longer / 2))
+    side = 2 * half + 1
+    sums = cv2.boxFilter(magnitude, -1, (side, side), normalize=False,
+                         borderType=cv2.BORDER_CONSTANT)  # fmt: skip
+    allowed = distance > FAR * longer + half * 2**0.5
+    if not allowed.any():
+        return None
+    row, column = np.unravel_index(np.argmax(np.where(allowed, sums, -1)), magnitude.shape)
+    square = np.zeros(magnitude.shape, bool)
+    square[max(0, row - half) : row + half + 1, max(0, column - half) : column + half + 1] = True
+    return square
+
+
 # --------------------------------------------------------------------------- model randomisation
 
 
@@ -719,7 +784,8 @@ def baseline_agreement(
 
 
 CHECKS: tuple[Check, ...] = (
-    places, context, curves, patches, randomisation, noise_sensitivity, baseline_agreement,
+    places, context, curves, patches, distant_spots, randomisation, noise_sensitivity,
+    baseline_agreement,
 )  # fmt: skip
 
 

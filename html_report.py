@@ -169,6 +169,8 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
     used = statistics['settings']
     words = ['python', 'integrated_gradients.py', '--model_path', str(used.get('model_path'))]
     words += ['--image_path', str(statistics['image_path'])]
+    for name, value in (statistics.get('mask_flags') or {}).items():
+        words += [f'--{name}', value]
     place = statistics.get('placement') or {}
     if 'axis' in place and not used.get('slice'):
         words += ['--slice', f'{place["axis"]}:{place["index"]}']
@@ -187,8 +189,10 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
             continue  # nothing else is possible
         if name in ('mean', 'std') and used.get('of_each'):
             continue  # of this image only
-        if name == 'image_size':
-            words += ['--image_size', size_text(value)]
+        if name in ('image_size', 'resize') and used.get('tile'):
+            continue  # that of a tile
+        if name in ('image_size', 'tile'):
+            words += [f'--{name}', size_text(value)]
         elif name == 'crop':
             words += ['--crop', ','.join(map(str, value))]
         elif name == 'window':

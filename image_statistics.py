@@ -31,6 +31,7 @@ CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap b
 STRONGEST = 0.05  # share of the pixels that "top" means
 RIM = 0.05  # width of the outer rim, share of the longer side
 NEAR = 0.05  # "near the target": within this share of the longer side
+FAR = 0.15  # "far from the target": beyond this share of the longer side
 NOISE_RADIUS = 0.02  # of the pixel range: of max-sensitivity's perturbations
 
 
@@ -228,6 +229,18 @@ def _mean(values: np.ndarray) -> float | None:
 def names_of_channels(statistics: dict) -> list[str]:
     """Of the input's channels; results of earlier versions name none, and are of colours."""
     return list(statistics.get('channel_names') or ('red', 'green', 'blue'))
+
+
+def tiles_text(statistics: dict) -> str:
+    """How an image was cut into tiles; empty where it was not."""
+    tiles = statistics.get('tiles')  # older results have none
+    if not tiles:
+        return ''
+    height, width = tiles['size']
+    return (
+        f'{tiles["explained"]} of {tiles["count"]} tiles of {width}×{height}, overlap '
+        f'{tiles["overlap"]}'
+    )
 
 
 def counts_text(names: Sequence[str], most: int = 3) -> str:
@@ -437,6 +450,10 @@ STATISTICS: dict[str, Statistic] = {
             ('', 'size of the smallest set', WHOLE, ''),
             ('_area', 'share of the image under the smallest set', NUMBER, '%'))
     },
+    'tiles': Statistic(
+        'with --tile: how many tiles the picture has (count), how many hold the target and were '
+        'explained, their size (height, width) and overlap in pixels of the picture', COMPOUND,
+        of=lambda m: m.explanation.tiles and _listed(vars(m.explanation.tiles))),
 
     # What `--evaluate` measures.
     'deletion_area': _check(
@@ -514,6 +531,14 @@ STATISTICS: dict[str, Statistic] = {
         'left out) over its share of the area', '0 and up', 'lower', 'this toolkit'),
     'padding_excess': _check(
         'the same for letterbox padding', '0 and up', 'lower', 'this toolkit'),
+    'distant_spot_effect': _check(
+        'how far the score falls, from F(x) to that of the filled image, when the strongest square '
+        f'of the map farther than {FAR:.0%} of the longer side from the target and other predicted '
+        'objects is filled with the mean of its surroundings; the larger of two sizes of squares',
+        'about 0 to 1', 'lower', 'this toolkit'),
+    'distant_spot_x': _check('where that square lies, in pixels of the model input from the left',
+        '0 and up', '', 'this toolkit'),
+    'distant_spot_y': _check('the same from the top', '0 and up', '', 'this toolkit'),
     'evaluation': Statistic('what those were taken from: curves, profile, stages, pairs of '
         'baselines', COMPOUND, of=lambda m: None),
 
@@ -530,6 +555,8 @@ STATISTICS: dict[str, Statistic] = {
     'verdict': Statistic('the findings: flag, level (good, note, concern) and sentence', COMPOUND,
                          RECORD),
     'image_path': Statistic('the file of the image', TEXT, RECORD),
+    'mask_flags': Statistic('flags by which it was said where the mask lies, where any were',
+                            COMPOUND, RECORD),
     'folder': Statistic("the folder of the image's files", TEXT, RECORD),
     'resume_key': Statistic('hash of everything that decides the files', TEXT, RECORD),
 }  # fmt: skip
@@ -550,6 +577,11 @@ def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = 
         for key, row in STATISTICS.items()
         if row.of or key in METRICS
     }
+
+
+def _listed(values: dict) -> dict:
+    """A dictionary with lists for tuples, as JSON gives it back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _plain(value: object) -> object:

@@ -22,6 +22,7 @@ The way of an image, from the command line to its files:
     StraightPath.at   alphas -> points and velocities                     attribution_path
     PathSampler       nodes -> gradient times velocity, in step batches   gradient_engine
     integrate         densities -> attributions and their error           path_integral
+    Mosaic            with --tile: those of many tiles -> one map         tiling
     write_image       arrays and statistics -> figures and files          result_files
 
 Around it stand `analyse_batch` (many samples: batch_job, batch_summary, html_report) and
@@ -184,6 +185,7 @@ from segmentation_dataset import (
     with_slices,
 )
 from setting_table import Setting, setting
+from tiling import DEFAULT_OVERLAP, Mosaic, Tile, Tiling, cost_of
 from verdict import Thresholds, accuracy_warning, parse_thresholds, statistics_text, verdict_of
 
 __all__ = [  # what users import from here, wherever it stands
@@ -241,6 +243,14 @@ MOST_STEPS = 100_000
 NEED_TRUTH = ('truth', 'false-positive', 'false-negative')  # of the targets
 PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
 OUTPUTS = ('auto', LOGITS, PROBABILITIES)
+LARGE_IN_TILES = 10_000_000  # pixels, from which on their memory is told
+TILED_BYTES_A_PIXEL = 180  # of a picture in tiles, its maps and their figures: 165, measured
+AGAINST_TILES = {  # settings, and why they go without --tile
+    'crop': 'it explains a part of the image in one piece',
+    'image_size': 'tiles go into the network at their own size',
+    'resize': 'tiles are not resized',
+    'evaluate': 'the checks are of images in one piece (check a part of the image with --crop)',
+}
 
 
 # --------------------------------------------------------------------------- baselines
@@ -401,6 +411,13 @@ class Settings:
     crop: tuple[int, ...] | str | None = setting(None, PREPROCESSING,
         'explain only this part of the image, in its pixels', metavar='X,Y,WIDTH,HEIGHT',
         default_text='all of it')
+    tile: ImageSize | str | None = setting(None, PREPROCESSING,  # noqa: RUF009
+        'explain the image in its own pixels, in tiles of this side (or HEIGHTxWIDTH) that the '
+        'network takes as they are, and put their maps together', metavar='SIZE',
+        default_text='off: the whole image, resized', instead_of='crop')
+    overlap: int | None = setting(None, PREPROCESSING,
+        'with --tile: pixels that neighbouring tiles share at least', least=0, metavar='N',
+        default_text='a quarter of the tile')
     max_pixels: int | None = setting(None, PREPROCESSING,
         'images of more pixels are refused', least=1, metavar='N', default_text='89478485')
     label_map: str | None = setting(None, PREPROCESSING,
@@ -481,6 +498,7 @@ class Settings:
         check_baseline(self.baseline)
         if self.image_size is not None:
             object.__setattr__(self, 'image_size', checked_size(self.image_size))
+        self._check_tile()
         object.__setattr__(self, 'background_class', _checked_class(self.background_class))
         if self.class_names is not None:
             object.__setattr__(self, 'class_names', _checked_names(self.class_names))
@@ -528,6 +546,23 @@ class Settings:
         alone = build_methods([name], [], not self.no_multiply)[0]
         own = tuple(t for t in self.method_option if t.partition('=')[0] in alone.option_names)
         return replace(self, method=(name,), method_option=own)
+
+    def _check_tile(self) -> None:
+        """Raise InputError for a tile that makes no sense, or beside what makes none with it."""
+        if self.tile is None:
+            if self.overlap is not None:
+                raise InputError('--overlap goes with --tile (give --tile SIZE)')
+            return
+        object.__setattr__(self, 'tile', checked_size(self.tile, 'tile'))
+        if self.overlap is not None and self.overlap >= min(sides(self.tile)):
+            raise InputError(
+                f'overlap must be less than the tile, {min(sides(self.tile))}, not {self.overlap}'
+            )
+        for name, why in AGAINST_TILES.items():
+            if getattr(self, name) is not None:
+                raise InputError(f'--{name} goes without --tile: {why}')
+        if self.method != ('ig',) or self.no_multiply:
+            raise InputError('--tile goes with --method ig, multiplied: the maps of tiles are sums')
 
     @classmethod
     def table(cls) -> dict[str, Setting]:
@@ -774,7 +809,7 @@ class IntegratedGradients:
         settings: Settings,
         input_tensor: torch.Tensor,
         targets: Sequence[str | Target | torch.Tensor] | None = None,
-        baseline: str | torch.Tensor | None = None,
+        baseline: str | torch.Tensor | Sequence[torch.Tensor] | None = None,
         truth: np.ndarray | None = None,
         placement: Placement | None = None,
         skip_empty: bool = False,
@@ -782,14 +817,14 @@ class IntegratedGradients:
         references: torch.Tensor | None = None,
     ) -> list[Explanation]:
         """`explain_targets` under whole settings, of one method. targets, baseline: instead of
-        theirs."""
+        theirs; of several baselines the mean is taken."""
         started = time.perf_counter()
         if len(settings.methods) > 1:
             raise InputError('an explanation is of one method (take one after the other)')
         (method,) = settings.methods
         x = self.check_input(input_tensor)  # (1, C, H, W)
         self._check_normalised()
-        notes = self._see_outputs(x, settings)
+        notes = self.see_outputs(x, settings)
         engine, network = self.engine, self.network_under(settings)
         baseline = settings.baseline if baseline is None else baseline
         with engine.running(x):
@@ -803,9 +838,10 @@ class IntegratedGradients:
             )
             at_image, masks = self._look(x, settings, network, build)
             if isinstance(baseline, str) and baseline == AUTO:
-                baseline, reason = self._best_baseline(
-                    x, at_image, masks, network, placement, settings
-                )
+                baseline, reason = self.best_baseline(
+                    self.preprocessing.to_pixels(x), at_image.targets, masks, network, placement,
+                    settings, partial(self._on_baseline, x, settings),
+                )  # fmt: skip
                 notes += (reason,)
             pixels, tensors = self._baselines(baseline, x, settings)
             overlap = partial(mask_overlap, network.foreground(masks), network, settings.threshold)
@@ -833,25 +869,14 @@ class IntegratedGradients:
         notes += (engine.output_note,) if engine.output_note else ()
         if numbers is not None:
             notes += unknown_numbers(network, masks, numbers)
-        scores = None if numbers is None else scores_of_labels(network, masks, numbers)
-        ignored = numbers is not None and bool((numbers < 0).any())
-        counted = (numbers >= 0).cpu().numpy() if ignored else None
         difference = None
         if method.declares.baseline != NO_BASELINE:
             image = self.preprocessing.to_pixels(x)
             difference = np.abs(image - pixels).sum(axis=2)  # (H, W)
             if placement is not None:
                 difference[~placement.content(difference.shape)] = np.nan
-        return [
-            replace(
-                explanation(number),
-                label_scores=scores,
-                notes=notes,
-                difference=difference,
-                counted=counted,
-            )
-            for number in range(len(at_image.targets))
-        ]
+        common = {**beside_truth(network, masks, numbers), 'notes': notes, 'difference': difference}
+        return [replace(explanation(number), **common) for number in range(len(at_image.targets))]
 
     def _check_normalised(self) -> None:
         """Raise InputError where inputs are normalised with numbers of each image, which a tensor
@@ -867,11 +892,11 @@ class IntegratedGradients:
         """Prepare the network's private copy on this input, (C, H, W) or (1, C, H, W), instead of
         on the first that is explained. Raises InputError as `explain_targets` does."""
         x = self.check_input(input_tensor)
-        self._see_outputs(x, settings or Settings())
+        self.see_outputs(x, settings or Settings())
         with self.engine.running(x):
             pass
 
-    def _see_outputs(self, x: torch.Tensor, settings: Settings) -> tuple[str, ...]:
+    def see_outputs(self, x: torch.Tensor, settings: Settings) -> tuple[str, ...]:
         """Find out whether the network gives logits or probabilities, and have the engine run what
         gives logits. Returns what was found, in sentences. Raises InputError."""
         outputs = self.network.gives if settings.outputs == 'auto' else settings.outputs
@@ -966,14 +991,18 @@ class IntegratedGradients:
         return build_baselines(kind, pixels, self.preprocessing, draws, seed, reading)
 
     def _baselines(
-        self, baseline: str | torch.Tensor, x: torch.Tensor, settings: Settings
+        self,
+        baseline: str | torch.Tensor | Sequence[torch.Tensor],
+        x: torch.Tensor,
+        settings: Settings,
     ) -> tuple[np.ndarray, list[torch.Tensor]]:
         """The baselines of an input, each of its shape, and the first as an image."""
-        if isinstance(baseline, torch.Tensor):
-            if tuple(baseline.shape) not in (tuple(x.shape), tuple(x.shape[1:])):
+        if not isinstance(baseline, str):
+            given = [baseline] if isinstance(baseline, torch.Tensor) else baseline
+            if any(tuple(b.shape) not in (tuple(x.shape), tuple(x.shape[1:])) for b in given):
                 raise InputError(f'the baseline must have the shape {tuple(x.shape)} of the input')
-            tensor = baseline.detach().to(x).reshape(x.shape)
-            return self.preprocessing.to_pixels(tensor), [tensor]
+            tensors = [one.detach().to(x).reshape(x.shape) for one in given]
+            return self.preprocessing.to_pixels(tensors[0]), tensors
         images = self.baseline_images(
             baseline, x, settings.baseline_draws, settings.seed, settings.reading
         )
@@ -999,31 +1028,31 @@ class IntegratedGradients:
         source = self.reference_images or references_of(settings, ())
         return source.tensors(self.preprocessing, x, method.references)
 
-    def _best_baseline(
+    def best_baseline(
         self,
-        x: torch.Tensor,
-        at_image: AtImage,
+        image: np.ndarray,
+        targets: Sequence[Target],
         masks: torch.Tensor,
         network: NetworkDescription,
         placement: Placement | None,
         settings: Settings,
+        on_baseline: Callable[[str], tuple[np.ndarray, torch.Tensor]],
     ) -> tuple[str, str]:
-        """Which of CANDIDATES explains these targets best, and why: where they stand out against
-        it, and the network does not see them in it; of those the one with the lowest score. A
-        forward pass each."""
-        weights = torch.stack([target.weights for target in at_image.targets]).amax(dim=0)
+        """Which of CANDIDATES explains these targets of an image (H, W, C) best, and why: where
+        they stand out against it, and the network does not see them in it; of those the one with
+        the lowest score. on_baseline: of a kind, the baseline (H, W, C) and the logits (1, K, h, w)
+        there, a forward pass each."""
+        weights = torch.stack([target.weights for target in targets]).amax(dim=0)
         there = masks & (weights > 0)  # (K, h, w): what is predicted of the targets
         inside = (weights != 0).any(dim=0).cpu().numpy()
         outside = ~(inside | network.foreground(masks).cpu().numpy())
         if placement is not None:
             outside &= placement.content(outside.shape)
-        image, found = self.preprocessing.to_pixels(x), {}
+        found = {}
         for kind in CANDIDATES:
-            pixels, tensors = self._baselines(kind, x, settings)
-            with torch.no_grad():
-                logits = enlarged(self.engine.run(tensors[0]), x.shape[-2:])
+            pixels, logits = on_baseline(kind)
             still = (network.predicted(logits[0], settings.threshold) & there).sum() / there.sum()
-            score = np.mean([float(target(logits)) for target in at_image.targets])
+            score = np.mean([float(target(logits)) for target in targets])
             stands_out = contrast(np.abs(image - pixels).sum(axis=2), inside, outside)
             stands_out = math.inf if stands_out is None else stands_out
             found[kind] = (stands_out, float(torch.nan_to_num(still)), float(score))
@@ -1036,6 +1065,14 @@ class IntegratedGradients:
             f'baseline auto: {chosen}; contrast of the target against each, and how much of it is '
             f'still predicted there: {said}'
         )
+
+    def _on_baseline(
+        self, x: torch.Tensor, settings: Settings, kind: str
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """A baseline of an input as an image (H, W, C), and the logits (1, K, h, w) there."""
+        pixels, tensors = self._baselines(kind, x, settings)
+        with torch.no_grad():
+            return pixels, enlarged(self.engine.run(tensors[0]), x.shape[-2:])
 
     def _look(
         self,
@@ -1153,6 +1190,20 @@ def unknown_numbers(
     )
 
 
+def beside_truth(
+    network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor | None
+) -> dict[str, object]:
+    """What an explanation holds of the ground truth. masks: (K, h, w) bool, those predicted.
+    numbers: (h, w), None where it is unknown."""
+    if numbers is None:
+        return {'label_scores': None, 'counted': None}
+    ignored = bool((numbers < 0).any())
+    return {
+        'label_scores': scores_of_labels(network, masks, numbers),
+        'counted': (numbers >= 0).cpu().numpy() if ignored else None,
+    }
+
+
 def scores_of_labels(
     network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor
 ) -> LabelScores | None:
@@ -1214,14 +1265,23 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
             f'the network takes {channels} channel{"s" if channels > 1 else ""}, but mean has '
             f'{len(mean)} numbers and std {len(std)} (give {channels} each with --mean and --std)'
         )
-    wanted = settings.image_size or own.image_size
-    size = network.accepted_size(wanted)
-    if size != wanted and 'model_factory' in network.source:  # which says nothing of sizes
-        size = wanted if runs_at(model, channels, sides(wanted)) else size
+    wanted = settings.tile or settings.image_size or own.image_size
+    size = size_taken(model, network, channels, wanted)
+    resize = 'stretch' if settings.tile else settings.resize or own.resize
     order = settings.channel_order or own.channel_order
     if order != 'rgb' and channels != 3:
         raise InputError(f'channel_order {order} needs 3 channels; the network takes {channels}')
-    return Preprocessing(size, settings.resize or own.resize, mean, std, order, of_each)
+    return Preprocessing(size, resize, mean, std, order, of_each)
+
+
+def size_taken(
+    model: torch.nn.Module, network: NetworkDescription, channels: int, wanted: ImageSize
+) -> ImageSize:
+    """The input size of a network from `wanted` on."""
+    size = network.accepted_size(wanted)
+    if size != wanted and 'model_factory' in network.source:  # which says nothing of sizes
+        return wanted if runs_at(model, channels, sides(wanted)) else size
+    return size
 
 
 @dataclass(frozen=True)
@@ -1256,6 +1316,10 @@ class ModelInput:
             replace(preprocessing.place(image.shape[:2]), origin=origin),
         )
 
+    def example(self, ig: IntegratedGradients) -> torch.Tensor:
+        """What the network may be prepared on."""
+        return self.x
+
     def explain(
         self, ig: IntegratedGradients, settings: Settings, progress: bool
     ) -> list[tuple[Explanation, np.ndarray | None]]:
@@ -1270,6 +1334,173 @@ class ModelInput:
         if self.truth is None:
             return [(explanation, None) for explanation in explanations]
         return [(one, one.objective.explained(self.truth)) for one in explanations]
+
+
+@dataclass(frozen=True)
+class TiledInput:
+    """A picture and its truth, which the network takes tile by tile, in the picture's pixels."""
+
+    image: np.ndarray  # (H, W, C), 0-255
+    truth: np.ndarray | None  # (H, W) labels
+    placement: Placement  # in itself
+    tiling: Tiling
+
+    @classmethod
+    def of(
+        cls,
+        ig: IntegratedGradients,
+        image: np.ndarray,
+        truth: np.ndarray | None,
+        settings: Settings,
+        origin: tuple[int, int] = (0, 0),
+    ) -> TiledInput:
+        """See `ModelInput.of`."""
+        image = image[:, :, None] if image.ndim == 2 else image
+        size = image.shape[:2]
+        tile = sides(size_taken(ig.model, ig.network, image.shape[2], settings.tile))
+        overlap = settings.overlap
+        overlap = min(tile) // DEFAULT_OVERLAP if overlap is None else overlap
+        truth = None if truth is None else over_image(truth, size)
+        return cls(image, truth, Placement(size, 0, 0, *size, origin), Tiling(size, tile, overlap))
+
+    def input_of(self, ig: IntegratedGradients, picture: np.ndarray, tile: Tile) -> torch.Tensor:
+        """What the network takes, (1, C, h, w), of a tile of the image or of a baseline."""
+        return ig.preprocessing.normalise(self.tiling.cut(picture, tile))
+
+    def example(self, ig: IntegratedGradients) -> torch.Tensor:
+        """What the network may be prepared on: a tile that shows something, if any does."""
+        return self.input_of(ig, self.image, self.tiling.middle)
+
+    def logits(
+        self,
+        ig: IntegratedGradients,
+        picture: np.ndarray,
+        tiles: Sequence[Tile],
+        progress: bool = False,
+    ) -> torch.Tensor:
+        """The network's logits (1, K, H, W) on a picture, put together from tiles; 0 beside them.
+        Each pixel's come from the tile that it belongs to."""
+        whole, last = None, None
+        with ig.engine.running(ig.check_input(self.example(ig))), torch.no_grad():
+            for tile in tqdm(tiles, 'prediction', unit='tile', leave=False, disable=not progress):
+                x = self.input_of(ig, picture, tile)
+                if last is None or not torch.equal(x, last):  # of one colour many are alike
+                    found = enlarged(ig.engine.run(ig.check_input(x)), self.tiling.tile).cpu()
+                    last = x
+                if whole is None:
+                    whole = torch.zeros((1, found.shape[1], *self.tiling.size))
+                whole[..., tile.own_rows, tile.own_columns] = found[(..., *tile.own)].float()
+        return whole
+
+    def explain(
+        self, ig: IntegratedGradients, settings: Settings, progress: bool
+    ) -> list[tuple[Explanation, np.ndarray | None]]:
+        """As `ModelInput.explain`, for the whole picture."""
+        started = time.perf_counter()
+        notes = ig.see_outputs(ig.check_input(self.example(ig)), settings) + self._padding_note()
+        engine, network = ig.engine, ig.network_under(settings)
+        counts = engine.forward_passes, engine.gradient_evaluations
+        logits = self.logits(ig, self.image, self.tiling.tiles, progress)  # (1, K, H, W)
+        masks = network.predicted(logits[0], settings.threshold)
+        numbers = None if self.truth is None else torch.as_tensor(self.truth).long()
+        targets = _build_targets(settings.target, settings, numbers, self.placement, True, network,
+                                 logits, masks)  # fmt: skip
+        name = settings.baseline
+        if name == AUTO:
+            name, reason = ig.best_baseline(
+                self.image, targets, masks, network, None, settings,
+                partial(self._on_baseline, ig, settings, self._holding(targets)),
+            )  # fmt: skip
+            notes += (reason,)
+        baselines = self._baselines(ig, settings, name)
+        mosaics = self._explain_tiles(ig, settings, targets, baselines, progress)
+        on_baseline = self.logits(ig, baselines[0], self.tiling.tiles)
+        overlap = partial(mask_overlap, network.foreground(masks), network, settings.threshold)
+        cost = cost_of(
+            [cost for mosaic in mosaics for cost in mosaic.costs],
+            engine.gradient_evaluations - counts[1],
+            engine.forward_passes - counts[0],
+            time.perf_counter() - started,
+        )
+        notes += (engine.output_note,) if engine.output_note else ()
+        if numbers is not None:
+            notes += unknown_numbers(network, masks, numbers)
+        common = {
+            'baseline_pixels': baselines[0], 'baseline': name, 'rule': settings.rule, 'cost': cost,
+            'draws': len(baselines), 'tolerance': settings.tolerance, 'notes': notes,
+            'difference': np.abs(self.image - baselines[0]).sum(axis=2),
+            **beside_truth(network, masks, numbers),
+        }  # fmt: skip
+        iou = float(overlap(on_baseline)[0])
+        found = []
+        for target, mosaic in zip(targets, mosaics, strict=True):
+            mask, prediction = network.explained(logits, masks, target.label)
+            explanation = Explanation(
+                attributions=mosaic.attributions, uncertainty=mosaic.uncertainty,
+                prediction=prediction, predicted_mask=mask, region=target.region,
+                target=target.name, objective=target, steps=mosaic.steps, score=mosaic.score,
+                baseline_score=mosaic.baseline_score, attribution_sum=mosaic.attribution_sum,
+                map_error=mosaic.map_error, trend=mosaic.trend(iou), tiles=mosaic.tiles, **common,
+            )  # fmt: skip
+            known = None if self.truth is None else target.explained(self.truth)
+            found.append((explanation, known))
+        return found
+
+    def _padding_note(self) -> tuple[str, ...]:
+        """Whether the picture is smaller than a tile, in words."""
+        (height, width), tile = self.tiling.size, self.tiling.tile
+        if height >= tile[0] and width >= tile[1]:
+            return ()
+        return (
+            f'the image of {width}×{height} is smaller than a tile of {tile[1]}×{tile[0]}: it was '
+            'padded black',
+        )
+
+    def _holding(self, targets: Sequence[Target]) -> list[Tile]:
+        """The tiles to which pixels of the targets belong."""
+        held = torch.stack([target.region for target in targets]).any(dim=0)
+        return [t for t in self.tiling.tiles if bool(held[t.own_rows, t.own_columns].any())]
+
+    def _baselines(
+        self, ig: IntegratedGradients, settings: Settings, kind: str
+    ) -> list[np.ndarray]:
+        """The baselines of the whole picture, (H, W, C) float32: each tile gets its part."""
+        pixels = self.image.astype(np.float32)
+        draws, seed = settings.baseline_draws, settings.seed
+        return build_baselines(kind, pixels, ig.preprocessing, draws, seed, settings.reading)
+
+    def _on_baseline(
+        self, ig: IntegratedGradients, settings: Settings, tiles: Sequence[Tile], kind: str
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """A baseline of the picture, and the logits on it in some tiles."""
+        (pixels,) = self._baselines(ig, settings, kind)
+        return pixels, self.logits(ig, pixels, tiles)
+
+    def _explain_tiles(
+        self,
+        ig: IntegratedGradients,
+        settings: Settings,
+        targets: Sequence[Target],
+        baselines: Sequence[np.ndarray],
+        progress: bool,
+    ) -> list[Mosaic]:
+        """The map of each target. Targets that share a tile share its forward passes."""
+        mosaics = [Mosaic(self.tiling, self.image.shape[2]) for _ in targets]
+        tiles = tqdm(self._holding(targets), 'attributions', unit='tile', leave=False,
+                     disable=not progress)  # fmt: skip
+        for tile in tiles:
+            parts = [self.tiling.part_of(target, tile) for target in targets]
+            own = [part for _, part in parts if part is not None]
+            found = ig.explain_with(
+                settings, self.input_of(ig, self.image, tile),
+                [replace(part, weights=part.weights.to(ig.device)) for part in own],
+                [self.input_of(ig, one, tile)[0] for one in baselines],
+            )  # fmt: skip
+            left = iter(found)
+            for mosaic, (share, part) in zip(mosaics, parts, strict=True):
+                if part is not None:
+                    mosaic.add(tile, share, next(left))
+        return mosaics
 
 
 def explain_image(
@@ -1293,15 +1524,21 @@ def explain_image(
 @contextlib.contextmanager
 def _normalised(
     ig: IntegratedGradients, read: ReadImage, settings: Settings
-) -> Iterator[ModelInput]:
+) -> Iterator[ModelInput | TiledInput]:
     """An image as the network takes it; while it is explained, its baselines are normalised with
     its own numbers, where those of each image are wanted."""
     image, background = read.image, ig.network_under(settings).background
     nothing = IGNORED if background is None else background
     common = ig.take_channels(image.shape[2] if image.ndim == 3 else 1)
-    ig.preprocessing = common.of_image(image)
     try:
-        yield ModelInput.of(ig.preprocessing, image, read.truth, read.origin, nothing)
+        if settings.tile is None:
+            ig.preprocessing = common.of_image(image)
+            yield ModelInput.of(ig.preprocessing, image, read.truth, read.origin, nothing)
+        else:
+            given = TiledInput.of(ig, image, read.truth, settings, read.origin)
+            whole = replace(common, image_size=given.tiling.size, resize='stretch')
+            ig.preprocessing = replace(whole.of_image(image), image_size=given.tiling.tile)
+            yield given
     finally:
         ig.preprocessing = common
 
@@ -1396,7 +1633,7 @@ def _described(
     ig: IntegratedGradients,
     name: str,
     read: ReadImage,
-    given: ModelInput,
+    given: ModelInput | TiledInput,
     settings: Settings,
     progress: bool,
 ) -> list[Description]:
@@ -1613,7 +1850,7 @@ class LoadedSample:
             truth=truth,
             origin=crop[:2] if crop else (0, 0),
             class_names={} if truth is None else sample.names_of_classes(known),
-            notes=(*sample.notes, *loaded.notes, *said, *_memory_note(size)),
+            notes=(*sample.notes, *loaded.notes, *said, *_memory_note(size, settings)),
             value_range=loaded.value_range,
             geometry=loaded.geometry,
             whole_size=size,
@@ -1637,12 +1874,13 @@ def _truth_of(
     return truth, notes
 
 
-def _memory_note(size: tuple[int, int]) -> tuple[str, ...]:
+def _memory_note(size: tuple[int, int], settings: Settings) -> tuple[str, ...]:
     """What a very large image needs, in words."""
-    if size[0] * size[1] <= MOST_PIXELS:
+    pixels, tiled = size[0] * size[1], settings.tile is not None
+    if pixels <= (LARGE_IN_TILES if tiled else MOST_PIXELS):
         return ()
-    memory = size[0] * size[1] * BYTES_A_PIXEL / 2**30
-    return (f'an image of {size[0] * size[1]:,} pixels, which takes about {memory:.1f} GiB',)
+    memory = pixels * (TILED_BYTES_A_PIXEL if tiled else BYTES_A_PIXEL) / 2**30
+    return (f'an image of {pixels:,} pixels, which takes about {memory:.1f} GiB',)
 
 
 @dataclass(frozen=True)
@@ -1691,6 +1929,7 @@ def statistics_of(
     for statistics, _ in described:
         statistics |= {
             'image_path': str(loaded.sample.image_path),
+            'mask_flags': loaded.sample.mask_flags or None,
             'folder': naming.folder(statistics['target'], statistics['method']),
             'resume_key': pending.key,
         }
@@ -1749,6 +1988,8 @@ def batch_integrated_gradients_analysis(
     images_dir: str | Path | None = None,
     masks_dir: str | Path | None = None,
     mask_suffix: str | None = None,
+    mask_prefix: str | None = None,
+    mask_name: str | None = None,
     encoder: str | None = None,
     architecture: str | None = None,
     weights_key: str | None = None,
@@ -1764,10 +2005,10 @@ def batch_integrated_gradients_analysis(
 ) -> BatchResult:
     """Explain images of a dataset split, evenly spaced through it, and write a summary.
 
-    num_samples: None for all. images_dir, masks_dir, mask_suffix: for a dataset that lies in no
-    known way. figures: what to draw of each image, a key of FIGURES. overwrite:
-    compute finished images again. export: a key of EXPORTS, to write maps in the geometry of their
-    images too. before_image: called before each; what it raises ends the batch,
+    num_samples: None for all. images_dir, masks_dir, mask_suffix, mask_prefix, mask_name: for a
+    dataset that lies in no known way. figures: what to draw of each image, a key of FIGURES.
+    overwrite: compute finished images again. export: a key of EXPORTS, to write maps in the
+    geometry of their images too. before_image: called before each; what it raises ends the batch,
     whose summary is still written. share: of a group of processes, which share the images; the
     result is that of all on rank 0, and empty on the others. options: further fields of `Settings`.
     An image that cannot be used or written is listed in the result and does not stop the others.
@@ -1780,7 +2021,7 @@ def batch_integrated_gradients_analysis(
     load = partial(load_explainer, source, settings)
     output = Output(Path(output_dir), figures, overwrite, export)
     folders = [None if folder is None else Path(folder) for folder in (images_dir, masks_dir)]
-    data = DataSource(Path(data_dir), split, *folders, mask_suffix)
+    data = DataSource(Path(data_dir), split, *folders, mask_suffix, mask_prefix, mask_name)
     return analyse_dataset(load, data, num_samples, settings, output, before_image,
                            share or Alone())  # fmt: skip
 
@@ -1897,8 +2138,8 @@ class _Batch:
     def _statistics_of(self, pending: Pending) -> tuple[list[dict], Callable[[], object] | None]:
         if pending.finished is None:
             self._prepare_once()
-        checks = self.settings.evaluate is not None  # which take long: their bars are shown
-        return statistics_of(self.ig, pending, self.settings, self.output, checks)
+        long = self.settings.evaluate is not None or self.settings.tile is not None
+        return statistics_of(self.ig, pending, self.settings, self.output, progress=long)
 
     def _prepare_once(self) -> None:
         """Prepare the network on the batch's first image, whichever image is this process's first,
@@ -1910,8 +2151,8 @@ class _Batch:
             with contextlib.suppress(InputError):
                 pixels = sample.load(self._channels, self.settings.reading).pixels
                 image = crop_image(pixels, self.settings.crop, sample.name)
-                fit = self.ig.preprocessing.of_image(image)
-                self.ig.prepare(ModelInput.of(fit, image, None).x, self.settings)
+                with _normalised(self.ig, ReadImage(image, None), self.settings) as given:
+                    self.ig.prepare(given.example(self.ig), self.settings)
                 return
 
 
@@ -1935,13 +2176,13 @@ def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradi
     for note in network.notes:
         print(f'note: {note}', file=sys.stderr)
     preprocessing = input_preprocessing(model, settings)
-    asked = settings.image_size
+    asked, what = settings.tile or settings.image_size, 'tile' if settings.tile else 'image size'
     if asked is not None and sides(asked) != sides(preprocessing.image_size):
         asked, size = size_text(asked), size_text(preprocessing.image_size)
         why = f'takes multiples of {network.step}'
         if network.fixed_size:
             why = f'takes only {size_text(network.fixed_size)}'
-        print(f'note: image size {asked}: the network {why}, using {size}', file=sys.stderr)
+        print(f'note: {what} {asked}: the network {why}, using {size}', file=sys.stderr)
     return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
 
 
@@ -1998,6 +2239,12 @@ def build_parser() -> argparse.ArgumentParser:
     add('--mask_suffix', metavar='ENDING',
         help="by which a mask's name differs from its image's, for example _lesion "
              '(default: none, or one of the usual ones)')
+    add('--mask_prefix', metavar='START',
+        help="by which a mask's name begins before its image's, for example seg_ (default: none, "
+             'or mask_)')
+    add('--mask_name', metavar='IMAGE=MASK',
+        help="how masks are named where the image's name changes; * stands for what is the same, "
+             "for example '*_training=*_manual1' (default: by --mask_suffix and --mask_prefix)")
     add('--num_samples', type=_count_or_all, default=10, metavar='N|all',
         help='batch: how many images, evenly spaced (default: %(default)s)')
     add('--output_dir', type=Path, default=Path('integrated_gradients_results'),
@@ -2094,7 +2341,8 @@ def source_from(args: argparse.Namespace, device: str) -> NetworkSource:
 
 def data_source(args: argparse.Namespace) -> DataSource:
     """The dataset that the parsed flags name."""
-    return DataSource(args.data_dir, args.split, args.images_dir, args.masks_dir, args.mask_suffix)
+    return DataSource(args.data_dir, args.split, args.images_dir, args.masks_dir,
+                      args.mask_suffix, args.mask_prefix, args.mask_name)  # fmt: skip
 
 
 def say_cost(settings: Settings) -> None:

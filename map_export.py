@@ -34,6 +34,8 @@ def overlap(small: int, large: int) -> np.ndarray:
 
 def at_size(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map (h, w) at a size (H, W), each value spread over the pixels it covers: the sum stays."""
+    if values.shape == tuple(size):
+        return values
     rows, columns = (overlap(own, new) for own, new in zip(values.shape, size, strict=True))
     return rows @ values.astype(np.float64) @ columns.T
 

@@ -281,8 +281,8 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
     return options
 
 
-def checked_size(size: object) -> ImageSize:
-    """An image size from a number, (height, width), or text such as 640 or 384x640; a square's as
+def checked_size(size: object, name: str = 'image_size') -> ImageSize:
+    """A size from a number, (height, width), or text such as 640 or 384x640; a square's as
     one number. Raises InputError."""
     parts = size.lower().replace('×', 'x').split('x') if isinstance(size, str) else size
     try:
@@ -293,10 +293,10 @@ def checked_size(size: object) -> ImageSize:
         whole, exact = [], False
     if not exact or len(whole) not in (1, 2) or min(whole) < 1 or isinstance(size, bool):
         raise InputError(
-            f'image_size must be a whole number of at least 1, or HEIGHTxWIDTH, not {size!r}'
+            f'{name} must be a whole number of at least 1, or HEIGHTxWIDTH, not {size!r}'
         )
     if max(whole) > MAX_IMAGE_SIZE:
-        raise InputError(f'image_size must be at most {MAX_IMAGE_SIZE}, not {size}')
+        raise InputError(f'{name} must be at most {MAX_IMAGE_SIZE}, not {size}')
     return whole[0] if whole[0] == whole[-1] else (whole[0], whole[1])
 
 

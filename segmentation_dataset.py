@@ -108,6 +108,7 @@ class Sample:
     channel_paths: tuple[Path, ...] = ()  # where each channel lies in a file of its own
     slice: str | None = None  # of a volume, AXIS:INDEX
     notes: tuple[str, ...] = ()  # on the whole dataset, in sentences
+    mask_flags: dict[str, str] = field(default_factory=dict)  # that said where its mask lies
 
     def image(self, channels: int = 3, reading: Reading = PLAIN) -> np.ndarray:
         """The image, (H, W, C), see `read_image`."""
@@ -161,12 +162,25 @@ def single_sample(
     image_path = Path(image_path)
     found = _in_dataset(image_path, source) if mask_path is None or _exists(mask_path) else None
     if mask_path is None:
-        return found or Sample(safe_names([image_path])[0], image_path)
-    mask_path = Path(mask_path)
+        return found or _without_truth(image_path, source)
+    mask_path, flags = Path(mask_path), source.flags() if source is not None else {}
     known = found.read_truth if found is not None else None
     same = isinstance(known, MaskFile) and known.path.resolve() == mask_path.resolve()
     masks = known.masks if same else MaskSet([mask_path])
-    return Sample(safe_names([image_path])[0], image_path, MaskFile(mask_path, masks))
+    return Sample(safe_names([image_path])[0], image_path, MaskFile(mask_path, masks),
+                  mask_flags={**flags, 'mask_path': str(mask_path)})  # fmt: skip
+
+
+def _without_truth(image_path: Path, source: DataSource | None) -> Sample:
+    """The sample of an image in no dataset; where it was said where masks are, that is told."""
+    notes = ()
+    if source is not None and source.flags():
+        place = source.images_dir or image_path.parent
+        what = f'{image_path} is not among the images in {place}' if source.names_folders else (
+            f'no mask of {image_path} is named {source.naming.mask}')  # fmt: skip
+        notes = (f'{what}, so there is no truth (give --mask_path, or --images_dir and '
+                 '--masks_dir)',)  # fmt: skip
+    return Sample(safe_names([image_path])[0], image_path, notes=notes)
 
 
 def _exists(path: str | Path) -> bool:
@@ -179,19 +193,20 @@ def _exists(path: str | Path) -> bool:
 def _in_dataset(image_path: Path, source: DataSource | None) -> Sample | None:
     """The sample of an image in the dataset that it lies in; None where there is none. Raises
     InputError where folders were named that are not there."""
-    named = source is not None and (source.images_dir or source.masks_dir or source.mask_suffix)
-    if named:
+    if source is not None and source.names_folders:
         own = source.images_dir or image_path.parent
-        return _sample_of(image_path, _samples(find(replace(source, images_dir=own))))
+        found = _sample_of(image_path, _samples(find(replace(source, images_dir=own))))
+        return found and replace(found, mask_flags=source.flags())
+    said = {} if source is None else source.names()
     without = None
     for place in _datasets_around(image_path):
         try:
-            samples = _samples(find(place))
+            samples = _samples(find(replace(place, **said)))
         except InputError:
             continue
         sample = _sample_of(image_path, samples)
         if sample is not None and sample.read_truth is not None:
-            return sample
+            return replace(sample, mask_flags=said)
         if sample is not None and without is None:  # nobody missed masks where there are none
             some = any(other.read_truth is not None for other in samples)
             without = replace(sample, notes=sample.notes if some else ())
@@ -233,7 +248,8 @@ def list_samples(
 ) -> list[Sample]:
     """The samples of a dataset split, sorted by name, in whichever of `LAYOUTS` it lies, told apart
     by looking, or where `source` names its folders. Raises InputError."""
-    return _samples(find(source or DataSource(Path(data_dir), split)))
+    source = source or DataSource(Path(data_dir), split)
+    return [replace(sample, mask_flags=source.flags()) for sample in _samples(find(source))]
 
 
 def _samples(found: Found) -> list[Sample]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from errors import InputError
-from image_statistics import gap_text, how_text, names_of_channels, shown
+from image_statistics import gap_text, how_text, names_of_channels, shown, tiles_text
 
 GOOD, NOTE, CONCERN = 'good', 'note', 'concern'  # levels of a finding
 
@@ -23,12 +23,13 @@ class Thresholds:
 
     focus_ratio: float = 2.0  # attribution ratio of the target above which the focus is good
     background_ratio: float = 1.2  # below which the target hardly weighs more than the background
-    baseline_contrast: float = 0.8  # below which the baseline is more like the target than the rest
+    baseline_contrast: float = 0.9  # below which the baseline is more like the target than the rest
     baseline_change: float = 0.5  # of F's range on the path, that F(x) - F(x') must at least be
     map_error: float = 0.1  # above which only broad features are settled
     lost_map: float = 0.5  # map error above which not even those are
     rim_excess: float = 1.0  # above which the outer rim holds more than its area explains
     padding_excess: float = 1.0  # the same for letterbox padding
+    distant_spot_effect: float = 0.2  # above which the score hangs on a spot far from the target
     control_margin: float = 0.08  # by which deletion and insertion must beat, on the average, the
     # same map in the wrong place
     recomputed_correlation: float = 0.45  # below which the map is not what its method computes
@@ -109,8 +110,8 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          'the target {attribution_ratio_in_target:.3g}).'),
     FindingRule('gap too large', CONCERN, ('completeness_gap', 'settings'),
          lambda s, t: s['completeness_gap'] > gap_tolerance_of(s['settings']),
-         'The attributions miss the change of the score by {completeness_gap:.1%} (more than '
-         '{settings[gap_tolerance]:.0%}): use more steps.'),
+         'The attributions miss the change of the score by {completeness_gap:.1%}, more than the '
+         'tolerance: use more steps.'),
     FindingRule('map not computed', CONCERN, ('map_error',),
          lambda s, t: s['map_error'] > t.lost_map,
          'Not even the broad features of the map are settled (estimated error {map_error:.0%}): '
@@ -127,6 +128,12 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          lambda s, t: s['padding_excess'] > t.padding_excess,
          'The letterbox padding holds {padding_excess:.2g} times the attribution that its area '
          'explains: the model reads the padding.'),
+    FindingRule('distant spot', CONCERN,
+         ('distant_spot_effect', 'distant_spot_x', 'distant_spot_y'),
+         lambda s, t: s['distant_spot_effect'] > t.distant_spot_effect,
+         'Without a spot far from the target (around x {distant_spot_x:.0f}, y '
+         '{distant_spot_y:.0f} of the model input) the score falls by {distant_spot_effect:.0%} of '
+         'its range: if that is a label or a watermark, the model has learned a shortcut.'),
     FindingRule('beats its controls', GOOD, ('deletion_margin', 'insertion_margin'),
          lambda s, t: not _fails_controls(s, t),
          'Removing (or restoring) what it names changes the score faster than the same map in the '
@@ -180,6 +187,13 @@ FATAL = {  # concerns that leave nothing to trust, and what they mean in a few w
 }
 
 
+OF_THE_MODEL = {  # concerns that a true map raises about the model, and what they mean
+    'border artefact': 'it looks at the rim of the image',
+    'padding artefact': 'it looks at the padding',
+    'distant spot': 'its score hangs on a spot far from the target',
+}
+
+
 LEVELS = {  # of every flag, in order
     **{flag: level for flag, (level, _) in TRUST.items()},
     **{rule.flag: rule.level for rule in FINDING_RULES},
@@ -197,6 +211,10 @@ def first_sentence(found: Sequence[Finding], unchecked: str | None) -> Finding:
     elif unchecked:
         speaks = ', '.join(doubts) or 'nothing'
         flag, why = 'not checked', f'{unchecked}; against it speaks {speaks}'
+    elif doubts and OF_THE_MODEL.keys() >= set(doubts):
+        what = '; '.join(OF_THE_MODEL[flag] for flag in doubts)
+        text = 'This map can be trusted; trust the model only once you know why {why}.'
+        return Finding('trust in part', NOTE, text.format(why=what))
     elif doubts:
         flag, why = 'trust in part', ', '.join(doubts)
     else:
@@ -224,6 +242,8 @@ def _unchecked(statistics: dict) -> str | None:
     """Why a map was not checked; None: it was."""
     if statistics.get('deletion_margin') is not None:
         return None
+    if statistics.get('tiles'):
+        return 'with --tile there are no checks; --crop and --evaluate quick check a part'
     if not statistics.get('settings', {}).get('evaluate'):
         return 'add --evaluate quick'
     return 'removing parts of this image tells nothing about any map'
@@ -316,6 +336,7 @@ def statistics_text(statistics: dict) -> str:
 
     shares, names = statistics['channel_shares'], names_of_channels(statistics)
     channels = ' / '.join(f'{100 * share:.1f} %' for share in shares) if shares else 'n/a'
+    tiles = tiles_text(statistics)
     by_class = statistics.get('class_scores') or {}
     classes = ', '.join(f'{name} {scores["dice"]:.4g}' for name, scores in by_class.items())
     lines = [
@@ -336,6 +357,7 @@ def statistics_text(statistics: dict) -> str:
         f'({how_text(statistics)})',
         f'Map error (estimate)        {show("map_error")}: {map_verdict(statistics["map_error"])}',
         f'Sign settled                {show("settled_share")} of |attribution|',
+        *([f'Tiles explained             {tiles}'] if tiles else []),
         f'Time                        {statistics["seconds"]:.1f} s, '
         f'{statistics["gradient_evaluations"]} gradient evaluations in {statistics["precision"]}, '
         f'{statistics["step_batch"]} at once',

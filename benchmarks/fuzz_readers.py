@@ -1,18 +1,23 @@
-"""Coverage-guided fuzzing of the readers of images, masks, COCO files and label maps (Atheris).
+"""Coverage-guided fuzzing (Atheris) of the readers of images, scans, masks and datasets.
 
     pip install atheris
-    python benchmarks/fuzz_readers.py -max_total_time=60 benchmarks/work/corpus
+    python benchmarks/fuzz_readers.py -atheris_runs=20000 -rss_limit_mb=2048 -timeout=10 \\
+        benchmarks/work/corpus
 
 The tests mutate files with Hypothesis everywhere; this finds what only a guided search does, where
-Atheris is available (Linux, some versions of Python). Every input goes to one reader; anything but
-a result or an InputError stops the run and leaves the input. Further flags are libFuzzer's.
+Atheris is available (Linux, some versions of Python). Every input goes to one reader, which its
+first byte names; anything but a result or an InputError stops the run and leaves the input.
+Further flags are libFuzzer's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import atheris
@@ -20,53 +25,122 @@ import atheris
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-OWN = ['segmentation_dataset', 'image_reading', 'mask_reading', 'coco_annotations', 'PIL']
+OWN = ['segmentation_dataset', 'dataset_layouts', 'image_reading', 'mask_reading', 'medical_images',
+       'coco_annotations', 'PIL', 'pydicom', 'nibabel']  # fmt: skip
 with atheris.instrument_imports(include=OWN):
+    import nibabel
+    import numpy as np
+    from pydicom import examples
+
     from mask_reading import read_label_map
     from segmentation_dataset import COCO_FILE, InputError, list_samples, read_image, read_mask
 
 FOLDER = Path(tempfile.mkdtemp())
 
 
+def dataset(path: str) -> Callable[[bytes], None]:
+    """A reader of a dataset in which one file is what was given."""
+
+    def read(content: bytes) -> None:
+        root = FOLDER / path.split('/')[0]
+        (FOLDER / path).write_bytes(content)
+        for sample in list_samples(root):
+            if not sample.image_path.resolve().is_relative_to(FOLDER.resolve()):
+                raise AssertionError(f'{sample.image_path} lies outside of its dataset')
+            sample.truth()
+            sample.names_of_classes()
+
+    return read
+
+
+def file(name: str, *readers: Callable[[Path], object]) -> Callable[[bytes], None]:
+    """A reader of a file by each of several functions, one of which may well refuse it."""
+
+    def read(content: bytes) -> None:
+        path = FOLDER / name
+        path.write_bytes(content)
+        for one in readers:
+            try:
+                one(path)
+            except InputError:
+                continue
+
+    return read
+
+
+READERS: dict[bytes, Callable[[bytes], None]] = {
+    b'p': file('a.png', read_image, read_mask),
+    b't': file('a.tif', read_image, read_mask),
+    b'd': file('a.dcm', read_image, read_mask),
+    b'n': file('a.nii', read_image, read_mask),
+    b'm': file('map.txt', read_label_map),
+    b'c': dataset(f'coco/{COCO_FILE}'),
+    b'y': dataset('yolo/labels/a.txt'),
+    b'Y': dataset('yolo/data.yaml'),
+    b'v': dataset('voc/SegmentationClass/a.png'),
+    b'V': dataset('voc/ImageSets/Segmentation/val.txt'),
+    b'N': dataset('nnunet/dataset.json'),
+    b'r': dataset('roboflow/_classes.csv'),
+}
+
+
 def read(content: bytes) -> None:
-    """Give an input to the reader that its first byte names."""
-    which, rest = content[:1], content[1:]
-    try:
-        if which < b'U':
-            (FOLDER / 'a.png').write_bytes(rest)
-            (read_image if which < b'@' else read_mask)(FOLDER / 'a.png')
-        elif which < b'f':
-            (FOLDER / 'map.txt').write_bytes(rest)
-            read_label_map(FOLDER / 'map.txt')
-        else:
-            (FOLDER / COCO_FILE).write_bytes(rest)
-            for sample in list_samples(FOLDER):
-                sample.truth()
-    except InputError:
-        pass
+    """Give an input to its reader; one that names none to one of them."""
+    which = content[:1]
+    if which not in READERS:
+        which = list(READERS)[(which or b'\0')[0] % len(READERS)]
+    with contextlib.suppress(InputError):
+        READERS[which](content[1:])
 
 
-def seeds(corpus: Path) -> None:
+def lay_datasets(picture: bytes, mask: bytes) -> None:
+    """The files of the datasets that are not mutated."""
+    for path in ('coco/a', 'yolo/images/a.jpg', 'voc/JPEGImages/a.jpg',
+                 'nnunet/imagesTs/a_0000.jpg', 'roboflow/a.jpg'):  # fmt: skip
+        (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
+        (FOLDER / path).write_bytes(picture)
+    for path in ('yolo/labels/a.txt', 'voc/ImageSets/Segmentation/val.txt',
+                 'voc/SegmentationClass/a.png', 'nnunet/labelsTs/a.png',
+                 'roboflow/a_mask.png'):  # fmt: skip
+        (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
+        (FOLDER / path).write_bytes(mask if path.endswith('.png') else b'a\n')
+
+
+def seeds(corpus: Path, picture: bytes, mask: bytes) -> None:
     """Write one valid file for each reader, from which the search starts."""
     corpus.mkdir(parents=True, exist_ok=True)
-    demo = HERE.parent / 'demo' / 'Dataset_no_preprocessing' / 'test'
-    picture = next(demo.glob('*.jpg')).read_bytes()
     coco = b'{"images": [{"id": 1, "file_name": "a", "height": 9, "width": 9}], "annotations": '
     coco += b'[{"id": 1, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]}, '
     coco += b'{"id": 2, "image_id": 1, "segmentation": {"size": [9, 9], "counts": "05<"}}]}'
-    for name, content in {
-        'image': b'0' + picture,
-        'mask': b'A' + picture,
-        'map': b'a0 = 0, background\n255,0,0 = 1, organ\n#00ff00 = ignore\n',
-        'coco': b'g' + coco,
+    volume = nibabel.Nifti1Image(np.arange(120, dtype=np.int16).reshape(4, 5, 6), np.eye(4))
+    for which, content in {
+        b'p': picture,
+        b't': picture,
+        b'd': Path(examples.get_path('ct')).read_bytes()[:20_000],
+        b'n': volume.to_bytes(),
+        b'm': b'0 = 0, background\n255,0,0 = 1, organ\n#00ff00 = ignore\n',
+        b'c': coco,
+        b'y': b'0 0.1 0.1 0.5 0.1 0.5 0.5\n1 0.2 0.2 0.9 0.2 0.9 0.9 0.2 0.9\n',
+        b'Y': b'path: ..\nnames:\n  0: liver\n  1: tumour\n',
+        b'v': mask,
+        b'V': b'a\nb\n',
+        b'N': b'{"labels": {"background": 0, "liver": 1}}',
+        b'r': b'Pixel Value, Class\n0, background\n1, liver\n',
     }.items():
-        (corpus / name).write_bytes(content)
+        (corpus / f'seed_{which.hex()}').write_bytes(which + content)
 
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
+    demo = HERE.parent / 'demo' / 'Dataset_no_preprocessing' / 'test'
+    nuclei = HERE.parent / 'demo' / 'nuclei' / 'test'
+    files = next(demo.glob('*.jpg')).read_bytes(), next(nuclei.glob('*_mask.png')).read_bytes()
+    lay_datasets(*files)
     folders = [Path(word) for word in sys.argv[1:] if not word.startswith('-')]
     for folder in folders[:1]:
-        seeds(folder)
-    atheris.Setup(sys.argv, read)
-    atheris.Fuzz()
+        seeds(folder, *files)
+    try:
+        atheris.Setup(sys.argv, read)
+        atheris.Fuzz()
+    finally:
+        shutil.rmtree(FOLDER, ignore_errors=True)

@@ -10,8 +10,8 @@ Each scenario says what decides whether a spot belongs to the mask, and nothing 
 
 Spots are dark on light or bright on dark. A small U-Net learns each scenario in about a minute;
 then its maps are taken on new pictures, against every baseline: how much of the attribution lies
-on what is known to matter, and what the verdict says. A shortcut has to be found (a border
-artefact), and nothing may be cried where there is none. Everything is seeded.
+on what is known to matter, and what the verdict says. A shortcut has to be found (the score hangs
+on a distant spot), and nothing may be cried where there is none. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TOLERANCE, MAX_STEPS = 0.1, 100
 BOUNDARY_POINTS = 33  # at which the score is looked at for the boundary
 SCENARIOS = ('look', 'cue', 'shortcut')
 BASELINES = ('zero', 'white', 'mean', 'blur', 'boundary', 'auto')
-SHORTCUT = 'border artefact'  # what a verdict has to find
+SHORTCUT = 'distant spot'  # what a verdict has to find
 VERDICTS = ('trust broadly', 'trust in part', 'do not trust')
 
 

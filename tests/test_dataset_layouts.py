@@ -89,15 +89,16 @@ def test_layouts(tmp_path, way):
     assert np.array_equal(alone.truth(ONE) > 0, square_mask() > 0)
 
 
-def test_the_table_is_printed_by_help_and_reference():
+def test_the_table_is_printed_by_help_readme_and_reference():
     told = ' '.join(build_parser().format_help().split())
     from helpers import ROOT
 
-    reference = (ROOT / 'REFERENCE.md').read_text()
+    rows = ''.join(f'| {layout.name} | {layout.form} |\n' for layout in LAYOUTS)  # in order
+    for document in ('REFERENCE.md', 'README.md'):
+        assert f'| dataset | how it lies |\n|---|---|\n{rows}\n' in (ROOT / document).read_text()
     for layout in LAYOUTS:
         assert layout.name in layouts_text()
         assert layout.name in told.replace('- ', '-')
-        assert f'| {layout.name} | {layout.form} |' in reference
 
 
 def test_folders_by_flags(tmp_path):
@@ -139,7 +140,7 @@ def test_the_folder_of_the_images_itself(tmp_path):
 def test_masks_are_never_explained_as_images(tmp_path):
     lay(tmp_path, {'a.png': None, 'a_mask.png': MASK, 'lost_mask.png': MASK})
     (sample,) = list_samples(tmp_path)
-    assert sample.name == 'a' and any('end like masks' in note for note in sample.notes)
+    assert sample.name == 'a' and any('named like masks' in note for note in sample.notes)
 
 
 def test_channels_in_files_of_their_own(tmp_path):
@@ -326,3 +327,114 @@ def test_the_normalisation_of_each_image_goes_alone():
     for other in ({'mean': (0.5,) * 3, 'std': (0.5,) * 3}, {'pixel_range': '0-255'}):
         with pytest.raises(InputError, match='numbers from each image'):
             input_preprocessing(net, Settings(normalize='zscore', **other))
+
+
+# ------------------------------------------------------------------ how masks are named
+
+
+def test_usual_prefixes_are_found(tmp_path):
+    lay(tmp_path, {'images/001.png': None, 'masks/mask_001.png': MASK})
+    (sample,) = list_samples(tmp_path)
+    assert sample.truth(ONE).any()
+    lay(tmp_path / 'flat', {'001.png': None, 'mask_001.png': MASK, 'mask_002.png': MASK})
+    (sample,) = list_samples(tmp_path / 'flat')
+    assert sample.name == '001' and sample.truth(ONE).any()
+    assert 'named like masks' in sample.notes[0]
+    lay(tmp_path / 'faces', {'mask_1.png': None, 'mask_2.png': None})  # images that are called so
+    assert [one.name for one in list_samples(tmp_path / 'faces')] == ['mask_1', 'mask_2']
+
+
+@pytest.mark.parametrize(
+    'image, mask, said',
+    [
+        ('001', 'seg-001', {'mask_prefix': 'seg-'}),
+        ('001', 'gt_001_v2', {'mask_prefix': 'gt_', 'mask_suffix': '_v2.png'}),
+        ('21_training', '21_manual1', {'mask_name': '*_training=*_manual1'}),
+        ('21_training', '21_manual1', {'mask_name': '*_training.tif=*_manual1.gif'}),
+        ('001', 'seg-001', {'mask_name': '*=seg-*'}),
+    ],
+)
+def test_names_of_masks_by_flags(tmp_path, image, mask, said):
+    lay(tmp_path, {f'images/{image}.png': None, f'masks/{mask}.png': MASK})
+    source = DataSource(tmp_path, **said)
+    (sample,) = list_samples(tmp_path, source=source)
+    assert sample.truth(ONE).any() and sample.mask_flags == said
+    alone = single_sample(tmp_path / 'images' / f'{image}.png', None, source)
+    assert alone.truth(ONE).any() and alone.mask_flags == said
+    lay(tmp_path / 'flat', {f'{image}.png': None, f'{mask}.png': MASK})
+    (sample,) = list_samples(tmp_path / 'flat', source=DataSource(tmp_path / 'flat', **said))
+    assert sample.name == image and sample.truth(ONE).any()
+    source = DataSource(tmp_path, None, tmp_path / 'images', tmp_path / 'masks', **said)
+    assert single_sample(tmp_path / 'images' / f'{image}.png', None, source).truth(ONE).any()
+
+
+@pytest.mark.parametrize(
+    'said, error',
+    [
+        ({'mask_name': '*_training'}, 'not of the form IMAGE=MASK'),
+        ({'mask_name': 'a=b'}, 'not of the form IMAGE=MASK'),
+        ({'mask_name': '*=*', 'mask_suffix': '_x'}, 'goes without'),
+    ],
+)
+def test_names_that_make_no_sense_are_refused(tmp_path, said, error):
+    lay(tmp_path, {'images/a.png': None, 'masks/a.png': MASK})
+    with pytest.raises(InputError, match=error):
+        list_samples(tmp_path, source=DataSource(tmp_path, **said))
+
+
+def test_an_image_outside_of_the_folder_that_was_named_is_said(tmp_path):
+    lay(tmp_path, {'a/one.png': None, 'b/two.png': None, 'm/one.png': MASK})
+    source = DataSource(tmp_path, None, tmp_path / 'a', tmp_path / 'm')
+    found = single_sample(tmp_path / 'b' / 'two.png', None, source)
+    assert found.read_truth is None and 'is not among the images in' in found.notes[0]
+    assert not single_sample(tmp_path / 'b' / 'two.png').notes
+
+
+def test_names_of_classes_of_a_roboflow_semantic_export(tmp_path):
+    names = 'Pixel Value, Class\n0, background\n1, liver\n'
+    masked = {'test/a.jpg': None, 'test/a_mask.png': square_mask()}
+    lay(tmp_path, {**masked, 'test/_classes.csv': names})
+    (sample,) = list_samples(tmp_path)
+    assert sample.names_of_classes() == {0: 'background', 1: 'liver'}
+    for damaged in ('\x00,"', 'x,y\n,\n1\n99999999999,z\n', ''):
+        lay(tmp_path, {'test/_classes.csv': damaged})
+        assert list_samples(tmp_path)[0].names_of_classes() == {}
+
+
+def test_masks_of_which_only_some_are_looked_at_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr('mask_reading.MOST_SCANNED', 2)
+    lay(tmp_path, {f'images/{n}.png': None for n in 'abc'})
+    lay(tmp_path, {f'masks/{n}.png': MASK for n in 'abc'})
+    assert '3 masks mean is decided by 2 of them' in list_samples(tmp_path)[0].notes[0]
+
+
+# ------------------------------------------------------------------ numbers out of proportion
+
+
+@pytest.mark.parametrize(
+    'label, names, classes',
+    [
+        ('9999' + OUTLINE[1:], 'names: [a]', {1: 'a'}),  # as many classes as that: not quadratic
+        (OUTLINE, 'names: {99999999999: a}', {}),
+        (OUTLINE, 'names: {-4: a}', {}),
+    ],
+)
+def test_yolo_numbers_that_would_take_all_memory_or_time(tmp_path, label, names, classes):
+    lay(tmp_path, {'images/a.png': None, 'labels/a.txt': label, 'data.yaml': names})
+    (sample,) = list_samples(tmp_path)
+    assert sample.truth().max() > 0 and sample.names_of_classes() == classes
+
+
+@pytest.mark.parametrize('number', ['66222', '40000' + OUTLINE[1:]])
+def test_a_yolo_class_that_no_dataset_has_is_refused(tmp_path, number):
+    lay(tmp_path, {'images/a.png': None, 'labels/a.txt': number})
+    with pytest.raises(InputError, match='no class and outline'):
+        list_samples(tmp_path)[0].truth()
+
+
+def test_a_coco_category_of_a_large_number_fits_a_label(tmp_path):
+    content = coco('a.jpg')
+    content['annotations'][0]['category_id'] = content['categories'][0]['id'] = 10**9
+    lay(tmp_path, {'test/_annotations.coco.json': content, 'test/a.jpg': None})
+    (sample,) = list_samples(tmp_path)
+    assert sample.truth().max() == sample.truth(ONE).max() == 1

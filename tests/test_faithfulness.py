@@ -30,9 +30,11 @@ from faithfulness import (
     redraw,
     removal_order,
     stays_between,
+    strongest_square,
     superpixels,
     without,
 )
+from image_statistics import FAR
 from integrated_gradients import IntegratedGradients, Target, evaluate_explanation
 from map_metrics import (
     Curve,
@@ -543,7 +545,61 @@ def test_a_watermark_is_found_out():
     assert found['mass_in_prediction'] == pytest.approx(0, abs=1e-6)
     assert found['rim_excess'] == pytest.approx(1 / (1 - (28 / 32) ** 2))  # all of it is there
     assert found['context_radius_50'] > 5
-    assert 'border artefact' in judged(found)
+    assert {'border artefact', 'distant spot'} <= set(judged(found))
+
+
+# ------------------------------------------------------------------ distant spots
+
+
+def spot_subject(attributions: np.ndarray, decisive: np.ndarray) -> Subject:
+    """A dark image with two bright spots far from the target, one of which alone is the score."""
+    x = torch.full((1, 3, SIDE, SIDE), 0.25)
+    x[:, :, 1:3, 1:3] = x[:, :, -3:-1, -3:-1] = 1.0
+    subject = patch_subject(attributions)
+    network = PatchScorer(np.repeat(decisive[None], 3, axis=0)).eval().requires_grad_(False)
+    return replace(subject, x=x, network=network)
+
+
+@pytest.mark.parametrize('corner', ['near', 'opposite'])
+def test_a_spot_far_from_the_target_that_is_the_score(corner):
+    spot = np.zeros((SIDE, SIDE))
+    where = slice(1, 3) if corner == 'near' else slice(-3, -1)
+    spot[where, where] = 1
+    patch_and_spot = PERFECT + 1e-5 * spot  # which holds next to nothing of the map
+    found = evaluate(spot_subject(patch_and_spot, spot), SMALL).metrics
+    assert found['distant_spot_effect'] == pytest.approx(1, abs=0.1)  # noise of the fill
+    middle = np.nonzero(spot)[0].mean()
+    assert abs(found['distant_spot_x'] - middle) <= 2 and abs(found['distant_spot_y'] - middle) <= 2
+
+
+def test_a_spot_that_decides_nothing_is_not_cried_over():
+    spot = np.zeros((SIDE, SIDE))
+    spot[1:3, 1:3] = 1
+    found = evaluate(spot_subject(np.repeat(spot[None], 3, axis=0), PATCH), SMALL).metrics
+    assert found['distant_spot_effect'] in (None, pytest.approx(0, abs=0.05))
+
+
+def test_the_strongest_square_is_wholly_far_away():
+    rng = np.random.default_rng(0)
+    region = np.zeros((90, 60), bool)
+    region[40:50, 20:30] = True
+    distance = signed_distance(region)
+    magnitude = rng.random(region.shape) + 100 * (distance < FAR * 90 + 3)
+    for share in faithfulness.SPOT_SIDES:
+        square = strongest_square(magnitude, distance, share)
+        rows = np.nonzero(square)[0]
+        assert distance[square].min() > FAR * 90
+        assert abs(np.ptp(rows) + 1 - share * 90) <= 2 and square.sum() > 1
+        shifted = np.roll(square, 5, axis=0)
+        if distance[shifted].min() > FAR * 90 and rows.min() > 0 and rows.max() < 84:
+            assert magnitude[square].sum() >= magnitude[shifted].sum()
+    assert strongest_square(magnitude, signed_distance(np.ones((90, 60), bool)), 0.1) is None
+
+
+def test_where_the_target_leaves_no_far_place_nothing_is_said_of_spots():
+    found = evaluate(replace(patch_subject(PERFECT), prediction=np.ones_like(PATCH)), SMALL)
+    assert found.metrics['distant_spot_effect'] is None
+    assert found.metrics['distant_spot_x'] is None
 
 
 # ------------------------------------------------------------------ the whole

@@ -10,6 +10,8 @@ from helpers import noise_image, save_image, square_mask, tiny_model
 from PIL import Image
 
 import integrated_gradients
+from attribution_target import TargetContext, build_target
+from errors import EmptyTargetError
 from integrated_gradients import IntegratedGradients, Settings, explain_image
 from mask_reading import IGNORED, MaskFile, MaskSet, TruthReading, read_label_map, read_mask
 from network_description import NetworkDescription
@@ -255,10 +257,29 @@ def test_ignored_pixels_are_in_no_score_no_target_and_no_localisation():
     assert explanation.region[:, :10].all() and not explanation.region[:, 10:].any()
     assert true[:, :10].all() and not true[:, 10:].any()
     assert (explanation.counted == (truth != 255)).all()
+    predicted = explanations[1][0]
+    assert predicted.predicted_mask[:, :20].all()
+    assert predicted.region[:, :10].all() and not predicted.region[:, 10:].any()
     figures = integrated_gradients.explanation_statistics(explanations[1][0], true)
     assert figures['dice'] == figures['iou'] == figures['pixel_accuracy'] == 1
     assert figures['share_in_truth'] == pytest.approx(1)  # of what lies where the truth counts
     assert figures['share_in_prediction'] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    'target, area',
+    [('predicted', 3), ('class:1', 2), ('object:1', 2), ('object:2', 1), ('image', 8),
+     ('pixel:0,0', 1)],
+)  # fmt: skip
+def test_a_target_of_the_prediction_holds_no_ignored_pixel(target, area):
+    labels = torch.tensor([[1, 1, 0, 2], [1, 0, 0, 2]])
+    logits = torch.nn.functional.one_hot(labels, 3).permute(2, 0, 1).float()
+    truth = torch.tensor([[-1, 1, 0, -1], [0, 0, 0, 2]])
+    masks = NetworkDescription().predicted(logits, 0.5)
+    found = build_target(target, TargetContext(logits, masks, truth))
+    assert int(found.region.sum()) == area
+    with pytest.raises(EmptyTargetError, match='that counts in its ground truth'):
+        build_target('predicted', TargetContext(logits, masks, torch.full((2, 4), -1)))
 
 
 def test_the_ignore_label_of_several_classes():

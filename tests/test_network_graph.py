@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -468,18 +470,26 @@ def test_random_graphs_give_the_same_cropped_as_in_full(layers, places):
 # ------------------------------------------------------------------ real networks
 
 
+ARCHITECTURES = ('unet', 'unetplusplus', 'manet', 'linknet', 'fpn', 'pspnet', 'deeplabv3',
+                 'deeplabv3plus', 'pan', 'upernet', 'segformer')  # fmt: skip
+QUICK = {  # of all pairs of an architecture and an encoder
+    ('unetplusplus', 'efficientnet-b0'), ('unet', 'tu-convnext_atto'), ('fpn', 'mobilenet_v2'),
+    ('deeplabv3plus', 'tu-tf_efficientnet_lite0'), ('linknet', 'resnet18'), ('manet', 'resnet18'),
+    ('pspnet', 'vgg11'), ('upernet', 'resnet18'), ('segformer', 'mit_b0'), ('pan', 'resnet18'),
+}  # fmt: skip
+PAIRS = QUICK | {*product(ARCHITECTURES, ('resnet18', 'efficientnet-b0', 'mobilenet_v2')),
+                 *product(['dpt'], ('tu-vit_tiny_patch16_224', 'tu-deit_tiny_patch16_224',
+                                    'tu-vit_small_patch32_224'))}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     'architecture, encoder',
-    [
-        ('unetplusplus', 'efficientnet-b0'), ('unet', 'tu-convnext_atto'), ('fpn', 'mobilenet_v2'),
-        ('deeplabv3plus', 'tu-tf_efficientnet_lite0'), ('linknet', 'resnet18'),
-        ('manet', 'resnet18'), ('pspnet', 'vgg11'), ('upernet', 'resnet18'),
-        ('segformer', 'mit_b0'), ('pan', 'resnet18'),
-    ],
+    [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.long)
+     for pair in sorted(PAIRS)],
 )  # fmt: skip
 def test_real_networks_agree_to_rounding(architecture, encoder):
     torch.manual_seed(0)
-    size = 128 if architecture == 'pan' else 64
+    size = {'pan': 128, 'dpt': 224}.get(architecture, 64)
     network = randomised(create_model(architecture, encoder, 1))
     graph = NetworkGraph(network, image(size))
     boxes = [

@@ -52,7 +52,8 @@ CHANGED = {
     'thresholds': Thresholds(dice=0.9), 'window': '-160:240', 'frame': 2, 'slice': '1:5',
     'method': ('smooth', 'ig'), 'method_option': ('samples=3', 'noise=0.2'), 'no_multiply': True,
     'segments': 'xrai', 'reference_dir': 'others',
-    'crop': (1, 2, 3, 4), 'max_pixels': 10, 'label_map': 'map.txt', 'ignore_label': -1,
+    'crop': (1, 2, 3, 4), 'tile': (64, 96), 'overlap': 8, 'max_pixels': 10,
+    'label_map': 'map.txt', 'ignore_label': -1,
 }  # fmt: skip
 
 
@@ -64,16 +65,19 @@ def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name, tmp_path
     words = {name: list(map(str, CHANGED[name])) for name in ('mean', 'std', 'class_names')}
     words |= {'image_size': ['64x96']}
     words |= {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
-    words |= {'crop': ['1,2,3,4'], 'method': list(CHANGED['method']), 'no_multiply': []}
+    words |= {'crop': ['1,2,3,4'], 'tile': ['64x96']}
+    words |= {'method': list(CHANGED['method']), 'no_multiply': []}
     words |= {'method_option': [*CHANGED['method_option'], '--method', 'smooth']}
     own = ['--window=-160:240'] if name == 'window' else [
         f'--{name}', *words.get(name, [str(value)])]  # fmt: skip
-    argv = ['--model_path', 'm', *own]
-    settings = settings_from(build_parser().parse_args(argv))
+    beside = ['--tile', '64'] if name == 'overlap' else []  # which goes with it only
+    argv = ['--model_path', 'm', *beside]
+    plain = settings_from(build_parser().parse_args(argv))
+    settings = settings_from(build_parser().parse_args([*argv, *own]))
     also = {'method': ('smooth',)} if name == 'method_option' else {}
-    assert settings == replace(Settings(), **{name: value}, **also)
+    assert settings == replace(plain, **{name: value}, **also)
     image = noise_image()
-    keys = [resume_key(one.record(), image, None) for one in (Settings(), settings)]
+    keys = [resume_key(one.record(), image, None) for one in (plain, settings)]
     cost_only = name in ('step_batch', 'compile', 'thresholds')
     assert (keys[0] == keys[1]) == cost_only
     json.dumps(settings.record(), allow_nan=False)

@@ -20,6 +20,7 @@ from verdict import (
 )
 
 SETTINGS = {'settings': {'gap_tolerance': 0.05}}
+SPOT = {'distant_spot_x': 1.0, 'distant_spot_y': 2.0}
 MARGINS = {'deletion_margin': 0.3, 'insertion_margin': 0.3}
 
 
@@ -43,7 +44,7 @@ def flags(figures: dict, **limits: float) -> list[str]:
             {'attribution_ratio_in_target': 3.0, 'baseline_contrast': 0.7},
             ['baseline hides the target'],
         ),
-        ({'attribution_ratio_in_target': 3.0, 'baseline_contrast': 0.9}, ['good focus']),
+        ({'attribution_ratio_in_target': 3.0, 'baseline_contrast': 0.95}, ['good focus']),
         (
             {'baseline_contrast': 0.7, **MARGINS},
             ['baseline hides the target', 'beats its controls'],
@@ -59,6 +60,8 @@ def flags(figures: dict, **limits: float) -> list[str]:
         ({'map_error': 0.6}, ['map not computed']),
         ({'rim_excess': 1.5, 'padding_excess': 0.5}, ['border artefact']),
         ({'rim_excess': 0.5, 'padding_excess': 1.5}, ['padding artefact']),
+        ({**SPOT, 'distant_spot_effect': 0.25}, ['distant spot']),
+        ({**SPOT, 'distant_spot_effect': 0.15}, []),
         ({'deletion_margin': 0.2, 'insertion_margin': 0.0}, ['beats its controls']),
         ({'deletion_margin': 0.0, 'insertion_margin': 0.2}, ['beats its controls']),
         ({'deletion_margin': 0.02, 'insertion_margin': 0.02}, ['fails its control']),
@@ -102,6 +105,15 @@ def test_the_first_sentence_says_what_to_do(figures, flag):
     found = findings(figures | SETTINGS)
     assert found[0].flag == flag and found[0].text.endswith('.')
     assert [one.flag for one in found].count(flag) == 1
+
+
+def test_a_true_map_may_raise_doubts_about_the_model():
+    only_model = {**MARGINS, **SPOT, 'distant_spot_effect': 0.9, 'rim_excess': 2.0}
+    first = findings(only_model | SETTINGS)[0]
+    assert first.flag == 'trust in part'
+    assert 'map can be trusted' in first.text and 'hangs on a spot' in first.text
+    first = findings(only_model | {'map_error': 0.5} | SETTINGS)[0]
+    assert first.flag == 'trust in part' and 'broad features' in first.text
 
 
 def test_a_check_that_tells_nothing_is_not_said_to_be_missing():
