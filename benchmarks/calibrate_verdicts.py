@@ -42,6 +42,7 @@ from integrated_gradients import (  # noqa: E402
     load_model,
     plain_map,
 )
+from segmentation_dataset import Sample  # noqa: E402
 from verdict import LEVELS, verdict_of  # noqa: E402
 
 GOOD, HIDDEN = 'good', 'hidden target'  # kinds of maps
@@ -149,6 +150,18 @@ def is_good(statistics: dict) -> bool:
     return statistics['within_tolerance'] and (statistics['dice'] or 0) > LEAST_DICE
 
 
+def is_right(ig: IntegratedGradients, sample: Sample) -> bool:
+    """Whether the mask of a sample is right, by one gradient."""
+    given = ModelInput.of(ig.preprocessing, sample.image(), sample.truth())
+    try:
+        (one,) = ig.explain_with(Settings(method='gradient'), given.x, truth=given.truth,
+                                 placement=given.placement)  # fmt: skip
+    except InputError:
+        return False
+    dice = explanation_statistics(one, one.objective.explained(given.truth))['dice']
+    return (dice or 0) > LEAST_DICE
+
+
 def measure(args: argparse.Namespace) -> None:
     settings = Settings(tolerance=TOLERANCE, baseline='auto', max_steps=args.max_steps)
     ig = IntegratedGradients(load_model(args.model_path, 'cpu'), 'cpu')
@@ -156,6 +169,8 @@ def measure(args: argparse.Namespace) -> None:
         ig.preprocessing = replace(ig.preprocessing, image_size=args.image_size)
     redrawn, rng = randomised(ig, 0), np.random.default_rng(0)
     samples = [one for one in list_samples(args.data_dir, args.split) if args.match in one.name]
+    if args.right_only:
+        samples = [one for one in tqdm(samples, 'masks') if is_right(ig, one)]
     other = None
     with args.output.open('a', encoding='utf-8') as stream:
         for sample in tqdm(choose_samples(samples, args.images)):
@@ -239,6 +254,9 @@ def main() -> None:
     one.add_argument('--split', default='test')
     one.add_argument('--match', default='', help='only images with this in their name')
     one.add_argument('--images', type=int, default=12)
+    one.add_argument(
+        '--right_only', action='store_true', help='choose among the images whose mask is right'
+    )
     one.add_argument('--effort', default='quick')
     one.add_argument('--image_size', type=int, help='default: that of the checkpoint')
     one.add_argument('--max_steps', type=int, default=100)
