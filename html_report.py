@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from image_statistics import METRICS, STATISTICS, counts_text, shown, span_text
+from image_statistics import METRICS, STATISTICS, counts_text, gap_text, shown, span_text
 from result_files import FILE_ENDINGS, methods_figure_name
 from segmentation_dataset import size_text
 from verdict import LEVELS, concerns
@@ -129,6 +129,11 @@ def _by_methods_figure(images: Sequence[dict]) -> dict[str, list[dict]]:
     return several
 
 
+def _beside(statistics: dict, key: str) -> str:
+    """A figure as text; a gap that is none by construction says so."""
+    return gap_text(statistics) if key == 'completeness_gap' else shown(key, statistics[key])
+
+
 def methods_table(several: Sequence[dict]) -> dict:
     """The methods of one image and target beside each other: what to do with each map, and the
     figures that any of them has."""
@@ -136,7 +141,7 @@ def methods_table(several: Sequence[dict]) -> dict:
     return {
         'headings': ['method', 'verdict', *(BESIDE[key] for key in keys)],
         'rows': [
-            [one['method'], one['verdict'][0]['flag'], *(shown(key, one[key]) for key in keys)]
+            [one['method'], one['verdict'][0]['flag'], *(_beside(one, key) for key in keys)]
             for one in several
         ],
     }

@@ -256,7 +256,8 @@ def report(rows: Rows, arguments, ig: IntegratedGradients) -> str:
 
 Medians over the images, with {COVERED:.0%} intervals (percentile bootstrap, seeded).{BETTER} and
 {WORSE.strip()}: better and worse than `{PLAIN}` on the same images, where the interval of the
-paired difference leaves 0 out.
+paired difference leaves 0 out. Of fewer than ten images an interval is little more than their
+range: take marks as hints there.
 
 {table(rows, COSTS, compared=False)}
 
