@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from image_statistics import METRICS, STATISTICS, counts_text, shown, span_text
-from result_files import FILE_ENDINGS
+from image_statistics import METRICS, STATISTICS, counts_text, gap_text, shown, span_text
+from result_files import FILE_ENDINGS, methods_figure_name
 from segmentation_dataset import size_text
 from verdict import LEVELS, concerns
 
@@ -24,6 +24,19 @@ TEMPLATE = 'report_template.html'
 _SHOWN = sorted((row.page, key) for key, row in STATISTICS.items() if row.page is not None)
 ON_PAGE = {key: STATISTICS[key] for _, key in _SHOWN}  # in the detail view, before METRICS
 IN_TABLE = {key: row for key, row in ON_PAGE.items() if row.heading}
+BESIDE = {  # figures by which the methods of an image are compared, and their headings
+    'attribution_ratio_in_target': 'ratio of the target',
+    'completeness_gap': 'gap',
+    'map_error': 'map error',
+    'deletion_margin': 'deletion margin',
+    'insertion_margin': 'insertion margin',
+    'infidelity': 'infidelity',
+    'broad_sensitivity': 'noise, broad',
+    'recomputed_correlation': 'recomputed',
+    'randomised_correlation': 'randomised',
+    'mass_in_truth': 'mass in truth',
+    'seconds': 'seconds',
+}
 MOST_LISTED = 200  # skipped or failed images
 
 
@@ -63,11 +76,12 @@ def report_html(
         lstrip_blocks=True,
     )
     used = {finding['flag'] for entry in images for finding in entry['verdict']}
+    beside = {name: methods_table(several) for name, several in _by_methods_figure(images).items()}
     return environment.get_template(TEMPLATE).render(
         page=page,
         rows=[table_row(entry, output_dir) for entry in images],
         data=[
-            detail(entry, command, output_dir)
+            detail(entry, command, output_dir, beside.get(methods_figure_name(entry)))
             for entry, command in zip(images, commands, strict=True)
         ],
         meanings={name: metric.explanation for name, metric in METRICS.items()},
@@ -89,7 +103,7 @@ def table_row(statistics: dict, output_dir: Path | None) -> dict:
     files = file_links(statistics, output_dir)
     return {
         'name': statistics['image'],
-        'target': statistics['target'],
+        'of': what_of(statistics),
         'thumbnail': files.get('thumbnail'),
         'cells': [
             {'text': shown(key, statistics[key]), 'value': statistics[key]} for key in IN_TABLE
@@ -99,10 +113,46 @@ def table_row(statistics: dict, output_dir: Path | None) -> dict:
     }
 
 
+def what_of(statistics: dict) -> str:
+    """Which of the explanations of its image this is; empty where there is one."""
+    target = '' if statistics['target'] == 'predicted' else statistics['target']
+    method = statistics['method'] if methods_figure_name(statistics) else ''
+    return ', '.join(word for word in (target, method) if word)
+
+
+def _by_methods_figure(images: Sequence[dict]) -> dict[str, list[dict]]:
+    """Explanations of the same image and target by several methods, by the figure of them all."""
+    several: dict[str, list[dict]] = {}
+    for statistics in images:
+        if name := methods_figure_name(statistics):
+            several.setdefault(name, []).append(statistics)
+    return several
+
+
+def _beside(statistics: dict, key: str) -> str:
+    """A figure as text; a gap that is none by construction says so."""
+    return gap_text(statistics) if key == 'completeness_gap' else shown(key, statistics[key])
+
+
+def methods_table(several: Sequence[dict]) -> dict:
+    """The methods of one image and target beside each other: what to do with each map, and the
+    figures that any of them has."""
+    keys = [key for key in BESIDE if any(one[key] is not None for one in several)]
+    return {
+        'headings': ['method', 'verdict', *(BESIDE[key] for key in keys)],
+        'rows': [
+            [one['method'], one['verdict'][0]['flag'], *(_beside(one, key) for key in keys)]
+            for one in several
+        ],
+    }
+
+
 def file_links(statistics: dict, output_dir: Path | None) -> dict[str, str]:
     """Relative addresses of the files of an image, of those that are there."""
     folder = statistics['folder']
     files = {name: f'{folder}/{folder}_{end}' for name, end in FILE_ENDINGS.items()}
+    if together := methods_figure_name(statistics):
+        files['methods'] = together
     return {
         name: quote(file)
         for name, file in files.items()
@@ -110,8 +160,11 @@ def file_links(statistics: dict, output_dir: Path | None) -> dict[str, str]:
     }
 
 
-def detail(statistics: dict, command: str, output_dir: Path | None) -> dict:
-    """What the detail view shows of one image, as data for the page's script."""
+def detail(
+    statistics: dict, command: str, output_dir: Path | None, beside: dict | None = None
+) -> dict:
+    """What the detail view shows of one image, as data for the page's script. beside: see
+    `methods_table`."""
     evaluation = statistics['evaluation'] or {}
     figures = [[row.label, shown(key, statistics[key]), ''] for key, row in ON_PAGE.items()]
     figures += [
@@ -121,7 +174,8 @@ def detail(statistics: dict, command: str, output_dir: Path | None) -> dict:
     ]
     return {
         'name': statistics['image'],
-        'target': statistics['target'],
+        'of': what_of(statistics),
+        'beside': beside,
         'files': file_links(statistics, output_dir),
         'verdict': statistics['verdict'],
         'figures': figures,

@@ -140,10 +140,20 @@ def methods_figures(output_dir: Path, described: Sequence[dict]) -> dict[Path, l
     """The figures that show methods side by side, one for each target, and the statistics of what
     they show; none where there is one method."""
     figures: dict[Path, list[dict]] = {}
-    for statistics in described if len(described[0].get('methods') or ()) > 1 else ():
-        stem = statistics['folder'].removesuffix('_' + in_file_names(statistics['method']))
-        figures.setdefault(output_dir / f'{stem}_methods.png', []).append(statistics)
+    for statistics in described:
+        if name := methods_figure_name(statistics):
+            figures.setdefault(output_dir / name, []).append(statistics)
     return figures
+
+
+def methods_figure_name(statistics: dict) -> str | None:
+    """The file, in the output folder, that shows an explanation beside those of the other methods;
+    None: there are none."""
+    if len(statistics.get('methods') or ()) < 2:
+        return None
+    return statistics['folder'].removesuffix(f'_{in_file_names(statistics["method"])}') + (
+        '_methods.png'
+    )
 
 
 def image_files(folder: Path) -> dict[str, Path]:

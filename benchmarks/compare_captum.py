@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from quadrature import benchmark_parser, shown  # noqa: E402
+from quadrature import benchmark_parser, cpu_name, shown  # noqa: E402
 
 from integrated_gradients import (  # noqa: E402
     EmptyTargetError,
@@ -389,15 +388,6 @@ def compare(arguments: argparse.Namespace) -> list[str]:
     compare_regions(bench, gauss, repeats, row)
     compare_sharing(bench, gauss, repeats, row)
     return rows
-
-
-def cpu_name() -> str:
-    """The processor, as Linux tells it."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), '')
 
 
 def table_of(rows: Sequence[str], arguments: argparse.Namespace) -> str:

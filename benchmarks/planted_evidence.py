@@ -1,6 +1,7 @@
 """Maps where the truth is known: pictures with planted evidence, and a network trained on them.
 
     python benchmarks/planted_evidence.py
+    python benchmarks/planted_evidence.py --batches 150 --pictures 2 --baselines mean --methods all
 
 Each scenario says what decides whether a spot belongs to the mask, and nothing else does:
 
@@ -11,7 +12,8 @@ Each scenario says what decides whether a spot belongs to the mask, and nothing 
 Spots are dark on light or bright on dark. A small U-Net learns each scenario in about a minute;
 then its maps are taken on new pictures, against every baseline: how much of the attribution lies
 on what is known to matter, and what the verdict says. A shortcut has to be found (the score hangs
-on a distant spot), and nothing may be cried where there is none. Everything is seeded.
+on a distant spot), and nothing may be cried where there is none. With --methods the same is asked
+of other methods, beside the image's Sobel edges as a yardstick. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +35,13 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / 'demo')]
 
+from calibrate_verdicts import with_map  # noqa: E402
 from train_demo_model import segmentation_loss  # noqa: E402
 
+from attribution_methods import METHODS, build_methods, form_of  # noqa: E402
 from errors import InputError  # noqa: E402
-from faithfulness import evaluate_explanation  # noqa: E402
+from explanation import GIVEN, NO_BASELINE, Declared  # noqa: E402
+from faithfulness import edge_map, evaluate_explanation  # noqa: E402
 from image_statistics import explanation_statistics  # noqa: E402
 from integrated_gradients import IntegratedGradients, ModelInput, Settings  # noqa: E402
 from segmentation_dataset import Preprocessing  # noqa: E402
@@ -46,10 +52,15 @@ PREPROCESSING = Preprocessing(image_size=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3)
 RADIUS, MARK, DISTANCE = 7, 5, 18  # pixels: of a spot, side of a mark, from spot to mark
 STAMP = 8  # pixels: side of the watermark
 TOLERANCE, MAX_STEPS = 0.1, 100
+REFERENCES = 16  # other pictures, for methods that compare with such
 BOUNDARY_POINTS = 33  # at which the score is looked at for the boundary
 SCENARIOS = ('look', 'cue', 'shortcut')
 BASELINES = ('zero', 'white', 'mean', 'blur', 'boundary', 'auto')
 SHORTCUT = 'distant spot'  # what a verdict has to find
+EDGES = 'edges'  # a yardstick that no network is asked for
+LAYER = 'down.3'  # of layer and gradcam: 12x12, before the coarsest levels
+EDGES_DECLARED = Declared(EDGES, None, baseline=NO_BASELINE)
+METHODS_COMPARED = (*(form_of(name).replace('NAME', LAYER) for name in METHODS), EDGES)
 VERDICTS = ('trust broadly', 'trust in part', 'do not trust')
 
 
@@ -180,17 +191,38 @@ def boundary(ig: IntegratedGradients, given: ModelInput) -> torch.Tensor:
     return start + alphas[int(below[0]) if len(below) else -1] * (given.x - start)
 
 
-def examine(network: UNet, picture: Picture, baseline: str) -> Seen | None:
-    """The map of a picture, checked; None where nothing is predicted."""
+def declared_by(method: str) -> Declared:
+    """What a method says of itself."""
+    return EDGES_DECLARED if method == EDGES else build_methods([method], [])[0].declares
+
+
+def edges_of(network: object, x: torch.Tensor, *_: object) -> np.ndarray:
+    """The edges of an image, in place of a method's map (C, H, W)."""
+    return np.repeat(edge_map(PREPROCESSING.to_pixels(x))[None] / 3, 3, axis=0)
+
+
+def examine(
+    network: UNet,
+    picture: Picture,
+    baseline: str,
+    method: str = 'ig',
+    references: torch.Tensor | None = None,
+) -> Seen | None:
+    """The map of a picture, checked; None where nothing is predicted. references: other pictures
+    (n, 3, S, S), for methods that compare with such."""
     ig = IntegratedGradients(network, 'cpu', PREPROCESSING)
     given = ModelInput.of(PREPROCESSING, picture.image, picture.mask.astype(np.uint8))
-    settings = Settings(tolerance=TOLERANCE, max_steps=MAX_STEPS)
+    settings = Settings(method=('ig' if method == EDGES else method,))
+    if declared_by(method).quadrature:
+        settings = replace(settings, tolerance=TOLERANCE, max_steps=MAX_STEPS)
     try:
         against = boundary(ig, given) if baseline == 'boundary' else baseline
-        found = ig.explain(given.x, 'predicted', against, placement=given.placement,
-                           tolerance=TOLERANCE, max_steps=MAX_STEPS)  # fmt: skip
+        (found,) = ig.explain_with(settings, given.x, ['predicted'], against,
+                                   placement=given.placement, references=references)  # fmt: skip
     except InputError:
         return None
+    if method == EDGES:
+        found = replace(with_map(found, edges_of(ig, given.x).sum(axis=0)), again=edges_of)
     statistics = explanation_statistics(found, picture.mask)
     statistics |= evaluate_explanation(ig, given.x, found, 'quick', picture.mask, given.placement)
     statistics |= {'notes': [], 'settings': {**settings.record(), 'evaluate': 'quick'}}
@@ -201,12 +233,12 @@ def examine(network: UNet, picture: Picture, baseline: str) -> Seen | None:
     return Seen(*shares, flags, statistics['dice'])
 
 
-def row_of(scenario: str, kind: str, baseline: str, seen: Sequence[Seen]) -> str:
-    """A row of the table."""
+def row_of(names: Sequence[str], seen: Sequence[Seen]) -> str:
+    """A row of the table, which the names head."""
     first = Counter(one.flags[0] for one in seen)
     found = sum(SHORTCUT in one.flags for one in seen)
     cells = [
-        scenario, kind, baseline, f'{np.mean([one.dice for one in seen]):.2f}',
+        *names, f'{np.mean([one.dice for one in seen]):.2f}',
         f'{np.mean([one.on_evidence for one in seen]):.0%}',
         f'{np.mean([one.on_distractors for one in seen]):.0%}',
         f'{found}/{len(seen)}', *(str(first[flag]) for flag in VERDICTS),
@@ -219,24 +251,34 @@ def main() -> None:
     parser.add_argument('--batches', type=int, default=400, help='of 16 pictures, to learn from')
     parser.add_argument('--pictures', type=int, default=8, help='to explain, of each kind')
     parser.add_argument('--baselines', nargs='+', default=BASELINES)
+    parser.add_argument('--methods', nargs='+', default=['ig'], help='or: all')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    columns = ('evidence', 'spots', 'baseline', 'Dice', 'on evidence', 'on distractors',
-               SHORTCUT, *VERDICTS)  # fmt: skip
-    lines = [f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
+    methods = METHODS_COMPARED if args.methods == ['all'] else args.methods
+    several_methods = methods != ['ig']
+    columns = ('evidence', 'spots', 'baseline', *(['method'] if several_methods else []), 'Dice',
+               'on evidence', 'on distractors', SHORTCUT, *VERDICTS)  # fmt: skip
+    print(f'| {" | ".join(columns)} |\n' + '|---' * len(columns) + '|', flush=True)
     for scenario in SCENARIOS:
         network = trained(scenario, args.batches, args.seed)
         for bright in (False, True):
             rng = np.random.default_rng(args.seed + 1)
             stamped = [scenario == 'shortcut' or k % 2 == 0 for k in range(args.pictures)]
             pictures = [generate(scenario, bright, rng, stamp) for stamp in stamped]
-            for baseline in args.baselines:
-                kind = 'bright' if bright else 'dark'
-                several = tqdm(pictures, desc=f'{scenario}, {kind}, {baseline}', unit='picture')
-                seen = [one for p in several if (one := examine(network, p, baseline))]
+            others = [generate(scenario, bright, rng, k % 2 == 0) for k in range(REFERENCES)]
+            references = torch.cat([PREPROCESSING.normalise(one.image) for one in others])
+            kind = 'bright' if bright else 'dark'
+            for baseline, method in product(args.baselines, methods):
+                several = tqdm(pictures, desc=f'{scenario}, {kind}, {baseline}, {method}',
+                               unit='picture')  # fmt: skip
+                seen = [one for p in several
+                        if (one := examine(network, p, baseline, method, references))]  # fmt: skip
+                names = [scenario, kind, baseline]
+                if several_methods:
+                    against = declared_by(method).baseline
+                    names[2:] = [baseline if against == GIVEN else against, f'`{method}`']
                 if seen:
-                    lines.append(row_of(scenario, kind, baseline, seen))
-    print('\n'.join(lines))
+                    print(row_of(names, seen), flush=True)
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -321,6 +322,15 @@ Evaluations needed for the median error of Gauss-Legendre with 50 nodes ({level:
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / f'quadrature_{arguments.name}.md').write_text(text)
     figure(rows, arguments.name).savefig(arguments.results / f'quadrature_{arguments.name}.png')
+
+
+def cpu_name() -> str:
+    """The processor, as Linux tells it."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), '')
 
 
 def benchmark_parser(description: str) -> argparse.ArgumentParser:

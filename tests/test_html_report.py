@@ -9,11 +9,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from helpers import EVIL, checked_batch
+from helpers import EVIL, checked_batch, noise_image, save_image, tiny_model
 
 from html_report import reproducing_command
 from image_statistics import counts_text, shown, span_text
-from integrated_gradients import Settings, build_parser
+from integrated_gradients import Settings, build_parser, main
 
 
 @pytest.fixture(scope='module')
@@ -81,3 +81,34 @@ def test_what_differs_between_images_is_counted():
 def test_figures_as_text():
     assert shown('completeness_gap', 0.0123) == '1.23 %'
     assert shown('dice', 0.81234) == '0.812' and shown('dice', None) == 'n/a'
+
+
+def test_methods_stand_side_by_side_with_their_checks(tmp_path):
+    methods = ['ig', 'gradient', 'occlusion']
+    for number in range(2):
+        save_image(tmp_path / 'data' / f'a{number}.png', noise_image(40, 60, number))
+    arguments = ['--mode', 'batch', *tiny_model(tmp_path), '--device', 'cpu', '--data_dir',
+                 str(tmp_path / 'data'), '--output_dir', str(tmp_path / 'results'),
+                 '--image_size', '64', '--num_steps', '4', '--target', 'image', '--evaluate',
+                 'quick', '--figures', 'png', '--method', *methods]  # fmt: skip
+    assert main(arguments) == 0
+    text = (tmp_path / 'results' / 'index.html').read_text(encoding='utf-8')
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert [entry['of'] for entry in data] == [f'image, {method}' for method in methods] * 2
+    for entry in data:
+        figure = unquote(entry['files']['methods'])
+        assert figure.startswith(entry['name']) and (tmp_path / 'results' / figure).is_file()
+        beside = entry['beside']
+        assert [row[0] for row in beside['rows']] == methods
+        gap, margin = (beside['headings'].index(name) for name in ('gap', 'deletion margin'))
+        assert [row[gap] == 'n/a' for row in beside['rows']] == [False, True, True]
+        assert all(row[margin] != '' for row in beside['rows'])
+        assert all(len(row) == len(beside['headings']) for row in beside['rows'])
+
+
+def test_one_method_has_nothing_beside_it(batch):
+    text = (batch / 'index.html').read_text(encoding='utf-8')
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    for entry in data:
+        assert entry['beside'] is None and 'methods' not in entry['files']
+        assert entry['of'] == 'truth'

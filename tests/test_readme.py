@@ -82,7 +82,8 @@ def method_row(name: str) -> str:
     promises += ['tolerance'] if declared.quadrature else []
     promises += [f'baseline: {declared.baseline}']
     options = options_text(kind).partition(' has ')[2]
-    cells = (f'`{form_of(name)}`', kind.__doc__, ', '.join(promises), options, kind.source)
+    said = ' '.join(kind.__doc__.split())  # a row is one line
+    cells = (f'`{form_of(name)}`', said, ', '.join(promises), options, kind.source)
     return f'| {" | ".join(cells)} |'
 
 

@@ -1,0 +1,335 @@
+"""Every method of attribution on the same images: what each costs, and how far each can be trusted.
+
+    python benchmarks/compare_methods.py --name demo --model_path demo/demo_model.pth \\
+        --data_dir demo/Dataset_no_preprocessing --images 20
+
+Of each image and method: seconds, gradients and forward passes; the completeness gap where the
+method promises a sum; deletion and insertion against the same map in the wrong place, and against
+the better of a random map and the image's edges; infidelity; the share of the map inside the truth;
+and its change under a little noise. Tables hold medians over the images with 95 % intervals by the
+bootstrap; a figure whose paired difference from plain `ig` is beyond chance is marked. After every
+image the tables are written anew, so that a run that is cut off loses nothing: to
+benchmarks/results/compare_methods_NAME.md, one image under every method beside it as a JPEG.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from quadrature import benchmark_parser, cpu_name, shown  # noqa: E402
+
+from attribution_figures import methods_figure  # noqa: E402
+from attribution_methods import METHODS, form_of  # noqa: E402
+from errors import InputError  # noqa: E402
+from explanation import Explanation  # noqa: E402
+from faithfulness import (  # noqa: E402
+    Effort,
+    curves,
+    noise_sensitivity,
+    patches,
+    places,
+    subject_of,
+)
+from image_statistics import METRICS, explanation_statistics  # noqa: E402
+from integrated_gradients import (  # noqa: E402
+    IntegratedGradients,
+    ModelInput,
+    Settings,
+    input_preprocessing,
+    list_samples,
+    load_model,
+    references_of,
+)
+from result_files import display_arrays, view_of  # noqa: E402
+from segmentation_dataset import Sample  # noqa: E402
+
+PLAIN = 'ig'  # what the others are compared with
+CHECKS = (places, curves, patches)  # that need no gradient
+EFFORT = Effort(fills=('local mean',), units=('superpixel',), points=4, displaced=2, random_maps=1,
+                patches=16, noisy=1, map_steps=4)  # fmt: skip
+RESAMPLES = 2000
+COVERED = 0.95  # of an interval
+BETTER, WORSE = ' ▲', ' ▼'  # than plain ig, beyond chance
+PICTURE_BYTES = 300_000
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables."""
+
+    heading: str
+    key: str  # of the statistics
+    form: str = '{:.2f}'
+    lower: bool | None = None  # whether less is better; None: as METRICS says
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, -1 where less is."""
+        lower = METRICS[self.key].better == 'lower' if self.lower is None else self.lower
+        return -1 if lower else 1
+
+
+COSTS = (
+    Column('seconds', 'seconds', '{:.1f}', lower=True),
+    Column('gradients', 'gradient_evaluations', '{:.0f}', lower=True),
+    Column('images through the network', 'forward_passes', '{:.0f}', lower=True),
+    Column('completeness gap', 'completeness_gap', '{:.1%}', lower=True),
+)
+TRUST = (
+    Column('deletion, displaced', 'deletion_margin', '{:+.2f}'),
+    Column('deletion, random or edges', 'deletion_margin_others', '{:+.2f}'),
+    Column('insertion, displaced', 'insertion_margin', '{:+.2f}'),
+    Column('insertion, random or edges', 'insertion_margin_others', '{:+.2f}'),
+    Column('infidelity', 'infidelity'),
+    Column('mass in truth', 'mass_in_truth', '{:.0%}'),
+    Column('noise, broad', 'broad_sensitivity'),
+    Column('noise, every pixel', 'max_sensitivity'),
+)
+KEPT = tuple(column.key for column in (*COSTS, *TRUST))
+
+Rows = dict[str, dict[str, dict]]  # method -> image -> statistics
+
+
+# --------------------------------------------------------------------------- over many images
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+    """The interval of the median over images, by percentiles of resampled ones; None: too few."""
+    if len(values) < 3:
+        return None
+    several = np.asarray(values, float)
+    rng = np.random.default_rng(seed)
+    drawn = several[rng.integers(0, len(several), (RESAMPLES, len(several)))]
+    low, high = np.quantile(np.median(drawn, axis=1), [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return float(low), float(high)
+
+
+def known(images: dict[str, dict], column: Column) -> dict[str, float]:
+    """A figure of the images where it applies."""
+    return {name: one[column.key] for name, one in images.items() if one[column.key] is not None}
+
+
+def cell(images: dict[str, dict], column: Column, plain: dict[str, dict] | None) -> str:
+    """Median, interval, and whether it differs from plain ig on the same images."""
+    values = known(images, column)
+    if not values:
+        return 'n/a'
+    text = column.form.format(np.median([*values.values()]))
+    interval = bootstrap_interval([*values.values()])
+    if interval and interval[0] < interval[1]:
+        text += ' ({} to {})'.format(*map(column.form.format, interval))
+    return text + (mark(values, known(plain, column), column.sign) if plain else '')
+
+
+def mark(values: dict[str, float], plain: dict[str, float], sign: int) -> str:
+    """Whether figures of images are better or worse than those of others of the same images."""
+    both = values.keys() & plain.keys()
+    interval = bootstrap_interval([sign * (values[name] - plain[name]) for name in sorted(both)])
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return ''
+    return BETTER if interval[0] > 0 else WORSE
+
+
+def table(rows: Rows, columns: Sequence[Column], compared: bool) -> str:
+    """A table in Markdown. compared: with plain ig."""
+    lines = [['method', *(column.heading for column in columns)], ['---'] * (len(columns) + 1)]
+    for method, images in rows.items():
+        plain = rows.get(PLAIN) if compared and method != PLAIN else None
+        lines.append([f'`{method}`', *(cell(images, column, plain) for column in columns)])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+# --------------------------------------------------------------------------- one image
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One image under one method."""
+
+    statistics: dict
+    explanation: Explanation
+    truth: np.ndarray | None  # (H, W) bool: of what is explained
+
+
+class Remembering:
+    """A network that computes no image twice: the checks of all methods ask for many of the same
+    (the controls, and patches of the same baseline)."""
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.run = run
+        self.known: dict[bytes, torch.Tensor] = {}
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, K, h, w), without gradients."""
+        found = []
+        for point in points.split(1):
+            key = hashlib.sha256(point.numpy().tobytes()).digest()
+            if key not in self.known:
+                self.known[key] = self.run(point)
+            found.append(self.known[key])
+        return torch.cat(found)
+
+
+def judge(
+    ig: IntegratedGradients,
+    given: ModelInput,
+    settings: Settings,
+    method: str,
+    remembering: Remembering,
+) -> Judged:
+    """Explain an image and check its map. Raises InputError: nothing is predicted."""
+    (found,) = ig.explain_with(settings.of_method(method), given.x, truth=given.truth,
+                               placement=given.placement)  # fmt: skip
+    truth = None if given.truth is None else found.objective.explained(given.truth)
+    statistics = explanation_statistics(found, truth)
+    subject = subject_of(ig, given.x, found, truth, given.placement)
+    with ig.engine.running(subject.x):
+        for check in CHECKS:
+            statistics |= check(replace(subject, run=remembering), EFFORT).metrics
+        statistics |= noise_sensitivity(subject, EFFORT).metrics
+    return Judged(statistics, found, truth)
+
+
+def compare(ig: IntegratedGradients, given: ModelInput, settings: Settings) -> Iterator[Judged]:
+    """An image under every method. Raises InputError: nothing is predicted."""
+    plain = replace(settings.of_method(PLAIN), num_steps=2)
+    ig.explain_with(plain, given.x)  # what is prepared once for an image is no method's time
+    remembering = Remembering(ig.engine.run)
+    for method in settings.method:
+        yield judge(ig, given, settings, method, remembering)
+
+
+def picture(
+    name: str, image: np.ndarray, given: ModelInput, judged: Sequence[Judged], path: Path
+) -> None:
+    """One image under every method, small enough to be passed on."""
+    views = [view_of(display_arrays(one.explanation, image, one.truth, given.placement))
+             for one in judged]  # fmt: skip
+    figure = methods_figure(views, [{'image': name, **one.statistics} for one in judged])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=80)
+    drawn, quality = Image.open(buffer).convert('RGB'), 90
+    drawn.save(path, quality=quality)
+    while path.stat().st_size > PICTURE_BYTES and quality > 40:
+        quality -= 10
+        drawn.save(path, quality=quality)
+
+
+# --------------------------------------------------------------------------- all of it
+
+
+def in_random_order(samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Those with a mask: a run that is cut off has some of everything."""
+    for number in np.random.default_rng(0).permutation(len(samples)):
+        if (samples[number].truth() > 0).any():
+            yield samples[number]
+
+
+def report(rows: Rows, arguments, ig: IntegratedGradients) -> str:
+    """What is written beside the picture."""
+    images = sorted({name for one in rows.values() for name in one})
+    of = '' if len(images) == arguments.images else f' (of {arguments.images} that were asked for)'
+    return f"""# Methods compared: {arguments.name}
+
+`python benchmarks/compare_methods.py {shown(arguments.command)}`
+
+{len(images)} images{of} with a mask and a prediction, drawn from the test split
+({', '.join(images)}), input
+{ig.preprocessing.image_size}, baseline {arguments.baseline} where a method takes one,
+{arguments.steps} steps a path, target: mean logit over the predicted mask. {cpu_name()},
+{os.cpu_count()} cores that other work used too, {torch.get_num_threads()} thread(s), torch
+{torch.__version__}: the seconds tell methods apart, no more.
+
+Medians over the images, with {COVERED:.0%} intervals (percentile bootstrap, seeded).{BETTER} and
+{WORSE.strip()}: better and worse than `{PLAIN}` on the same images, where the interval of the
+paired difference leaves 0 out. Of fewer than ten images an interval is little more than their
+range: take marks as hints there.
+
+{table(rows, COSTS, compared=False)}
+
+*Images through the network* counts those of gradients too. A gap is `n/a` where no sum is promised.
+
+{table(rows, TRUST, compared=True)}
+
+*Deletion* and *insertion*: margins over copies of the map in the wrong place (*displaced*), and
+over the better of a random map and the image's edges; above 0 the map tells more. *Infidelity*: 0
+is perfect, 1 as bad as no map; patches become what the method compares with. *Mass in truth*: of
+|attribution|. *Noise*: relative change of the map under noise too faint to see, of its broad
+features and of every pixel, from {EFFORT.noisy} noisy image and maps of {EFFORT.map_steps} steps.
+
+![One image under every method](compare_methods_{arguments.name}.jpg)
+"""
+
+
+def parse(command: Sequence[str]):
+    """The flags."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument('--images', type=int, default=20)
+    parser.add_argument('--image_size', type=int, help="default: the model's own")
+    parser.add_argument('--steps', type=int, default=20, help='of every path')
+    parser.add_argument('--baseline', default='mean')
+    parser.add_argument('--layer', default='encoder.stage4', help='of layer and gradcam')
+    parser.add_argument('--methods', nargs='+', help='default: all')
+    parser.add_argument('--method_option', nargs='+', default=(), metavar='NAME=VALUE')
+    parser.add_argument('--shown', type=int, default=0, help='number of the image in the picture')
+    arguments = parser.parse_args(command)
+    arguments.command = list(command)
+    every = [form_of(name).replace('NAME', arguments.layer) for name in METHODS]
+    arguments.methods = arguments.methods or every
+    return arguments
+
+
+def main(command: Sequence[str]) -> int:
+    arguments = parse(command)
+    settings = Settings(
+        num_steps=arguments.steps, baseline=arguments.baseline, image_size=arguments.image_size,
+        method=tuple(arguments.methods), method_option=tuple(arguments.method_option),
+    )  # fmt: skip
+    model = load_model(arguments.model_path, 'cpu')
+    ig = IntegratedGradients(model, 'cpu', input_preprocessing(model, settings))
+    samples = list_samples(Path(arguments.data_dir))
+    ig.reference_images = references_of(settings, samples)
+    rows: Rows = {method: {} for method in settings.method}
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f'compare_methods_{arguments.name}.md'
+    say = partial(print, flush=True)
+    done = 0
+    for sample in in_random_order(samples):
+        image = sample.image()
+        given = ModelInput.of(ig.preprocessing, image, sample.truth())
+        ig.prepare(given.x)
+        judged = []
+        try:
+            for method, one in zip(settings.method, compare(ig, given, settings), strict=True):
+                judged.append(one)
+                say(sample.name, method, *(f'{key}={one.statistics[key]}' for key in KEPT))
+        except InputError as error:
+            say(f'{sample.name} is left out: {error}')
+            continue
+        for method, one in zip(settings.method, judged, strict=True):
+            rows[method][sample.name] = {key: one.statistics[key] for key in KEPT}
+        path.write_text(report(rows, arguments, ig), encoding='utf-8')
+        if done == arguments.shown:
+            picture(sample.name, image, given, judged, path.with_suffix('.jpg'))
+        done += 1
+        if done == arguments.images:
+            break
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
