@@ -238,7 +238,7 @@ class BlurMethod(PathMethod):
     """gradients while the image comes into focus, from a strong blur of it to itself"""
 
     source = 'Xu, Venugopalan, Sundararajan 2020, eq. 5'
-    declared = Declared('blur', baseline=OWN)
+    declared = Declared('blur', baseline=OWN, settles_early=False)
 
     sigma: float = option(0.2, 'of the strongest blur, by the longer side', above=0)
 

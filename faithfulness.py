@@ -163,7 +163,7 @@ class Subject:
     batch: int = 1  # images that go through the network at once
     run: Callable[[torch.Tensor], torch.Tensor] | None = None  # a faster way to the same logits
     method: Callable[..., np.ndarray] = plain_map  # that made the map
-    drawn: bool = False  # the map is a mean over several drawn baselines, of which this is one
+    drawn: bool = False  # a few steps give another map, so that it is not computed afresh
 
     def logits(self, points: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, K, h, w)."""
@@ -293,7 +293,7 @@ def subject_of(
         batch=ig.engine.step_batch.size,
         run=ig.engine.run,
         method=explanation.again,
-        drawn=explanation.draws > 1 or declared.drawn,
+        drawn=explanation.draws > 1 or declared.drawn or not declared.settles_early,
     )
 
 

@@ -485,7 +485,8 @@ STATISTICS: dict[str, Statistic] = {
         '0 and up', 'lower', 'this toolkit'),
     'recomputed_correlation': _check(
         'rank correlation of the signed map with the same computed afresh in a few steps; not for '
-        'a mean over drawn baselines', '-1 to 1', 'higher', 'this toolkit'),
+        'a mean over drawn baselines, nor for methods that a few steps do not suffice', '-1 to 1',
+        'higher', 'this toolkit'),
     'randomised_correlation': _check(
         'rank correlation of the signed map with that of the network whose weights are all '
         'redrawn', '-1 to 1', 'lower', _ADEBAYO),
