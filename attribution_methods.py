@@ -508,6 +508,11 @@ class OcclusionMethod(Method):
         InputError: pixels between them."""
         window = self.window or max(1, max(size) // 8)
         stride = self.stride or max(1, window // 2)
+        if window > max(size):
+            raise InputError(
+                f'the window {window} of occlusion is larger than the input of {size[1]}×{size[0]} '
+                '(use a smaller window)'
+            )
         if stride > window:
             raise InputError(
                 f'the stride {stride} of occlusion is more than its window {window}: pixels '

@@ -644,5 +644,6 @@ def _said(found: Found, folder: Path, where: str) -> Found:
     what = f'no mask was found for {without} of {len(found.pairs)} images in {folder}'
     if without == len(found.pairs):
         what = f'no masks were found for the images in {folder}, so there is no truth'
-    note = f'{what} (looked {where}; --masks_dir, --mask_suffix and --mask_name name others)'
+    flags = '--masks_dir, --mask_prefix, --mask_suffix and --mask_name'
+    note = f'{what} (looked {where}; {flags} name others)'
     return Found(found.pairs, found.class_names, (*found.notes, note))

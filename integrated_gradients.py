@@ -562,7 +562,9 @@ class Settings:
             if getattr(self, name) is not None:
                 raise InputError(f'--{name} goes without --tile: {why}')
         if self.method != ('ig',) or self.no_multiply:
-            raise InputError('--tile goes with --method ig, multiplied: the maps of tiles are sums')
+            raise InputError(
+                '--tile goes with --method ig and without --no_multiply (leave one of them out)'
+            )
 
     @classmethod
     def table(cls) -> dict[str, Setting]:

@@ -320,7 +320,12 @@ def map_verdict(error: float | None) -> str:
         return 'unknown'
     if error <= 0.02:
         return 'exact to the eye'
-    return 'settled, small details aside' if error <= 0.1 else 'only its broad features are settled'
+    limits = Thresholds()
+    if error > limits.lost_map:
+        return 'not even its broad features are settled'
+    if error > limits.map_error:
+        return 'only its broad features are settled'
+    return 'settled, small details aside'
 
 
 def _of_channels(names: Sequence[str]) -> str:

@@ -757,3 +757,8 @@ def test_a_tolerance_that_a_method_cannot_keep_to_is_status_2(capsys):
     said = capsys.readouterr().err
     assert said.count('\n') == 1 and 'occlusion has no integral for' in said
     assert integrated_gradients.METHODS is METHODS
+
+
+def test_a_window_larger_than_the_image_is_refused():
+    with pytest.raises(InputError, match='larger than the input of 8×6'):
+        METHODS['occlusion'](window=9).windows((6, 8))

@@ -317,3 +317,9 @@ def test_crop_and_tile_are_refused_from_python_too():
 def test_a_map_of_its_own_size_is_exported_as_it_is():
     values = noise_image()[:, :, 0].astype(np.float32)
     assert at_size(values, values.shape) is values
+
+
+@pytest.mark.parametrize('other', [{'method': ('gradient',)}, {'no_multiply': True}])
+def test_tiles_go_with_integrated_gradients_only(other):
+    with pytest.raises(InputError, match='--tile goes with --method ig'):
+        Settings(tile=64, **other)

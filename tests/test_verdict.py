@@ -16,6 +16,7 @@ from verdict import (
     Thresholds,
     batch_findings,
     findings,
+    map_verdict,
     parse_thresholds,
 )
 
@@ -174,3 +175,9 @@ def test_the_batch_counts_flags_in_the_order_of_the_rules():
         'do not trust: 1 of 2 images', 'not checked: 1 of 2 images',
         'good focus: 1 of 2 images', 'poor mask: 2 of 2 images']  # fmt: skip
     assert batch_findings([]) == []
+
+
+def test_the_words_for_a_map_error_are_those_of_the_findings():
+    assert map_verdict(0.05) == 'settled, small details aside'
+    assert map_verdict(0.3) == 'only its broad features are settled'
+    assert map_verdict(0.6) == 'not even its broad features are settled'
