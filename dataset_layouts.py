@@ -59,6 +59,7 @@ class Found:
     pairs: list[Pair]
     class_names: dict[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    missing: str | None = None  # a note for the images without a mask; None: all have one
 
 
 # --------------------------------------------------------------------------- files
@@ -646,4 +647,4 @@ def _said(found: Found, folder: Path, where: str) -> Found:
         what = f'no masks were found for the images in {folder}, so there is no truth'
     flags = '--masks_dir, --mask_prefix, --mask_suffix and --mask_name'
     note = f'{what} (looked {where}; {flags} name others)'
-    return Found(found.pairs, found.class_names, (*found.notes, note))
+    return replace(found, missing=note)

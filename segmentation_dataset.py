@@ -254,10 +254,12 @@ def list_samples(
 
 def _samples(found: Found) -> list[Sample]:
     paths = [pair.images[0] for pair in found.pairs]
+    missing = () if found.missing is None else (found.missing,)  # said of those without a mask
     return [
         Sample(
             name, pair.images[0], pair.truth, found.class_names,
-            pair.images if len(pair.images) > 1 else (), notes=found.notes,
+            pair.images if len(pair.images) > 1 else (),
+            notes=found.notes + (missing if pair.truth is None else ()),
         )
         for name, pair in zip(safe_names(paths), found.pairs, strict=True)
     ]  # fmt: skip

@@ -117,8 +117,11 @@ def test_folders_by_flags(tmp_path):
 
 def test_masks_that_are_missing_are_said_with_what_was_looked_for(tmp_path):
     lay(tmp_path, {'images/a.png': None, 'images/b.png': None, 'masks/a.png': MASK})
-    note = list_samples(tmp_path)[0].notes[0]
-    assert 'no mask was found for 1 of 2 images' in note and '_segmentation' in note
+    a, b = list_samples(tmp_path)
+    assert not a.notes  # it has a mask: of it nothing is missing
+    assert 'no mask was found for 1 of 2 images' in b.notes[0] and '_segmentation' in b.notes[0]
+    assert not single_sample(tmp_path / 'images' / 'a.png').notes
+    assert single_sample(tmp_path / 'images' / 'b.png').notes == b.notes
     lay(tmp_path / 'bare', {'a.png': None})
     assert 'no masks were found' in list_samples(tmp_path / 'bare')[0].notes[0]
 
