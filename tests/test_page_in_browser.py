@@ -108,8 +108,10 @@ def test_detail_view_with_the_keyboard_alone(page):
 def test_detail_view_shows_pictures_curves_and_figures(page):
     page.locator('.open', has_text='second').click()
     page.wait_for_function(
-        "[...document.querySelectorAll('#detail img')].every(i => i.complete && i.naturalWidth)"
+        "[...document.querySelectorAll('#detail img:not([hidden])')]"
+        '.every(i => i.complete && i.naturalWidth)'
     )
+    assert page.locator('#detail img:not([hidden])').count() >= 4  # one method: no side by side
     assert page.locator('#detail svg[role=img]').count() == 13  # twelve curves, one profile
     assert page.locator('#detail-figures tr').count() > 30
     assert 'poor mask' in page.locator('#detail-verdict').inner_text()
