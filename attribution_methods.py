@@ -210,7 +210,7 @@ class ExpectedMethod(PathMethod):
     """ig from other images, drawn anew for every step: what sets this image apart from them"""
 
     source = 'Erion et al. 2021, eq. 3'
-    declared = Declared('expected', IN_EXPECTATION, baseline=OWN, drawn=True)
+    declared = Declared('expected', IN_EXPECTATION, baseline=OWN, settles_early=False)
 
     references: int = option(16, 'other images at most, evenly spaced', least=1, most=1000)
 

@@ -63,8 +63,7 @@ class Declared:
     quadrature: bool = True  # an integral whose error is estimated, to a tolerance if wanted
     sequential: bool = False  # each step needs the result of the one before
     baseline: str = GIVEN  # GIVEN, OWN or NO_BASELINE
-    drawn: bool = False  # at random, so that a map in few steps is another
-    settles_early: bool = True  # a map in a few steps is much the same
+    settles_early: bool = True  # a map in a few steps is much the same: not of what is drawn
     channels: bool = True  # whether it tells the input's channels apart
     signed: bool = True  # whether its sign means raising or lowering the score
 

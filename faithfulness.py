@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Protocol
 
 import cv2
@@ -293,7 +293,7 @@ def subject_of(
         batch=ig.engine.step_batch.size,
         run=ig.engine.run,
         method=explanation.again,
-        drawn=explanation.draws > 1 or declared.drawn or not declared.settles_early,
+        drawn=explanation.draws > 1 or not declared.settles_early,
     )
 
 
@@ -518,10 +518,15 @@ def _curve(
     inner = subject.scores((without(subject, fill, gone, rng) for gone in removed), bar)
     scores = [full, *inner, empty] if kind == 'deletion' else [empty, *inner, full]
     shares = [0.0, *(float(gone.mean()) for gone in touched), 1.0]
-    change = full - empty
-    if abs(change) <= LEAST_CHANGE * max(abs(full), abs(empty), 1e-6):
+    if is_noise(full, empty):
         return Curve(shares, [None] * len(shares))
-    return Curve(shares, [(score - empty) / change for score in scores])
+    return Curve(shares, [(score - empty) / (full - empty) for score in scores])
+
+
+def is_noise(full: float, empty: float) -> bool:
+    """Whether the scores of an image and of the filled image are so near to each other that what
+    lies between them is only noise."""
+    return abs(full - empty) <= LEAST_CHANGE * max(abs(full), abs(empty), 1e-6)
 
 
 def stays_between(curve: Curve) -> bool:
@@ -608,15 +613,12 @@ def distant_spots(
     rng = np.random.default_rng(seed)
     everything = np.ones(distance.shape, bool)
     masks = [everything, *spots]
+    filled = (without(subject, 'local mean', mask, rng) for mask in masks)
     with _bar('distant spots', 1 + len(masks), progress) as bar:
-        (full,) = subject.scores(iter([subject.pixels]), bar)
-        empty, *others = subject.scores(
-            (without(subject, 'local mean', mask, rng) for mask in masks), bar
-        )
-    change = abs(full - empty)
-    if change <= LEAST_CHANGE * max(abs(full), abs(empty), 1e-6):
+        full, empty, *others = subject.scores(chain([subject.pixels], filled), bar)
+    if is_noise(full, empty):
         return Evaluation()
-    effects = [(full - score) / change for score in others]
+    effects = [(full - score) / abs(full - empty) for score in others]
     worst = int(np.argmax(effects))
     rows, columns = np.nonzero(spots[worst])
     return Evaluation(

@@ -145,9 +145,14 @@ def remembering(method: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return remembered
 
 
+def has_right_mask(statistics: dict) -> bool:
+    """Whether the mask that a map explains is right."""
+    return (statistics['dice'] or 0) > LEAST_DICE
+
+
 def is_good(statistics: dict) -> bool:
     """Whether a map should be believed: the tolerance was reached, and the mask is right."""
-    return statistics['within_tolerance'] and (statistics['dice'] or 0) > LEAST_DICE
+    return statistics['within_tolerance'] and has_right_mask(statistics)
 
 
 def is_right(ig: IntegratedGradients, sample: Sample) -> bool:
@@ -158,8 +163,7 @@ def is_right(ig: IntegratedGradients, sample: Sample) -> bool:
                                  placement=given.placement)  # fmt: skip
     except InputError:
         return False
-    dice = explanation_statistics(one, one.objective.explained(given.truth))['dice']
-    return (dice or 0) > LEAST_DICE
+    return has_right_mask(explanation_statistics(one, one.objective.explained(given.truth)))
 
 
 def measure(args: argparse.Namespace) -> None:
