@@ -28,7 +28,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import sympy
@@ -36,11 +36,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from errors import attempt
+
 aten = torch.ops.aten
 
 Span = tuple[int, int] | None  # from, to; None: the whole axis
 Box = tuple[Span, ...]
 Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows, the columns
+PACKED_PIXELS = 32 * 32  # of a map; beyond, rearranging its weights is nothing
+KEPT_PACKED = 2  # orders of the same weights: for one image, and for a step batch
 MERGE_SLACK = 256  # pixels that two boxes may grow by to become one: an operation costs too
 
 
@@ -71,6 +75,8 @@ class Graph:
     output: Operation
     constants: dict[Operation, torch.Tensor]
     sizes: dict[Operation, Callable[[int], int]]  # what follows from the number of images
+    # Constants that are weights of `convolution`: how they slide, and over maps of which shape.
+    kernels: dict[Operation, tuple[Sliding, tuple[int | None, ...]]] = field(default_factory=dict)
 
     def readers(self) -> dict[Operation, list[Operation]]:
         """Which operations read each; the output has one more reader, itself."""
@@ -112,6 +118,12 @@ def inputs_of(operation: Operation) -> list[Operation]:
 def call_of(operation: Operation, **changes: object) -> Callable[..., object]:
     """The operation as a function of the values of its inputs; changes: of its other arguments."""
     arguments, target = operation.arguments | changes, operation.target
+    names = [name for name, value in arguments.items() if isinstance(value, Operation)]
+    if not any(isinstance(one, Operation) for value in arguments.values()
+               if isinstance(value, list) for one in value):  # fmt: skip
+        fixed = {name: value for name, value in arguments.items() if name not in names}
+        # One of hundreds in a pass: no more is done than must be.
+        return lambda *values: target(**fixed, **dict(zip(names, values, strict=True)))
 
     def compute(*values: object) -> object:
         left = iter(values)
@@ -517,23 +529,37 @@ def average_to_a_pixel(graph: Graph) -> None:
 
 
 def use_own_convolutions(graph: Graph) -> int:
-    """Convolutions with fixed weights run as `convolution`. Returns how many of them get their
-    gradient as a forward convolution."""
+    """Convolutions with fixed weights run as `convolution`, those of a single pixel as products of
+    matrices. Returns how many of them get their gradient as a forward convolution."""
     transposed = 0
     for operation in [o for o in graph.operations if o.kind == 'conv2d']:
         given = operation.arguments
+        names = ('stride', 'pads', 'dilation', 'groups')
+        how = Sliding(given['weight'].shape[2:], *(given.pop(name) for name in names))
+        given['how'] = how
         if given['weight'] not in graph.constants or len(operation.shape) != 4:
             operation.target = convolution_with_computed_weight
             continue
-        weight = graph.constants[given['weight']]
-        stride_1 = given['stride'] == (1, 1)
+        if _is_of_a_pixel(operation, how):
+            operation.kind, operation.target = 'pixel_linear', pixel_linear
+            del given['how']
+            continue
+        weight, size = graph.constants[given['weight']], given['input'].shape
         given['weight'] = graph.constant(_channels_last(weight))
-        given['flipped'] = (
-            graph.constant(_channels_last(flipped(weight, given['groups']))) if stride_1 else None
-        )
+        graph.kernels[given['weight']] = how, size
+        given['flipped'] = None
+        if how.stride == (1, 1):
+            given['flipped'] = graph.constant(_channels_last(flipped(weight, how.groups)))
+            graph.kernels[given['flipped']] = how.back, operation.shape
+            transposed += 1
         operation.target = convolution
-        transposed += stride_1
     return transposed
+
+
+def _is_of_a_pixel(operation: Operation, how: Sliding) -> bool:
+    """Whether a convolution takes a map of one pixel to another, as in squeeze-and-excitation."""
+    shapes = (operation.arguments['input'].shape[2:], operation.shape[2:], how.kernel)
+    return how.groups == 1 and all(shape == (1, 1) for shape in shapes)
 
 
 def flipped(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -558,21 +584,86 @@ def _pair(operation: Operation, name: str) -> tuple[int, int]:
 # --------------------------------------------------------------------------- what runs
 
 
+@dataclass(frozen=True)
+class Sliding:
+    """How a kernel slides over a map."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    pads: Pads  # negative ones cut off
+    dilation: tuple[int, int]
+    groups: int
+
+    @cached_property
+    def even(self) -> tuple[int, int]:
+        """The padding that both sides have, of rows and columns."""
+        return tuple(max(0, min(side)) for side in self.pads)
+
+    @cached_property
+    def uneven(self) -> tuple[int, ...]:
+        """The rest, as `F.pad` takes it; empty where there is none."""
+        (top, bottom), (left, right) = self.pads
+        rows, columns = self.even
+        extra = (left - columns, right - columns, top - rows, bottom - rows)
+        return extra if any(extra) else ()
+
+    @cached_property
+    def back(self) -> Sliding:
+        """How the flipped kernel slides over the gradient, where the stride is 1."""
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+        pads = tuple((r - a, r - b) for r, (a, b) in zip(reach, self.pads, strict=True))
+        return replace(self, pads=pads)
+
+
+class Kernel:
+    """A convolution's weights, and the same in the order that oneDNN computes with, so that they
+    are not rearranged in every pass. That order depends on the map's shape, batch included."""
+
+    def __init__(
+        self, weight: torch.Tensor, how: Sliding | None = None, shape: Sequence[int | None] = ()
+    ) -> None:
+        """weight: (O, I / groups, h, w). how, shape: of the whole map that they are used on, where
+        packing them pays: where the map is small beside them."""
+        self.weight, self.how = weight, how
+        small = None not in shape[1:] and math.prod(shape[2:]) <= PACKED_PIXELS
+        runs = weight.device.type == 'cpu' and weight.dtype != torch.float64
+        self.shape = tuple(shape[1:]) if how and small and runs and not how.uneven else ()
+        self.packed: dict[int, torch.Tensor] = {}  # by the number of maps
+
+    def for_map(self, x: torch.Tensor) -> torch.Tensor:
+        """The weights with which maps (N, I, rows, columns) are convolved."""
+        count = len(x)
+        if count in self.packed and x.shape[1:] == self.shape:
+            return self.packed[count]
+        # Step batches are powers of two; what is left over comes once.
+        if x.shape[1:] != self.shape or count.bit_count() != 1:
+            return self.weight
+        how = self.how
+
+        def reorder() -> torch.Tensor:
+            return torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, how.even, how.stride, how.dilation, how.groups, list(x.shape)
+            )
+
+        found, _ = attempt(reorder, AttributeError, RuntimeError)
+        while len(self.packed) >= KEPT_PACKED:
+            del self.packed[next(iter(self.packed))]
+        self.packed[count] = self.weight if found is None else found
+        return self.packed[count]
+
+
 def _convolve(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: tuple[int, int],
-    pads: Pads,
-    dilation: tuple[int, int],
-    groups: int,
+    x: torch.Tensor, kernel: Kernel, bias: torch.Tensor | None, how: Sliding
 ) -> torch.Tensor:
-    """A convolution with its own padding on each side; negative padding cuts off."""
-    both = [max(0, min(side)) for side in pads]
-    (top, bottom), (left, right) = pads
-    extra = (left - both[1], right - both[1], top - both[0], bottom - both[0])
-    x = F.pad(x, extra) if any(extra) else x
-    return F.conv2d(x, weight, bias, stride, both, dilation, groups)
+    """A convolution with its own padding on each side."""
+    weight = kernel.for_map(x)
+    x = F.pad(x, how.uneven) if how.uneven else x
+    if weight.is_mkldnn and x.dtype == weight.dtype:
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, how.even, how.stride, how.dilation, how.groups, 'none', [], ''
+        )
+    weight = kernel.weight
+    return F.conv2d(x, weight, bias, how.stride, how.even, how.dilation, how.groups)
 
 
 class _Convolution(torch.autograd.Function):
@@ -580,45 +671,37 @@ class _Convolution(torch.autograd.Function):
     is a convolution too, since forward kernels are faster than backward ones."""
 
     @staticmethod
-    def forward(ctx, x, weight, flipped, bias, stride, pads, dilation, groups):
-        ctx.save_for_backward(weight, flipped)
-        ctx.how = stride, pads, dilation, groups
-        ctx.like = x.shape
-        return _convolve(x, weight, bias, stride, pads, dilation, groups)
+    def forward(ctx, x, kernel, flipped, bias, how):
+        ctx.fixed = kernel.weight, flipped, how, x.shape
+        return _convolve(x, kernel, bias, how)
 
     @staticmethod
     def backward(ctx, gradient):
-        weight, flipped = ctx.saved_tensors
-        stride, pads, dilation, groups = ctx.how
+        weight, flipped, how, shape = ctx.fixed
         gradient = gradient.to(weight.dtype)
         if flipped is not None:
-            reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            back = tuple((r - a, r - b) for r, (a, b) in zip(reach, pads, strict=True))
-            result = _convolve(gradient, flipped, None, stride, back, dilation, groups)
-        else:
-            result = _strided_gradient(gradient, weight, ctx.like, stride, pads, dilation, groups)
-        return result, *7 * [None]
+            return _convolve(gradient, flipped, None, how.back), None, None, None, None
+        return _strided_gradient(gradient, weight, shape, how), None, None, None, None
 
 
 def _strided_gradient(
-    gradient: torch.Tensor,
-    weight: torch.Tensor,
-    shape: Sequence[int],
-    stride: tuple[int, int],
-    pads: Pads,
-    dilation: tuple[int, int],
-    groups: int,
+    gradient: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], how: Sliding
 ) -> torch.Tensor:
     """The gradient of `_convolve` with respect to an input of that shape."""
-    both = [min(side) for side in pads]
-    (top, bottom), (left, right) = ((a - p, b - p) for (a, b), p in zip(pads, both, strict=True))
+    if how.groups == shape[1] > 1 and gradient.dtype in (torch.bfloat16, torch.float16):
+        # oneDNN has no fast kernel for these: 4 to 50 times slower than in single precision.
+        wide = _strided_gradient(gradient.float(), weight.float(), shape, how)
+        return wide.to(gradient.dtype)
+    both = [min(side) for side in how.pads]
+    pairs = zip(how.pads, both, strict=True)
+    (top, bottom), (left, right) = ((a - p, b - p) for (a, b), p in pairs)
     height, width = shape[2] + top + bottom, shape[3] + left + right
     padded = torch.empty(  # only its shape and layout count
         (*shape[:2], height, width), dtype=gradient.dtype, device=gradient.device,
         memory_format=torch.channels_last,
     )  # fmt: skip
     result = aten.convolution_backward(
-        gradient, padded, weight, None, stride, both, dilation, False, [0, 0], groups,
+        gradient, padded, weight, None, how.stride, both, how.dilation, False, [0, 0], how.groups,
         [True, False, False],
     )[0]  # fmt: skip
     return result[:, :, top : height - bottom, left : width - right]
@@ -626,25 +709,29 @@ def _strided_gradient(
 
 def convolution(
     input: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Kernel,
     bias: torch.Tensor | None,
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    pads: Pads,
-    flipped: torch.Tensor | None,
+    how: Sliding,
+    flipped: Kernel | None,
 ) -> torch.Tensor:
     """A convolution with fixed weights, see `_Convolution`."""
     if torch.is_grad_enabled() and input.requires_grad:
-        return _Convolution.apply(input, weight, flipped, bias, stride, pads, dilation, groups)
-    return _convolve(input, weight, bias, stride, pads, dilation, groups)
+        return _Convolution.apply(input, weight, flipped, bias, how)
+    return _convolve(input, weight, bias, how)
 
 
 def convolution_with_computed_weight(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **how: object
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: Sliding
 ) -> torch.Tensor:
     """A convolution whose weights follow from the image, with its ordinary gradient."""
-    return _convolve(input, weight, bias, **how)
+    return _convolve(input, Kernel(weight), bias, how)
+
+
+def pixel_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A convolution of maps of one pixel, (N, I, 1, 1) -> (N, O, 1, 1)."""
+    return F.linear(input.flatten(1), weight.flatten(1), bias)[..., None, None]
 
 
 class _PixelMean(torch.autograd.Function):
@@ -855,12 +942,12 @@ def _windows(
 
 def conv2d(operation: Operation, box: Box) -> Part:
     """All channels of the rows and columns under the kernel."""
-    given = operation.arguments
-    kernel = given['weight'].shape[2:]
-    reads, pads = _windows(box, given['input'].shape, kernel, given['stride'], given['dilation'],
-                           given['pads'])  # fmt: skip
+    given, how = operation.arguments, operation.arguments['how']
+    reads, pads = _windows(box, given['input'].shape, how.kernel, how.stride, how.dilation,
+                           how.pads)  # fmt: skip
     needs = _needs(operation, {'input': (None, None, *reads)})
-    return Part((None, None, *box[2:]), needs, call_of(operation, pads=pads))
+    run = call_of(operation, how=replace(how, pads=pads))
+    return Part((None, None, *box[2:]), needs, run)
 
 
 def conv_transpose2d(operation: Operation, box: Box) -> Part:
@@ -1267,7 +1354,9 @@ class Plan:
     sizes: tuple[tuple[int, Callable[[int], int]], ...]
     results: tuple[int, ...]  # slots, in the order of the boxes
 
-    def run(self, x: torch.Tensor, constants: dict[Operation, torch.Tensor]) -> list[torch.Tensor]:
+    def run(
+        self, x: torch.Tensor, constants: dict[Operation, torch.Tensor | Kernel]
+    ) -> list[torch.Tensor]:
         """Images (N, C, H, W) -> the boxes of the output, one after the other."""
         slots: dict[int, object] = {slot: constants[which] for slot, which in self.constants}
         slots.update((slot, int(size(len(x)))) for slot, size in self.sizes)
@@ -1426,9 +1515,7 @@ class NetworkGraph:
         """network: frozen, in evaluation mode, with one tensor as result. example: (1, C, H, W)."""
         self.graph = export(network, example)
         self.rewrites = rewrite(self.graph)
-        self._constants: dict[torch.dtype | None, dict[Operation, torch.Tensor]] = {
-            None: self.graph.constants
-        }
+        self._constants: dict[torch.dtype | None, dict[Operation, torch.Tensor | Kernel]] = {}
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
@@ -1454,12 +1541,16 @@ class NetworkGraph:
         """Free the weights of a type."""
         self._constants.pop(dtype, None)
 
-    def _in(self, dtype: torch.dtype | None) -> dict[Operation, torch.Tensor]:
+    def _in(self, dtype: torch.dtype | None) -> dict[Operation, torch.Tensor | Kernel]:
+        """The constants in a type, in the order in which they are computed with."""
         if dtype not in self._constants:
-            self._constants[dtype] = {
-                operation: value.to(dtype) if value.is_floating_point() else value
+            found = {
+                operation: value.to(dtype) if dtype and value.is_floating_point() else value
                 for operation, value in self.graph.constants.items()
             }
+            kernels = {operation: Kernel(found[operation], *kernel)
+                       for operation, kernel in self.graph.kernels.items()}  # fmt: skip
+            self._constants[dtype] = found | kernels
         return self._constants[dtype]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

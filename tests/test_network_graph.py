@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -14,7 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import network_graph
 from model_loading import create_model
-from network_graph import NetworkGraph, NotExportable, flipped, merged, part_of, slices_of, trimmed
+from network_graph import (
+    Kernel,
+    NetworkGraph,
+    NotExportable,
+    flipped,
+    merged,
+    part_of,
+    slices_of,
+    trimmed,
+)
 
 SIZE = 16
 EXACT = 1e-10
@@ -340,6 +350,39 @@ def test_a_gradient_as_a_forward_convolution(kernel, groups, stride):
     assert graph.rewrites.transposed == (stride == 1)
 
 
+@pytest.mark.parametrize('dtype, close', [(None, 1e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(
+    'layer',
+    [
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.Conv2d(8, 8, 5, groups=8),
+        nn.Conv2d(8, 8, 3, 2, groups=8),
+        nn.Conv2d(8, 4, 1),
+    ],
+)
+def test_packed_weights_compute_the_same(layer, dtype, close):
+    layer = layer.eval().requires_grad_(False)
+    graph = NetworkGraph(layer, torch.randn(1, 8, 16, 16))
+    plans = [graph.whole, graph.plan([(None, None, (1, 4), (0, 5))])]
+    for count, plan in product((1, 2, 3, 4, 1), plans):
+        x = torch.randn(count, 8, 16, 16).requires_grad_()
+        (box,), (found,) = plan.boxes, graph.run(x, plan, dtype)
+        expected = layer(x)[(..., *(slice(*(span or (None,))) for span in box[2:]))]
+        gradients = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (found, expected)]
+        assert difference(found.detach().float(), expected.detach()) < close
+        assert difference(*gradients) < close
+    kernels = [one for one in graph._in(dtype).values() if isinstance(one, Kernel)]
+    assert all(1 <= len(one.packed) <= 2 for one in kernels)
+
+
+def test_squeeze_and_excitation_is_a_product_of_matrices():
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 2, 1), nn.SiLU())
+    graph = check_everywhere(network)
+    assert [o.kind for o in graph.graph.operations if o.target] == [
+        'pixel_mean', 'pixel_linear', 'silu'
+    ]  # fmt: skip
+
+
 def test_flipped_weights_in_closed_form():
     weight = torch.arange(12.0).view(2, 2, 1, 3)
     assert flipped(weight, 1)[0, 1].tolist() == [[8, 7, 6]]  # from output 1 to input 0
@@ -351,7 +394,7 @@ def test_padding_becomes_that_of_the_convolution():
     graph = graph_of(network)
     assert graph.rewrites.padded == 1
     (convolution,) = [o for o in graph.graph.operations if o.kind == 'conv2d']
-    assert convolution.arguments['pads'] == ((0, 1), (0, 1))
+    assert convolution.arguments['how'].pads == ((0, 1), (0, 1))
     assert graph_of(NETWORKS['padding that others read too']).rewrites.padded == 0
 
 
@@ -513,7 +556,12 @@ def test_networks_of_torchvision(name):
 
 def operations_of(run, x: torch.Tensor) -> int:
     """Floating-point operations of a forward and a backward pass."""
-    with FlopCounterMode(display=False) as counter:
+
+    def of_packed(x, weight, *_, out_shape, **__):
+        return 2 * x[0] * math.prod(out_shape[2:]) * math.prod(weight)
+
+    packed = torch.ops.mkldnn._convolution_pointwise
+    with FlopCounterMode(display=False, custom_mapping={packed: of_packed}) as counter:
         point = x.clone().requires_grad_()
         run(point).sum().backward()
     return counter.get_total_flops()
