@@ -34,9 +34,12 @@ from attribution_path import (
     segmentation_logits,
 )
 from attribution_target import Target
+from crop_rules import Box
 from errors import InputError, NonFiniteError, attempt
+from graph_rewrites import Rewrites
 from network_description import plain_attributes
-from network_graph import Box, NetworkGraph, NotExportable, Plan, Rewrites
+from network_graph import NetworkGraph, Plan
+from operation_graph import NotExportable
 from path_integral import norms
 
 PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')

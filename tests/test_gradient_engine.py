@@ -8,7 +8,7 @@ from helpers import relative_error
 from torch import nn
 
 import gradient_engine
-import network_graph
+import graph_rewrites
 from attribution_target import Target
 from gradient_engine import GradientEngine, View, boxes_of, parts_of, prepared_copy
 from integrated_gradients import IntegratedGradients
@@ -59,12 +59,12 @@ def test_demo_model_in_single_precision(demo_model, brain):
 
 
 def test_a_graph_that_deviates_is_not_used(monkeypatch, demo_model, brain):
-    fold = network_graph.fold
+    fold = graph_rewrites.fold
 
     def wrong(graph, convolution, axis, scale, shift):
         fold(graph, convolution, axis, scale, shift + 0.01)
 
-    monkeypatch.setattr(network_graph, 'fold', wrong)
+    monkeypatch.setattr(graph_rewrites, 'fold', wrong)
     network, prepared = prepared_copy(demo_model, brain)
     assert prepared.fell_back and network is demo_model
     assert prepared.logit_deviation > 1e-4

@@ -13,18 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import network_graph
+import crop_rules
+from crop_rules import holds, merged, part_of, slices_of, trimmed
+from graph_rewrites import Kernel, flipped, fold_batch_norms
 from model_loading import create_model
-from network_graph import (
-    Kernel,
-    NetworkGraph,
-    NotExportable,
-    flipped,
-    merged,
-    part_of,
-    slices_of,
-    trimmed,
-)
+from network_graph import NetworkGraph
+from operation_graph import NotExportable, export
 
 SIZE = 16
 EXACT = 1e-10
@@ -67,6 +61,7 @@ def graph_of(network: nn.Module, size: int = SIZE, channels: int = 3) -> Network
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
     return float((found - expected).norm() / (expected.norm() + 1e-30))
 
 
@@ -96,7 +91,7 @@ def check_boxes(network: nn.Module, graph: NetworkGraph, size: int, groups, chan
             gradients.append((maps, torch.autograd.grad(total, point)[0]))
         (expected, gradient), (found, other) = gradients
         for box in boxes:
-            assert any(network_graph.holds(one, trimmed(box, graph.output_shape))
+            assert any(holds(one, trimmed(box, graph.output_shape))
                        for one in plan.boxes)  # fmt: skip
         for one, same in zip(found, expected, strict=True):
             assert one.shape == same.shape and difference(one, same) < EXACT
@@ -286,7 +281,7 @@ def test_boxes_are_those_of_the_whole(name):
 
 def test_a_bad_box_would_be_noticed(monkeypatch):
     """Zero padding where a crop ends, instead of where the map does."""
-    monkeypatch.setattr(network_graph, '_window', lambda span, size, *how: (span, how[-1]))
+    monkeypatch.setattr(crop_rules, '_window', lambda span, size, *how: (span, how[-1]))
     with pytest.raises(AssertionError):
         check_everywhere(nn.Conv2d(3, 2, 3, padding=1))
 
@@ -337,9 +332,9 @@ def test_folding_asks_no_device_for_double_precision():
 
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval().requires_grad_(False)
     x = torch.randn(1, 3, 8, 8)
-    graph = network_graph.export(network, x)
+    graph = export(network, x)
     graph.constants = {o: v.as_subclass(WithoutDouble) for o, v in graph.constants.items()}
-    assert network_graph.fold_batch_norms(graph) == 1
+    assert fold_batch_norms(graph) == 1
 
 
 @pytest.mark.parametrize('kernel, groups, stride', [(1, 1, 1), (3, 1, 1), ((2, 5), 2, 1),
