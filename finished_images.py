@@ -30,7 +30,7 @@ from verdict import Thresholds, verdict_of
 
 # Settings that do not change what is computed, and where the network, which has a digest, is from.
 NOT_DECISIVE = (
-    'step_batch', 'compile', 'device', 'thresholds', 'model_path', 'model_sha256', 'architecture',
+    'step_batch', 'device', 'thresholds', 'model_path', 'model_sha256', 'architecture',
     'encoder', 'classes', 'weights_key', 'model_options',
 )  # fmt: skip
 

@@ -63,8 +63,6 @@ class Preparation:
     logit_deviation: float  # relative L2 difference of the logits from the original's
     gradient_deviation: float  # of one gradient
     fell_back: bool  # the original is used, because the copy deviated too much
-    compiled: bool = False  # by torch.compile
-    compile_failure: str | None = None  # why it could not be
     padded: int = 0  # paddings folded into convolutions
     no_graph: str | None = None  # why the network runs as it is, without these and without cropping
 
@@ -476,9 +474,7 @@ class GradientEngine:
     network, forth and back, for results (not for preparing), in whole or in part.
     """
 
-    def __init__(
-        self, model: nn.Module, device: torch.device, step_batch: int | None, compiled: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, step_batch: int | None) -> None:
         self.model, self.device = model, device
         self.step_batch = StepBatch(device, step_batch)
         self.forward_passes = 0
@@ -486,7 +482,6 @@ class GradientEngine:
         self.network: Network | None = None  # the graph, or what runs instead
         self.preparation: Preparation | None = None
         self.output_note: str | None = None  # which of several maps is taken; None: none was seen
-        self._compiled = compiled
         self._reduced: dict[torch.dtype, nn.Module | bool] = {}
         self._fingerprint: tuple | None = None
         self._prepared: dict[torch.Size, tuple[Network, Preparation]] = {}
@@ -531,17 +526,7 @@ class GradientEngine:
         if self.output_note is None:
             with torch.no_grad():
                 self.output_note = choice_among(self.model(x), x.shape[-2:])
-        if not self._compiled:
-            return prepared_copy(self.model, x)
-        plain = plain_copy(self.model)
-        deviations = measure_deviation(self.model, plain, x)
-        preparation = Preparation(0, 0, *deviations, False, no_graph='it is compiled instead')
-        compiled = torch.compile(plain, dynamic=False)
-        _, failure = attempt(partial(measure_deviation, plain, compiled, x), Exception)
-        if failure is not None:
-            network, preparation = prepared_copy(self.model, x)
-            return network, replace(preparation, compile_failure=failure)
-        return compiled, replace(preparation, compiled=True)
+        return prepared_copy(self.model, x)
 
     def view(self, targets: Sequence[Score]) -> View:
         """What must be computed of the output for some targets: boxes around their regions, where

@@ -362,8 +362,6 @@ class Settings:
     # fmt: off
     step_batch: int | None = setting(None, MODEL, 'interpolation steps computed at once',
         least=1, metavar='N', default_text='the fastest that fits')
-    compile: bool = setting(False, MODEL,
-        'use torch.compile: minutes at first, then faster on a GPU', default_text='off')
     output_kind: str | None = setting(None, MODEL,
         'what several logit maps mean: exclusive classes (softmax), or independent labels '
         '(multilabel: a sigmoid each, no background)', choices=OUTPUT_KINDS,
@@ -490,8 +488,8 @@ class Settings:
             if value is not None or one.default is not None:  # None: not said
                 value = one.metadata['setting'].checked(one.name, value)
                 object.__setattr__(self, one.name, value)
-        if not isinstance(self.compile, bool) or not isinstance(self.thresholds, Thresholds):
-            raise InputError('compile must be True or False, and thresholds of class Thresholds')
+        if not isinstance(self.thresholds, Thresholds):
+            raise InputError('thresholds must be of class Thresholds')
         if not isinstance(self.no_multiply, bool):
             raise InputError(f'no_multiply must be True or False, not {self.no_multiply!r}')
         self._check_methods()
@@ -678,7 +676,6 @@ class IntegratedGradients:
     preprocessing: how inputs were normalised; by default the model's own, else ImageNet's for
         three channels, and none (pixels from 0 to 1) for others.
     step_batch: interpolation steps per pass; by default measured.
-    compile: run the network through torch.compile, which pays on a GPU with many images.
     """
 
     def __init__(
@@ -687,13 +684,10 @@ class IntegratedGradients:
         device: str | torch.device = 'auto',
         preprocessing: Preprocessing | None = None,
         step_batch: int | None = None,
-        compile: bool = False,
     ) -> None:
         self.device = resolve_device(device)
         self.model = model.to(self.device)
-        self._new_engine = partial(
-            GradientEngine, device=self.device, step_batch=step_batch, compiled=compile
-        )
+        self._new_engine = partial(GradientEngine, device=self.device, step_batch=step_batch)
         self.engine = self._new_engine(self.model)
         self._network = describe_network(self.model)
         self._fingerprint = fingerprint(self.model)
@@ -1755,9 +1749,6 @@ def notes_on(
         notes.append(f'empty, so left out: target {", ".join(left_out)}')
     if explanations[0].cost.retried:
         notes.append(explanations[0].cost.retried)
-    if explanations[0].cost.preparation.compile_failure:
-        reason = explanations[0].cost.preparation.compile_failure.strip().splitlines()[0][:200]
-        notes.append(f'torch.compile failed, so the network runs without it: {reason}')
     if explanations[0].cost.preparation.fell_back:
         notes.append(
             'the faster copy of the network did not compute quite the same: the original was used'
@@ -2185,7 +2176,7 @@ def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradi
         if network.fixed_size:
             why = f'takes only {size_text(network.fixed_size)}'
         print(f'note: {what} {asked}: the network {why}, using {size}', file=sys.stderr)
-    return IntegratedGradients(model, device, preprocessing, settings.step_batch, settings.compile)
+    return IntegratedGradients(model, device, preprocessing, settings.step_batch)
 
 
 def say_warnings(statistics: dict, said: Sequence[str] = ()) -> None:

@@ -298,7 +298,7 @@ def plain_work(
 
     network: images (N, C, H, W) -> logits; module: the same as a module. x, baseline: (1, C, H, W).
     """
-    engine = GradientEngine(module, x.device, None, compiled=False)
+    engine = GradientEngine(module, x.device, None)
     engine.network = network
     with torch.no_grad():
         logits = enlarged(engine.run(x), x.shape[-2:])

@@ -58,7 +58,7 @@ def test_the_command_on_the_page_gives_the_same_settings(batch):
         ({'target': 'each-object'}, ['--each_object']),
         ({'target': 'object:1 object:2'}, ['--target', 'object:1', 'object:2']),
         ({'tolerance': 0.1}, ['--tolerance', '0.1']),
-        ({'compile': True}, ['--compile']),
+        ({'no_multiply': True}, ['--no_multiply']),
         ({'baseline': 'my image.png'}, ['--baseline', 'my image.png']),
     ],
 )

@@ -476,19 +476,6 @@ def test_an_outer_autocast_does_not_matter(smooth_network, brain):
     assert torch.equal(found, expected)
 
 
-def test_where_nothing_can_be_compiled_it_runs_as_it_is(smooth_network, brain, monkeypatch):
-    def fails(*_, **__):
-        def broken(x):
-            raise RuntimeError('no C++ compiler\nwas found')
-
-        return broken
-
-    monkeypatch.setattr(torch, 'compile', fails)
-    found = IntegratedGradients(smooth_network, 'cpu', compile=True).explain(brain, 'image')
-    assert not found.preparation.compiled and 'no C++' in found.preparation.compile_failure
-    assert found.attributions.abs().sum() > 0
-
-
 def test_double_precision_model_agrees_with_single(brain):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 1)).eval()
@@ -754,14 +741,6 @@ def test_a_network_that_changed_is_prepared_again(brain):
     network[2].weight.data.mul_(2)  # in place, and past autograd's version counter
     after = engine.explain(brain, 'image', num_steps=2)
     assert relative_error(after.attributions, 2 * before.attributions) < 1e-4
-
-
-def test_a_compiled_network_gives_the_same(smooth_network, brain):
-    plain = IntegratedGradients(smooth_network, 'cpu').explain(brain, 'image', num_steps=4)
-    compiled = IntegratedGradients(smooth_network, 'cpu', compile=True)
-    found = compiled.explain(brain, 'image', num_steps=4)
-    assert found.cost.preparation.compiled
-    assert relative_error(found.attributions, plain.attributions) < 1e-4
 
 
 # ------------------------------------------------------------------ the way along the path

@@ -41,7 +41,7 @@ def test_every_setting_is_a_flag_with_its_default_and_its_meaning():
 
 
 CHANGED = {
-    'step_batch': 2, 'compile': True, 'output_kind': 'multilabel', 'background_class': 'none',
+    'step_batch': 2, 'output_kind': 'multilabel', 'background_class': 'none',
     'outputs': 'logits', 'class_names': ('organ', 'vessel'), 'channel_order': 'bgr',
     'min_object_area': 5, 'image_size': (64, 96), 'resize': 'letterbox', 'normalize': 'none',
     'mean': (0.5, 0.5, 0.25), 'std': (0.5, 0.25, 0.5), 'pixel_range': '0-255',
@@ -64,7 +64,7 @@ def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name, tmp_path
     value = CHANGED[name]
     words = {name: list(map(str, CHANGED[name])) for name in ('mean', 'std', 'class_names')}
     words |= {'image_size': ['64x96']}
-    words |= {'compile': [], 'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
+    words |= {'target': list(CHANGED['target']), 'thresholds': ['dice=0.9']}
     words |= {'crop': ['1,2,3,4'], 'tile': ['64x96']}
     words |= {'method': list(CHANGED['method']), 'no_multiply': []}
     words |= {'method_option': [*CHANGED['method_option'], '--method', 'smooth']}
@@ -78,7 +78,7 @@ def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name, tmp_path
     assert settings == replace(plain, **{name: value}, **also)
     image = noise_image()
     keys = [resume_key(one.record(), image, None) for one in (plain, settings)]
-    cost_only = name in ('step_batch', 'compile', 'thresholds')
+    cost_only = name in ('step_batch', 'thresholds')
     assert (keys[0] == keys[1]) == cost_only
     json.dumps(settings.record(), allow_nan=False)
 
@@ -124,7 +124,6 @@ def test_all_settings_are_tried_above():
         ({'target': 'object:0'}, 'not of the form object:K'),
         ({'target': 'class:-1'}, 'not of the form class:K'),
         ({'baseline': 'nonsense'}, 'unknown baseline "nonsense"'),
-        ({'compile': 'no'}, 'compile must be True or False'),
         ({'thresholds': {'dice': 1}}, 'of class Thresholds'),
         ({'mean': 0.5}, 'mean must be numbers'),
         ({'std': (1.0, 0.0, 1.0)}, 'std must be numbers above 0'),
@@ -191,7 +190,7 @@ def test_an_option_that_explains_nothing_is_refused():
     for name in ('image_size', 'evaluate', 'steps'):
         with pytest.raises(TypeError, match=name):
             ig.explain(x, 'image', **{name: None})
-    assert OPTIONS.isdisjoint({'image_size', 'evaluate', 'thresholds', 'compile'})
+    assert OPTIONS.isdisjoint({'image_size', 'evaluate', 'thresholds'})
 
 
 def test_the_order_of_precedence_of_preprocessing():
