@@ -19,7 +19,7 @@ CPU = torch.device('cpu')
 
 
 def engine_of(network: nn.Module) -> GradientEngine:
-    return GradientEngine(network.eval().requires_grad_(False), CPU, 2, False)
+    return GradientEngine(network.eval().requires_grad_(False), CPU, 2)
 
 
 def decoder() -> nn.Module:
@@ -83,6 +83,31 @@ def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain
     _, prepared = prepared_copy(decoder().float(), brain)
     assert measured == [(torch.float32, False), (torch.float32, True), (torch.float64, False)]
     assert not prepared.fell_back and prepared.gradient_deviation == 1e-3
+
+
+@pytest.mark.parametrize(
+    'off, taken, sides', [(1e-3, 1, [128]), (1e-3, 160, [128, 160]), (0.5, 1, [160])]
+)
+def test_double_precision_is_asked_on_a_part_where_that_is_enough(monkeypatch, off, taken, sides):
+    """off: the gradient in single precision. taken: the least side that the network takes."""
+
+    class Picky(nn.Conv2d):
+        def forward(self, x):
+            if x.shape[-1] < taken:
+                raise ValueError('too small')
+            return super().forward(x)
+
+    asked, measure = [], gradient_engine.measure_deviation
+
+    def measured(original, other, example):
+        if example.dtype == torch.float64:
+            asked.append(example.shape[-1])
+            return measure(original, other, example)
+        return (1e-7, off if original is not other else 0.0)
+
+    monkeypatch.setattr(gradient_engine, 'measure_deviation', measured)
+    _, prepared = prepared_copy(Picky(3, 1, 3).eval(), torch.rand(1, 3, 160, 160))
+    assert asked[-1] == sides[-1] and set(asked) <= set(sides) and not prepared.fell_back
 
 
 class Branching(nn.Conv2d):
