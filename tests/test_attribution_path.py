@@ -26,7 +26,7 @@ WHOLE = Target('image', torch.ones(1, 1, 1))
 
 def sampled(network, paths, x, rule=ADAPTIVE, steps=33, batch=4, shared=True):
     """The mean integral along paths, through the engine, and the samplers."""
-    engine = GradientEngine(network.double(), torch.device('cpu'), batch, False)
+    engine = GradientEngine(network.double(), torch.device('cpu'), batch)
     mean, samplers = MeanIntegral(), []
     with engine.running(x):
         maps, _, gradient = engine.look(x, torch.ones_like(x), View((WHOLE,)))
