@@ -17,13 +17,14 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from attribution_path import AttributionPath, BlurPath, DrawnPath, StraightPath, UnitVelocity
 from errors import InputError
 from explanation import IN_EXPECTATION, NO_BASELINE, OWN, Declared, Trend
 from gradient_engine import PathSampler
 from image_statistics import BY_CONSTRUCTION
-from network_layers import at_layer, enlarged_sum
+from network_layers import at_layer, enlarged_sum, layer_named
 from path_integral import ADAPTIVE, AnyRule, Rule, Stratified
 from path_walk import NOTHING_SEEN, Found, PlainSettings, Work, plain_work, trend_of
 from setting_table import Setting
@@ -47,6 +48,7 @@ class Method:
     declared: ClassVar[Declared]
     layer_of: ClassVar[bool] = False  # whether a layer is named with it
     references: ClassVar[int] = 0  # of other images that it compares with, at most
+    counts: ClassVar[str] = 'interpolation steps'  # what its progress is told in
 
     @property
     def declares(self) -> Declared:
@@ -75,6 +77,10 @@ class Method:
     def baseline(self, work: Work) -> tuple[str, torch.Tensor] | None:
         """Name and image (1, C, H, W) of a baseline of its own; None: it has none."""
         return None
+
+    def check_network(self, model: nn.Module, x: torch.Tensor) -> None:
+        """Raise InputError where a network can be seen not to suit it before it is prepared for
+        images like x (1, C, H, W)."""
 
     def steps_in_all(self, work: Work) -> int | None:
         """How many steps it will take; None: not known beforehand."""
@@ -408,6 +414,11 @@ class LayerMethod(Method):
         """See `Method`."""
         return replace(self.declared, name=f'{self.declared.name}:{self.layer}')
 
+    def check_network(self, model: nn.Module, x: torch.Tensor) -> None:
+        """See `Method`; only a name that no module has costs a forward pass."""
+        if self.layer not in dict(model.named_modules()):
+            layer_named(model, x, self.layer)
+
     def explain(self, work: Work) -> list[Found]:
         """See `Method`; completeness is of the sum over the layer."""
         with at_layer(work, self.layer) as inside:
@@ -434,6 +445,7 @@ class GradCamMethod(LayerMethod):
     source = 'Selvaraju et al. 2017, eq. 1 and 2; of a region: Vinogradova et al. 2020, eq. 1'
     declared = Declared('gradcam', None, quadrature=False, baseline=NO_BASELINE, channels=False,
                         signed=False)  # fmt: skip
+    counts = 'gradients'
 
     def explain(self, work: Work) -> list[Found]:
         """See `Method`."""
@@ -458,6 +470,11 @@ class GradientMethod(PathMethod):
 
     source = 'Simonyan, Vedaldi, Zisserman 2013, section 3'
     declared = Declared('gradient', None, quadrature=False, baseline=NO_BASELINE)
+    counts = 'gradients'
+
+    def steps_in_all(self, work: Work) -> int:
+        """See `Method`."""
+        return 1
 
     def rule(self, seed: int) -> AnyRule:
         """A single gradient."""
@@ -479,6 +496,11 @@ class InputTimesGradient(PathMethod):
 
     source = 'Shrikumar et al. 2016, section 2, from a baseline'
     declared = Declared('input_x_gradient', None, quadrature=False)
+    counts = 'gradients'
+
+    def steps_in_all(self, work: Work) -> int:
+        """See `Method`."""
+        return len(work.baselines)
 
     def rule(self, seed: int) -> AnyRule:
         """A single gradient."""
@@ -497,6 +519,7 @@ class OcclusionMethod(Method):
 
     source = 'Zeiler, Fergus 2014, section 4.2'
     declared = Declared('occlusion', None, quadrature=False, channels=False)
+    counts = 'squares'
 
     window: int | None = option(None, 'side of the square, in pixels of the model input', least=1,
                                 default_text='an eighth of the longer side')  # fmt: skip

@@ -163,7 +163,7 @@ class Subject:
     batch: int = 1  # images that go through the network at once
     run: Callable[[torch.Tensor], torch.Tensor] | None = None  # a faster way to the same logits
     method: Callable[..., np.ndarray] = plain_map  # that made the map
-    drawn: bool = False  # a few steps give another map, so that it is not computed afresh
+    settles_early: bool = True  # a few steps give much the same map, so that it is computed afresh
 
     def logits(self, points: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, K, h, w)."""
@@ -293,7 +293,7 @@ def subject_of(
         batch=ig.engine.step_batch.size,
         run=ig.engine.run,
         method=explanation.again,
-        drawn=explanation.draws > 1 or not declared.settles_early,
+        settles_early=declared.settles_early and explanation.draws == 1,
     )
 
 
@@ -685,7 +685,8 @@ def randomisation(
             )
             bar.update()
     last = stages[-1]
-    again = None if subject.drawn else rank_correlation(subject.signed, before.sum(axis=0))
+    early = subject.settles_early
+    again = rank_correlation(subject.signed, before.sum(axis=0)) if early else None
     return Evaluation(
         {
             'recomputed_correlation': again,

@@ -823,6 +823,8 @@ class IntegratedGradients:
         notes = self.see_outputs(x, settings)
         engine, network = self.engine, self.network_under(settings)
         baseline = settings.baseline if baseline is None else baseline
+        with frozen(self.model):
+            method.check_network(self.model, x.to(engine.dtype))
         with engine.running(x):
             counts = engine.forward_passes, engine.gradient_evaluations
             forms = settings.target if targets is None else targets
@@ -841,7 +843,8 @@ class IntegratedGradients:
                 notes += (reason,)
             pixels, tensors = self._baselines(baseline, x, settings)
             overlap = partial(mask_overlap, network.foreground(masks), network, settings.threshold)
-            others = self._references(method, x, references, settings)
+            others, without = self._references(method, x, references, settings)
+            notes += without
             work = Work(engine, at_image, tensors, settings, overlap, others)
             name = baseline if isinstance(baseline, str) else 'tensor'
             if own := method.baseline(work):
@@ -1010,19 +1013,21 @@ class IntegratedGradients:
         x: torch.Tensor,
         given: torch.Tensor | None,
         settings: Settings,
-    ) -> torch.Tensor | None:
-        """The other images (n, C, H, W) that a method compares x with; None: it does not."""
+    ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+        """The other images (n, C, H, W) that a method compares x with; None: it does not. And what
+        there is to say of them."""
         if not method.references:
-            return None
+            return None, ()
         if given is not None:
             if given.ndim != 4 or given.shape[1:] != x.shape[1:] or not len(given):
                 raise InputError(
                     f'references must have the shape (n, {", ".join(map(str, x.shape[1:]))}) of '
                     f'images like the input, not {tuple(given.shape)}'
                 )
-            return given.detach().to(x)[: method.references]
+            return given.detach().to(x)[: method.references], ()
         source = self.reference_images or references_of(settings, ())
-        return source.tensors(self.preprocessing, x, method.references)
+        found = source.tensors(self.preprocessing, x, method.references)
+        return found, tuple(f'left out of the reference images: {why}' for why in source.unreadable)
 
     def best_baseline(
         self,
@@ -1138,8 +1143,8 @@ def _found_by(
     method: Method, work: Work, settings: Settings, progress: bool
 ) -> tuple[list[Found], str | None]:
     """What a method finds, in the precision that was asked for, or why that was not possible."""
-    with tqdm(total=method.steps_in_all(work), unit='step', leave=False, disable=not progress,
-              desc=f'{method.name}, interpolation steps') as bar:  # fmt: skip
+    with tqdm(total=method.steps_in_all(work), unit='', leave=False, disable=not progress,
+              desc=f'{method.name}, {method.counts}') as bar:  # fmt: skip
 
         def found_in(precision: str) -> list[Found]:
             own = settings
@@ -1780,7 +1785,10 @@ def references_of(settings: Settings, samples: Sequence[Sample]) -> ReferenceIma
     """The images that methods may compare with: those of the folder that the settings name, else
     these. Raises InputError for an unusable folder."""
     if settings.reference_dir is not None:
-        samples = list_samples(settings.reference_dir)
+        try:
+            samples = list_samples(settings.reference_dir)
+        except InputError as error:
+            raise InputError(f'--reference_dir: {error}') from None
     return ReferenceImages(samples, settings.reading)
 
 

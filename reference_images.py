@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
-from errors import InputError
+from errors import InputError, attempt
 from image_reading import Reading, crop_image
 from segmentation_dataset import Preprocessing, Sample, choose_samples
 
@@ -23,22 +24,19 @@ class ReferenceImages:
 
     def __init__(self, samples: Sequence[Sample], reading: Reading) -> None:
         self.samples, self.reading = list(samples), reading
-        self._read: dict[str, np.ndarray] = {}  # pixels (H, W, C) by name
+        self.unreadable: list[str] = []  # why some of them are left out
+        self._read: dict[str, np.ndarray | None] = {}  # pixels (H, W, C) by name; None: unreadable
 
     def chosen(self, count: int) -> list[Sample]:
         """So many, evenly spaced, and one more in the place of the image itself."""
         return choose_samples(self.samples, count + 1)
 
     def sha256(self, count: int) -> str:
-        """Of the files that may be drawn from. Raises InputError for one that cannot be read."""
+        """Of the files that may be drawn from; one that cannot be read counts as empty."""
         digest = hashlib.sha256()
         for sample in self.chosen(count):
-            try:
-                digest.update(hashlib.sha256(sample.image_path.read_bytes()).digest())
-            except OSError as error:
-                raise InputError(
-                    f'cannot read the reference image {sample.image_path}: {error.strerror}'
-                ) from None
+            content, _ = attempt(sample.image_path.read_bytes, OSError)
+            digest.update(hashlib.sha256(content or b'').digest())
         return digest.hexdigest()
 
     def tensors(self, fit: Preprocessing, x: torch.Tensor, count: int) -> torch.Tensor:
@@ -47,6 +45,8 @@ class ReferenceImages:
         found = []
         for sample in self.chosen(count):
             image = self._pixels(sample, fit.channels)
+            if image is None:
+                continue
             own = fit.of_image(image)
             other = own.normalise(own.resize_image(image)).to(x)
             if other.shape == x.shape and not torch.equal(other, x):
@@ -57,10 +57,16 @@ class ReferenceImages:
             )
         return torch.cat(found[:count])
 
-    def _pixels(self, sample: Sample, channels: int) -> np.ndarray:
-        """Of a sample, cut like the image that is explained, where it is large enough."""
+    def _pixels(self, sample: Sample, channels: int) -> np.ndarray | None:
+        """Of a sample, cut like the image that is explained, where it is large enough; None where
+        it cannot be read."""
         if sample.name not in self._read:
-            pixels = sample.load(channels, self.reading).pixels
+            loaded, why = attempt(partial(sample.load, channels, self.reading), InputError, OSError)
+            if loaded is None:
+                self.unreadable.append(why)
+                self._read[sample.name] = None
+                return None
+            pixels = loaded.pixels
             with contextlib.suppress(InputError):
                 pixels = crop_image(pixels, self.reading.crop, sample.name)
             pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels

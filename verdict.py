@@ -209,8 +209,10 @@ def first_sentence(found: Sequence[Finding], unchecked: str | None) -> Finding:
     if fatal:
         flag, why = 'do not trust', '; '.join(fatal)
     elif unchecked:
-        speaks = ', '.join(doubts) or 'nothing'
-        flag, why = 'not checked', f'{unchecked}; against it speaks {speaks}'
+        against = (
+            f'already against it: {", ".join(doubts)}' if doubts else 'nothing is against it yet'
+        )
+        flag, why = 'not checked', f'{unchecked}; {against}'
     elif doubts and OF_THE_MODEL.keys() >= set(doubts):
         what = '; '.join(OF_THE_MODEL[flag] for flag in doubts)
         text = 'This map can be trusted; trust the model only once you know why {why}.'

@@ -636,6 +636,32 @@ def test_other_images_are_never_the_image_itself(tmp_path):
     assert source.sha256(16) != before
 
 
+def test_an_unreadable_reference_image_is_left_out_and_said(tmp_path):
+    for number in range(3):
+        save_image(tmp_path / f'{number}.png', noise_image(8, 8, number))
+    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    ig = explainer(SQUARES)
+    ig.reference_images = ReferenceImages(list_samples(tmp_path), Reading())
+    x = ig.preprocessing.normalise(noise_image(8, 8, 9).astype(np.float32))
+    (found,) = ig.explain_with(Settings(method='expected', target='image', num_steps=8), x)
+    (note,) = [note for note in found.notes if 'left out of the reference images' in note]
+    assert 'broken.png' in note and found.baseline.startswith('3 other')
+    assert len(ig.reference_images.sha256(16)) == 64
+
+
+def test_an_empty_folder_of_reference_images_is_named_with_its_flag(tmp_path, images):
+    settings = Settings(method='expected', target='image', reference_dir=tmp_path)
+    with pytest.raises(InputError, match='--reference_dir: .*' + tmp_path.name):
+        explainer(SQUARES).explain_with(settings, images[0])
+
+
+def test_a_layer_that_is_not_there_is_told_before_the_network_is_prepared(images):
+    ig = explainer(SQUARES)
+    with pytest.raises(InputError, match='unknown layer "nothing"'):
+        ig.explain_with(Settings(method='layer:nothing', target='image'), images[0])
+    assert ig.engine.network is None
+
+
 def test_expected_without_other_images_is_one_sentence(images):
     with pytest.raises(InputError, match=r'no other image .* --reference_dir'):
         explain(explainer(SQUARES), *images, 'expected')
