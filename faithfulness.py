@@ -35,7 +35,7 @@ from tqdm import tqdm
 from attribution_path import Score, plain_map, segmentation_logits
 from errors import InputError
 from explanation import GIVEN, Explanation
-from gradient_engine import GradientEngine
+from gradient_engine import GradientEngine, View
 from image_statistics import FAR, METRICS, NEAR, NOISE_RADIUS, contrast
 from map_metrics import (
     Curve,
@@ -161,7 +161,8 @@ class Subject:
     content: np.ndarray | None = None  # (H, W) bool: not letterbox padding; None: all of it
     others: dict[str, np.ndarray] = field(default_factory=dict)  # baselines (H, W, C), 0-255
     batch: int = 1  # images that go through the network at once
-    run: Callable[[torch.Tensor], torch.Tensor] | None = None  # a faster way to the same logits
+    run: Callable[[torch.Tensor], torch.Tensor] | None = None  # a faster way to the same logits,
+    # which may be zero where the target does not look
     method: Callable[..., np.ndarray] = plain_map  # that made the map
     settles_early: bool = True  # a few steps give much the same map, so that it is computed afresh
 
@@ -248,6 +249,23 @@ class NetworkCall:
         return self.logits(points)
 
 
+@dataclass(frozen=True)
+class LogitsOfTarget:
+    """The logits that the target of an explanation looks at, by what the engine computes of it."""
+
+    engine: GradientEngine
+    explanation: Explanation
+
+    @cached_property
+    def view(self) -> View:
+        """Of the target alone; known only while the engine runs."""
+        target = (self.explanation.objective,)
+        return View(target) if self.explanation.cropping.fell_back else self.engine.view(target)
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        return self.engine.seen(points, self.view)
+
+
 class Explainer(Protocol):
     """What is asked of `IntegratedGradients`."""
 
@@ -291,7 +309,7 @@ def subject_of(
         content=content,
         others={kind: ig.baseline_images(kind, x, seed=seed)[0] for kind in kinds},
         batch=ig.engine.step_batch.size,
-        run=ig.engine.run,
+        run=LogitsOfTarget(ig.engine, explanation),
         method=explanation.again,
         settles_early=declared.settles_early and explanation.draws == 1,
     )

@@ -223,8 +223,8 @@ class StepBatch:
     """How many interpolation steps go through the network at once.
 
     A fixed size is kept. Without one, each shape of input is measured once, on steps that are
-    needed anyway: 1, 2, 4, … at a time while that saves time and fits into memory. Any size is
-    halved when memory runs out.
+    needed anyway: 1, 2, 4, … at a time while that saves time and fits into memory; one size that
+    does not pay is passed over, since the next may. Any size is halved when memory runs out.
     """
 
     def __init__(self, device: torch.device, fixed: int | None = None) -> None:
@@ -234,7 +234,7 @@ class StepBatch:
         self._chosen: dict[object, int] = {}  # what was found for a shape
         self._measuring = False
         self._times: list[float] = []  # seconds a step at the current size
-        self._best = float('inf')  # at half the size
+        self._best, self._best_size = float('inf'), 1
 
     def start(self, pixels: int, precision: torch.dtype | None = None) -> None:
         """Prepare for an image of that many pixels."""
@@ -244,7 +244,7 @@ class StepBatch:
         self._measuring = self._key not in self._chosen
         self.size = self._chosen.get(self._key, 1)
         self._limit = min(MAX_STEP_BATCH, max(1, CPU_STEP_BATCH_PIXELS // pixels))
-        self._times, self._best = [], float('inf')
+        self._times, self._best, self._best_size = [], float('inf'), self.size
         if self.device.type == 'cuda' and self._measuring:
             self._limit = MAX_STEP_BATCH
             self._idle_bytes = torch.cuda.memory_allocated(self.device)
@@ -269,12 +269,13 @@ class StepBatch:
         self._times.append(seconds)
         if len(self._times) == 1 and self._limit > 1:
             return  # the first pass of a size also sets up its kernels
-        if self._times[-1] > WORTHWHILE * self._best:
-            self.size //= 2
-        elif 2 * self.size <= self._limit:
-            self._best, self._times = self._times[-1], []
+        if self._times[-1] <= WORTHWHILE * self._best:
+            self._best, self._best_size = self._times[-1], self.size
+        if self.size <= 2 * self._best_size and 2 * self.size <= self._limit:
+            self._times = []
             self.size *= 2
             return
+        self.size = self._best_size
         self._settle()
 
     def _room(self) -> int:
@@ -632,6 +633,16 @@ class GradientEngine:
         for one in maps:
             check_finite(one, 'the logits', alphas)
         return maps
+
+    def seen(self, x: torch.Tensor, view: View) -> torch.Tensor:
+        """`run`, as far as a view's targets look: zeros beside its boxes."""
+        maps = self.maps(x, view.plan)
+        if view.plan is None:
+            return maps[0]
+        logits = maps[0].new_zeros(len(x), *self.network.output_shape[1:])
+        for (*_, rows, columns), part in zip(view.plan.boxes, maps, strict=True):
+            logits[..., slice(*(rows or (None,))), slice(*(columns or (None,)))] = part
+        return logits
 
     def _run_graph(
         self, x: torch.Tensor, plan: Plan | None, reduced: torch.dtype | None

@@ -316,7 +316,12 @@ def test_step_batch_on_a_gpu_is_what_four_fifths_of_its_free_memory_hold(monkeyp
 
 @pytest.mark.parametrize(
     'seconds, settled',
-    [({1: 1.0, 2: 0.8, 4: 0.7, 8: 0.69}, 4), ({1: 1.0, 2: 1.0}, 1), ({1: 1.0, 2: 0.5, 4: 0.9}, 2)],
+    [
+        ({1: 1.0, 2: 0.8, 4: 0.7, 8: 0.69}, 4),
+        ({1: 1.0, 2: 1.0, 4: 1.0, 8: 0.1}, 1),
+        ({1: 1.0, 2: 0.5, 4: 0.9}, 2),
+        ({1: 1.0, 2: 0.98, 4: 0.8, 8: 0.9}, 4),  # one size that does not pay is passed over
+    ],
 )
 def test_the_step_batch_grows_while_that_saves_time_and_is_remembered(seconds, settled):
     batch = StepBatch(torch.device('cpu'))
