@@ -219,6 +219,20 @@ def test_what_is_seen_of_some_targets_is_what_the_whole_map_gives(x, score):
         assert engine.view([square(0, 0, 64)]).plan is None  # nothing to crop
 
 
+def test_logits_are_whole_where_a_target_looks_and_zero_elsewhere(x):
+    engine = engine_of(decoder())
+    target = square(30, 59, 5)
+    points = torch.cat([x, 0.3 * x]).requires_grad_()
+    with engine.running(x):
+        view = engine.view([target])
+        found, whole = engine.seen(points, view), engine.run(points)
+        assert torch.equal(engine.seen(points, View((target,))), whole)
+    torch.testing.assert_close(found[..., 30:35, 59:64], whole[..., 30:35, 59:64])
+    assert found.shape == whole.shape and not found[..., :20, :20].any()
+    gradients = [torch.autograd.grad(target(one).sum(), points)[0] for one in (found, whole)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_crops_that_deviate_are_not_used(monkeypatch, x):
     engine = engine_of(decoder())
     with engine.running(x):
