@@ -265,15 +265,15 @@ class Kernel:
         self.shape = tuple(shape[1:]) if how and small and runs and not how.uneven else ()
         self.packed: dict[int, torch.Tensor] = {}  # by the number of maps
 
-    def for_map(self, x: torch.Tensor) -> torch.Tensor:
-        """The weights with which maps (N, I, rows, columns) are convolved."""
+    def for_map(self, x: torch.Tensor, how: Sliding) -> torch.Tensor:
+        """The weights with which maps (N, I, rows, columns) are convolved. Packed otherwise than
+        oneDNN wants them they would be rearranged all the same, up to a hundred times slower."""
         count = len(x)
-        if count in self.packed and x.shape[1:] == self.shape:
-            return self.packed[count]
         # Step batches are powers of two; what is left over comes once.
-        if x.shape[1:] != self.shape or count.bit_count() != 1:
+        if x.shape[1:] != self.shape or count.bit_count() != 1 or how != self.how:
             return self.weight
-        how = self.how
+        if count in self.packed:
+            return self.packed[count]
 
         def reorder() -> torch.Tensor:
             return torch.ops.mkldnn._reorder_convolution_weight(
@@ -291,7 +291,7 @@ def _convolve(
     x: torch.Tensor, kernel: Kernel, bias: torch.Tensor | None, how: Sliding
 ) -> torch.Tensor:
     """A convolution with its own padding on each side."""
-    weight = kernel.for_map(x)
+    weight = kernel.for_map(x, how)
     x = F.pad(x, how.uneven) if how.uneven else x
     if weight.is_mkldnn and x.dtype == weight.dtype:
         return torch.ops.mkldnn._convolution_pointwise(
