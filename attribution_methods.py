@@ -415,7 +415,7 @@ class LayerMethod(Method):
         return replace(self.declared, name=f'{self.declared.name}:{self.layer}')
 
     def check_network(self, model: nn.Module, x: torch.Tensor) -> None:
-        """See `Method`; only a name that no module has costs a forward pass."""
+        """See `Method`; only a name that no module has, as of a stage, costs a forward pass."""
         if self.layer not in dict(model.named_modules()):
             layer_named(model, x, self.layer)
 

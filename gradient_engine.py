@@ -34,7 +34,7 @@ from attribution_path import (
     segmentation_logits,
 )
 from attribution_target import Target
-from crop_rules import Box
+from crop_rules import Box, slices_of, whole
 from errors import InputError, NonFiniteError, attempt
 from graph_rewrites import Rewrites
 from network_description import plain_attributes
@@ -439,6 +439,11 @@ def boxes_of(region: torch.Tensor) -> list[Box]:
     ]
 
 
+def place_of(box: Box) -> tuple[object, ...]:
+    """The rows and columns of a box, as an index of a whole map (..., h, w)."""
+    return (..., *slices_of(whole(box), box)[-2:])
+
+
 @dataclass(frozen=True)
 class Cropping:
     """What is computed for some targets of an image, and how exact that was measured to be."""
@@ -476,8 +481,8 @@ class View:
 def parts_of(target: Target, boxes: Sequence[Box]) -> tuple[Target | None, ...]:
     """A target's part in each of some boxes, which may overlap: each pixel counts in the first."""
     left, parts = target.weights.clone(), []
-    for *_, rows, columns in boxes:
-        place = (..., slice(*(rows or (None,))), slice(*(columns or (None,))))
+    for box in boxes:
+        place = place_of(box)
         weights = left[place].clone()
         left[place] = 0
         parts.append(replace(target, weights=weights) if bool(weights.any()) else None)
@@ -583,9 +588,8 @@ class GradientEngine:
         """Of a view's logits, from the whole map's."""
         with torch.no_grad():
             maps = self.maps(x, view.plan)
-        whole = [logits[..., slice(*(rows or (None,))), slice(*(columns or (None,)))]
-                 for *_, rows, columns in view.plan.boxes]  # fmt: skip
-        pairs = zip(maps, whole, strict=True)
+        expected = [logits[place_of(box)] for box in view.plan.boxes]
+        pairs = zip(maps, expected, strict=True)
         return (max(relative_difference(ours, theirs) for ours, theirs in pairs),)
 
     def _gradient_deviation(self, x: torch.Tensor, view: View) -> float:
@@ -640,8 +644,8 @@ class GradientEngine:
         if view.plan is None:
             return maps[0]
         logits = maps[0].new_zeros(len(x), *self.network.output_shape[1:])
-        for (*_, rows, columns), part in zip(view.plan.boxes, maps, strict=True):
-            logits[..., slice(*(rows or (None,))), slice(*(columns or (None,)))] = part
+        for box, part in zip(view.plan.boxes, maps, strict=True):
+            logits[place_of(box)] = part
         return logits
 
     def _run_graph(

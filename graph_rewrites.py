@@ -91,10 +91,8 @@ def name_the_padding(graph: Graph) -> None:
     """Convolutions get their padding on all four sides as numbers, `pads`."""
     for operation in graph.operations:
         if operation.kind == 'conv2d':
-            kernel, dilation = (
-                operation.arguments['weight'].shape[2:],
-                pair_of(operation, 'dilation'),
-            )
+            kernel = operation.arguments['weight'].shape[2:]
+            dilation = pair_of(operation, 'dilation')
             padding = operation.arguments.pop('padding')
             if padding == 'valid':
                 padding = (0, 0)
@@ -323,7 +321,8 @@ def _strided_gradient(
     gradient: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], how: Sliding
 ) -> torch.Tensor:
     """The gradient of `_convolve` with respect to an input of that shape."""
-    if how.groups == shape[1] > 1 and gradient.dtype in (torch.bfloat16, torch.float16):
+    reduced = gradient.dtype in (torch.bfloat16, torch.float16)
+    if reduced and gradient.device.type == 'cpu' and how.groups == shape[1] > 1:
         # oneDNN has no fast kernel for these: 4 to 50 times slower than in single precision.
         wide = _strided_gradient(gradient.float(), weight.float(), shape, how)
         return wide.to(gradient.dtype)

@@ -115,6 +115,7 @@ from gradient_engine import (
     AtImage,
     GradientEngine,
     Preparation,
+    explained_memory,
     fingerprint,
     frozen,
     peak_memory,
@@ -823,8 +824,9 @@ class IntegratedGradients:
         notes = self.see_outputs(x, settings)
         engine, network = self.engine, self.network_under(settings)
         baseline = settings.baseline if baseline is None else baseline
-        with frozen(self.model):
-            method.check_network(self.model, x.to(engine.dtype))
+        if engine.network is None:  # later, the method itself finds out
+            with frozen(self.model), explained_memory(self.device):
+                method.check_network(self.model, x.to(engine.dtype))
         with engine.running(x):
             counts = engine.forward_passes, engine.gradient_evaluations
             forms = settings.target if targets is None else targets
