@@ -40,10 +40,12 @@ from image_statistics import FAR, METRICS, NEAR, NOISE_RADIUS, contrast
 from map_metrics import (
     Curve,
     edge_excess,
+    has_one_sign,
     holding_radii,
     infidelity,
     known_mean,
     known_median,
+    linear_correlation,
     localisation,
     max_sensitivity,
     mean_curve,
@@ -730,11 +732,18 @@ def redraw(layer: nn.Module, generator: torch.Generator) -> None:
 
 
 def _survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
-    """How much of a map (C, H, W) is left in another."""
+    """How much of a map (C, H, W) is left in another.
+
+    The ranks of a map of one sign say little but where the network can see, which no weights
+    change, and its sign is that of one number, F(x) - F(x'): there the magnitudes are compared.
+    """
     if not np.isfinite(after).all():
         return {'correlation': None, 'ssim': None}
+    signed = before.sum(axis=0), after.sum(axis=0)
     return {
-        'correlation': rank_correlation(before.sum(axis=0), after.sum(axis=0)),
+        'correlation': linear_correlation(*map(np.abs, signed))
+        if has_one_sign(signed[0])
+        else rank_correlation(*signed),
         'ssim': similarity(np.abs(before).sum(axis=0), np.abs(after).sum(axis=0)),
     }
 

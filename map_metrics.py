@@ -20,16 +20,27 @@ from skimage.metrics import structural_similarity
 from image_statistics import RIM, STRONGEST
 
 PROFILE_BINS = 48
+ONE_SIGN = 0.02  # of |attribution| that a map of one sign may have of the other
 
 # --------------------------------------------------------------------------- comparing two maps
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
     """Spearman's rank correlation of two arrays of one shape; None where one is constant."""
-    ranks = [rankdata(values, axis=None) for values in (one, other)]
-    centred = [values - values.mean() for values in ranks]
-    size = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
-    return float((centred[0] * centred[1]).sum() / size) if size > 0 else None
+    return linear_correlation(rankdata(one, axis=None), rankdata(other, axis=None))
+
+
+def linear_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Pearson's correlation of two arrays of one shape; None where one is constant."""
+    centred = [np.asarray(values, float).ravel() - np.mean(values) for values in (one, other)]
+    size = np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
+    return float(centred[0] @ centred[1] / size) if size > 0 else None
+
+
+def has_one_sign(signed: np.ndarray) -> bool:
+    """Whether a map is of one sign, but for ONE_SIGN of its |attribution|."""
+    positive, negative = signed.clip(min=0).sum(), -signed.clip(max=0).sum()
+    return bool(min(positive, negative) <= ONE_SIGN * (positive + negative))
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> float | None:

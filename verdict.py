@@ -150,7 +150,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          '{recomputed_correlation:.2f}): it had too few steps, or is not of this image and model.'),
     FindingRule('survives randomisation', CONCERN, ('randomised_correlation',),
          lambda s, t: s['randomised_correlation'] > t.randomised_correlation,
-         'The map hardly changes when all weights are random (rank correlation '
+         'The map hardly changes when all weights are random (correlation '
          '{randomised_correlation:.2f}): it shows the image, not what the model learned.'),
     FindingRule('unstable under noise', NOTE, ('broad_sensitivity',),
          lambda s, t: s['broad_sensitivity'] > t.broad_sensitivity,

@@ -534,6 +534,21 @@ def test_a_method_that_ignores_the_network_survives_randomisation():
     assert 'survives randomisation' not in judged(honest)
 
 
+def test_a_map_of_one_sign_does_not_survive_by_where_the_network_can_see():
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:48, :48] - 24
+    seen = np.exp(-(rows**2 + columns**2) / 30.0)  # falls by many orders: all ranks hang on it
+    one, other = seen * rng.exponential(size=(2, 1, 48, 48)) ** 2
+    assert rank_correlation(one, other) > 0.8
+    for sign in (1, -1):  # that of F(x) - F(x') in the network whose weights are redrawn
+        assert abs(faithfulness._survival(one, sign * other)['correlation']) < 0.5
+        assert faithfulness._survival(one, sign * one)['correlation'] == pytest.approx(1)
+    mixed = one * rng.choice((-1, 1), one.shape)  # of both signs: as before
+    assert faithfulness._survival(mixed, other)['correlation'] == pytest.approx(
+        rank_correlation(mixed, other)
+    )
+
+
 def test_a_watermark_is_found_out():
     x = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 0.4
     x[:, :, :2, -6:] = 1.0
