@@ -282,7 +282,8 @@ def methods_figure(views: Sequence[View], described: Sequence[dict]) -> Figure:
         'every map on its own scale, smoothed, transparent near 0; gap: completeness gap, n/a '
         'where the method promises none; ratio: of the target',
     ]
-    sheet = Sheet(views[0], first, panels=len(views) + 1, bars=(), lines=lines)
+    sheet = Sheet(views[0], first, panels=len(views) + 1, bars=(), lines=lines,
+                  warning=_doubtful(described))  # fmt: skip
     sheet.show(sheet.axes[0], views[0].image, f'Image: {first["image"]}')
     sheet.outline(sheet.axes[0], views[0].region, TARGET_COLOUR, 'solid')
     for axis, view, statistics in zip(sheet.axes[1:], views, described, strict=True):
@@ -294,6 +295,18 @@ def methods_figure(views: Sequence[View], described: Sequence[dict]) -> Figure:
         sheet.outline(axis, view.region, TARGET_COLOUR, 'solid')
     sheet.legend({f'target region ({first["target"]})': (TARGET_COLOUR, 'solid')})
     return sheet.figure
+
+
+def _doubtful(described: Sequence[dict]) -> str | None:
+    """The sentence for maps that are less exact than was asked for, or not to be trusted."""
+
+    def is_doubtful(one: dict) -> bool:
+        first = one['verdict'][0]['flag'] if one.get('verdict') else None
+        return first == 'do not trust' or ('settings' in one and accuracy_warning(one) is not None)
+
+    names = [one['method'] for one in described if is_doubtful(one)]
+    said = f'not to be relied on as they are (their own results say why): {", ".join(names)}'
+    return f'WARNING: {said}.' if names else None
 
 
 def channels_of(view: View, statistics: dict) -> tuple[list[str], list[float | None]]:
@@ -414,8 +427,9 @@ class Sheet:
         bars: Sequence[int],
         trend: bool = False,
         lines: Sequence[str] | None = None,
+        warning: str | None = None,
     ) -> None:
-        """lines: of the caption, by default those of the statistics."""
+        """lines, warning: of the caption, by default those of the statistics."""
         self.view = view
         height, width = view.original_size
         aspect = width / height
@@ -435,8 +449,8 @@ class Sheet:
         # Beside the corner there is room.
         lines = in_sentences if trend or not about_one else [' · '.join(lines)]
         caption = '\n'.join(wrap(line, self.width - corner, FONT['caption']) for line in lines)
-        warning = (accuracy_warning(statistics) if about_one else None) or ''
-        warning = wrap(warning, self.width - corner, FONT['caption'] * BOLD)
+        warning = accuracy_warning(statistics) if about_one else warning
+        warning = wrap(warning or '', self.width - corner, FONT['caption'] * BOLD)
         depth = caption.count('\n') + 1 + (warning.count('\n') + 1 if warning else 0)
         top = self.GAP + 1.3 * self.LINE * (heading.count('\n') + 1)
         bottom = self.GAP + max(self.LINE * (depth + 2), self.TREND[1] if trend else 0)

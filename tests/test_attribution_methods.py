@@ -24,6 +24,7 @@ from helpers import (
 from torch import nn
 
 import integrated_gradients
+from attribution_figures import methods_figure
 from attribution_methods import (
     METHODS,
     IntegratedGradientsMethod,
@@ -649,6 +650,14 @@ def test_an_unreadable_reference_image_is_left_out_and_said(tmp_path):
     assert len(ig.reference_images.sha256(16)) == 64
 
 
+def test_reference_images_none_of_which_can_be_read_are_named(tmp_path, images):
+    for name in ('one.png', 'two.png'):
+        (tmp_path / name).write_bytes(b'no picture')
+    settings = Settings(method='expected', target='image', reference_dir=tmp_path)
+    with pytest.raises(InputError, match=r'no other image to compare with can be used: .*one.png'):
+        explainer(SQUARES).explain_with(settings, images[0])
+
+
 def test_an_empty_folder_of_reference_images_is_named_with_its_flag(tmp_path, images):
     settings = Settings(method='expected', target='image', reference_dir=tmp_path)
     with pytest.raises(InputError, match='--reference_dir: .*' + tmp_path.name):
@@ -742,6 +751,12 @@ def test_methods_side_by_side_and_their_regions(tmp_path, monkeypatch):
     assert 1 <= statistics['regions_50'] <= statistics['regions_95'] <= view.regions.max()
     assert statistics['regions_50_area'] <= statistics['regions_95_area']
     regions, before = tmp_path / own / f'{own}_regions.png', together.read_bytes()
+    distrusted = statistics | {'method': 'other', 'verdict': [{'flag': 'do not trust'}]}
+    within = statistics | {'completeness_gap': 0.0}
+    for several, warned in ([within], False), ([within, distrusted], True):
+        figure = methods_figure([view] * len(several), several)
+        texts = [text.get_text() for text in figure.texts]
+        assert any('not to be relied on' in t and t.endswith(': other.') for t in texts) is warned
     together.unlink(), regions.unlink()
     monkeypatch.setattr(IntegratedGradients, 'explain_with', never)
     assert main(arguments) == 0
