@@ -735,15 +735,16 @@ def _survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
     """How much of a map (C, H, W) is left in another.
 
     The ranks of a map of one sign say little but where the network can see, which no weights
-    change, and its sign is that of one number, F(x) - F(x'): there the magnitudes are compared.
+    change; then the values of the magnitudes have to agree as well.
     """
     if not np.isfinite(after).all():
         return {'correlation': None, 'ssim': None}
     signed = before.sum(axis=0), after.sum(axis=0)
+    found = rank_correlation(*signed)
+    if found is not None and has_one_sign(signed[0]):
+        found = min(found, linear_correlation(*map(np.abs, signed)) or 0.0)
     return {
-        'correlation': linear_correlation(*map(np.abs, signed))
-        if has_one_sign(signed[0])
-        else rank_correlation(*signed),
+        'correlation': found,
         'ssim': similarity(np.abs(before).sum(axis=0), np.abs(after).sum(axis=0)),
     }
 

@@ -489,7 +489,7 @@ STATISTICS: dict[str, Statistic] = {
         'higher', 'this toolkit'),
     'randomised_correlation': _check(
         'rank correlation of the signed map with that of the network whose weights are all '
-        'redrawn; of a map of one sign, linear correlation of the magnitudes', '-1 to 1', 'lower',
+        'redrawn; of a map of one sign, at most the linear one of magnitudes', '-1 to 1', 'lower',
         _ADEBAYO),
     'randomised_ssim': _check(
         'structural similarity of the two magnitudes', '-1 to 1', 'lower', _ADEBAYO),

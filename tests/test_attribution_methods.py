@@ -755,7 +755,7 @@ def test_methods_side_by_side_and_their_regions(tmp_path, monkeypatch):
     within = statistics | {'completeness_gap': 0.0}
     for several, warned in ([within], False), ([within, distrusted], True):
         figure = methods_figure([view] * len(several), several)
-        texts = [text.get_text() for text in figure.texts]
+        texts = [' '.join(text.get_text().split()) for text in figure.texts]
         assert any('not to be relied on' in t and t.endswith(': other.') for t in texts) is warned
     together.unlink(), regions.unlink()
     monkeypatch.setattr(IntegratedGradients, 'explain_with', never)
