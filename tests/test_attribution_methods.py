@@ -752,7 +752,7 @@ def test_methods_side_by_side_and_their_regions(tmp_path, monkeypatch):
     assert statistics['regions_50_area'] <= statistics['regions_95_area']
     regions, before = tmp_path / own / f'{own}_regions.png', together.read_bytes()
     distrusted = statistics | {'method': 'other', 'verdict': [{'flag': 'do not trust'}]}
-    within = statistics | {'completeness_gap': 0.0}
+    within = statistics | {'completeness_gap': 0.0, 'baseline_contrast': None, 'verdict': []}
     for several, warned in ([within], False), ([within, distrusted], True):
         figure = methods_figure([view] * len(several), several)
         texts = [' '.join(text.get_text().split()) for text in figure.texts]
