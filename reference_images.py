@@ -51,12 +51,13 @@ class ReferenceImages:
             other = own.normalise(own.resize_image(image)).to(x)
             if other.shape == x.shape and not torch.equal(other, x):
                 found.append(other)
-        if not found and self.unreadable:
-            raise InputError(f'no other image to compare with can be used: {self.unreadable[0]}')
         if not found:
-            raise InputError(
-                'there is no other image to compare with (name a folder with --reference_dir)'
+            said = (
+                f'no other image to compare with can be used: {self.unreadable[0]}'
+                if self.unreadable
+                else 'there is no other image to compare with'
             )
+            raise InputError(f'{said} (name a folder with --reference_dir)')
         return torch.cat(found[:count])
 
     def _pixels(self, sample: Sample, channels: int) -> np.ndarray | None:
