@@ -50,26 +50,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from attribution_figures import attribution_figure, channels_figure
-from attribution_methods import (
-    METHODS,
-    Method,
-    build_methods,
-    methods_text,
-    option_texts,
-    options_text,
-)
-from attribution_path import enlarged, plain_map, segmentation_logits
-from attribution_target import (
-    TARGETS,
-    Target,
-    TargetContext,
-    build_target,
-    build_targets,
-    check_form,
-    kind_of,
-)
-from batch_job import (
+from igseg.analysis.job import (
     FAILED,
     SKIPPED,
     Alone,
@@ -84,74 +65,109 @@ from batch_job import (
     started_by_torchrun,
     writer_processes,
 )
-from batch_summary import BatchResult, Progress, row_of
-from dataset_layouts import DataSource, layouts_text
-from errors import (
-    EmptyTargetError,
-    InputError,
-    OutputError,
-    attempt,
-    check_choice,
+from igseg.analysis.study import ReferenceImages
+from igseg.analysis.summary import BatchResult, Progress, row_of
+from igseg.analysis.tiles import DEFAULT_OVERLAP, Mosaic, Tile, Tiling, cost_of
+from igseg.checks.checks import evaluate_explanation
+from igseg.checks.subject import EFFORTS, evaluation_cost, subject_of
+from igseg.checks.verdict import (
+    Thresholds,
+    accuracy_warning,
+    parse_thresholds,
+    statistics_text,
+    verdict_of,
 )
-from explanation import (
+from igseg.data.layouts import DataSource, layouts_text
+from igseg.data.medical import Geometry, check_nifti
+from igseg.data.pixels import (
+    BYTES_A_PIXEL,
+    MOST_PIXELS,
+    LoadedImage,
+    Reading,
+    crop_image,
+    read_image,
+)
+from igseg.data.samples import (
+    Sample,
+    choose_samples,
+    fitted_truth,
+    list_samples,
+    over_image,
+    single_sample,
+    with_slices,
+)
+from igseg.data.truth import IGNORED, VOID, LabelMap, TruthReading, read_label_map
+from igseg.engine.engine import GradientEngine
+from igseg.engine.memory import explained_memory, peak_memory
+from igseg.engine.precision import PRECISIONS
+from igseg.engine.preparation import frozen
+from igseg.engine.sampler import AtImage
+from igseg.errors import EmptyTargetError, InputError, OutputError, attempt, check_choice
+from igseg.explanation import (
     GIVEN,
     NO_BASELINE,
     Cost,
     Explanation,
+    Found,
     LabelScores,
+    Preparation,
     Trend,
     completeness_gap,
 )
-from faithfulness import EFFORTS, evaluate_explanation, evaluation_cost, subject_of
-from finished_images import (
-    Naming,
-    finished_statistics,
-    judged_again,
-    resume_key,
-    versions,
+from igseg.maps import contrast, label_scores, mask_scores
+from igseg.method.choice import METHODS, build_methods, methods_text, option_texts, options_text
+from igseg.method.method import Method
+from igseg.method.paths import plain_map
+from igseg.method.rules import ADAPTIVE, RULE_NAMES, first_nodes
+from igseg.method.targets import (
+    TARGETS,
+    TargetContext,
+    build_target,
+    build_targets,
+    check_form,
+    kind_of,
 )
-from gradient_engine import (
-    PRECISIONS,
-    AtImage,
-    GradientEngine,
-    Preparation,
-    explained_memory,
-    fingerprint,
-    frozen,
-    peak_memory,
+from igseg.method.walk import Work, dtype_name, in_precision, mask_overlap
+from igseg.network.description import (
+    NetworkDescription,
+    describe_network,
+    known_description,
+    likely_channels,
 )
-from image_reading import BYTES_A_PIXEL, MOST_PIXELS, LoadedImage, Reading, crop_image
-from image_statistics import contrast, explanation_statistics, label_scores, mask_scores
-from map_export import EXPORTS, export_maps
-from mask_reading import IGNORED, VOID, LabelMap, TruthReading, read_label_map
-from medical_images import Geometry, check_nifti
-from model_factory import runs_at
-from model_loading import (
-    ARCHITECTURES,
-    DEFAULT_IMAGE_SIZE,
-    checked_size,
-    load_model,
-    parse_options,
-    resolve_device,
-)
-from network_description import (
+from igseg.network.factory import runs_at
+from igseg.network.identity import fingerprint
+from igseg.network.loading import ARCHITECTURES, load_model, parse_options, resolve_device
+from igseg.network.outputs import (
     EXCLUSIVE,
     LOGITS,
     MULTILABEL,
     OUTPUT_KINDS,
     PROBABILITIES,
     LogitsOf,
-    NetworkDescription,
-    describe_network,
-    known_description,
-    likely_channels,
+    enlarged,
     probability_kind,
+    segmentation_logits,
 )
-from path_integral import ADAPTIVE, RULE_NAMES, first_nodes
-from path_walk import Found, Work, dtype_name, in_precision, mask_overlap
-from reference_images import ReferenceImages
-from region_ranking import Regions, rank_regions, segments_of
-from result_files import (
+from igseg.network.score import Target
+from igseg.preprocessing import (
+    CHANNEL_ORDERS,
+    DEFAULT_IMAGE_SIZE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NORMALIZE_MODES,
+    OF_EACH_IMAGE,
+    RESIZE_MODES,
+    ImageSize,
+    Placement,
+    Preprocessing,
+    checked_size,
+    sides,
+    size_text,
+    strong_blur,
+)
+from igseg.results.export import EXPORTS, export_maps
+from igseg.results.figures import attribution_figure, channels_figure
+from igseg.results.files import (
     FIGURES,
     Description,
     display_arrays,
@@ -163,31 +179,10 @@ from result_files import (
     view_of,
     write_image,
 )
-from segmentation_dataset import (
-    CHANNEL_ORDERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    NORMALIZE_MODES,
-    OF_EACH_IMAGE,
-    RESIZE_MODES,
-    ImageSize,
-    Placement,
-    Preprocessing,
-    Sample,
-    choose_samples,
-    fitted_truth,
-    list_samples,
-    over_image,
-    read_image,
-    sides,
-    single_sample,
-    size_text,
-    strong_blur,
-    with_slices,
-)
-from setting_table import Setting, setting
-from tiling import DEFAULT_OVERLAP, Mosaic, Tile, Tiling, cost_of
-from verdict import Thresholds, accuracy_warning, parse_thresholds, statistics_text, verdict_of
+from igseg.results.finished import Naming, finished_statistics, judged_again, resume_key, versions
+from igseg.results.regions import Regions, rank_regions, segments_of
+from igseg.setting import Setting, setting
+from igseg.statistics import explanation_statistics
 
 __all__ = [  # what users import from here, wherever it stands
     'BASELINES',

@@ -28,10 +28,14 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from errors import InputError  # noqa: E402
-from explanation import Explanation  # noqa: E402
-from faithfulness import displaced, edge_map, evaluate, own_weights, redraw, subject_of  # noqa: E402
-from image_statistics import explanation_statistics  # noqa: E402
+from igseg.checks.checks import evaluate, own_weights, redraw
+from igseg.checks.curves import displaced, edge_map
+from igseg.checks.subject import subject_of
+from igseg.checks.verdict import LEVELS, verdict_of
+from igseg.data.samples import Sample
+from igseg.errors import InputError
+from igseg.explanation import Explanation
+from igseg.statistics import explanation_statistics
 from integrated_gradients import (  # noqa: E402
     CANDIDATES,
     IntegratedGradients,
@@ -42,8 +46,6 @@ from integrated_gradients import (  # noqa: E402
     load_model,
     plain_map,
 )
-from segmentation_dataset import Sample  # noqa: E402
-from verdict import LEVELS, verdict_of  # noqa: E402
 
 GOOD, HIDDEN = 'good', 'hidden target'  # kinds of maps
 LEAST_DICE = 0.8  # of a good map's mask

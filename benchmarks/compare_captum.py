@@ -40,13 +40,14 @@ sys.path.append(str(HERE.parent))
 
 from quadrature import benchmark_parser, cpu_name, shown  # noqa: E402
 
+from igseg.data.samples import list_samples
+from igseg.preprocessing import Preprocessing
 from integrated_gradients import (  # noqa: E402
     EmptyTargetError,
     IntegratedGradients,
     choose_samples,
     load_model,
 )
-from segmentation_dataset import Preprocessing, list_samples  # noqa: E402
 
 CAPTUM_NODES = 50  # its default
 KNOWN_ERROR = 0.05  # of a map, relative L2

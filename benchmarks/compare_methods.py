@@ -32,19 +32,16 @@ sys.path.append(str(HERE.parent))
 
 from quadrature import benchmark_parser, cpu_name, shown  # noqa: E402
 
-from attribution_figures import methods_figure  # noqa: E402
-from attribution_methods import METHODS, form_of  # noqa: E402
-from errors import InputError  # noqa: E402
-from explanation import Explanation  # noqa: E402
-from faithfulness import (  # noqa: E402
-    Effort,
-    curves,
-    noise_sensitivity,
-    patches,
-    places,
-    subject_of,
-)
-from image_statistics import METRICS, explanation_statistics  # noqa: E402
+from igseg.checks.checks import noise_sensitivity, patches, places
+from igseg.checks.curves import curves
+from igseg.checks.subject import Effort, subject_of
+from igseg.data.samples import Sample
+from igseg.errors import InputError
+from igseg.explanation import Explanation
+from igseg.method.choice import METHODS, form_of
+from igseg.results.figures import methods_figure
+from igseg.results.files import display_arrays, view_of
+from igseg.statistics import METRICS, explanation_statistics
 from integrated_gradients import (  # noqa: E402
     IntegratedGradients,
     ModelInput,
@@ -54,8 +51,6 @@ from integrated_gradients import (  # noqa: E402
     load_model,
     references_of,
 )
-from result_files import display_arrays, view_of  # noqa: E402
-from segmentation_dataset import Sample  # noqa: E402
 
 PLAIN = 'ig'  # what the others are compared with
 CHECKS = (places, curves, patches)  # that need no gradient

@@ -32,8 +32,12 @@ with atheris.instrument_imports(include=OWN):
     import numpy as np
     from pydicom import examples
 
-    from mask_reading import read_label_map
-    from segmentation_dataset import COCO_FILE, InputError, list_samples, read_image, read_mask
+    from igseg.data.layouts import COCO_FILE
+    from igseg.data.masks import read_mask
+    from igseg.data.pixels import read_image
+    from igseg.data.samples import list_samples
+    from igseg.data.truth import read_label_map
+    from igseg.errors import InputError
 
 FOLDER = Path(tempfile.mkdtemp())
 

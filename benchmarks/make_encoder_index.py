@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from network_description import structure_digest
-from network_guess import DEPTHS, VIT, index_key, skeleton, tensor_shapes
+from igseg.network.identity import structure_digest
+from igseg.network.recognise import DEPTHS, VIT, index_key, skeleton, tensor_shapes
 
 LARGEST = 150_000_000  # numbers in an encoder that is run to compare it
 ORDER = ('3', '5', '4', VIT)  # of depths: what is found at one often decides the next

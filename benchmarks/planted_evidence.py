@@ -38,14 +38,15 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / 'demo')]
 from calibrate_verdicts import with_map  # noqa: E402
 from train_demo_model import segmentation_loss  # noqa: E402
 
-from attribution_methods import METHODS, build_methods, form_of  # noqa: E402
-from errors import InputError  # noqa: E402
-from explanation import GIVEN, NO_BASELINE, Declared  # noqa: E402
-from faithfulness import edge_map, evaluate_explanation  # noqa: E402
-from image_statistics import explanation_statistics  # noqa: E402
+from igseg.checks.checks import evaluate_explanation
+from igseg.checks.curves import edge_map
+from igseg.checks.verdict import verdict_of
+from igseg.errors import InputError
+from igseg.explanation import GIVEN, NO_BASELINE, Declared
+from igseg.method.choice import METHODS, build_methods, form_of
+from igseg.preprocessing import Preprocessing
+from igseg.statistics import explanation_statistics
 from integrated_gradients import IntegratedGradients, ModelInput, Settings  # noqa: E402
-from segmentation_dataset import Preprocessing  # noqa: E402
-from verdict import verdict_of  # noqa: E402
 
 SIDE = 96  # pixels
 PREPROCESSING = Preprocessing(image_size=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3)

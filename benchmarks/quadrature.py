@@ -35,18 +35,13 @@ sys.path.append(str(HERE.parent))  # at the end: this file has the name of no mo
 
 from rival_rules import NUIG_INTERVALS, nuig_rule, riemannopt_rule  # noqa: E402
 
-from gradient_engine import prepared_copy  # noqa: E402
+from igseg.data.samples import list_samples
+from igseg.engine.preparation import prepared_copy
+from igseg.method.integral import Interval, PathIntegral, integrate_adaptively, sum_rule
+from igseg.method.rules import ADAPTIVE, RULES
+from igseg.network.loading import load_model
+from igseg.preprocessing import Preprocessing
 from integrated_gradients import build_baselines, choose_samples  # noqa: E402
-from model_loading import load_model  # noqa: E402
-from path_integral import (  # noqa: E402
-    ADAPTIVE,
-    RULES,
-    Interval,
-    PathIntegral,
-    integrate_adaptively,
-    sum_rule,
-)
-from segmentation_dataset import Preprocessing, list_samples  # noqa: E402
 
 BASELINES = ('zero', 'blur', 'mean')
 REFERENCE_NODES = 1025

@@ -48,9 +48,9 @@ from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import integrated_gradients  # noqa: E402
-from batch_summary import read_table  # noqa: E402
-from result_files import FIGURES, FILE_ENDINGS, write_image  # noqa: E402
-from segmentation_dataset import list_samples  # noqa: E402
+from igseg.analysis.summary import read_table
+from igseg.data.samples import list_samples
+from igseg.results.files import FIGURES, FILE_ENDINGS, write_image
 
 # --------------------------------------------------------------------------- ranks
 

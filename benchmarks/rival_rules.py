@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from path_integral import Rule
+from igseg.method.rules import Rule
 
 NUIG_INTERVALS = 4
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from attribution_figures import TARGET_COLOUR, clip_level  # noqa: E402
-from image_statistics import explanation_statistics, shown  # noqa: E402
+from igseg.data.pixels import read_image
+from igseg.results.figures import TARGET_COLOUR, clip_level
+from igseg.statistics import explanation_statistics, shown
 from integrated_gradients import IntegratedGradients, load_model  # noqa: E402
-from segmentation_dataset import read_image  # noqa: E402
 
 IMAGES = {'dark nuclei': 'histology_014', 'bright nuclei': 'fluorescence_001'}
 KINDS = ('zero', 'white', 'mean', 'blur', 'auto')

@@ -28,7 +28,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from segmentation_dataset import Preprocessing, list_samples  # noqa: E402
+from igseg.data.samples import list_samples
+from igseg.preprocessing import Preprocessing
 
 ENCODER = 'tu-tf_efficientnet_lite0'
 PREPROCESSING = Preprocessing(image_size=256, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

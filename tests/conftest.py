@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import DEMO_IMAGE, DEMO_MODEL, SIZE
 
+from igseg.data.pixels import read_image
+from igseg.preprocessing import Preprocessing
 from integrated_gradients import IntegratedGradients, load_model
-from segmentation_dataset import Preprocessing, read_image
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # beside other workers, more threads only wait for a core
     os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start

@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import integrated_gradients
-from batch_summary import StatisticsFiles, read_table
-from model_loading import create_model
+from igseg.analysis.summary import StatisticsFiles, read_table
+from igseg.network.loading import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / 'demo' / 'demo_model.pth'

@@ -24,28 +24,26 @@ from helpers import (
 from torch import nn
 
 import integrated_gradients
-from attribution_figures import methods_figure
-from attribution_methods import (
-    METHODS,
-    IntegratedGradientsMethod,
-    build_methods,
-    form_of,
-    guided_step,
-)
-from attribution_path import BlurPath, DrawnPath
-from errors import InputError
-from explanation import GIVEN, NO_BASELINE, Declared
-from faithfulness import evaluate, subject_of
-from html_report import reproducing_command
-from image_reading import Reading
-from image_statistics import explanation_statistics
+from igseg.analysis.study import ReferenceImages
+from igseg.checks.checks import evaluate
+from igseg.checks.subject import subject_of
+from igseg.data.pixels import Reading
+from igseg.data.samples import list_samples
+from igseg.errors import InputError
+from igseg.explanation import GIVEN, NO_BASELINE, Declared
+from igseg.method.choice import METHODS, build_methods, form_of
+from igseg.method.integral import integrate
+from igseg.method.layers import enlarged_sum
+from igseg.method.methods import IntegratedGradientsMethod, guided_step
+from igseg.method.paths import BlurPath, DrawnPath
+from igseg.method.rules import Stratified
+from igseg.preprocessing import Preprocessing
+from igseg.results.figures import methods_figure
+from igseg.results.files import load_view
+from igseg.results.page import reproducing_command
+from igseg.results.regions import rank_regions, segments_of
+from igseg.statistics import explanation_statistics
 from integrated_gradients import IntegratedGradients, Settings, build_parser, main, settings_from
-from network_layers import enlarged_sum
-from path_integral import Stratified, integrate
-from reference_images import ReferenceImages
-from region_ranking import rank_regions, segments_of
-from result_files import load_view
-from segmentation_dataset import Preprocessing, list_samples
 
 PLAIN = Preprocessing(8, 'stretch', (0.0,) * 3, (1.0,) * 3)
 ALL = [form_of(name).replace('NAME', 'encoder') for name in METHODS]

@@ -9,10 +9,12 @@ import pytest
 import torch
 from helpers import Function, relative_error
 
-from attribution_path import StraightPath, plain_map
-from gradient_engine import AtImage, GradientEngine, PathSampler, View
+from igseg.engine.engine import GradientEngine, View
+from igseg.engine.sampler import AtImage, PathSampler
+from igseg.method.integral import MeanIntegral, integrate
+from igseg.method.paths import StraightPath, plain_map
+from igseg.method.rules import ADAPTIVE
 from integrated_gradients import Target
-from path_integral import ADAPTIVE, MeanIntegral, integrate
 
 
 @pytest.fixture

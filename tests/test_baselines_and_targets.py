@@ -7,6 +7,9 @@ import pytest
 import torch
 from helpers import ROOT, noise_image, save_image
 
+from igseg.checks.verdict import accuracy_warning
+from igseg.network.description import NetworkDescription
+from igseg.preprocessing import Preprocessing
 from integrated_gradients import (
     BASELINES,
     TARGETS,
@@ -21,9 +24,6 @@ from integrated_gradients import (
     list_samples,
     load_model,
 )
-from network_description import NetworkDescription
-from segmentation_dataset import Preprocessing
-from verdict import accuracy_warning
 
 PIXELS = noise_image(32, 32).astype(np.float32)
 IMAGENET = Preprocessing(32)

@@ -26,9 +26,9 @@ from helpers import (
 )
 from torch.distributed import HashStore
 
-import batch_summary
 import integrated_gradients
-from batch_job import (
+from igseg.analysis import summary as batch_summary
+from igseg.analysis.job import (
     DONE,
     FAILED,
     SKIPPED,
@@ -41,7 +41,7 @@ from batch_job import (
     read_ahead,
     writer_processes,
 )
-from batch_summary import (
+from igseg.analysis.summary import (
     COLUMNS,
     VANISHED,
     AppendedTable,
@@ -50,9 +50,7 @@ from batch_summary import (
     page_plan,
     read_table,
 )
-from batch_summary import (
-    batch_summary as summarise,
-)
+from igseg.analysis.summary import batch_summary as summarise
 from integrated_gradients import InputError, OutputError, batch_integrated_gradients_analysis
 
 QUICK = {'model_path': DEMO_MODEL, 'num_steps': 1, 'image_size': 32, 'target': 'image',

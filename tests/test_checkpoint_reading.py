@@ -21,9 +21,9 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-from checkpoint_reading import SAVE_WEIGHTS, read_checkpoint
-from errors import InputError
-from model_loading import load_model
+from igseg.errors import InputError
+from igseg.network.checkpoint import SAVE_WEIGHTS, read_checkpoint
+from igseg.network.loading import load_model
 
 ENCODER = 'timm-mobilenetv3_small_minimal_100'
 

@@ -26,9 +26,9 @@ from helpers import (
 from PIL import Image
 
 import integrated_gradients
-from batch_job import StopSignals
+from igseg.analysis.job import StopSignals
+from igseg.network.loading import create_model
 from integrated_gradients import batch_integrated_gradients_analysis, build_parser, main
-from model_loading import create_model
 
 FAST = [
     '--model_path',

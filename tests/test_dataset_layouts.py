@@ -7,19 +7,14 @@ import pytest
 from helpers import noise_image, save_image, square_mask, write_coco
 from PIL import Image
 
-from coco_annotations import Categories, read_names
-from dataset_layouts import LAYOUTS, DataSource, layouts_text
-from errors import InputError
-from image_reading import LoadedImage
+from igseg.data.annotations import Categories, read_names
+from igseg.data.layouts import LAYOUTS, DataSource, layouts_text
+from igseg.data.pixels import LoadedImage
+from igseg.data.samples import fitted_truth, list_samples, same_aspect, single_sample
+from igseg.data.truth import IGNORED, TruthReading
+from igseg.errors import InputError
+from igseg.preprocessing import Preprocessing
 from integrated_gradients import Settings, build_parser
-from mask_reading import IGNORED, TruthReading
-from segmentation_dataset import (
-    Preprocessing,
-    fitted_truth,
-    list_samples,
-    same_aspect,
-    single_sample,
-)
 
 ONE = TruthReading(numbers=2, one_class=True)
 MASK = square_mask() * np.uint8(255)
@@ -405,7 +400,7 @@ def test_names_of_classes_of_a_roboflow_semantic_export(tmp_path):
 
 
 def test_masks_of_which_only_some_are_looked_at_are_said(tmp_path, monkeypatch):
-    monkeypatch.setattr('mask_reading.MOST_SCANNED', 2)
+    monkeypatch.setattr('igseg.data.masks.MOST_SCANNED', 2)
     lay(tmp_path, {f'images/{n}.png': None for n in 'abc'})
     lay(tmp_path, {f'masks/{n}.png': MASK for n in 'abc'})
     assert '3 masks mean is decided by 2 of them' in list_samples(tmp_path)[0].notes[0]

@@ -14,30 +14,22 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-import faithfulness
-from attribution_path import plain_map
-from faithfulness import (
-    COMPARED_BASELINES,
-    EFFORTS,
+from igseg.checks import checks, curves
+from igseg.checks.checks import evaluate, redraw, strongest_square
+from igseg.checks.curves import (
     FILLS,
-    FORWARDS_A_GRADIENT,
-    METRICS,
-    Effort,
-    Subject,
+    Curve,
     _curve_metrics,
     displaced,
-    evaluate,
-    redraw,
     removal_order,
     stays_between,
-    strongest_square,
     superpixels,
     without,
 )
-from image_statistics import FAR
-from integrated_gradients import IntegratedGradients, Target, evaluate_explanation
-from map_metrics import (
-    Curve,
+from igseg.checks.subject import COMPARED_BASELINES, EFFORTS, FORWARDS_A_GRADIENT, Effort, Subject
+from igseg.checks.verdict import findings
+from igseg.maps import (
+    FAR,
     edge_excess,
     holding_radii,
     infidelity,
@@ -49,8 +41,10 @@ from map_metrics import (
     similarity,
     top_overlap,
 )
-from segmentation_dataset import Preprocessing
-from verdict import findings
+from igseg.method.paths import plain_map
+from igseg.preprocessing import Preprocessing
+from igseg.statistics import METRICS
+from integrated_gradients import IntegratedGradients, Target, evaluate_explanation
 
 SIDE = 32
 AS_IT_IS = Preprocessing(SIDE, 'stretch', (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -378,7 +372,7 @@ def test_local_means_carry_on_what_is_around():
     left_half[:, :16] = 200
     hole = np.zeros_like(PATCH)
     hole[10:14, 2:6] = True
-    assert faithfulness.local_means(left_half, ~hole)[hole] == pytest.approx(200, abs=1)
+    assert curves.local_means(left_half, ~hole)[hole] == pytest.approx(200, abs=1)
 
 
 def test_superpixels_follow_edges():
@@ -411,7 +405,7 @@ def test_infidelity_is_captums_relative_to_the_change():
 
     attributions = torch.randn(1, 3, 12, 12)
     rng = np.random.default_rng(0)
-    masks = torch.as_tensor(np.stack([faithfulness.random_patch((12, 12), rng) for _ in range(9)]))
+    masks = torch.as_tensor(np.stack([checks.random_patch((12, 12), rng) for _ in range(9)]))
     masks = masks[:, None].float()  # (9, 1, 12, 12)
 
     def perturb(points: torch.Tensor):  # attributions of IG count per unit of x - baseline
@@ -470,7 +464,7 @@ def test_redrawn_weights_keep_their_mean_and_deviation():
 def test_a_single_stage_of_randomisation_redraws_every_layer(demo_model):
     subject = replace(patch_subject(PERFECT), network=demo_model.eval())
     subject = replace(subject, method=lambda *_: np.zeros((3, SIDE, SIDE)))
-    (stage,) = faithfulness.randomisation(subject, EFFORTS['quick']).details['randomisation']
+    (stage,) = checks.randomisation(subject, EFFORTS['quick']).details['randomisation']
     assert stage['layers'] == stage['of'] > 1
 
 
@@ -478,7 +472,7 @@ def test_randomisation_starts_at_the_head_and_leaves_the_network_alone(demo_mode
     subject = replace(patch_subject(PERFECT), network=demo_model.eval())
     before = {name: tensor.clone() for name, tensor in demo_model.state_dict().items()}
     work = replace(SMALL, stages=3, map_steps=1)
-    stages = faithfulness.randomisation(subject, work).details['randomisation']
+    stages = checks.randomisation(subject, work).details['randomisation']
     assert [stage['layers'] for stage in stages] == [1, 1 + (stages[0]['of'] - 1) // 2,
                                                      stages[0]['of']]  # fmt: skip
     after = demo_model.state_dict()
@@ -487,7 +481,7 @@ def test_randomisation_starts_at_the_head_and_leaves_the_network_alone(demo_mode
 
 def test_a_network_without_weights_cannot_be_randomised():
     subject = replace(patch_subject(PERFECT), network=nn.Identity())
-    assert faithfulness.randomisation(subject, SMALL).metrics == {}
+    assert checks.randomisation(subject, SMALL).metrics == {}
 
 
 # ------------------------------------------------------------------ known networks are found out
@@ -517,7 +511,7 @@ def test_the_map_of_a_randomised_network_fails_its_control():
 
 def test_a_method_that_ignores_the_network_survives_randomisation():
     def edges(network, x, baseline, target, steps) -> np.ndarray:
-        return np.repeat(faithfulness.edge_map(AS_IT_IS.to_pixels(x))[None], 3, axis=0)
+        return np.repeat(curves.edge_map(AS_IT_IS.to_pixels(x))[None], 3, axis=0)
 
     rng = np.random.default_rng(0)
     subject = replace(
@@ -540,12 +534,12 @@ def test_a_map_of_one_sign_does_not_survive_by_where_the_network_can_see():
     seen = np.exp(-(rows**2 + columns**2) / 30.0)  # falls by many orders: all ranks hang on it
     one, other = seen * rng.exponential(size=(2, 1, 48, 48)) ** 2
     assert rank_correlation(one, other) > 0.8
-    assert faithfulness._survival(one, other)['correlation'] < 0.5
-    assert faithfulness._survival(one, 2 * one)['correlation'] == pytest.approx(1)
+    assert checks._survival(one, other)['correlation'] < 0.5
+    assert checks._survival(one, 2 * one)['correlation'] == pytest.approx(1)
     smooth = seen[None] * np.where(columns > 0, -1, 1)  # lies there too, and means another thing
-    assert faithfulness._survival(seen[None], smooth)['correlation'] < 0.5
+    assert checks._survival(seen[None], smooth)['correlation'] < 0.5
     mixed = one * rng.choice((-1, 1), one.shape)  # of both signs: as before
-    assert faithfulness._survival(mixed, other)['correlation'] == pytest.approx(
+    assert checks._survival(mixed, other)['correlation'] == pytest.approx(
         rank_correlation(mixed, other)
     )
 
@@ -601,7 +595,7 @@ def test_the_strongest_square_is_wholly_far_away():
     region[40:50, 20:30] = True
     distance = signed_distance(region)
     magnitude = rng.random(region.shape) + 100 * (distance < FAR * 90 + 3)
-    for share in faithfulness.SPOT_SIDES:
+    for share in checks.SPOT_SIDES:
         square = strongest_square(magnitude, distance, share)
         rows = np.nonzero(square)[0]
         assert distance[square].min() > FAR * 90
@@ -658,7 +652,7 @@ def test_the_stated_cost_is_what_is_spent(effort, monkeypatch):
     counting = Counting(subject.network)
     even = np.full((SIDE, SIDE, 3), 40, np.float32)
     others = dict.fromkeys(COMPARED_BASELINES[: EFFORTS[effort].baselines], even)
-    monkeypatch.setattr(faithfulness.copy, 'deepcopy', lambda network: network)  # count it too
+    monkeypatch.setattr(checks.copy, 'deepcopy', lambda network: network)  # count it too
     evaluate(replace(subject, network=counting, others=others), effort)
     assert counting.forwards == EFFORTS[effort].forwards()
     # A linear scorer has one layer to redraw; fewer stages than were planned for.

@@ -7,13 +7,14 @@ import torch
 from helpers import relative_error
 from torch import nn
 
-import gradient_engine
-import graph_rewrites
-from attribution_target import Target
-from gradient_engine import GradientEngine, View, boxes_of, parts_of, prepared_copy
+from igseg.engine import preparation
+from igseg.engine import rewrites as graph_rewrites
+from igseg.engine.engine import GradientEngine, View, boxes_of, parts_of
+from igseg.engine.graph import NetworkGraph
+from igseg.engine.preparation import prepared_copy
+from igseg.method.walk import mask_nodes
+from igseg.network.score import Target
 from integrated_gradients import IntegratedGradients
-from network_graph import NetworkGraph
-from path_walk import mask_nodes
 
 CPU = torch.device('cpu')
 
@@ -79,7 +80,7 @@ def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain
         rounds = example.dtype == torch.float32 and original is not other
         return (1e-3, 1e-3) if rounds else (1e-13, 1e-13)
 
-    monkeypatch.setattr(gradient_engine, 'measure_deviation', measure)
+    monkeypatch.setattr(preparation, 'measure_deviation', measure)
     _, prepared = prepared_copy(decoder().float(), brain)
     assert measured == [(torch.float32, False), (torch.float32, True), (torch.float64, False)]
     assert not prepared.fell_back and prepared.gradient_deviation == 1e-3
@@ -97,7 +98,7 @@ def test_double_precision_is_asked_on_a_part_where_that_is_enough(monkeypatch, o
                 raise ValueError('too small')
             return super().forward(x)
 
-    asked, measure = [], gradient_engine.measure_deviation
+    asked, measure = [], preparation.measure_deviation
 
     def measured(original, other, example):
         if example.dtype == torch.float64:
@@ -105,7 +106,7 @@ def test_double_precision_is_asked_on_a_part_where_that_is_enough(monkeypatch, o
             return measure(original, other, example)
         return (1e-7, off if original is not other else 0.0)
 
-    monkeypatch.setattr(gradient_engine, 'measure_deviation', measured)
+    monkeypatch.setattr(preparation, 'measure_deviation', measured)
     _, prepared = prepared_copy(Picky(3, 1, 3).eval(), torch.rand(1, 3, 160, 160))
     assert asked[-1] == sides[-1] and set(asked) <= set(sides) and not prepared.fell_back
 

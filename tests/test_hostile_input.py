@@ -27,18 +27,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from igseg.data.annotations import run_lengths
+from igseg.data.masks import read_mask
+from igseg.data.medical import codestream_size
+from igseg.data.pixels import read_image
+from igseg.data.samples import list_samples, safe_names
+from igseg.data.truth import read_label_map
+from igseg.errors import InputError
+from igseg.network.loading import create_model, load_model
 from integrated_gradients import main
-from mask_reading import read_label_map
-from medical_images import codestream_size
-from model_loading import create_model, load_model
-from segmentation_dataset import (
-    InputError,
-    list_samples,
-    read_image,
-    read_mask,
-    run_lengths,
-    safe_names,
-)
 
 many_or_few = pytest.mark.parametrize('examples', [50, pytest.param(2500, marks=pytest.mark.long)])
 

@@ -11,8 +11,8 @@ from urllib.parse import unquote
 import pytest
 from helpers import EVIL, checked_batch, noise_image, save_image, tiny_model
 
-from html_report import reproducing_command
-from image_statistics import counts_text, shown, span_text
+from igseg.results.page import reproducing_command
+from igseg.statistics import counts_text, shown, span_text
 from integrated_gradients import Settings, build_parser, main
 
 

@@ -16,7 +16,8 @@ from helpers import ROOT, Function, relative_error
 from torch import nn
 
 import integrated_gradients as module
-from gradient_engine import StepBatch, is_out_of_memory
+from igseg.engine.graph import Plan
+from igseg.engine.memory import StepBatch, is_out_of_memory
 from integrated_gradients import (
     BASELINES,
     EmptyTargetError,
@@ -29,7 +30,6 @@ from integrated_gradients import (
     explanation_statistics,
     plain_map,
 )
-from network_graph import Plan
 
 
 def explain(formula, x, baseline, **options) -> Explanation:
@@ -705,7 +705,7 @@ def test_auto_takes_reduced_precision_where_it_is_fast_and_accurate(
     engine = IntegratedGradients(smooth_network, 'cpu')
 
     def chosen(fast, **options):
-        monkeypatch.setattr('gradient_engine.cpu_has_bfloat16', lambda: fast)
+        monkeypatch.setattr('igseg.engine.precision.cpu_has_bfloat16', lambda: fast)
         return engine.explain(
             brain, 'image', num_steps=5, precision='auto', **options
         ).cost.precision
@@ -717,7 +717,7 @@ def test_auto_takes_reduced_precision_where_it_is_fast_and_accurate(
 
 
 def test_reduced_precision_of_a_gpu_follows_its_generation(monkeypatch):
-    from gradient_engine import reduced_dtype
+    from igseg.engine.precision import reduced_dtype
 
     for capability, dtype in (((8, 0), torch.bfloat16), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _, c=capability: c)

@@ -12,9 +12,10 @@ import torch
 from helpers import noise_image, relative_error, save_image, square_mask
 from PIL import Image
 
-from attribution_figures import attribution_figure, channels_figure
-from batch_summary import read_table
-from errors import InputError
+from igseg.analysis.summary import read_table
+from igseg.errors import InputError
+from igseg.network.outputs import EXCLUSIVE, FOREGROUND, MULTILABEL, LogitsOf, probability_kind
+from igseg.results.figures import attribution_figure, channels_figure
 from integrated_gradients import (
     IntegratedGradients,
     Preprocessing,
@@ -29,7 +30,6 @@ from integrated_gradients import (
     statistics_text,
     view_of,
 )
-from network_description import EXCLUSIVE, FOREGROUND, MULTILABEL, LogitsOf, probability_kind
 
 OPTIONS = {'encoder_depth': 3, 'decoder_channels': (16, 8, 4)}
 

@@ -10,12 +10,14 @@ from helpers import noise_image, save_image, square_mask, tiny_model
 from PIL import Image
 
 import integrated_gradients
-from attribution_target import TargetContext, build_target
-from errors import EmptyTargetError
+from igseg.data.masks import MaskFile, MaskSet, read_mask
+from igseg.data.samples import list_samples, single_sample
+from igseg.data.truth import IGNORED, TruthReading, read_label_map
+from igseg.errors import EmptyTargetError, InputError
+from igseg.method.targets import TargetContext, build_target
+from igseg.network.description import NetworkDescription
+from igseg.preprocessing import Preprocessing
 from integrated_gradients import IntegratedGradients, Settings, explain_image
-from mask_reading import IGNORED, MaskFile, MaskSet, TruthReading, read_label_map, read_mask
-from network_description import NetworkDescription
-from segmentation_dataset import InputError, Preprocessing, list_samples, single_sample
 
 ONE = TruthReading(numbers=2, one_class=True)
 

@@ -10,12 +10,13 @@ import tifffile
 from helpers import noise_image, save_image, square_mask, tiny_model
 
 import integrated_gradients
-from errors import InputError
-from image_reading import Reading, load_image
-from map_export import at_size, overlap
-from mask_reading import TruthReading, read_mask
-from medical_images import Geometry
-from segmentation_dataset import list_samples, with_slices
+from igseg.data.masks import read_mask
+from igseg.data.medical import Geometry
+from igseg.data.pixels import Reading, load_image
+from igseg.data.samples import list_samples, with_slices
+from igseg.data.truth import TruthReading
+from igseg.errors import InputError
+from igseg.results.export import at_size, overlap
 
 
 def run(folder: Path, *arguments: object) -> tuple[int, list[dict]]:

@@ -15,10 +15,10 @@ import torch
 from helpers import ROOT, noise_image, save_image
 from torch import nn
 
-from errors import InputError
+from igseg.errors import InputError
+from igseg.network.factory import build_network, tried_channels
+from igseg.network.loading import load_model, parse_options
 from integrated_gradients import IntegratedGradients, main
-from model_factory import build_network, tried_channels
-from model_loading import load_model, parse_options
 
 UNET = """
 import torch

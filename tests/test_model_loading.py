@@ -7,8 +7,8 @@ import segmentation_models_pytorch as smp
 import torch
 from helpers import DEMO_MODEL
 
+from igseg.network.loading import create_model, parse_options
 from integrated_gradients import ARCHITECTURES, InputError, load_model
-from model_loading import create_model, parse_options
 
 ENCODER = 'timm-mobilenetv3_small_minimal_100'
 

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from helpers import DEMO_MODEL, ROOT, noise_image, save_image
 from torch import nn
 
+from igseg.network.description import NetworkDescription, describe_network
+from igseg.network.identity import network_digest
+from igseg.network.loading import create_model
+from igseg.network.outputs import EXCLUSIVE, FOREGROUND, MULTILABEL
 from integrated_gradients import (
     InputError,
     IntegratedGradients,
@@ -22,15 +26,6 @@ from integrated_gradients import (
     analyse_batch,
     list_samples,
     load_model,
-)
-from model_loading import create_model
-from network_description import (
-    EXCLUSIVE,
-    FOREGROUND,
-    MULTILABEL,
-    NetworkDescription,
-    describe_network,
-    network_digest,
 )
 
 

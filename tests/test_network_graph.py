@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import crop_rules
-from crop_rules import holds, merged, part_of, slices_of, trimmed
-from graph_rewrites import Kernel, flipped, fold_batch_norms
-from model_loading import create_model
-from network_graph import NetworkGraph
-from operation_graph import NotExportable, export
+from igseg.engine import crops as crop_rules
+from igseg.engine.crops import holds, merged, part_of, slices_of, trimmed
+from igseg.engine.graph import NetworkGraph
+from igseg.engine.rewrites import Kernel, flipped, fold_batch_norms
+from igseg.engine.trace import NotExportable, export
+from igseg.network.loading import create_model
 
 SIZE = 16
 EXACT = 1e-10

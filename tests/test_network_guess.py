@@ -9,10 +9,10 @@ import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
 
-import network_guess
-from errors import InputError
-from model_loading import create_model, load_model
-from network_guess import (
+from igseg.errors import InputError
+from igseg.network import recognise as recognise_module
+from igseg.network.loading import create_model, load_model
+from igseg.network.recognise import (
     LEAVES_NO_TRACE,
     encoder_index,
     index_is_current,
@@ -200,7 +200,7 @@ def test_smps_own_encoders_are_found_without_an_index(tmp_path, monkeypatch):
     state = network('unet', 'resnet18', {'in_channels': 1}).state_dict()
     empty = {'versions': {}, 'loose': [], 'encoders': {}}
     (tmp_path / 'i.gz').write_bytes(gzip.compress(json.dumps(empty).encode()))
-    monkeypatch.setattr(network_guess, 'INDEX', tmp_path / 'i.gz')
+    monkeypatch.setattr(recognise_module, 'INDEX', tmp_path / 'i.gz')
     monkeypatch.setattr(
         smp.encoders, 'get_encoder_names', lambda: ['vgg11', 'resnet34', 'resnet18']
     )

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import EVIL, checked_batch, images_of
 
-import batch_summary
-from batch_summary import read_table
-from html_report import report_html
+from igseg.analysis import summary as batch_summary
+from igseg.analysis.summary import read_table
+from igseg.results.page import report_html
 from integrated_gradients import Settings
 
 

@@ -8,18 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from igseg.method.integral import PathIntegral, integrate, sum_rule
+from igseg.method.rules import ADAPTIVE, FIRST_NODES, NESTED, RULE_NAMES, RULES, first_nodes
 from integrated_gradients import InputError
-from path_integral import (
-    ADAPTIVE,
-    FIRST_NODES,
-    NESTED,
-    RULE_NAMES,
-    RULES,
-    PathIntegral,
-    first_nodes,
-    integrate,
-    sum_rule,
-)
 
 
 def steps_of(name: str) -> tuple[int, ...]:
@@ -171,7 +162,7 @@ def test_the_adaptive_rule_needs_fewer_steps_where_gradients_jump():
 
 def test_memory_of_the_adaptive_rule_is_bounded(monkeypatch):
     """However many steps: densities are kept for the open intervals, not for all nodes."""
-    monkeypatch.setattr('path_integral.MAX_OPEN_INTERVALS', 20)
+    monkeypatch.setattr('igseg.method.integral.MAX_OPEN_INTERVALS', 20)
     kept, most = [], 0
 
     def density(alpha):

@@ -8,11 +8,11 @@ import pytest
 from helpers import ROOT
 
 import integrated_gradients
-from attribution_methods import METHODS, form_of, options_text
-from image_statistics import COMPOUND, METRICS, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
+from igseg.checks.verdict import FINDING_RULES, Thresholds
+from igseg.method.choice import METHODS, form_of, options_text
+from igseg.network.recognise import LEAVES_NO_TRACE
+from igseg.statistics import COMPOUND, METRICS, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
 from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
-from network_guess import LEAVES_NO_TRACE
-from verdict import FINDING_RULES, Thresholds
 
 README = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
 REFERENCE = (ROOT / 'REFERENCE.md').read_text(encoding='utf-8')

@@ -13,9 +13,10 @@ from helpers import noise_image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-import batch_summary
-import result_files
-from attribution_figures import (
+from igseg.analysis import summary as batch_summary
+from igseg.checks.verdict import Thresholds, accuracy_warning, map_verdict
+from igseg.results import files as result_files
+from igseg.results.figures import (
     View,
     attribution_figure,
     channels_figure,
@@ -24,7 +25,8 @@ from attribution_figures import (
     page_pictures,
     summary_figure,
 )
-from image_statistics import COMPOUND, METRICS, NUMBER, RECORD, STATISTICS, TEXT, TRUTH, WHOLE
+from igseg.results.files import write_files
+from igseg.statistics import COMPOUND, METRICS, NUMBER, RECORD, STATISTICS, TEXT, TRUTH, WHOLE
 from integrated_gradients import (
     Cost,
     Explanation,
@@ -36,8 +38,6 @@ from integrated_gradients import (
     mask_scores,
     statistics_text,
 )
-from result_files import write_files
-from verdict import Thresholds, accuracy_warning, map_verdict
 
 MASK = torch.tensor([[True, False], [False, False]])
 

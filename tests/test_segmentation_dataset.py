@@ -9,15 +9,11 @@ from helpers import DEMO_DATA, noise_image, save_image, square_mask, write_coco
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from segmentation_dataset import (
-    InputError,
-    Preprocessing,
-    list_samples,
-    read_image,
-    read_mask,
-    safe_names,
-    single_sample,
-)
+from igseg.data.masks import read_mask
+from igseg.data.pixels import read_image
+from igseg.data.samples import list_samples, safe_names, single_sample
+from igseg.errors import InputError
+from igseg.preprocessing import Preprocessing
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

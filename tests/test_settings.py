@@ -13,8 +13,11 @@ import torch
 from helpers import noise_image, save_image, tiny_model
 
 import integrated_gradients
-from errors import EmptyTargetError, InputError, attempt
-from finished_images import resume_key
+from igseg.checks.verdict import Thresholds
+from igseg.data.samples import Sample
+from igseg.errors import EmptyTargetError, InputError, attempt
+from igseg.preprocessing import IMAGENET_MEAN, Preprocessing
+from igseg.results.finished import resume_key
 from integrated_gradients import (
     OPTIONS,
     IntegratedGradients,
@@ -26,8 +29,6 @@ from integrated_gradients import (
     main,
     settings_from,
 )
-from segmentation_dataset import IMAGENET_MEAN, Preprocessing, Sample
-from verdict import Thresholds
 
 
 def test_every_setting_is_a_flag_with_its_default_and_its_meaning():

@@ -11,8 +11,10 @@ import pytest
 import torch
 from helpers import DEMO_IMAGE, DEMO_MODEL, noise_image, save_image, square_mask, tiny_model
 
-from errors import InputError
-from html_report import reproducing_command
+from igseg.analysis.tiles import MOST_TILES, Tiling, starts
+from igseg.errors import InputError
+from igseg.results.export import at_size
+from igseg.results.page import reproducing_command
 from integrated_gradients import (
     IntegratedGradients,
     Preprocessing,
@@ -24,8 +26,6 @@ from integrated_gradients import (
     main,
     settings_from,
 )
-from map_export import at_size
-from tiling import MOST_TILES, Tiling, starts
 
 
 @pytest.mark.parametrize('length', [1, 7, 31, 32, 33, 63, 64, 100, 257])

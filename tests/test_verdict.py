@@ -7,8 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from integrated_gradients import InputError
-from verdict import (
+from igseg.checks.verdict import (
     CONCERN,
     FINDING_RULES,
     GOOD,
@@ -19,6 +18,7 @@ from verdict import (
     map_verdict,
     parse_thresholds,
 )
+from integrated_gradients import InputError
 
 SETTINGS = {'settings': {'gap_tolerance': 0.05}}
 SPOT = {'distant_spot_x': 1.0, 'distant_spot_y': 2.0}

@@ -1,0 +1,427 @@
+"""What keeps a long batch going: who explains which image, reading ahead, writing behind.
+
+The images are numbered in the order of the dataset. Each process claims the next number nobody has
+claimed: with one process a count, under torchrun a counter in the group's store, so that a slow
+image or a slow GPU holds nobody up. While an image is on the device, a thread reads the next one
+and worker processes draw and write those before it. What came of each image, its `Outcome`, goes
+to the process of rank 0, which keeps the summary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+from loky import ProcessPoolExecutor
+
+from igseg.errors import InputError, OutputError
+
+DONE, SKIPPED, FAILED = 'done', 'skipped', 'failed'
+
+LOCK, HOLDER = '.lock', '.holder.json'  # in the output folder
+
+MAX_WRITERS = {False: 2, True: 8}  # processes that draw and write, for each rank: beside a GPU
+
+POLL = 0.1  # seconds between looks at what other ranks have finished
+
+GRACE = 10.0  # seconds that an interrupted batch waits for the other ranks
+
+NETWORK_DELAY = 5.0  # seconds until a shared folder shows what another machine has written
+
+Item = TypeVar('Item')
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one image."""
+
+    number: int  # its place in the batch
+    image: str
+    status: str = DONE  # or SKIPPED (empty target), or FAILED (unusable input, or not written)
+    reason: str = ''  # one sentence, where it is not done
+    rows: tuple[dict, ...] = ()  # of summary.csv, one for each target, where it is done
+
+
+# --------------------------------------------------------------------------- who explains what
+
+
+class Share(Protocol):
+    """A process's share of a batch's images, and its way to tell rank 0 what came of them."""
+
+    rank: int
+    size: int  # processes in all
+
+    def claim(self, total: int, ahead: bool) -> int | None:
+        """The next number nobody has claimed; None where there is none, or where it is asked for
+        ahead of need and another process may be waiting for it."""
+
+    def report(self, outcome: Outcome) -> None:
+        """Tell rank 0 what came of an image."""
+
+    def collect(self) -> list[Outcome]:
+        """On rank 0: what was reported since the last call."""
+
+    def begin(self) -> None:
+        """Called by each process before its first image: the others wait for rank 0."""
+
+    def leave(self) -> None:
+        """Called by each process after its last report."""
+
+    def others_left(self) -> bool:
+        """Whether all but rank 0 have left."""
+
+
+class Alone:
+    """All images, for one process."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._outcomes: list[Outcome] = []
+
+    def claim(self, total: int, ahead: bool) -> int | None:
+        """See `Share`."""
+        if self._next >= total:
+            return None
+        self._next += 1
+        return self._next - 1
+
+    def report(self, outcome: Outcome) -> None:
+        """See `Share`."""
+        self._outcomes.append(outcome)
+
+    def collect(self) -> list[Outcome]:
+        """See `Share`."""
+        new, self._outcomes = self._outcomes, []
+        return new
+
+    def begin(self) -> None:
+        """See `Share`."""
+
+    def leave(self) -> None:
+        """See `Share`."""
+
+    def others_left(self) -> bool:
+        """See `Share`."""
+        return True
+
+
+class Group:
+    """A share of the images, for a process that torchrun started.
+
+    Only the group's key-value store is used. No collective operation is ever called, so no rank
+    waits for a slower one, and no time limit of NCCL's or gloo's can end a long batch.
+    """
+
+    def __init__(self, store, rank: int, size: int) -> None:
+        """store: a torch.distributed.Store that all ranks share."""
+        self.store, self.rank, self.size = store, rank, size
+        self._collected = 0
+
+    @classmethod
+    def of_torchrun(cls) -> Group:
+        """The group this process belongs to, by the variables that torchrun set."""
+        from torch import distributed
+
+        store, rank, size = next(distributed.rendezvous('env://'))
+        return cls(distributed.PrefixStore('images', store), rank, size)
+
+    def claim(self, total: int, ahead: bool) -> int | None:
+        """See `Share`."""
+        if ahead and self.store.add('claimed', 0) >= total - self.size:
+            return None
+        number = self.store.add('claimed', 1) - 1
+        return number if number < total else None
+
+    def report(self, outcome: Outcome) -> None:
+        """See `Share`."""
+        place = self.store.add('reported', 1) - 1
+        self.store.set(f'outcome {place}', json.dumps(asdict(outcome)))
+
+    def collect(self) -> list[Outcome]:
+        """See `Share`."""
+        new = []
+        while self._collected < self.store.add('reported', 0):
+            key = f'outcome {self._collected}'
+            fields = json.loads(self.store.get(key))
+            new.append(Outcome(**fields | {'rows': tuple(fields['rows'])}))
+            self.store.delete_key(key)
+            self._collected += 1
+        return new
+
+    def begin(self) -> None:
+        """See `Share`. After a restart torchrun's store may still hold what those that died have
+        left: rank 0 takes a part of it for those that are alive, and invites them there."""
+        from torch.distributed import PrefixStore
+
+        common, own_name = self.store, uuid4().hex
+        if self.rank > 0:
+            common.set(f'rank {self.rank}', own_name)
+            invitation = f'invitation of {own_name}'
+            while not common.check([invitation]):  # `get` alone would not hear a signal
+                time.sleep(POLL)
+            self.store = PrefixStore(common.get(invitation).decode(), common)
+            self.store.add('joined', 1)
+            return
+        self.store = PrefixStore(own_name, common)
+        names = [f'rank {rank}' for rank in range(1, self.size)]
+        while self.store.add('joined', 0) < len(names):
+            for name in names:
+                if common.check([name]):  # perhaps that of a rank that died: then it comes again
+                    common.set(f'invitation of {common.get(name).decode()}', own_name)
+            time.sleep(POLL)
+
+    def leave(self) -> None:
+        """See `Share`."""
+        if self.rank > 0:
+            self.store.add('left', 1)
+
+    def others_left(self) -> bool:
+        """See `Share`."""
+        return self.store.add('left', 0) == self.size - 1
+
+
+def device_of_rank(device: str, ranks: int) -> str:
+    """One GPU for each of several processes on a machine, where GPUs are to be used."""
+    import torch  # not above: the processes that draw do without
+    from model_loading import resolve_device
+
+    if ranks == 1 or device not in ('auto', 'cuda') or not torch.cuda.is_available():
+        return device
+    own = f'cuda:{os.environ["LOCAL_RANK"]}'
+    torch.cuda.set_device(resolve_device(own))
+    return own
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return 'TORCHELASTIC_RUN_ID' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+
+# --------------------------------------------------------------------------- signals, the folder
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into a KeyboardInterrupt that cannot get lost.
+
+    Python drops an exception that a signal handler raises while a destructor or a callback runs.
+    The signal's number stays here, and `check` raises again. Signals that follow at once are one
+    with the first (torchrun passes on the Ctrl-C that its processes have had too), so that they
+    do not stop the summary from being written. A signal that is ignored, as shells make background
+    jobs ignore Ctrl-C, stays ignored.
+    """
+
+    AT_ONCE = 3.0  # seconds
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._when = -math.inf
+
+    def __enter__(self) -> StopSignals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if time.monotonic() - self._when < self.AT_ONCE:
+            return
+        self.number, self._when = number, time.monotonic()
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt where a signal has come."""
+        if self.number is not None:
+            raise KeyboardInterrupt
+
+    @property
+    def exit_status(self) -> int:
+        """What the shell expects of a process ended by that signal: 130 or 143."""
+        return 128 + (self.number or signal.SIGINT)
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder. The operating system frees it when the process
+    ends, however it ends. Raises InputError, naming the holder, where another run has it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f'{folder} is in use by another run{_holder(folder)} '
+            '(wait until it has finished, or give another --output_dir)'
+        ) from None
+    except OSError as error:
+        raise OutputError(f'cannot lock {folder}: {error.strerror or error}') from None
+    try:
+        with contextlib.suppress(OSError):  # only for the message above
+            (folder / HOLDER).write_text(json.dumps(
+                {'process': os.getpid(), 'host': socket.gethostname(),
+                 'since': time.strftime('%Y-%m-%d %H:%M:%S')}
+            ))  # fmt: skip
+        yield
+    finally:
+        for name in (HOLDER, LOCK):  # before the release: then nobody else's is removed
+            with contextlib.suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """Who holds a folder, in words; empty where that is not known."""
+    try:
+        holder = json.loads((folder / HOLDER).read_text())
+        return f' (process {holder["process"]} on {holder["host"]} since {holder["since"]})'
+    except (OSError, ValueError, KeyError, TypeError):
+        return ''
+
+
+# --------------------------------------------------------------------------- reading ahead
+
+
+def read_ahead(
+    share: Share, total: int, read: Callable[[int], Item]
+) -> Iterator[tuple[int, Callable[[], Item]]]:
+    """The numbers this process claims, each with a function that gives what was read, or raises
+    what reading raised. The next one is read while the caller works on the one before."""
+    with ThreadPoolExecutor(1, 'reading') as reader:
+        waiting: list[tuple[int, Future]] = []
+        while True:
+            for ahead in range(len(waiting), 2):
+                number = share.claim(total, ahead=bool(ahead))
+                if number is None:
+                    break
+                waiting.append((number, reader.submit(read, number)))
+            if not waiting:
+                return
+            number, future = waiting.pop(0)
+            yield number, future.result
+            del future  # with the image it holds
+
+
+# --------------------------------------------------------------------------- writing behind
+
+
+class Writers:
+    """Worker processes that draw and write finished images, and what came of all images.
+
+    At most two images wait for each process; then `add` waits too, so that memory stays bounded.
+    With no processes, everything happens at once in the caller's. Leaving the context waits for
+    what is being written.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.in_trouble = False  # whether the last image could not be written
+        self._processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+        self._waiting: dict[Future, Outcome] = {}
+        self._finished: list[Outcome] = []
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._waiting:
+            self._settle_some()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+
+    def add(self, outcome: Outcome, write: Callable[[], object]) -> None:
+        """Have an image written; its outcome is what is given, or FAILED where that fails."""
+        if not self._processes:
+            self._settle(outcome, write)
+            return
+        while len(self._waiting) >= 2 * self._processes:
+            self._settle_some()
+        try:
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(
+                    self._processes, initializer=start_worker, initargs=(os.getpid(),)
+                )
+            self._waiting[self._pool.submit(write)] = outcome
+        except BrokenExecutor:  # a process was killed while nothing was being written
+            self._pool = None
+            self.add(outcome, write)
+
+    def settle(self, outcome: Outcome) -> None:
+        """Note what came of an image for which nothing is to be written."""
+        self._finished.append(outcome)
+
+    def finished(self) -> list[Outcome]:
+        """What has come of images since the last call."""
+        self.settle_done()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def settle_done(self) -> None:
+        """Note what came of images whose writing has ended."""
+        for future in [future for future in self._waiting if future.done()]:
+            self._settle(self._waiting.pop(future), future.result)
+
+    def _settle_some(self) -> None:
+        done, _ = wait(self._waiting, return_when=FIRST_COMPLETED)
+        for future in done:
+            self._settle(self._waiting.pop(future), future.result)
+
+    def _settle(self, outcome: Outcome, result: Callable[[], object]) -> None:
+        try:
+            result()
+            self.in_trouble = False
+        except InputError as error:
+            self.in_trouble = isinstance(error, OutputError)
+            outcome = replace(outcome, status=FAILED, reason=str(error), rows=())
+        except BrokenExecutor:
+            self._pool = None  # the next image starts a new one
+            reason = (
+                'the process that draws and writes was killed, probably for want of memory '
+                '(run the same command again; --figures none needs less)'
+            )
+            outcome = replace(outcome, status=FAILED, reason=reason, rows=())
+        self.settle(outcome)
+
+
+def start_worker(parent: int) -> None:
+    """Prepare a process that draws and writes: it takes only what time the computation leaves (else
+    every parallel loop there would wait for a core), leaves Ctrl-C to its parent, and ends with
+    it, however that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, 'nice'):
+        os.nice(19)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def writer_processes(images: int, on_gpu: bool) -> int:
+    """How many processes should write: none for a handful of images, whose start would take longer
+    than it saves; more beside a GPU, which can explain faster than two could draw."""
+    if images < 8:
+        return 0
+    ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return max(1, min(MAX_WRITERS[on_gpu], (os.cpu_count() or 1) // ranks))

@@ -1,0 +1,443 @@
+"""The tables, figures and pages of a batch, made without holding its images in memory.
+
+While a batch runs, a `Journal` adds each image's row to summary.csv. At the end the rows are put
+into the order of the dataset, and everything else is made from that table and from the images'
+own statistics files, read one after the other.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from tqdm import tqdm
+
+from igseg.analysis.job import DONE, FAILED, GRACE, NETWORK_DELAY, POLL, SKIPPED, Outcome, Share
+from igseg.checks.verdict import Thresholds, batch_findings, concerns, gap_tolerance_of
+from igseg.errors import OutputError
+from igseg.maps import rank_correlation
+from igseg.results.figures import summary_figure
+from igseg.results.files import figure_writer, image_files, read_statistics, write_files
+from igseg.results.page import Page, report_html, reproducing_command
+from igseg.statistics import (
+    CHECK,
+    COMPOUND,
+    COST,
+    NUMBER,
+    RECORD,
+    RESULT,
+    STATISTICS,
+    TEXT,
+    WHOLE,
+    names_of_channels,
+)
+
+CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`, where there are such
+
+_FLAT = {key: row.kind for key, row in STATISTICS.items() if row.kind != COMPOUND}
+
+_RECORDS = {key: kind for key, kind in _FLAT.items() if STATISTICS[key].group == RECORD}
+
+COLUMNS = {  # of summary.csv and summary.parquet: the flat statistics, and what a batch adds
+    'image': TEXT, **dict.fromkeys(('status', 'reason', 'flags'), TEXT),
+    **{key: kind for key, kind in _FLAT.items() if key not in _RECORDS},
+    **dict.fromkeys(CHANNELS, NUMBER),
+    **_RECORDS,
+    'number': WHOLE,  # of the image in the batch, from 0
+}  # fmt: skip
+
+SUMMARISED = tuple(  # figures whose median over a batch is given
+    key
+    for group in (RESULT, COST, CHECK)
+    for key, row in STATISTICS.items()
+    if row.summarised and row.group == group
+)
+
+FAILURES = ('image', 'reason')  # columns of failures.csv
+
+NOT_REPEATED = ('evaluation', 'trend')  # in summary.json: long, and in each image's own file
+
+DEGENERATE_RATIO = 0.95  # a mask covering more than this looks like wrong preprocessing
+
+BOOTSTRAPPED = 1000  # values; for more, the bootstrap costs much and says the same
+
+PAGE_LENGTH = 500  # explanations on one page
+
+VANISHED = (
+    'its files have disappeared from the output folder during the run (run the same command again)'
+)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch analysis did."""
+
+    images: Sequence[dict]  # the contents of the statistics files, read when asked for
+    skipped: list[dict] = field(default_factory=list)  # {'image', 'reason'}: empty target
+    failed: list[dict] = field(default_factory=list)  # {'image', 'reason'}: unusable, not written
+    summary: dict = field(default_factory=dict)
+    unwritten: str = ''  # why the summary could not be written; empty where it was
+
+
+class StatisticsFiles(Sequence):
+    """The statistics of many images; each is read from its file when it is asked for."""
+
+    def __init__(self, output_dir: Path, folders: Sequence[str]) -> None:
+        self._output_dir, self._folders = output_dir, list(folders)
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        return read_statistics(self._output_dir / self._folders[index])
+
+
+# --------------------------------------------------------------------------- while it runs
+
+
+class AppendedTable:
+    """A CSV file to which rows are added as they come: whole lines or nothing.
+
+    Rows that cannot be written now (the disk is full) are kept and written with the next ones.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, columns
+        self._waiting = ''
+        path.unlink(missing_ok=True)
+
+    def add(self, rows: Sequence[dict]) -> None:
+        """Add rows; cells that a row lacks stay empty."""
+        self._waiting += _csv_text([[row.get(name) for name in self.columns] for row in rows])
+        if self._waiting and _append_whole(self.path, _csv_text([self.columns]), self._waiting):
+            self._waiting = ''
+
+    def text(self) -> str:
+        """All that was added, as the text of a CSV file."""
+        there = self.path.read_text(encoding='utf-8') if self.path.is_file() else ''
+        return (there or _csv_text([self.columns])) + self._waiting
+
+
+def _csv_text(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    # A file name that is no valid Unicode must not stop the table.
+    return text.getvalue().encode(errors='backslashreplace').decode()
+
+
+def _append_whole(path: Path, header: str, text: str) -> bool:
+    """Add text to a file, after a header if it is new; False, and the file as it was, where it
+    cannot be written."""
+    try:
+        with path.open('a', encoding='utf-8') as stream:
+            before = stream.tell()
+            try:
+                stream.write(text if before else header + text)
+                stream.flush()
+            except OSError:
+                os.ftruncate(stream.fileno(), before)
+                raise
+    except OSError:
+        return False
+    return True
+
+
+class Journal:
+    """summary.csv and failures.csv, added to as the batch goes."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir = output_dir
+        self._rows = AppendedTable(output_dir / 'summary.csv', tuple(COLUMNS))
+        self._failures = AppendedTable(output_dir / 'failures.csv', FAILURES)
+
+    def add(self, outcome: Outcome) -> None:
+        """Add what came of an image."""
+        common = {
+            'image': outcome.image,
+            'number': outcome.number,
+            'status': outcome.status,
+            'reason': outcome.reason,
+        }
+        self._rows.add([{**row, **common} for row in outcome.rows or ({},)])
+        if outcome.status == FAILED:
+            self._failures.add([common])
+
+    def table(self, names: Sequence[str], complete: bool, patience: float = 0.0) -> pd.DataFrame:
+        """What was added, in the order of the dataset, with the columns COLUMNS.
+
+        names: of all images of the batch. complete: whether each was added. Images whose files
+        have disappeared since are listed as failed; patience: seconds after which to look again
+        for those that are not there.
+        """
+        table = read_table(io.StringIO(self._rows.text()))
+        gone = self._gone(table)
+        if gone and patience:
+            time.sleep(patience)
+            gone = self._gone(table)
+        table = table[~table['number'].isin(gone)]
+        if complete:
+            gone = sorted(set(range(len(names))) - set(table['number']))
+        lost = [
+            {'image': names[number], 'status': FAILED, 'reason': VANISHED, 'number': number}
+            for number in dict.fromkeys(gone)
+        ]
+        lines = [[row.get(name) for name in COLUMNS] for row in lost]
+        lost_table = read_table(io.StringIO(_csv_text([tuple(COLUMNS), *lines])))
+        return pd.concat([table, lost_table]).sort_values(
+            'number', kind='stable', ignore_index=True
+        )
+
+    def _gone(self, table: pd.DataFrame) -> list[int]:
+        """The numbers of images that are done, but whose files are not there."""
+        return [
+            row.number
+            for row in table[table['status'] == DONE][['number', 'folder']].itertuples()
+            if not image_files(self._output_dir / row.folder)['statistics'].is_file()
+        ]
+
+
+class Progress:
+    """What has come of the images so far; on rank 0 that of all ranks, with the bar and the
+    summary."""
+
+    def __init__(self, share: Share, output_dir: Path, names: Sequence[str]) -> None:
+        """names: of the images of the batch."""
+        self._share, self._output_dir, self._names = share, output_dir, names
+        self._journal = Journal(output_dir) if share.rank == 0 else None
+        self._bar = tqdm(total=len(names), desc='images', unit='image', disable=share.rank > 0)
+        self._count = 0  # on rank 0: of images that something has come of
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Report what came of some of this process's images."""
+        for outcome in outcomes:
+            self._share.report(outcome)
+        if self._journal is None:
+            return
+        for outcome in self._share.collect():
+            self._journal.add(outcome)
+            self._count += 1
+            self._bar.update()
+            if outcome.status == FAILED:
+                tqdm.write(f'failed: {outcome.image}: {outcome.reason}', file=sys.stderr)
+
+    def wait_for_others(self, seconds: float = math.inf) -> None:
+        """On rank 0: collect the other ranks' outcomes until they have all left."""
+        deadline = time.monotonic() + seconds
+        while self._journal and not self._share.others_left() and time.monotonic() < deadline:
+            time.sleep(POLL)
+            self.add([])
+        self.add([])
+
+    def finish(self, settings: dict, defaults: dict) -> BatchResult:
+        """Leave the group; on rank 0, write the summary and give the result of all ranks."""
+        self._share.leave()
+        if self._journal is None:
+            return BatchResult([])
+        self.wait_for_others(GRACE)
+        self._bar.close()
+        complete = self._count == len(self._names)
+        patience = NETWORK_DELAY if self._share.size > 1 else 0.0
+        table = self._journal.table(self._names, complete, patience)
+        result = result_of(table, self._output_dir)
+        try:
+            write_summary(table, result, settings, defaults, self._output_dir)
+        except OutputError as error:
+            return replace(result, unwritten=str(error))
+        return result
+
+
+def read_table(source: Path | io.StringIO) -> pd.DataFrame:
+    """summary.csv with the columns' types; what does not apply is missing."""
+    missing = {name: [''] for name, kind in COLUMNS.items() if kind != TEXT}
+    return pd.read_csv(source, dtype=COLUMNS, keep_default_na=False, na_values=missing)
+
+
+def row_of(statistics: dict) -> dict:
+    """The row of summary.csv for one explanation."""
+    names = names_of_channels(statistics)
+    shares = statistics['channel_shares'] or (None,) * len(names)
+    if len(shares) != len(names):  # the map does not tell channels apart
+        names = shares = ()
+    row = {
+        **statistics,
+        **{f'share_{name}': share for name, share in zip(names, shares, strict=True)},
+        'flags': '; '.join(finding['flag'] for finding in statistics['verdict']),
+    }
+    return {name: row[name] for name in COLUMNS if name in row}
+
+
+# --------------------------------------------------------------------------- at the end
+
+
+def batch_summary(table: pd.DataFrame) -> dict:
+    """Counts, the median of every figure with its 95 % interval, how the attribution ratio goes
+    with Dice, the verdicts, and what looks wrong about the predictions."""
+    done, skipped = table[table['status'] == DONE], (table['status'] == SKIPPED).sum()
+    medians = {}
+    for key in SUMMARISED:
+        values = done[key].dropna().to_numpy(float)
+        medians[f'median_{key}'] = float(np.median(values)) if len(values) else None
+        medians[f'interval_{key}'] = median_interval(values)
+    full = int((done['prediction_ratio'] > DEGENERATE_RATIO).sum())
+    empty = int(skipped + (done['prediction_area'] == 0).sum())
+    suspicion = None
+    if 2 * (full + empty) > len(done) + skipped:
+        suspicion = (
+            f'the prediction is empty on {empty} and all foreground on {full} of '
+            f'{len(done) + skipped} images: the preprocessing may not be what the model '
+            'was trained with (try --normalize none, another --image_size or --resize letterbox)'
+        )
+    failed = int((table['status'] == FAILED).sum())
+    pairs = done[['attribution_ratio', 'dice']].dropna().to_numpy(float)
+    return {
+        'images': len(done),
+        'skipped': int(skipped),
+        'failed': failed,
+        **medians,
+        'ratio_dice_correlation': spearman(pairs),
+        'findings': batch_findings([flags.split('; ') for flags in done['flags']]),
+        'suspicion': suspicion,
+    }
+
+
+def median_interval(values: Sequence[float]) -> list[float] | None:
+    """The 95 % interval of the median; None for fewer than three values.
+
+    By the bootstrap (bias-corrected and accelerated where that can be computed, else by
+    percentiles), seeded; for more than BOOTSTRAPPED values by their ranks (the sign test), which
+    is exact and which the bootstrap approaches.
+    """
+    if len(values) < 3:
+        return None
+    if min(values) == max(values):
+        return [float(values[0])] * 2
+    if len(values) > BOOTSTRAPPED:
+        ranks = stats.quantile_test(np.asarray(values), p=0.5).confidence_interval(0.95)
+        return [float(ranks.low), float(ranks.high)]
+    for method in ('BCa', 'percentile'):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # SciPy warns where BCa is degenerate
+            interval = stats.bootstrap(
+                (np.asarray(values, float),), np.median, method=method, rng=np.random.default_rng(0)
+            ).confidence_interval
+        if math.isfinite(interval.low) and math.isfinite(interval.high):
+            return [float(interval.low), float(interval.high)]
+    return None
+
+
+def spearman(pairs: Sequence[Sequence[float]]) -> float | None:
+    """Spearman's rank correlation of at least three pairs; None where one side is constant."""
+    if len(pairs) < 3:
+        return None
+    one, other = np.asarray(pairs, float).T
+    return rank_correlation(one, other)
+
+
+def result_of(table: pd.DataFrame, output_dir: Path) -> BatchResult:
+    """The result of a batch, from its table."""
+    aside = {
+        status: table[table['status'] == status][['image', 'reason']].to_dict('records')
+        for status in (SKIPPED, FAILED)
+    }
+    folders = table[table['status'] == DONE]['folder']
+    images = StatisticsFiles(output_dir, folders)
+    return BatchResult(images, aside[SKIPPED], aside[FAILED], batch_summary(table))
+
+
+def write_summary(
+    table: pd.DataFrame, result: BatchResult, settings: dict, defaults: dict, output_dir: Path
+) -> None:
+    """index.html (and index_2.html, … for many images), summary.csv and .parquet (one row an
+    explanation), summary.json, summary.png; failures.csv where images failed.
+
+    settings: of this batch, as they are recorded; defaults: those that need not be said.
+    """
+    writers: dict[Path, Callable[[Path], object]] = {
+        output_dir / 'summary.csv': lambda path: table.to_csv(path, index=False),
+        output_dir / 'summary.parquet': lambda path: table.to_parquet(path, index=False),
+    }
+    if result.failed:
+        failures = table[table['status'] == FAILED][list(FAILURES)]
+        writers[output_dir / 'failures.csv'] = lambda path: failures.to_csv(path, index=False)
+    done = table[table['status'] == DONE]
+    if len(done):
+        figure = summary_figure(
+            done, gap_tolerance_of(settings), result.summary['ratio_dice_correlation'],
+            Thresholds(**settings['thresholds']),
+        )  # fmt: skip
+        writers[output_dir / 'summary.png'] = figure_writer(figure)
+    pages = page_plan(done)
+    for page, folders in pages:
+        images = StatisticsFiles(output_dir, folders)
+        writers[output_dir / page.file] = partial(
+            _write_page, page=page, images=images, result=result, defaults=defaults,
+            output_dir=output_dir,
+        )  # fmt: skip
+    _remove_stale(output_dir, keep={path.name for path in writers})
+    writers[output_dir / 'summary.json'] = partial(_write_json, result=result, settings=settings)
+    write_files(writers)
+
+
+def page_plan(done: pd.DataFrame) -> list[tuple[Page, list[str]]]:
+    """The pages, each with the folders it shows. One page is in the order of the dataset; where
+    there are several, images with the most concerns come first."""
+    if len(done) > PAGE_LENGTH:
+        count = done['flags'].map(lambda flags: concerns(flags.split('; ')))
+        done = done.assign(concerns=count).sort_values('concerns', ascending=False, kind='stable')
+    folders = list(done['folder'])
+    parts = [folders[k : k + PAGE_LENGTH] for k in range(0, len(folders), PAGE_LENGTH)] or [[]]
+    return [(Page(number, len(parts)), part) for number, part in enumerate(parts, start=1)]
+
+
+def _write_page(
+    path: Path, page: Page, images: Sequence[dict], result: BatchResult, defaults: dict,
+    output_dir: Path,
+) -> None:  # fmt: skip
+    shown = images[:]
+    commands = [reproducing_command(entry, defaults) for entry in shown]
+    text = report_html(
+        shown, result.summary, result.skipped, result.failed, commands, page, output_dir
+    )
+    # A file name that is no valid Unicode must not stop the page.
+    path.write_text(text, encoding='utf-8', errors='backslashreplace')
+
+
+def _write_json(path: Path, result: BatchResult, settings: dict) -> None:
+    """summary.json, image by image."""
+    head = {
+        'summary': result.summary,
+        'settings': settings,
+        'skipped': result.skipped,
+        'failed': result.failed,
+    }
+    with path.open('w', encoding='utf-8') as stream:
+        stream.write(json.dumps(head, indent=2, allow_nan=False).removesuffix('\n}'))
+        stream.write(',\n  "images": [')
+        for number, statistics in enumerate(result.images):
+            short = {key: v for key, v in statistics.items() if key not in NOT_REPEATED}
+            stream.write(',\n' if number else '\n')
+            stream.write(json.dumps(short, indent=2, allow_nan=False))
+        stream.write('\n  ]\n}\n')
+
+
+def _remove_stale(output_dir: Path, keep: set[str]) -> None:
+    """Remove an earlier run's picture and pages that would not belong to this summary."""
+    for path in (*output_dir.glob('index_*.html'), output_dir / 'summary.png'):
+        if path.name not in keep and re.fullmatch(r'index_\d+\.html|summary\.png', path.name):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,294 @@
+"""What is checked: a map, and the network, input and target that it explains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from igseg.engine.engine import GradientEngine, View
+from igseg.explanation import GIVEN, Explanation
+from igseg.maps import contrast
+from igseg.network.outputs import segmentation_logits
+from igseg.network.score import Score
+from igseg.preprocessing import Placement, Preprocessing, strong_blur
+
+SPOT_SIDES = (0.08, 0.16)  # of the longer side: sides of the squares that a spot is looked for in
+
+COMPARED_BASELINES = ('zero', 'blur', 'mean', 'white')
+
+FORWARDS_A_GRADIENT = 3  # a gradient costs about as much as three forward passes
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work an evaluation does."""
+
+    fills: tuple[str, ...]  # what removed pixels are replaced by, of FILLS
+    units: tuple[str, ...]  # what is removed: 'pixel', 'superpixel'
+    points: int  # intervals of a curve
+    displaced: int  # copies of the map in the wrong place, that this control averages over
+    random_maps: int  # that the random control averages over
+    patches: int = 0  # removed for infidelity
+    stages: int = 0  # of model randomisation
+    noisy: int = 0  # noisy images for max-sensitivity
+    baselines: int = 0  # whose maps are compared: all of the subject's, if this is not 0
+    map_steps: int = 0  # interpolation steps of each map computed for a check
+
+    def forwards(self) -> int:
+        """Forward passes of one evaluation."""
+        patches = self.patches + 1 if self.patches else 0
+        return self.curve_forwards() + patches + 2 + len(SPOT_SIDES)
+
+    def curve_forwards(self) -> int:
+        """Those of the deletion and insertion curves: ends once, what lies between for each."""
+        maps = 2 + self.displaced + self.random_maps
+        inner = len(self.units) * 2 * maps * (self.points - 1)
+        return 1 + len(self.fills) * (1 + inner)
+
+    def gradients(self) -> int:
+        """Gradient evaluations of one evaluation, at most."""
+        maps = self.baselines
+        maps += self.stages + 1 if self.stages else 0
+        maps += self.noisy + 1 if self.noisy else 0
+        return 1 + maps * self.map_steps
+
+
+EFFORTS: dict[str, Effort] = {
+    'quick': Effort(
+        fills=('local mean',),
+        units=('superpixel',),
+        points=4,
+        displaced=2,
+        random_maps=1,
+        patches=16,
+        stages=1,
+        map_steps=4,
+    ),
+    'full': Effort(
+        fills=('baseline', 'blur', 'local mean'),
+        units=('pixel', 'superpixel'),
+        points=6,
+        displaced=3,
+        random_maps=2,
+        patches=50,
+        stages=5,
+        noisy=4,
+        baselines=len(COMPARED_BASELINES),
+        map_steps=8,
+    ),
+}
+
+
+def evaluation_cost(effort: str) -> str:
+    """What the checks of an effort will cost for each image and target, in words."""
+    work = EFFORTS[effort]
+    steps = work.gradients() + work.forwards() / FORWARDS_A_GRADIENT
+    return (
+        f'--evaluate {effort}: {work.forwards()} forward passes and '
+        f'{work.gradients()} gradients for each image and target, about as much work as '
+        f'{steps:.0f} more interpolation steps'
+    )
+
+
+# --------------------------------------------------------------------------- what is checked
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An attribution map, and the network, input and target that it explains.
+
+    `method` makes further maps for the checks that need them: (network, x, baseline, target,
+    steps), as `plain_map` takes them, -> (C, H, W).
+    """
+
+    attributions: np.ndarray  # (C, H, W), signed, in units of the score where the tool has any
+    network: nn.Module  # (N, C, H, W) -> logits; in evaluation mode, no parameter gradients
+    target: Score  # logits (N, K, h, w) -> (N,)
+    x: torch.Tensor  # (1, C, H, W), normalised, on the network's device
+    baseline: torch.Tensor  # the same
+    preprocessing: Preprocessing
+    region: np.ndarray  # (H, W) bool: the target region
+    prediction: np.ndarray  # (H, W) bool: the predicted mask
+    truth: np.ndarray | None = None  # (H, W) bool
+    counted: np.ndarray | None = None  # (H, W) bool: where it counts; None: everywhere
+    content: np.ndarray | None = None  # (H, W) bool: not letterbox padding; None: all of it
+    others: dict[str, np.ndarray] = field(default_factory=dict)  # baselines (H, W, C), 0-255
+    batch: int = 1  # images that go through the network at once
+    run: Callable[[torch.Tensor], torch.Tensor] | None = None  # a faster way to the same logits,
+    # which may be zero where the target does not look
+    method: Callable[..., np.ndarray] | None = None  # that made the map; None: it cannot be made
+    # again, and the checks that need further maps say nothing
+    settles_early: bool = True  # a few steps give much the same map, so that it is computed afresh
+
+    def logits(self, points: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, K, h, w)."""
+        return segmentation_logits((self.run or self.network)(points), points.shape[-2:])
+
+    def map_of(
+        self, steps: int, x: torch.Tensor | None = None, baseline: torch.Tensor | None = None
+    ) -> np.ndarray:
+        """The method's map (C, H, W), of another image or against another baseline if given."""
+        x = self.x if x is None else x
+        baseline = self.baseline if baseline is None else baseline
+        network = NetworkCall(self.logits, self.network)
+        assert self.method is not None  # the checks that call this ask first
+        return self.method(network, x, baseline, self.target, steps)
+
+    def as_input(self, pixels: np.ndarray) -> torch.Tensor:
+        """An image (H, W, C), 0-255, as the network takes it."""
+        return self.preprocessing.normalise(pixels).to(self.x)
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """The image, (H, W, C) float32, 0-255."""
+        return self.preprocessing.to_pixels(self.x)
+
+    @cached_property
+    def baseline_pixels(self) -> np.ndarray:
+        """The baseline, (H, W, C) float32, 0-255."""
+        return self.preprocessing.to_pixels(self.baseline)
+
+    @cached_property
+    def blurred(self) -> np.ndarray:
+        """The image under a strong Gaussian blur, (H, W, C) float32, 0-255."""
+        return strong_blur(self.pixels)
+
+    @cached_property
+    def signed(self) -> np.ndarray:
+        """(H, W) float64: the map, summed over the channels."""
+        return self.attributions.sum(axis=0, dtype=np.float64)
+
+    @cached_property
+    def magnitude(self) -> np.ndarray:
+        """(H, W) float64: |attribution|, summed over the channels."""
+        return np.abs(self.attributions).sum(axis=0, dtype=np.float64)
+
+    def stands_out(self, baseline: np.ndarray) -> bool:
+        """Whether the target differs from a baseline (H, W, C), 0-255, more than the rest does."""
+        difference = np.abs(self.pixels - baseline).sum(axis=2)
+        rest = ~(self.region | self.prediction)
+        if self.content is not None:
+            rest &= self.content
+        found = contrast(difference, self.region, rest)
+        return found is None or found >= 1
+
+    def scores(self, images: Iterator[np.ndarray], bar: tqdm) -> list[float]:
+        """The target score of images (H, W, C) in pixel space."""
+        scores: list[float] = []
+        waiting: list[torch.Tensor] = []
+
+        def flush() -> None:
+            with torch.no_grad():
+                scores.extend(self.target(self.logits(torch.cat(waiting)).float()).tolist())
+            bar.update(len(waiting))
+            waiting.clear()
+
+        for image in images:
+            waiting.append(self.as_input(image))
+            if len(waiting) == self.batch:
+                flush()
+        if waiting:
+            flush()
+        return scores
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """A network as a method that makes further maps is given it: a function, images (N, C, H, W) ->
+    logits; and the module itself, for a method that looks inside."""
+
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    module: nn.Module
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        return self.logits(points)
+
+
+@dataclass(frozen=True)
+class LogitsOfTarget:
+    """The logits that the target of an explanation looks at, by what the engine computes of it."""
+
+    engine: GradientEngine
+    explanation: Explanation
+
+    @cached_property
+    def view(self) -> View:
+        """Of the target alone; known only while the engine runs."""
+        target = (self.explanation.objective,)
+        return View(target) if self.explanation.cropping.fell_back else self.engine.view(target)
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        return self.engine.seen(points, self.view)
+
+
+class Explainer(Protocol):
+    """What is asked of `IntegratedGradients`."""
+
+    model: nn.Module
+    engine: GradientEngine
+    preprocessing: Preprocessing
+
+    def check_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The input as (1, C, H, W) on the network's device."""
+
+    def baseline_images(
+        self, kind: str, x: torch.Tensor, draws: int = 1, seed: int = 0
+    ) -> list[np.ndarray]:
+        """The baselines of a kind for an input, as images (H, W, C), 0-255."""
+
+
+def subject_of(
+    ig: Explainer,
+    input_tensor: torch.Tensor,
+    explanation: Explanation,
+    truth: np.ndarray | None = None,
+    placement: Placement | None = None,
+    seed: int = 0,
+) -> Subject:
+    """What is checked of an explanation. Arguments: see `evaluate_explanation`."""
+    x = ig.check_input(input_tensor)  # (1, C, H, W)
+    declared = explanation.method
+    kinds = COMPARED_BASELINES if declared.baseline == GIVEN else ()
+    content = None if placement is None else placement.content(x.shape[-2:])
+    return Subject(
+        attributions=explanation.attributions.cpu().numpy(),
+        network=ig.engine.model,
+        target=explanation.objective,
+        x=x,
+        baseline=ig.preprocessing.normalise(explanation.baseline_pixels).to(x),
+        preprocessing=ig.preprocessing,
+        region=explanation.region.numpy(),
+        prediction=explanation.predicted_mask.numpy(),
+        truth=truth,
+        counted=explanation.counted,
+        content=content,
+        others={kind: ig.baseline_images(kind, x, seed=seed)[0] for kind in kinds},
+        batch=ig.engine.step_batch.size,
+        run=LogitsOfTarget(ig.engine, explanation),
+        method=explanation.again,
+        settles_early=declared.settles_early and explanation.draws == 1,
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the checks found; numbers that do not apply are missing or None."""
+
+    metrics: dict[str, float | None] = field(default_factory=dict)  # of the names of METRICS
+    details: dict[str, object] = field(default_factory=dict)  # curves, stages, tables, profile
+
+
+# A check of what an evaluation is made of: (subject, how much work, seed, progress) -> what it
+# found; nothing where it does not apply.
+Check = Callable[[Subject, Effort, int, bool], Evaluation]
+
+
+def _bar(name: str, total: int, progress: bool, unit: str = 'image') -> tqdm:
+    return tqdm(total=total, desc=name, unit=unit, leave=False, disable=not progress)

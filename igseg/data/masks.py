@@ -1,0 +1,641 @@
+"""Reading masks: from the values in files to the numbers of classes.
+
+What a value means is decided by the *set* of values that the masks of a split hold, together with
+the number of classes of the network, never by one file or its largest value. Where a set can mean
+two things, it is refused with one sentence, and a label map says what is meant.
+
+Labels are (H, W): uint8, or int16 where some pixels do not count (IGNORED) or numbers are large.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from igseg.data.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, read_dicom, read_nifti, read_volume
+from igseg.data.pixels import (
+    ARRAY_SUFFIXES,
+    PLAIN,
+    TIFF_SUFFIXES,
+    Opened,
+    Reading,
+    check_file,
+    check_finite,
+    converted,
+    frame_notes,
+    opened_picture,
+    read_array,
+    suffix_of,
+)
+from igseg.data.truth import IGNORED, UNKNOWN, VOID, Colour, Labels, TruthReading, said_range
+from igseg.errors import InputError, NoFrameError
+
+MASK_SUFFIXES = ('.png', '.bmp', *TIFF_SUFFIXES, '.gif', '.jpg', '.jpeg', '.webp',
+                 *ARRAY_SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES)  # fmt: skip
+
+MOST_SCANNED = 1000  # masks of a split whose values are looked at
+
+MOST_COLOURS = 64  # of a mask that are remembered
+
+MOST_BETWEEN = 0.5  # share of a mask that softened edges may take: more is a photograph
+
+FEW = 21  # classes, whose numbers cannot be mistaken for softened edges
+
+SMALL = 127  # numbers up to here may be classes where the network's are not known
+
+LOSSY_TOLERANCE, EXACT_TOLERANCE = 32, 8  # around black and white, of areas
+
+COUNTED = (np.uint8, np.uint16)  # types whose values are counted
+
+BLOCK = 1 << 20  # pixels that are looked at together
+
+COVERS = ', so that the truth covers the whole image: is one of them the background?'
+
+
+def said_values(values: Sequence) -> str:
+    """Values in words, the first ten of them."""
+    shown = [str(value) if not isinstance(value, tuple) else ','.join(map(str, value))
+             for value in list(values)[:10]]  # fmt: skip
+    more = '' if len(values) <= 10 else f' and {len(values) - 10} more'
+    colours = bool(values) and isinstance(next(iter(values)), tuple)
+    return (' / ' if colours else ', ').join(shown) + more
+
+
+# --------------------------------------------------------------------------- one file
+
+
+@dataclass(frozen=True)
+class MaskPicture:
+    """A mask as it lies in its file."""
+
+    levels: np.ndarray  # (H, W) whole numbers, or (H, W, 3) uint8 colours
+    lossy: bool = False  # whether the file's format changes values
+    notes: tuple[str, ...] = ()
+
+
+def read_mask_picture(
+    path: str | Path, reading: Reading = PLAIN, colours: bool = False
+) -> MaskPicture:
+    """The values of a mask file; colours: of a palette its colours, not its indices. Raises
+    InputError as `read_image` does."""
+    path = Path(path)
+    suffix = suffix_of(path)
+    if suffix in NIFTI_SUFFIXES:
+        check_file(path, 'mask')
+        found = read_nifti(path, reading.slice, 4 * reading.limit)
+        return _from_numbers(found.values, path)
+    if suffix in DICOM_SUFFIXES:
+        check_file(path, 'mask')
+        found = read_dicom(path, reading.frame, reading.limit)
+        frame_notes(path, 'mask', found.frames, reading)
+        return _from_numbers(found.values, path)
+    if suffix in ARRAY_SUFFIXES:
+        return _from_numbers(read_array(path, reading), path)
+    try:
+        return _from_picture(opened_picture(path, 'mask', reading), path, colours)
+    except NoFrameError:
+        raise
+    except InputError:
+        if suffix not in TIFF_SUFFIXES or not path.is_file():
+            raise
+        return _from_numbers(read_array(path, reading), path)
+
+
+def _from_numbers(values: np.ndarray, path: Path) -> MaskPicture:
+    """The mask in an array of numbers (H, W), or of colours (H, W, 3 or 4)."""
+    if values.ndim == 3 and 1 in values.shape:
+        values = values.reshape([side for side in values.shape if side != 1] or [1, 1])
+    if values.ndim == 3 and values.shape[2] in (3, 4) and values.dtype == np.uint8:
+        return _plain_grey(MaskPicture(np.ascontiguousarray(values[:, :, :3])))
+    if values.ndim != 2:
+        raise InputError(
+            f'mask {path} has the shape {values.shape} (give one number for each pixel, (H, W))'
+        )
+    check_finite(values, path)
+    if values.dtype.kind != 'f':
+        return MaskPicture(values.astype(np.uint8) if values.dtype.kind == 'b' else values)
+    whole = np.rint(values)
+    if np.abs(values - whole).max(initial=0) < 1e-3:
+        return MaskPicture(whole.clip(-(2**30), 2**30).astype(np.int32))
+    low, high = float(values.min()), float(values.max())
+    if low >= 0 and high <= 1:
+        return MaskPicture(np.rint(values * 255).astype(np.uint8), lossy=True)
+    raise InputError(
+        f'mask {path} holds fractions from {low:.4g} to {high:.4g} (give whole numbers, or '
+        'shares from 0 to 1)'
+    )
+
+
+def _from_picture(opened: Opened, path: Path, colours: bool) -> MaskPicture:
+    """The mask in a picture: indices of a palette, grey levels, or colours."""
+    picture = opened.picture
+    if colours and picture.mode in ('P', 'PA'):
+        return MaskPicture(np.asarray(converted(picture, path)), notes=opened.notes)
+    if picture.mode == 'PA':
+        picture = picture.getchannel(0)
+    if picture.mode in ('P', 'L', '1') or picture.mode.startswith('I') or picture.mode == 'F':
+        levels = np.asarray(picture)
+        turned = picture.mode == 'P' and _white_first(picture, levels)
+        found = _from_numbers(1 - levels if turned else levels, path)
+        notes = ('index 0 of its palette is white and 1 black: white is taken as 1',) * turned
+        return replace(
+            found,
+            lossy=opened.lossy or found.lossy,
+            notes=(*opened.notes, *(f'{path.name}: {note}' for note in notes)),
+        )
+    if picture.mode in ('LA', 'La', 'RGBA', 'RGBa'):
+        bands = np.asarray(converted(picture, path, 'RGBA'))
+        if _drawn_in_alpha(bands):
+            note = f'{path.name} is one colour throughout: its transparency is taken as the mask'
+            return MaskPicture(bands[:, :, 3].copy(), opened.lossy, notes=(*opened.notes, note))
+    mask = MaskPicture(np.asarray(converted(picture, path)), opened.lossy, notes=opened.notes)
+    return _plain_grey(mask)
+
+
+def _white_first(picture, levels: np.ndarray) -> bool:
+    """Whether a palette of two is just white and black, in this order."""
+    if levels.max(initial=0) > 1:
+        return False
+    palette = (picture.getpalette('RGB') or [])[:6]
+    return palette == [255, 255, 255, 0, 0, 0]
+
+
+def _drawn_in_alpha(bands: np.ndarray) -> bool:
+    """Whether a picture (H, W, 4) differs in its transparency only."""
+    colours, alpha = bands[:, :, :3].reshape(-1, 3), bands[:, :, 3]
+    return bool((colours == colours[:1]).all() and alpha.min() != alpha.max())
+
+
+def _plain_grey(mask: MaskPicture) -> MaskPicture:
+    """A mask (H, W, 3) whose channels are the same as one of levels."""
+    colours = mask.levels
+    tolerance = 3 if mask.lossy else 0
+    spread = colours.max(axis=2) - colours.min(axis=2)
+    if spread.max(initial=0) > tolerance:
+        return mask
+    return replace(mask, levels=colours[:, :, 0].copy())
+
+
+# --------------------------------------------------------------------------- the values of a split
+
+
+@dataclass(frozen=True)
+class Census:
+    """Which values masks hold."""
+
+    values: frozenset[int] = frozenset()  # grey levels or numbers
+    inner: frozenset[int] = frozenset()  # those that fill areas, not only the edges of others
+    colours: frozenset[Colour] = frozenset()  # of masks in several colours
+    hues: frozenset[Colour] = frozenset()  # of masks in one colour on black
+    shades: bool = False  # whether some mask is drawn in grey levels or numbers
+    between: float = 0.0  # share of pixels between black and the brightest, where it is largest
+    lossy: bool = False
+
+    def __or__(self, other: Census) -> Census:
+        return Census(
+            self.values | other.values, self.inner | other.inner, self.colours | other.colours,
+            self.hues | other.hues, self.shades or other.shades,
+            max(self.between, other.between), self.lossy or other.lossy,
+        )  # fmt: skip
+
+
+def census_of(mask: MaskPicture) -> Census:
+    """The values of one mask."""
+    if mask.levels.ndim == 2:
+        values = distinct(mask.levels)
+        return Census(values, _inner(mask, values), shades=max(values) > 0,
+                      between=_share_between(mask), lossy=mask.lossy)  # fmt: skip
+    hue = hue_of(mask)
+    if hue is not None:
+        found = census_of(replace(mask, levels=_brightness(mask.levels)))
+        return replace(found, hues=frozenset([hue]), shades=False)
+    return Census(colours=frozenset(_colours_of(mask)), lossy=mask.lossy)
+
+
+def _share_between(mask: MaskPicture) -> float:
+    """The share of pixels that are neither nearly black nor nearly the brightest."""
+    top = int(mask.levels.max())
+    tolerance = _tolerance(mask.lossy, top)
+    if top <= 2 * tolerance:
+        return 0.0
+    return float(((mask.levels > tolerance) & (mask.levels < top - tolerance)).mean())
+
+
+def _tolerance(lossy: bool, top: int) -> int:
+    """By how much shades differ from black and white where they mean them."""
+    return (LOSSY_TOLERANCE if lossy else EXACT_TOLERANCE) * max(1, top // 255)
+
+
+def _inner(mask: MaskPicture, values: frozenset[int]) -> frozenset[int]:
+    """The values that fill areas: of pixels that are like all eight neighbours."""
+    if len(values) <= 2:
+        return values
+    levels = mask.levels.clip(0, 32767).astype(np.int16)
+    box = np.ones((3, 3), np.uint8)
+    spread = cv2.dilate(levels, box) - cv2.erode(levels, box)
+    flat = spread <= (3 if mask.lossy else 0)
+    return distinct(mask.levels[flat])
+
+
+def _brightness(colours: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> (H, W): the brightest channel."""
+    return colours.max(axis=2)
+
+
+def hue_of(mask: MaskPicture) -> Colour | None:
+    """The colour of a mask (H, W, 3) that is one colour on black, its edges softened or not; None
+    where it has several."""
+    brightness = mask.levels.max(axis=2)
+    row, column = np.unravel_index(brightness.argmax(), brightness.shape)
+    hue = mask.levels[row, column].astype(np.int32)
+    limit = (40 if mask.lossy else 3) * max(1, int(hue.max()))
+    for rows in _blocks(mask.levels):
+        colours = mask.levels[rows]
+        off = _off_hue(colours, brightness[rows], hue)
+        if mask.lossy:  # colours of JPEG are coarse at edges: only areas tell
+            box = np.ones((5, 5), np.uint8)
+            spread = cv2.dilate(mask.levels[rows], box) - cv2.erode(mask.levels[rows], box)
+            off = off[spread.max(axis=2) <= 24]
+        if off.max(initial=0) > limit:
+            return None
+    return tuple(hue.tolist())
+
+
+def _off_hue(colours: np.ndarray, brightness: np.ndarray, hue: np.ndarray) -> np.ndarray:
+    """(h, w): how far colours (h, w, 3) are from shades of a hue, times its largest channel."""
+    off = np.zeros(brightness.shape, np.int32)
+    bright = brightness.astype(np.int32)
+    for channel in range(3):
+        own = colours[..., channel].astype(np.int32)
+        np.maximum(off, np.abs(own * hue.max() - bright * hue[channel]), out=off)
+    return off
+
+
+def _blocks(array: np.ndarray) -> Iterator[slice]:
+    """The rows of an array (H, W, ...), some at a time: what is computed from all at once would
+    take many times its memory."""
+    step = max(1, BLOCK // max(1, array.shape[1])) if array.ndim > 1 else BLOCK
+    for first in range(0, len(array), step):
+        yield slice(first, first + step)
+
+
+def distinct(levels: np.ndarray) -> frozenset[int]:
+    """The different values of an array."""
+    found: set[int] = set()
+    for rows in _blocks(levels):
+        block = levels[rows]
+        counted = block.dtype in COUNTED  # much faster than sorting
+        values = np.flatnonzero(np.bincount(block.reshape(-1))) if counted else np.unique(block)
+        found.update(values.tolist())
+    return frozenset(found)
+
+
+def _codes(colours: np.ndarray) -> np.ndarray:
+    """(..., 3) colours as one number each."""
+    return colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+
+
+def _colour(code: int) -> Colour:
+    return code >> 16, code >> 8 & 255, code & 255
+
+
+def _colours_of(mask: MaskPicture) -> list[Colour]:
+    """The colours of a mask, not all where there are thousands."""
+    found: set[int] = set()
+    for rows in _blocks(mask.levels):
+        found.update(np.unique(_codes(mask.levels[rows])).tolist())
+        if len(found) > MOST_COLOURS:
+            break
+    return sorted(map(_colour, found))[:MOST_COLOURS]
+
+
+# --------------------------------------------------------------------------- what values mean
+
+
+@dataclass(frozen=True)
+class MaskCoding:
+    """How the values of a split's masks become labels."""
+
+    label_of: Callable[[int], int | None]  # value -> label; None: no mask looked at holds it
+    of_colours: dict[Colour, int] | None = None
+    threshold: float | None = None  # above it the object; for softened edges
+    low_high: tuple[int, int] = (0, 1)  # the labels below and above the threshold
+    ignored: int | None = None  # a value that stays out of the threshold
+    notes: tuple[str, ...] = ()
+
+    def labels(self, mask: MaskPicture, path: Path) -> np.ndarray:
+        """The labels (H, W) of a mask. Raises InputError for a value that none of those looked at
+        holds."""
+        if mask.levels.ndim == 3 and self.of_colours is not None:
+            return _mapped_colours(mask.levels, self.of_colours, path)
+        levels = mask.levels if mask.levels.ndim == 2 else _brightness(mask.levels)
+        if mask.levels.ndim == 3 and hue_of(mask) is None:
+            raise InputError(_several_colours(path))
+        if self.threshold is not None:
+            low, high = (np.int16(label) for label in self.low_high)
+            labels = np.where(levels > self.threshold, high, low)
+            if self.ignored is not None:
+                labels[levels == self.ignored] = IGNORED
+            return _compact(labels)
+        table = {value: self.label_of(value) for value in distinct(levels)}
+        unknown = sorted(value for value, label in table.items() if label is None)
+        if unknown:
+            raise InputError(
+                f'mask {path} holds {said_values(unknown)}, which the other masks or the label '
+                'map do not explain (say what each value is with --label_map FILE)'
+            )
+        if levels.dtype in COUNTED:
+            by_value = np.zeros(1 + max(table, default=0), np.int16)
+            by_value[list(table)] = list(table.values())
+            return _compact(by_value[levels])
+        return _looked_up(levels, table, lambda block: block)
+
+
+def _compact(labels: np.ndarray) -> np.ndarray:
+    small = labels.size == 0 or (labels.min() >= 0 and labels.max() <= 255)
+    return labels.astype(np.uint8 if small else np.int16, copy=False)
+
+
+def _looked_up(
+    values: np.ndarray, table: dict[int, int], code: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """The labels (H, W) of values (H, W) or (H, W, 3), by the numbers that `code` makes of them."""
+    labels = np.zeros(values.shape[:2], np.int16)
+    for rows in _blocks(values):
+        found, places = np.unique(code(values[rows]), return_inverse=True)
+        own = np.array([table[value] for value in found.tolist()], dtype=np.int16)
+        labels[rows] = own[places].reshape(labels[rows].shape)
+    return _compact(labels)
+
+
+def _mapped_colours(colours: np.ndarray, known: dict[Colour, int], path: Path) -> np.ndarray:
+    table = {r << 16 | g << 8 | b: label for (r, g, b), label in known.items()}
+    unknown: set[int] = set()
+    for rows in _blocks(colours):
+        unknown |= set(np.unique(_codes(colours[rows])).tolist()) - table.keys()
+    if unknown:
+        raise InputError(
+            f'mask {path} holds the colours {said_values(sorted(map(_colour, unknown)))}, which '
+            'the label map does not name (add a line R,G,B = CLASS for each; masks in colours '
+            'must not be JPEG)'
+        )
+    return _looked_up(colours, table, _codes)
+
+
+def _several_colours(where: object) -> str:
+    return (
+        f'{where} holds several colours, and nothing says which class each is (say so with '
+        '--label_map FILE, a line R,G,B = CLASS, NAME for each)'
+    )
+
+
+def coding_of(census: Census, reading: TruthReading, where: object) -> MaskCoding:
+    """What the values of a split's masks mean. where: its masks, for messages. Raises InputError
+    where that is not certain."""
+    reading.check_map()
+    if reading.label_map is not None:
+        return _by_map(reading)
+    drawn = len(_distinct(census.hues, census.lossy)) + census.shades
+    if census.colours or drawn > 1:
+        raise InputError(_several_colours(where))
+    values = set(census.values) - {reading.ignore_label}
+    census = replace(census, inner=census.inner - {reading.ignore_label})
+    coding = _numbers(values, census, reading) or _levels(values, census, reading)
+    if coding is None:
+        raise InputError(_undecided(values, reading, where))
+    if reading.ignore_label is None:
+        return coding
+    return _leaving_out(coding, reading.ignore_label)
+
+
+def _distinct(hues: frozenset[Colour], lossy: bool) -> list[Colour]:
+    """Colours that differ by more than shade."""
+    found: list[Colour] = []
+    for hue in sorted(hues):
+        same = [np.abs(_full(hue) - _full(other)).max() <= (0.2 if lossy else 0.02)
+                for other in found]  # fmt: skip
+        found += [] if any(same) else [hue]
+    return found
+
+
+def _full(hue: Colour) -> np.ndarray:
+    """A colour at its brightest, 0-1."""
+    return np.array(hue) / max(1, max(hue))
+
+
+def _leaving_out(coding: MaskCoding, value: int) -> MaskCoding:
+    inner = coding.label_of
+    return replace(coding, label_of=lambda v: IGNORED if v == value else inner(v), ignored=value)
+
+
+def _by_map(reading: TruthReading) -> MaskCoding:
+    label_map = reading.label_map
+    of_values = dict(label_map.of_values)
+    for (r, g, b), label in label_map.of_colours.items():
+        if r == g == b:
+            of_values.setdefault(r, label)
+    of_colours = {(v, v, v): label for v, label in label_map.of_values.items() if 0 <= v <= 255}
+    of_colours |= label_map.of_colours
+    if reading.ignore_label is not None:
+        of_values[reading.ignore_label] = IGNORED
+        of_colours[(reading.ignore_label,) * 3] = IGNORED
+    return MaskCoding(of_values.get, of_colours)
+
+
+def _numbers(values: set[int], census: Census, reading: TruthReading) -> MaskCoding | None:
+    """The coding where values are the numbers of classes, with 255 as ignore label or not; None
+    where that is not certain."""
+    known = reading.numbers if reading.numbers is not None else SMALL + 1
+    small, notes = set(values), ()
+    if VOID in values and known <= VOID and reading.ignore_label is None:
+        rest = values - {VOID}
+        void = not census.lossy and max(rest, default=0) > 0
+        few = known <= FEW if reading.numbers is not None else max(rest, default=0) < FEW
+        certain = (few and max(rest, default=0) < known) or rest <= set(census.inner)
+        if not void or not certain:  # softened edges are no classes
+            return None
+        small, notes = rest, (
+            f'masks hold {VOID} beside {said_values(sorted(rest))}: taken as "ignore", which '
+            'counts in no score and no target (--label_map says otherwise)',
+        )  # fmt: skip
+    if not small or min(small) < 0:
+        return None if small else MaskCoding(lambda v: None)
+    fits = max(small) < known
+    if not fits and not _more_classes(small, census, reading):
+        return None
+    if not fits and reading.one_class:
+        notes += (
+            f'the network knows one class, the masks hold {said_values(sorted(small))}: everything '
+            f'above 0 is taken as that class{"" if 0 in small else COVERS} (--label_map says '
+            'otherwise)',
+        )
+    if reading.numbers is None and fits and not small <= set(census.inner) and len(small) > 2:
+        return None if max(small) > 64 else MaskCoding(_identity(known, VOID if notes else None))
+    highest = known if fits else SMALL + 1
+    void = VOID if VOID in values and VOID not in small else None
+    return MaskCoding(_identity(highest, void), notes=notes)
+
+
+def _more_classes(small: set[int], census: Census, reading: TruthReading) -> bool:
+    """Whether masks surely hold class numbers, though more than the network knows."""
+    if max(small) > SMALL or census.lossy:
+        return False
+    # Two values alone are foreground and background, whatever they are.
+    return reading.one_class and len(small) > 2 and small <= set(census.inner)
+
+
+def _identity(highest: int, void: int | None) -> Callable[[int], int | None]:
+    def label_of(value: int) -> int | None:
+        if value == void:
+            return IGNORED
+        return value if 0 <= value < highest else None
+
+    return label_of
+
+
+def _levels(values: set[int], census: Census, reading: TruthReading) -> MaskCoding | None:
+    """The coding where values are shades: two of them, softened edges between two, or as many in
+    even steps as the network has classes; None where that is not certain."""
+    if not values or min(values) < 0:
+        return None
+    objects, top = reading.objects, max(values)
+    two = reading.numbers in (None, 2)
+    high = 1 if objects is None or len(objects) != 1 else objects[0]
+    low = 0 if objects is None or len(objects) != 1 else 1 - high
+    if two and (values == {0, top} or values == {VOID}):
+        said = top not in (1, VOID, 65535)
+        note = (f'masks hold 0 and {top}: {top} is taken as the object',) * said
+        return MaskCoding({0: low, top: high}.get, low_high=(low, high), notes=note)
+    tolerance = _tolerance(census.lossy, top)
+    poles = all(v <= tolerance or v >= top - tolerance for v in census.inner)
+    edges = any(tolerance < v < top for v in values) and census.between <= MOST_BETWEEN
+    if two and top > SMALL and poles and edges:
+        return MaskCoding(lambda v: None, threshold=top / 2, low_high=(low, high))
+    return None if census.lossy else _even_steps(values, reading)
+
+
+def _even_steps(values: set[int], reading: TruthReading) -> MaskCoding | None:
+    """Shades from 0 up in even steps, as many as classes, none of which could be a class number."""
+    ordered, count = sorted(values), reading.numbers
+    if count is None or count < 3 or len(ordered) != count or ordered[0] != 0:
+        return None
+    step = ordered[-1] / (count - 1)
+    even = all(abs(v - k * step) <= 1 for k, v in enumerate(ordered))
+    if not even or ordered[1] < count:
+        return None
+    table = {value: label for label, value in enumerate(ordered)}
+    said = ', '.join(f'{value}: {label}' for value, label in table.items())
+    note = f'masks hold as many shades in even steps as the network has classes, taken as {said}'
+    return MaskCoding(table.get, notes=(f'{note} (--label_map says otherwise)',))
+
+
+def _undecided(values: set[int], reading: TruthReading, where: object) -> str:
+    network = '' if reading.numbers is None else (
+        f', while the network tells apart {said_range(reading.numbers)}'
+    )  # fmt: skip
+    hint = ', or --ignore_label 255' if VOID in values else ''
+    return (
+        f'{where}: masks hold {said_values(sorted(values))}{network}, so that it is not certain '
+        f'which value is which class (say so with --label_map FILE, a line VALUE = CLASS, NAME '
+        f'for each{hint})'
+    )
+
+
+# --------------------------------------------------------------------------- masks of a split
+
+
+def whole_mask(path: Path, reading: Reading) -> MaskPicture:
+    """All of a mask file: of a volume every slice, side by side, of other files the first frame."""
+    if suffix_of(path) not in NIFTI_SUFFIXES:
+        return read_mask_picture(path, replace(reading, frame=None))
+    check_file(path, 'mask')
+    volume = read_volume(path, 4 * reading.limit)
+    return _from_numbers(volume.reshape(volume.shape[0], -1), path)
+
+
+class MaskSet:
+    """The mask files of a split, whose values are read together. Several threads may ask."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(dict.fromkeys(paths))
+        self._lock = threading.Lock()
+        self._codings: list[tuple[TruthReading, MaskCoding | InputError]] = []
+
+    @cached_property
+    def scanned(self) -> list[Path]:
+        """Those whose values are looked at, evenly spaced where there are very many."""
+        if len(self.paths) <= MOST_SCANNED:
+            return self.paths
+        rows = np.linspace(0, len(self.paths) - 1, MOST_SCANNED).round().astype(int)
+        return [self.paths[row] for row in rows]
+
+    def census(self, reading: Reading) -> Census:
+        """The values of all of them; files that cannot be read are told when it is their turn."""
+        found = Census()
+        for path in self.scanned:
+            try:
+                found |= census_of(whole_mask(path, reading))
+            except InputError:
+                continue
+        return found
+
+    def coding(self, reading: TruthReading) -> MaskCoding:
+        """What their values mean. Raises InputError where that is not certain."""
+        with self._lock:
+            found = next((coding for known, coding in self._codings if known == reading), None)
+            if found is None:
+                try:
+                    skip = reading.label_map is not None  # which says everything
+                    census = Census() if skip else self.census(reading.pixels)
+                    found = coding_of(census, reading, self._where)
+                except InputError as error:
+                    found = error
+                self._codings.append((reading, found))
+        if isinstance(found, InputError):
+            raise InputError(str(found))
+        return found
+
+    @property
+    def _where(self) -> str:
+        if len(self.paths) == 1:
+            return f'mask {self.paths[0]}'
+        return f'the {len(self.paths)} masks in {self.paths[0].parent}'
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A ground truth in a mask file, one of a set."""
+
+    path: Path
+    masks: MaskSet
+
+    def __call__(self) -> np.ndarray:
+        """The labels (H, W), the network not being known. Raises InputError."""
+        return self.read(UNKNOWN).values
+
+    def read(self, reading: TruthReading) -> Labels:
+        """The labels (H, W). Raises InputError."""
+        by_colour = reading.label_map is not None and not reading.label_map.of_values
+        picture = read_mask_picture(self.path, reading.pixels, by_colour)
+        coding = self.masks.coding(reading)
+        labels = coding.labels(picture, self.path)
+        return Labels(labels, (*picture.notes, *coding.notes))
+
+
+def read_mask(path: str | Path, reading: TruthReading = UNKNOWN) -> np.ndarray:
+    """Read one mask file as (H, W) labels: uint8, or int16 where pixels do not count (-1).
+
+    Palette pictures give their indices, others their grey level (one colour on black: the brightest
+    channel). By the set of its values: small numbers are classes and stay as they are; 0/255 and
+    0/N are two-valued, softened and JPEG edges between two shades included; 255 beside small
+    numbers does not count. Raises InputError as `read_image` does, and for values that could mean
+    several things. In a dataset the values of all masks are looked at together.
+    """
+    path = Path(path)
+    return MaskFile(path, MaskSet([path])).read(reading).values

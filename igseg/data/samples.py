@@ -1,0 +1,332 @@
+"""Datasets of images and masks: samples, and which of them a folder holds.
+
+What lies in a folder is found by `layouts`; pixels are read by `pixels`, masks by `masks`,
+annotations by `annotations`. A mask is (H, W) uint8 holding class labels, or int16 where pixels do
+not count (-1).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from igseg.data.annotations import AnnotatedImage, YoloLabels
+from igseg.data.layouts import DataSource, Found, find
+from igseg.data.masks import MaskFile, MaskSet, read_mask_picture
+from igseg.data.medical import NIFTI_SUFFIXES, shape_of_nifti
+from igseg.data.pixels import (
+    PLAIN,
+    TURNS,
+    LoadedImage,
+    Reading,
+    check_image,
+    load_channels,
+    stem_of,
+    suffix_of,
+)
+from igseg.data.truth import UNKNOWN, Labels, TruthReading
+from igseg.errors import InputError
+from igseg.preprocessing import resized
+
+SAME_ASPECT = 0.02  # by which the aspect of a mask may differ from its image's
+
+MOST_SLICES = 4096  # of a volume
+
+
+# An image's name becomes a folder's. These would collide with a batch's own files, or are devices
+# on Windows.
+RESERVED_NAMES = r'(summary|failures|index(_\d+)?)\.\w+|(con|prn|aux|nul|com\d|lpt\d)(\..*)?'
+
+NAME_BYTES = 100  # file systems allow 255, and endings are added
+
+
+# --------------------------------------------------------------------------- datasets
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a dataset. `read_truth` gives (H, W) labels; None: truth unknown."""
+
+    name: str  # unique within the dataset and safe as a folder name
+    image_path: Path
+    read_truth: Callable[[], np.ndarray | None] | None = None
+    class_names: dict[int, str] = field(default_factory=dict)  # of labels, where they are known
+    channel_paths: tuple[Path, ...] = ()  # where each channel lies in a file of its own
+    slice: str | None = None  # of a volume, AXIS:INDEX
+    notes: tuple[str, ...] = ()  # on the whole dataset, in sentences
+    mask_flags: dict[str, str] = field(default_factory=dict)  # that said where its mask lies
+
+    def image(self, channels: int = 3, reading: Reading = PLAIN) -> np.ndarray:
+        """The image, (H, W, C), see `read_image`."""
+        return self.load(channels, reading).pixels
+
+    def load(self, channels: int = 3, reading: Reading = PLAIN) -> LoadedImage:
+        """The image with what was decided. Raises InputError."""
+        paths = self.channel_paths or (self.image_path,)
+        return load_channels(paths, channels, self.part(reading))
+
+    def part(self, reading: Reading) -> Reading:
+        """How the files of this sample are read."""
+        return reading if self.slice is None else replace(reading, slice=self.slice)
+
+    def truth(self, reading: TruthReading = UNKNOWN) -> np.ndarray | None:
+        """The ground-truth labels, (H, W), or None where they are unknown. Raises InputError."""
+        return self.labels(reading).values
+
+    def labels(self, reading: TruthReading = UNKNOWN) -> Labels:
+        """The ground truth with what was decided. Raises InputError."""
+        if self.read_truth is None:
+            return Labels(None)
+        if isinstance(self.read_truth, (MaskFile, AnnotatedImage, YoloLabels)):
+            return self.read_truth.read(replace(reading, pixels=self.part(reading.pixels)))
+        return Labels(self.read_truth())
+
+    def names_of_classes(self, reading: TruthReading = UNKNOWN) -> dict[int, str]:
+        """The dataset's names of labels, where it gives them."""
+        if isinstance(self.read_truth, (AnnotatedImage, YoloLabels)):
+            return self.read_truth.class_names(reading)
+        return self.class_names
+
+    def check(self, reading: Reading = PLAIN) -> None:
+        """Raise InputError where the image or its mask cannot be read."""
+        for path in self.channel_paths or (self.image_path,):
+            check_image(path, reading)
+        if isinstance(self.read_truth, MaskFile):
+            read_mask_picture(self.read_truth.path, self.part(reading))
+
+
+def single_sample(
+    image_path: str | Path,
+    mask_path: str | Path | None = None,
+    source: DataSource | None = None,
+) -> Sample:
+    """The sample of one image file. Its truth is the mask file, where given; else, where the
+    image lies in a dataset that `list_samples` knows (or `source` names), what the dataset says.
+
+    The values of a mask are read together with those of the other masks of its dataset.
+    """
+    image_path = Path(image_path)
+    found = _in_dataset(image_path, source) if mask_path is None or _exists(mask_path) else None
+    if mask_path is None:
+        return found or _without_truth(image_path, source)
+    mask_path, flags = Path(mask_path), source.flags() if source is not None else {}
+    known = found.read_truth if found is not None else None
+    same = isinstance(known, MaskFile) and known.path.resolve() == mask_path.resolve()
+    masks = known.masks if same else MaskSet([mask_path])
+    return Sample(safe_names([image_path])[0], image_path, MaskFile(mask_path, masks),
+                  mask_flags={**flags, 'mask_path': str(mask_path)})  # fmt: skip
+
+
+def _without_truth(image_path: Path, source: DataSource | None) -> Sample:
+    """The sample of an image in no dataset; where it was said where masks are, that is told."""
+    notes = ()
+    if source is not None and source.flags():
+        place = source.images_dir or image_path.parent
+        what = f'{image_path} is not among the images in {place}' if source.names_folders else (
+            f'no mask of {image_path} is named {source.naming.mask}')  # fmt: skip
+        notes = (f'{what}, so there is no truth (give --mask_path, or --images_dir and '
+                 '--masks_dir)',)  # fmt: skip
+    return Sample(safe_names([image_path])[0], image_path, notes=notes)
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _in_dataset(image_path: Path, source: DataSource | None) -> Sample | None:
+    """The sample of an image in the dataset that it lies in; None where there is none. Raises
+    InputError where folders were named that are not there."""
+    if source is not None and source.names_folders:
+        own = source.images_dir or image_path.parent
+        found = _sample_of(image_path, _samples(find(replace(source, images_dir=own))))
+        return found and replace(found, mask_flags=source.flags())
+    said = {} if source is None else source.names()
+    without = None
+    for place in _datasets_around(image_path):
+        try:
+            samples = _samples(find(replace(place, **said)))
+        except InputError:
+            continue
+        sample = _sample_of(image_path, samples)
+        if sample is not None and sample.read_truth is not None:
+            return replace(sample, mask_flags=said)
+        if sample is not None and without is None:  # nobody missed masks where there are none
+            some = any(other.read_truth is not None for other in samples)
+            without = replace(sample, notes=sample.notes if some else ())
+    return without
+
+
+def _sample_of(image_path: Path, samples: Sequence[Sample]) -> Sample | None:
+    """The sample of an image file, under the path that the user gave."""
+    for sample in samples:
+        paths = (sample.image_path, *sample.channel_paths)
+        if image_path in paths or _same_file(image_path, paths):
+            return sample if sample.channel_paths else replace(sample, image_path=image_path)
+    return None
+
+
+def _datasets_around(image_path: Path) -> list[DataSource]:
+    """Where an image's dataset may begin: its folder, that above (the split, or the type, or both
+    together) and the one above that."""
+    folder = image_path.absolute().parent
+    if not folder.is_dir():
+        return []
+    above, top = folder.parent, folder.parent.parent
+    places = [
+        DataSource(folder, ''),
+        DataSource(above, ''),
+        DataSource(above, folder.name),
+        DataSource(top, above.name),
+        DataSource(top, folder.name),
+    ]
+    return places
+
+
+def _same_file(path: Path, others: Sequence[Path]) -> bool:
+    return any(other.name == path.name and other.resolve() == path.resolve() for other in others)
+
+
+def list_samples(
+    data_dir: str | Path, split: str | None = None, source: DataSource | None = None
+) -> list[Sample]:
+    """The samples of a dataset split, sorted by name, in whichever of `LAYOUTS` it lies, told apart
+    by looking, or where `source` names its folders. Raises InputError."""
+    source = source or DataSource(Path(data_dir), split)
+    return [replace(sample, mask_flags=source.flags()) for sample in _samples(find(source))]
+
+
+def _samples(found: Found) -> list[Sample]:
+    paths = [pair.images[0] for pair in found.pairs]
+    missing = () if found.missing is None else (found.missing,)  # said of those without a mask
+    return [
+        Sample(
+            name, pair.images[0], pair.truth, found.class_names,
+            pair.images if len(pair.images) > 1 else (),
+            notes=found.notes + (missing if pair.truth is None else ()),
+        )
+        for name, pair in zip(safe_names(paths), found.pairs, strict=True)
+    ]  # fmt: skip
+
+
+def with_slices(samples: Sequence[Sample], reading: Reading = PLAIN) -> list[Sample]:
+    """The samples, with every slice of a volume as one of its own, along the axis of
+    `reading.slice` (the last), unless it names one. A volume that cannot be read stays one."""
+    if reading.slice is not None and ':' in reading.slice:
+        return list(samples)
+    axis = int(reading.slice or 2)
+    found: list[Sample] = []
+    for sample in samples:
+        if suffix_of(sample.image_path) not in NIFTI_SUFFIXES:
+            found.append(sample)
+            continue
+        try:
+            count = (*shape_of_nifti(sample.image_path), 1)[axis]
+        except InputError:
+            count = 1
+        if count == 1 or count > MOST_SLICES:
+            found.append(sample)
+            continue
+        found += [
+            replace(sample, name=f'{sample.name}_axis{axis}_{index:04d}', slice=f'{axis}:{index}')
+            for index in range(count)
+        ]
+    return found
+
+
+# --------------------------------------------------------------------------- image and mask
+
+
+def fitted_truth(
+    image: LoadedImage, truth: np.ndarray
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The labels (H, W) of a mask as they lie over an image, and what is to be said of it: turned
+    where the mask was drawn on the pixels before the image's EXIF orientation; None where the two
+    have different shapes, since a mask that is squeezed says nothing."""
+    size, own = image.pixels.shape[:2], truth.shape
+    turned = image.orientation in (5, 6, 7, 8)
+    said = f'the mask is {own[1]}×{own[0]}, the image {size[1]}×{size[0]}'
+    if same_aspect(size, own):
+        if turned and same_aspect(size[::-1], own):
+            return truth, ('the image was turned by its EXIF orientation and is square: its mask '
+                           'is taken as turned already',)  # fmt: skip
+        if image.orientation in (2, 3, 4):
+            return truth, ('the image was turned by its EXIF orientation: its mask, of the same '
+                           'size either way, is taken as turned already',)  # fmt: skip
+        return truth, ()
+    if turned and same_aspect(size[::-1], own):
+        upright = np.ascontiguousarray(TURNS[image.orientation](truth))
+        return upright, (f'{said}: it was turned as the EXIF orientation of the image says',)
+    return None, (
+        f'{said}, of another shape, so that it was left out: there are no scores (give a mask of '
+        'the same aspect ratio)',
+    )
+
+
+def same_aspect(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two (height, width) have the same aspect ratio, but for rounding to whole pixels."""
+    if tuple(one) == tuple(other):
+        return True
+    small, large = sorted((tuple(one), tuple(other)))
+    scale = large[0] * small[1] / max(1, small[0] * large[1])
+    slack = 1 / max(1, min(*small, *large))
+    return abs(scale - 1) <= max(SAME_ASPECT if slack < SAME_ASPECT else slack, slack)
+
+
+def over_image(truth: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """The labels (H, W) of a mask at the size (height, width) of its image, nearest neighbour."""
+    if truth.shape == tuple(size):
+        return truth
+    return resized(truth, (size[1], size[0]), cv2.INTER_NEAREST_EXACT)
+
+
+# --------------------------------------------------------------------------- names
+
+
+def choose_samples(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    """That many samples evenly spaced through the list; all of them for None."""
+    if count is None or count >= len(samples):
+        return list(samples)
+    rows = np.linspace(0, len(samples) - 1, count).round().astype(int)
+    return [samples[row] for row in rows]
+
+
+def safe_names(paths: Sequence[Path]) -> list[str]:
+    """A unique folder name for every path: its stem, without odd characters, at most 100 bytes.
+
+    Where two would be the same, or one is reserved, a few digits of the hash of the file's name
+    are added to each; where that is the same too (in two folders), a number.
+    """
+    plain = [_cleaned(stem_of(path)) for path in paths]
+    count = Counter(map(_folded, plain))
+    names: list[str] = []
+    taken: set[str] = set()
+    for name, path in zip(plain, paths, strict=True):
+        if count[_folded(name)] > 1 or re.fullmatch(RESERVED_NAMES, name, re.IGNORECASE):
+            name += '_' + sha256(path.name.encode(errors='surrogatepass')).hexdigest()[:8]
+        number, own = 2, name
+        while _folded(own) in taken:
+            own, number = f'{name}_{number}', number + 1
+        taken.add(_folded(own))
+        names.append(own)
+    return names
+
+
+def _cleaned(stem: str) -> str:
+    name = re.sub(r'[^\w.-]+', '_', stem).strip('.')
+    return name.encode()[:NAME_BYTES].decode(errors='ignore').strip('.') or 'image'
+
+
+def _folded(name: str) -> str:
+    """What some file systems take for the same: without case, accents composed."""
+    return unicodedata.normalize('NFC', name).casefold()

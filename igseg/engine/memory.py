@@ -1,0 +1,182 @@
+"""How many interpolation steps go through the network at once, and what happens without memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from igseg.errors import InputError
+
+MAX_STEP_BATCH = 64  # beyond this a GPU gains nothing, and the allocator suffers
+
+CPU_STEP_BATCH_PIXELS = 4 * 256 * 256  # on a CPU batching pays only while images are small
+
+WORTHWHILE = 0.95  # a larger step batch must take at most this share of the time per step
+
+
+# --------------------------------------------------------------------------- step batch
+
+
+class StepBatch:
+    """How many interpolation steps go through the network at once.
+
+    A fixed size is kept. Without one, each shape of input is measured once, on steps that are
+    needed anyway: 1, 2, 4, … at a time while that saves time and fits into memory; one size that
+    does not pay is passed over, since the next may. Any size is halved when memory runs out.
+    """
+
+    def __init__(self, device: torch.device, fixed: int | None = None) -> None:
+        self.device = device
+        self.size = fixed or 1
+        self._fixed = fixed is not None
+        self._chosen: dict[object, int] = {}  # what was found for a shape
+        self._measuring = False
+        self._times: list[float] = []  # seconds a step at the current size
+        self._best, self._best_size = float('inf'), 1
+
+    def start(self, pixels: int, precision: torch.dtype | None = None) -> None:
+        """Prepare for an image of that many pixels."""
+        self._key = (pixels, precision)
+        if self._fixed:
+            return
+        self._measuring = self._key not in self._chosen
+        self.size = self._chosen.get(self._key, 1)
+        self._limit = min(MAX_STEP_BATCH, max(1, CPU_STEP_BATCH_PIXELS // pixels))
+        self._times, self._best, self._best_size = [], float('inf'), self.size
+        if self.device.type == 'cuda' and self._measuring:
+            self._limit = MAX_STEP_BATCH
+            self._idle_bytes = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextlib.contextmanager
+    def timed(self, count: int) -> Iterator[None]:
+        """Around a chunk of `count` steps; a GPU is waited for only while measuring."""
+        if not self._measuring or count < self.size:
+            yield
+            return
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        self.judge((time.perf_counter() - started) / count)
+
+    def judge(self, seconds: float) -> None:
+        """Take note of the seconds a step took, and go on to twice the size or settle."""
+        if self.device.type == 'cuda' and self.size == 1:
+            self._limit = min(MAX_STEP_BATCH, self._room())
+        self._times.append(seconds)
+        if len(self._times) == 1 and self._limit > 1:
+            return  # the first pass of a size also sets up its kernels
+        if self._times[-1] <= WORTHWHILE * self._best:
+            self._best, self._best_size = self._times[-1], self.size
+        if self.size <= 2 * self._best_size and 2 * self.size <= self._limit:
+            self._times = []
+            self.size *= 2
+            return
+        self.size = self._best_size
+        self._settle()
+
+    def _room(self) -> int:
+        """How many steps fit into four fifths of a GPU's free memory, by what one step took."""
+        used = torch.cuda.max_memory_allocated(self.device) - self._idle_bytes
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device)
+        free -= torch.cuda.memory_allocated(self.device)
+        return max(1, int(0.8 * free / max(1, used)))
+
+    def halve(self) -> None:
+        """After running out of memory. Raises MemoryError when a single step does not fit."""
+        if self.size == 1:
+            raise MemoryError('out of memory for a single step')
+        self.size //= 2
+        self._settle()
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
+
+    def _settle(self) -> None:
+        self._measuring = False
+        self._chosen[self._key] = self.size
+
+    def _wait(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: CUDA's, MPS's, or the CPU allocator's."""
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and (
+            'out of memory' in text
+            or "can't allocate memory" in text
+            or 'not enough memory' in text
+        )
+    )
+
+
+class OutOfMemory(Exception):
+    """Memory does not suffice, whichever library noticed."""
+
+
+@contextlib.contextmanager
+def out_of_memory_is_one_error() -> Iterator[None]:
+    """Turn every way of running out of memory into OutOfMemory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error)) from None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory so far in bytes: of the GPU's tensors, else of this process; None if unknown."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024
+
+
+@contextlib.contextmanager
+def explained_memory(device: torch.device) -> Iterator[None]:
+    """Turn running out of memory into one sentence, an InputError."""
+    try:
+        with out_of_memory_is_one_error():
+            yield
+    except OutOfMemory:
+        raise InputError(
+            f'not enough memory on {device} for the gradient of one image '
+            '(use a smaller image size, or device cpu)'
+        ) from None
+
+
+@contextlib.contextmanager
+def explained_network(shape: Sequence[int]) -> Iterator[None]:
+    """Around the network only: turn whatever it raises on an input of that shape into one
+    sentence, an InputError; but for running out of memory, after which less may be tried."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        text = next(iter(str(error).strip().splitlines()), '')
+        if 'does not require grad' in text:
+            raise InputError(
+                'the network gives no gradient at its input (take torch.no_grad, detach or argmax '
+                'out of its forward)'
+            ) from error
+        raise InputError(
+            f'the network cannot be run on an input of shape {tuple(shape)}: '
+            f'{type(error).__name__}: {text[:300]} (are size and channels those of its training?)'
+        ) from error

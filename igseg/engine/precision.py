@@ -1,0 +1,46 @@
+"""Reduced precision: which types are worth it where, and a copy of a network in one."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
+
+
+# --------------------------------------------------------------------------- reduced precision
+
+
+def reduced_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type that convolutions run in under a precision setting; None for float32.
+
+    `auto` reduces only where the hardware multiplies in that type: bfloat16 on CPUs that have
+    its instructions and on GPUs from Ampere on.
+    """
+    if precision == 'auto':
+        if device.type == 'cuda':
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            native = device.type == 'cpu' and cpu_has_bfloat16()
+        return torch.bfloat16 if native else None
+    return None if precision == 'float32' else getattr(torch, precision)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (x86: AVX-512 or AMX; ARM)."""
+    if not hasattr(torch.cpu, 'get_capabilities'):  # torch before 2.10
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16'))
+
+
+def reduced_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy for autocast whose convolutions and linear layers hold their weights in that type,
+    so that they are not converted again in every pass."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
+    return network

@@ -1,0 +1,460 @@
+"""The methods of attribution: Integrated Gradients, its family, and the field's yardsticks.
+
+A method is one class, its options the fields of the class, and one row of METHODS. It declares
+what it promises (see `Declared`: completeness, a quadrature, a baseline, …), which is all that
+statistics, figures, checks and resume ask of it, and turns `Work` (an image, its targets, its
+baselines, an engine) into what it found of each target. Most only name paths: the integral along
+them, its error, precision, batches and memory are `Work.walk`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from igseg.engine.sampler import AttributionPath, PathSampler
+from igseg.errors import InputError
+from igseg.explanation import (
+    BY_CONSTRUCTION,
+    IN_EXPECTATION,
+    NO_BASELINE,
+    NOTHING_SEEN,
+    OWN,
+    Declared,
+    Found,
+    Trend,
+)
+from igseg.method.layers import at_layer, enlarged_sum, layer_named
+from igseg.method.method import Method, Multiplied, PathMethod, option
+from igseg.method.paths import BlurPath, DrawnPath, StraightPath, UnitVelocity
+from igseg.method.rules import AnyRule, Rule, Stratified
+from igseg.method.walk import Work, trend_of
+
+AT_IMAGE = Rule('at the image', np.ones(1), np.ones(1), degree=0)  # no integral: one gradient
+
+
+# --------------------------------------------------------------------------- integrals along paths
+
+
+@dataclass(frozen=True)
+class IntegratedGradientsMethod(Multiplied):
+    """gradients along the straight line from the baseline, times image minus baseline"""
+
+    source = 'Sundararajan, Taly, Yan 2017, eq. 1'
+    declared = Declared('ig')
+
+    def paths(self, work: Work) -> Iterator[AttributionPath]:
+        """One from each baseline."""
+        for baseline in work.baselines:
+            yield self._along(StraightPath(baseline, work.x))
+
+
+@dataclass(frozen=True)
+class SmoothMethod(Multiplied):
+    """ig of noisy copies of the image: their mean, mean square or variance"""
+
+    source = 'Smilkov et al. 2017, section 3, on ig'
+    declared = Declared('smooth')
+
+    samples: int = option(8, 'noisy copies, num_steps each', least=1, most=1000)
+    noise: float = option(0.1, "standard deviation, by the image's range", above=0)
+    kind: str = option('mean', 'what is taken of them', choices=('mean', 'square', 'variance'))
+
+    @property
+    def declares(self) -> Declared:
+        """Only the mean sums to something: to the mean change of the score."""
+        if self.kind == 'mean':
+            return super().declares
+        return replace(self.declared, completeness=None, signed=False)
+
+    @property
+    def _copies(self) -> int:
+        return self.samples
+
+    def paths(self, work: Work) -> Iterator[AttributionPath]:
+        """From each baseline to each copy."""
+        spread = self.noise * float(work.x.max() - work.x.min())
+        generator = torch.Generator().manual_seed(work.settings.seed)
+        for _ in range(self.samples):
+            noise = torch.randn(work.x.shape, generator=generator).to(work.x)
+            for baseline in work.baselines:
+                yield self._along(StraightPath(baseline, work.x + spread * noise))
+
+    def explain(self, work: Work) -> list[Found]:
+        """See `Method`."""
+        if self.kind == 'mean':
+            return super().explain(work)
+        walk = work.walk(self.paths(work), complete=False, second=True)
+        found = []
+        for number, mean in enumerate(walk.means):
+            moment, error = mean.second_moment(about_mean=self.kind == 'variance')
+            summed = None if error is None else error.sum(dim=1)  # at most
+            found.append(walk.of(number, moment[0], error, summed))
+        return found
+
+
+@dataclass(frozen=True)
+class ExpectedMethod(PathMethod):
+    """ig from other images, drawn anew for every step: what sets this image apart from them"""
+
+    source = 'Erion et al. 2021, eq. 3'
+    declared = Declared('expected', IN_EXPECTATION, baseline=OWN, settles_early=False)
+
+    references: int = option(16, 'other images at most, evenly spaced', least=1, most=1000)
+
+    def rule(self, seed: int) -> AnyRule:
+        """Steps at random, two in each of equal strata, which tell the standard error."""
+        return Stratified(seed)
+
+    def steps_in_all(self, work: Work) -> int | None:
+        """See `Method`."""
+        return None if work.settings.tolerance is not None else work.settings.steps
+
+    def baseline(self, work: Work) -> tuple[str, torch.Tensor]:
+        """The mean of the other images."""
+        count = len(work.references)
+        name = f'{count} other image{"" if count == 1 else "s"}'
+        return name, work.references.mean(dim=0, keepdim=True)
+
+    def paths(self, work: Work) -> Iterator[AttributionPath]:
+        """One, which starts anywhere."""
+        yield DrawnPath(work.references, work.x, work.settings.seed)
+
+
+@dataclass(frozen=True)
+class BlurMethod(PathMethod):
+    """gradients while the image comes into focus, from a strong blur of it to itself"""
+
+    source = 'Xu, Venugopalan, Sundararajan 2020, eq. 5'
+    declared = Declared('blur', baseline=OWN, settles_early=False)
+
+    sigma: float = option(0.2, 'of the strongest blur, by the longer side', above=0)
+
+    def steps_in_all(self, work: Work) -> int | None:
+        """See `Method`."""
+        return None if work.settings.tolerance is not None else work.settings.steps
+
+    def baseline(self, work: Work) -> tuple[str, torch.Tensor]:
+        """The most blurred image."""
+        (path,) = self.paths(work)
+        return f'blurred (sigma {path.sigma:.3g} px)', path.at(work.x.new_zeros(1))[0]
+
+    def paths(self, work: Work) -> Iterator[AttributionPath]:
+        """One."""
+        yield BlurPath(work.x, self.sigma * max(work.x.shape[-2:]))
+
+
+# --------------------------------------------------------------------------- steps of their own
+
+
+@dataclass(frozen=True)
+class IdgiMethod(Method):
+    """each step's change of the score, shared out by the squares of its gradient"""
+
+    source = 'Yang, Wang, Bilgic 2023, alg. 1'
+    declared = Declared('idgi', BY_CONSTRUCTION, quadrature=False)
+
+    def steps_in_all(self, work: Work) -> int | None:
+        """See `Method`."""
+        return work.settings.steps * len(work.baselines)
+
+    def explain(self, work: Work) -> list[Found]:
+        """See `Method`; the sum is F(x) - F(x'), since the changes of the steps are."""
+        steps, total, starts, first = work.settings.steps, 0.0, [], None
+        nodes = np.arange(steps) / steps
+        for baseline in work.baselines:
+            sampler = work.sampler(UnitVelocity(StraightPath(baseline, work.x)))
+            first, before, share = first or sampler, 0.0, None
+            for alpha, gradients in zip(nodes.tolist(), sampler(nodes), strict=True):
+                if share is not None:
+                    total = total + share * _rise(sampler, before, alpha)
+                before, share = alpha, _shares(gradients)
+            total = total + share * _rise(sampler, before, 1.0)
+            starts.append(sampler.scores[0.0])
+        maps, start = total / len(work.baselines), torch.stack(starts).mean(dim=0)
+        return [Found(maps[t].clone(), steps, trend_of(first, t), float(start[t]))
+                for t in range(len(maps))]  # fmt: skip
+
+
+def _shares(gradients: torch.Tensor) -> torch.Tensor:
+    """The squares of gradients (targets, C, H, W), each target's summing to 1; 0 where all are."""
+    largest = gradients.abs().flatten(1).amax(dim=1).clamp(min=torch.finfo(gradients.dtype).tiny)
+    squares = (gradients / largest.view(-1, 1, 1, 1)).square()  # which would underflow
+    sums = squares.flatten(1).sum(dim=1).clamp(min=torch.finfo(gradients.dtype).tiny)
+    return squares / sums.view(-1, 1, 1, 1)
+
+
+def _rise(sampler: PathSampler, start: float, end: float) -> torch.Tensor:
+    """How much F of each target rises between two nodes, (targets, 1, 1, 1)."""
+    return (sampler.scores[end] - sampler.scores[start]).view(-1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class GuidedMethod(Method):
+    """ig on a path that moves the inputs with the least gradient first, near the straight line"""
+
+    source = 'Kapishnikov et al. 2021, alg. 1'
+    declared = Declared('guided', quadrature=False, sequential=True)
+
+    fraction: float = option(0.25, 'of the inputs that move together', above=0, below=1)
+    max_dist: float = option(0.02, 'from the straight line at most, in alpha', above=0)
+
+    def steps_in_all(self, work: Work) -> int | None:
+        """See `Method`."""
+        paths = len(work.baselines) * len(work.at_image.targets)
+        return (work.settings.steps + 1) * paths
+
+    def explain(self, work: Work) -> list[Found]:
+        """See `Method`; each target has a path of its own."""
+        found = []
+        for number in range(len(work.at_image.targets)):
+            walks = [self._walk(work, baseline, number) for baseline in work.baselines]
+            maps, scores = [walk[0] for walk in walks], [walk[1] for walk in walks]
+            alphas = tuple(k / work.settings.steps for k in range(work.settings.steps + 1))
+            trend = Trend(alphas, tuple(scores[0]), (None,) * len(alphas))
+            start = float(np.mean([one[0] for one in scores]))
+            mean = torch.stack(maps).mean(dim=0)
+            found.append(Found(mean.to(work.x), work.settings.steps, trend, start))
+        return found
+
+    def _walk(
+        self, work: Work, baseline: torch.Tensor, target: int
+    ) -> tuple[torch.Tensor, list[float]]:
+        """The map (C, H, W) of one path, and F at every step of it and at its end."""
+        steps, change = work.settings.steps, work.x - baseline
+        exact = torch.float32 if change.device.type == 'mps' else torch.float64
+        change = change.to(exact)
+        progress = torch.zeros_like(change)  # of each input from 0, baseline, to 1, image
+        total, scores = torch.zeros_like(change), []
+        made = torch.zeros_like(change)  # by the last step
+        for step in range(steps + 1):
+            point = (baseline + progress * change).to(work.x)
+            score, gradient = work.gradients(point, target, (step / steps,))
+            scores.append(float(score))
+            # Of each step the mean of the gradients at its two ends (trapezoid rule), where the
+            # paper takes that at its start: the same path, and a sum that is exact to second order.
+            total += gradient * made / 2
+            if step < steps:
+                moved = guided_step(progress, change.abs(), gradient.abs().to(exact),
+                                    (step + 1) / steps, self.fraction, self.max_dist)  # fmt: skip
+                made, progress = (moved - progress) * change, moved
+                total += gradient * made / 2
+            work.on_steps(1)
+        return total[0], scores
+
+
+def guided_step(
+    progress: torch.Tensor,
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    alpha: float,
+    fraction: float,
+    max_dist: float,
+) -> torch.Tensor:
+    """Where every input is when, all together, they have come a share alpha of their way.
+
+    progress: where each is, from 0 to 1. weight: how long its way is. gradient: its magnitude. No
+    input stays behind alpha - max_dist or runs ahead of alpha + max_dist; of the others, a fraction
+    of all moves at a time, those with the least gradient first, until the way is made.
+    """
+    low, high = max(alpha - max_dist, 0.0), min(alpha + max_dist, 1.0)
+    progress = progress.clamp(min=low)
+    most = int(fraction * (progress.numel() - 1)) + 1
+    whole = float(weight.sum())
+    left = whole * alpha - float((weight * progress).sum())  # of the way, to go
+    movable = (weight > 0) & (progress < high)
+    while left > 1e-9 * whole:
+        candidates = gradient[movable]
+        if not candidates.numel():
+            break
+        threshold = candidates.kthvalue(min(most, candidates.numel())).values
+        chosen = movable & (gradient <= threshold)
+        room = float((weight * (high - progress))[chosen].sum())
+        share = min(1.0, left / room) if room > 0 else 1.0
+        progress = torch.where(chosen, progress + share * (high - progress), progress)
+        left -= share * room
+        movable &= ~chosen
+    return progress
+
+
+# --------------------------------------------------------------------------- inside the network
+
+
+@dataclass(frozen=True)
+class LayerMethod(Method):
+    """ig at the output of a layer, whose values go from those of the baseline to those of the image
+    while all beside it sees the image; enlarged to the image, its sum kept"""
+
+    source = 'Sundararajan, Taly, Yan 2017, at a layer'
+    declared = Declared('layer', channels=False)
+    layer_of = True
+
+    layer: str = ''
+
+    @property
+    def declares(self) -> Declared:
+        """See `Method`."""
+        return replace(self.declared, name=f'{self.declared.name}:{self.layer}')
+
+    def check_network(self, model: nn.Module, x: torch.Tensor) -> None:
+        """See `Method`; only a name that no module has, as of a stage, costs a forward pass."""
+        if self.layer not in dict(model.named_modules()):
+            layer_named(model, x, self.layer)
+
+    def explain(self, work: Work) -> list[Found]:
+        """See `Method`; completeness is of the sum over the layer."""
+        with at_layer(work, self.layer) as inside:
+            paths = (StraightPath(baseline, inside.x) for baseline in inside.baselines)
+            return [_at_size(one, work.x.shape[-2:]) for one in inside.walk(paths).found()]
+
+
+def _at_size(found: Found, size: Sequence[int]) -> Found:
+    """What was found at a layer, enlarged."""
+    fine, doubt = found.attributions, found.uncertainty
+    return replace(
+        found,
+        attributions=enlarged_sum(fine.sum(dim=0, keepdim=True), size),
+        uncertainty=None if doubt is None else enlarged_sum(doubt[None], size)[0],
+        total=float(fine.double().sum()),
+        fine=fine.cpu(),
+    )
+
+
+@dataclass(frozen=True)
+class GradCamMethod(LayerMethod):
+    """what a layer gives, its channels weighted by their mean gradient, where that is positive"""
+
+    source = 'Selvaraju et al. 2017, eq. 1 and 2; of a region: Vinogradova et al. 2020, eq. 1'
+    declared = Declared('gradcam', None, quadrature=False, baseline=NO_BASELINE, channels=False,
+                        signed=False)  # fmt: skip
+    counts = 'gradients'
+
+    def explain(self, work: Work) -> list[Found]:
+        """See `Method`."""
+        with at_layer(work, self.layer, baselines=False) as inside:
+            here = UnitVelocity(StraightPath(inside.x, inside.x))
+            gradients = inside.walk([here], AT_IMAGE, complete=False).means
+            found = []
+            for mean in gradients:
+                weights = mean.integral[0].mean(dim=(1, 2), keepdim=True)  # (c, 1, 1)
+                cam = (weights * inside.x[0]).sum(dim=0, keepdim=True).relu()  # (1, h, w)
+                large = F.interpolate(cam[None], work.x.shape[-2:], mode='bilinear')[0]
+                found.append(Found(large, 1, fine=cam.cpu()))
+        return found
+
+
+# --------------------------------------------------------------------------- yardsticks
+
+
+@dataclass(frozen=True)
+class GradientMethod(PathMethod):
+    """the gradient at the image"""
+
+    source = 'Simonyan, Vedaldi, Zisserman 2013, section 3'
+    declared = Declared('gradient', None, quadrature=False, baseline=NO_BASELINE)
+    counts = 'gradients'
+
+    def steps_in_all(self, work: Work) -> int:
+        """See `Method`."""
+        return 1
+
+    def rule(self, seed: int) -> AnyRule:
+        """A single gradient."""
+        return AT_IMAGE
+
+    def paths(self, work: Work) -> Iterator[AttributionPath]:
+        """A path that goes nowhere."""
+        yield UnitVelocity(StraightPath(work.x, work.x))
+
+    def explain(self, work: Work) -> list[Found]:
+        """See `Method`."""
+        nowhere = {'trend': NOTHING_SEEN, 'start_score': None, 'end_score': None}
+        return [replace(one, **nowhere) for one in super().explain(work)]
+
+
+@dataclass(frozen=True)
+class InputTimesGradient(PathMethod):
+    """the gradient at the image, times image minus baseline: ig as if all were linear"""
+
+    source = 'Shrikumar et al. 2016, section 2, from a baseline'
+    declared = Declared('input_x_gradient', None, quadrature=False)
+    counts = 'gradients'
+
+    def steps_in_all(self, work: Work) -> int:
+        """See `Method`."""
+        return len(work.baselines)
+
+    def rule(self, seed: int) -> AnyRule:
+        """A single gradient."""
+        return AT_IMAGE
+
+    def paths(self, work: Work) -> Iterator[AttributionPath]:
+        """One from each baseline, asked at its end alone."""
+        for baseline in work.baselines:
+            yield StraightPath(baseline, work.x)
+
+
+@dataclass(frozen=True)
+class OcclusionMethod(Method):
+    """how much the score falls where a square of the baseline is laid over the image; every pixel
+    has the mean of the squares over it"""
+
+    source = 'Zeiler, Fergus 2014, section 4.2'
+    declared = Declared('occlusion', None, quadrature=False, channels=False)
+    counts = 'squares'
+
+    window: int | None = option(None, 'side of the square, in pixels of the model input', least=1,
+                                default_text='an eighth of the longer side')  # fmt: skip
+    stride: int | None = option(None, 'from one to the next', least=1,
+                                default_text='half the window')  # fmt: skip
+
+    def windows(self, size: Sequence[int]) -> list[tuple[slice, slice]]:
+        """All squares on an image (H, W), row by row; the last ones end at its border. Raises
+        InputError: pixels between them."""
+        window = self.window or max(1, max(size) // 8)
+        stride = self.stride or max(1, window // 2)
+        if window > max(size):
+            raise InputError(
+                f'the window {window} of occlusion is larger than the input of {size[1]}×{size[0]} '
+                '(use a smaller window)'
+            )
+        if stride > window:
+            raise InputError(
+                f'the stride {stride} of occlusion is more than its window {window}: pixels '
+                'between would get nothing (use a smaller stride)'
+            )
+        spans = [
+            [slice(s, s + window) for s in range(0, max(1, side - window + stride), stride)]
+            for side in size
+        ]
+        return list(product(*spans))
+
+    def steps_in_all(self, work: Work) -> int | None:
+        """See `Method`."""
+        return len(self.windows(work.x.shape[-2:])) * len(work.baselines)
+
+    def explain(self, work: Work) -> list[Found]:
+        """See `Method`."""
+        places = self.windows(work.x.shape[-2:])
+        full = torch.stack([target(work.at_image.logits)[0] for target in work.at_image.targets])
+        total = work.x.new_zeros((len(full), 1, *work.x.shape[-2:]))
+        count = torch.zeros_like(total)
+        for baseline in work.baselines:
+            covered = (_covered(work.x, baseline, place) for place in places)
+            for place, scores in zip(places, work.scores(covered), strict=True):
+                total[(..., *place)] += (full - scores).view(-1, 1, 1, 1)
+                count[(..., *place)] += 1
+        return [Found(one, len(places)) for one in total / count]
+
+
+def _covered(x: torch.Tensor, baseline: torch.Tensor, place: tuple[slice, slice]) -> torch.Tensor:
+    """An image (1, C, H, W) with a part of another laid over it."""
+    x = x.clone()
+    x[(..., *place)] = baseline[(..., *place)]
+    return x

@@ -1,0 +1,180 @@
+"""Quadrature rules: at which nodes of [0, 1] the density is evaluated, with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from igseg.errors import InputError
+
+ADAPTIVE = 'adaptive'
+
+FIRST_NODES = 5  # of the adaptive rule: both ends and three between
+
+DRAWN_AT_ONCE = 16  # nodes that are drawn between two questions whether it is enough
+
+
+# --------------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A quadrature rule on [0, 1]: integral of g ~ sum of weights * g(nodes)."""
+
+    name: str
+    nodes: np.ndarray  # (steps,) float64 in [0, 1], rising
+    weights: np.ndarray  # (steps,) float64, sum 1
+    degree: int  # polynomials up to this degree are integrated exactly
+
+
+def midpoint_rule(steps: int) -> Rule:
+    """Equal cells, evaluated at their centres."""
+    nodes = (np.arange(steps) + 0.5) / steps
+    return Rule('midpoint', nodes, np.full(steps, 1 / steps), degree=1)
+
+
+def trapezoid_rule(steps: int) -> Rule:
+    """Equal cells, evaluated at their ends; the two outermost nodes count half."""
+    _at_least_two(steps, 'trapezoid')
+    weights = np.full(steps, 1 / (steps - 1))
+    weights[[0, -1]] /= 2
+    return Rule('trapezoid', np.linspace(0, 1, steps), weights, degree=1)
+
+
+def gauss_legendre_rule(steps: int) -> Rule:
+    """Gauss-Legendre nodes, best for smooth integrands."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return Rule('gauss-legendre', (nodes + 1) / 2, weights / 2, degree=2 * steps - 1)
+
+
+def clenshaw_curtis_rule(steps: int) -> Rule:
+    """Chebyshev points, both ends included; 2^k + 1 of them are nested."""
+    _at_least_two(steps, 'clenshaw-curtis')
+    nodes = -np.cos(np.pi * np.arange(steps) / (steps - 1))
+    nodes[(steps - 1) // 2 : (steps + 1) // 2] *= steps % 2 == 0  # the centre is exactly 0
+    degree = steps - 1 if steps % 2 == 0 else steps
+    return Rule('clenshaw-curtis', (nodes + 1) / 2, _interpolatory_weights(nodes), degree)
+
+
+def gauss_kronrod_rule(steps: int) -> Rule:
+    """Gauss-Legendre with 3 nodes, extended by Kronrod and Patterson to 7, 15, 31, 63."""
+    counts = NESTED['gauss-kronrod']
+    if steps not in counts:
+        raise InputError(
+            f'the gauss-kronrod rule has {", ".join(map(str, counts))} steps, not {steps} '
+            '(use one of these for num_steps)'
+        )
+    nodes = _patterson_nodes(counts.index(steps))
+    degree = 5 if steps == 3 else (3 * steps + 1) // 2
+    return Rule('gauss-kronrod', (nodes + 1) / 2, _interpolatory_weights(nodes), degree)
+
+
+def _at_least_two(steps: int, name: str) -> None:
+    if steps < 2:
+        raise InputError(f'the {name} rule needs at least 2 steps (use num_steps 2 or more)')
+
+
+def _interpolatory_weights(nodes: np.ndarray) -> np.ndarray:
+    """Weights on nodes of [-1, 1], sum 1, that integrate Legendre polynomials P_0 .. P_(n-1)."""
+    basis = np.polynomial.legendre.legvander(nodes, len(nodes) - 1)  # (n, n)
+    return np.linalg.solve(basis.T, np.eye(len(nodes))[0])
+
+
+@cache
+def _patterson_nodes(extensions: int) -> np.ndarray:
+    """The 3 Gauss-Legendre nodes on [-1, 1] after that many optimal extensions of n by n + 1.
+
+    The new nodes are the roots of the polynomial E of degree n + 1 that is orthogonal, with the
+    old nodes' polynomial G as weight, to all of lower degree (Patterson, Math. Comp. 22, 1968).
+    """
+    if extensions == 0:
+        return np.polynomial.legendre.leggauss(3)[0]
+    old = _patterson_nodes(extensions - 1)
+    n = len(old)
+    points, weights = np.polynomial.legendre.leggauss(2 * n + 4)  # exact for G E P_k
+    old_polynomial = np.prod(2 * (points[:, None] - old), axis=1)  # G, scaled to stay near 1
+    basis = np.polynomial.legendre.legvander(points, n + 1)  # (points, n + 2)
+    products = basis[:, :-1].T @ (basis * (weights * old_polynomial)[:, None])  # (n + 1, n + 2)
+    coefficients = np.append(np.linalg.solve(products[:, :-1], -products[:, -1]), 1.0)
+    new = np.polynomial.legendre.legroots(coefficients).real
+    both = np.sort(np.concatenate([old, new]))
+    return (both - both[::-1]) / 2  # exactly symmetric
+
+
+RULES: dict[str, Callable[[int], Rule]] = {
+    'midpoint': midpoint_rule,
+    'trapezoid': trapezoid_rule,
+    'gauss-legendre': gauss_legendre_rule,
+    'clenshaw-curtis': clenshaw_curtis_rule,
+    'gauss-kronrod': gauss_kronrod_rule,
+}
+
+RULE_NAMES = (ADAPTIVE, *RULES)
+
+
+# Numbers of steps whose nodes contain those of the one before.
+NESTED: dict[str, tuple[int, ...]] = {
+    'midpoint': tuple(3**k for k in range(1, 9)),
+    'trapezoid': tuple(2**k + 1 for k in range(1, 14)),
+    'clenshaw-curtis': tuple(2**k + 1 for k in range(1, 11)),
+    'gauss-kronrod': (3, 7, 15, 31, 63),
+}
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """Two nodes at random in each of equal strata of [0, 1]; refined by drawing further sets of
+    such nodes, of which the mean is taken. The differences within the pairs tell the variance of
+    what is drawn (Cochran: Sampling Techniques, 1977, section 5.4)."""
+
+    seed: int
+    name: str = 'stratified'
+
+    def sets(self, steps: int, refined: bool) -> Iterator[np.ndarray]:
+        """Nodes, rising: all at once, or set by set; a single step has no pair."""
+        size = min(DRAWN_AT_ONCE, steps) if refined else steps
+        size -= size % 2 if size > 1 else 0
+        strata, rng = max(1, size // 2), np.random.default_rng(self.seed)
+        for _ in range(steps // size):
+            within = np.sort(rng.random((strata, min(2, size))), axis=1)
+            yield ((np.arange(strata)[:, None] + within) / strata).ravel()
+
+
+AnyRule = str | Rule | Stratified  # a name of RULE_NAMES, or a rule that a method brings along
+
+
+def first_nodes(rule: AnyRule, steps: int, refined: bool) -> np.ndarray:
+    """The nodes that are evaluated whatever is found there: all of a fixed rule's, else the first.
+
+    Raises InputError: a number of steps the rule does not have, a rule that is not nested.
+    """
+    if isinstance(rule, Rule):
+        return rule.nodes
+    if isinstance(rule, Stratified):
+        return next(rule.sets(steps, refined))
+    if rule == ADAPTIVE:
+        return _first_rule(steps).nodes
+    return RULES[rule](_nested_counts(rule, steps)[0] if refined else steps).nodes
+
+
+def _first_rule(steps: int) -> Rule:
+    """What the adaptive rule starts from."""
+    return midpoint_rule(1) if steps == 1 else trapezoid_rule(min(FIRST_NODES, steps))
+
+
+def _nested_counts(rule: str, steps: int) -> list[int]:
+    """The levels of a nested rule up to a number of steps."""
+    if rule not in NESTED:
+        raise InputError(
+            f'the {rule} rule cannot be refined to a tolerance, its nodes are not nested '
+            f'(use rule {ADAPTIVE}, {", ".join(NESTED)}, or num_steps)'
+        )
+    counts = [count for count in NESTED[rule] if count <= steps]
+    if not counts:
+        raise InputError(
+            f'the {rule} rule needs at least {NESTED[rule][0]} steps (use a larger max_steps)'
+        )
+    return counts

@@ -1,0 +1,355 @@
+"""Walking along paths, and what a method works with: `Work`.
+
+A method of attribution is given one image, its targets, its baselines and an engine, and says what
+it finds of each target (`Found`). Most do it by naming paths and having them walked: `Work.walk`
+integrates along them, to a tolerance where one is wanted, in reduced precision where that is close
+enough, in step batches, for all targets together. Others ask for single gradients or scores
+(`Work.gradients`, `Work.scores`), which go through the network in step batches too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from igseg.engine.engine import CHECKED_NODES, GradientEngine, View
+from igseg.engine.memory import OutOfMemory, out_of_memory_is_one_error
+from igseg.engine.precision import reduced_dtype
+from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
+from igseg.errors import NonFiniteError, attempt
+from igseg.explanation import Found, Trend, completeness_gap
+from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
+from igseg.method.rules import AnyRule, first_nodes
+from igseg.network.description import NetworkDescription
+from igseg.network.outputs import enlarged
+
+MASK_SHARE = 0.05  # of a path's work, at most, goes into whole maps between its ends
+
+FORWARD_SHARE = 0.4  # of a gradient's work that its forward pass is, about
+
+MOST_MASKS = 3
+
+Result = TypeVar('Result')
+
+
+class WalkSettings(Protocol):
+    """What is asked of the settings."""
+
+    rule: str
+    tolerance: float | None
+    precision: str
+    precision_tolerance: float
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Interpolation steps for each baseline; with a tolerance at most."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What came of all paths of one image."""
+
+    means: list[MeanIntegral]  # of each target
+    sampler: PathSampler  # of the first path
+    starts: list[torch.Tensor]  # F at the start of each path, (targets,) each
+    ends: list[torch.Tensor]  # at its end
+    reduced: torch.dtype | None
+    deviation: float  # of the map from float32, where reduced
+
+    def found(self) -> list[Found]:
+        """The means along the paths, for each target."""
+        return [self.of(t, mean.integral[0], mean.uncertainty, mean.summed_uncertainty)
+                for t, mean in enumerate(self.means)]  # fmt: skip
+
+    def of(
+        self,
+        number: int,
+        attributions: torch.Tensor,
+        uncertainty: torch.Tensor | None,
+        summed: torch.Tensor | None,
+    ) -> Found:
+        """What was found of one target: a map (C, H, W) that was made of its integrals, with its
+        estimated error (targets, C, H, W), and that of the sum over the channels (targets, H, W).
+        """
+        attributions = attributions.clone()  # a slice may keep all targets' alive
+        error, rounding = None, self.deviation if self.reduced else 0.0
+        if uncertainty is not None:
+            error = math.hypot(float(uncertainty[0].norm() / attributions.norm()), rounding)
+            size = attributions.sum(dim=0).square().mean().sqrt()  # of a pixel, root mean square
+            summed = summed[0].hypot(rounding * size).cpu()
+        drawn = self.means[number].sum_variance
+        return Found(
+            attributions,
+            self.means[number].evaluations,
+            trend_of(self.sampler, number),
+            start_score=_mean_of(self.starts, number),
+            end_score=_mean_of(self.ends, number),
+            map_error=error if error is None or math.isfinite(error) else None,
+            uncertainty=summed,
+            total_error=None if drawn is None else float(drawn[0]) ** 0.5,
+            reduced=self.reduced,
+            deviation=self.deviation if self.reduced else None,
+        )
+
+
+def _mean_of(scores: Sequence[torch.Tensor], number: int) -> float:
+    return float(np.mean([float(one[number]) for one in scores]))
+
+
+# --------------------------------------------------------------------------- what a method is given
+
+
+@dataclass(frozen=True)
+class Work:
+    """One image to explain, its targets and baselines, and the engine."""
+
+    engine: GradientEngine
+    at_image: AtImage
+    baselines: Sequence[torch.Tensor]  # (1, C, H, W) each
+    settings: WalkSettings
+    overlap: Callable[[torch.Tensor], torch.Tensor]  # logits (N, K, h, w) -> (N,), of the mask
+    references: torch.Tensor | None = None  # (n, C, H, W): other images
+    on_steps: Callable[[int], object] = lambda count: None  # told how many were done
+    pixels_of_pass: int | None = None  # of the network's input, where x is not that
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The image, (1, C, H, W)."""
+        return self.at_image.x
+
+    @property
+    def pixels(self) -> int:
+        """Of the network's input: how much work a pass is."""
+        return self.pixels_of_pass or self.x.shape[-2] * self.x.shape[-1]
+
+    def sampler(self, path: AttributionPath) -> PathSampler:
+        """Of densities along a path, for methods that sum them in a way of their own; the whole map
+        at its ends is seen."""
+        sampler = PathSampler(self.engine, path, self.at_image, self.overlap, self.on_steps)
+        sampler.see_the_ends(density_at_start=False)
+        self.engine.step_batch.start(self.pixels)
+        return sampler
+
+    def walk(
+        self,
+        paths: Iterable[AttributionPath],
+        rule: AnyRule | None = None,
+        complete: bool = True,
+        second: bool = False,
+    ) -> Walk:
+        """Integrate along paths, one after the other, and average.
+
+        rule: by default that of the settings. complete: whether the sums should be the changes of
+        the scores, which a tolerance then asks for. second: see `MeanIntegral`.
+        """
+        settings, rule = self.settings, self.settings.rule if rule is None else rule
+        refined = settings.tolerance is not None
+        nodes = first_nodes(rule, settings.steps, refined)
+        means = [MeanIntegral(second=second) for _ in self.at_image.targets]
+        first, starts, ends, at_image = None, [], [], self.at_image
+        reduced, deviation = None, 0.0
+        for path in paths:
+            if path.image is self.x and at_image.gradient is None and nodes[-1] == 1:
+                at_image = self._with_gradient(at_image)  # which several paths share
+            sampler = PathSampler(self.engine, path, at_image, self.overlap, self.on_steps)
+            sampler.see_the_ends(density_at_start=bool(nodes[0] == 0))
+            if first is None:
+                first = sampler
+                share = at_image.view.cropping.computed_share if at_image.view else 1.0
+                planned = len(nodes) if refined else settings.steps
+                sampler.see_maps(mask_nodes(nodes, planned, share))
+                reduced, deviation = self._choose_precision(sampler, nodes)
+                self.engine.step_batch.start(self.pixels, reduced)
+            sampler.reduced = reduced
+            rounding = deviation if reduced else 0.0
+            enough = partial(exact_enough, settings.tolerance, rounding, complete, sampler)
+            integrals = integrate_targets(
+                sampler.some, len(means), rule, settings.steps, enough if refined else None
+            )
+            for mean, integral in zip(means, integrals, strict=True):
+                mean.add(integral)
+            starts.append(sampler.scores[0.0])
+            ends.append(sampler.scores[1.0])
+        return Walk(means, first, starts, ends, reduced, deviation)
+
+    def _with_gradient(self, at_image: AtImage) -> AtImage:
+        """With the gradient of every target at the image itself."""
+        x, view = at_image.x, at_image.view or View(tuple(at_image.targets))
+        # A velocity of 1: each path that ends here multiplies by its own.
+        gradient = self.engine.look(x, torch.ones_like(x), view, alphas=(1.0,))[2][0]
+        return replace(at_image, gradient=gradient)
+
+    def _choose_precision(
+        self, sampler: PathSampler, nodes: np.ndarray
+    ) -> tuple[torch.dtype | None, float]:
+        """The reduced type, where it is wanted and, under `auto`, accurate enough; and the map's
+        deviation from float32 in it. nodes: those that are evaluated whatever is found."""
+        settings = self.settings
+        reduced = reduced_dtype(settings.precision, self.engine.device)
+        if reduced is None or self.engine.dtype != torch.float32:
+            return None, 0.0
+        near = {int(np.abs(nodes - alpha).argmin()) for alpha in CHECKED_NODES}
+        deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(near)])
+        limit = min(settings.precision_tolerance, (settings.tolerance or 1.0) / 2)
+        refused = settings.precision == 'auto' and deviation > limit
+        return None if refused else reduced, deviation
+
+    def view_of(self, target: int) -> View:
+        """What must be computed for one of the targets."""
+        every = self.at_image.view
+        alone = (self.at_image.targets[target],)
+        return self.engine.view(alone) if every and not every.cropping.fell_back else View(alone)
+
+    def gradients(
+        self, points: torch.Tensor, target: int, alphas: Sequence[float] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """F of a target at points (n, C, H, W), (n,), and its gradients there, (n, C, H, W)."""
+        _, scores, densities = self.engine.look(
+            points, torch.ones_like(points[:1]), self.view_of(target), alphas=alphas
+        )
+        return scores[:, 0], densities[:, 0]
+
+    def scores(self, points: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """F of every target, (targets,), at each of many points (1, C, H, W), which go through the
+        network in step batches, without gradients."""
+        batch, view = self.engine.step_batch, self.at_image.view or View(self.at_image.targets)
+        batch.start(self.pixels)
+        waiting: list[torch.Tensor] = []
+        points = iter(points)
+        while True:
+            while len(waiting) < batch.size and (point := next(points, None)) is not None:
+                waiting.append(point)
+            if not waiting:
+                return
+            chunk = waiting[: batch.size]
+
+            def evaluate(chunk: list[torch.Tensor] = chunk) -> torch.Tensor:
+                with batch.timed(len(chunk)), out_of_memory_is_one_error(), torch.no_grad():
+                    maps = self.engine.maps(torch.cat(chunk), view.plan)
+                    return torch.stack(view.scores(maps), dim=1)  # (n, targets)
+
+            found, _ = attempt(evaluate, OutOfMemory)
+            if found is None:
+                batch.halve()
+                continue
+            waiting = waiting[len(chunk) :]
+            self.on_steps(len(chunk))
+            yield from found
+
+
+@dataclass(frozen=True)
+class PlainSettings:
+    """Of a map that is made for a check: so many midpoints, in the network's own precision."""
+
+    steps: int
+    seed: int = 0
+    rule: str = 'midpoint'
+    tolerance: float | None = None
+    precision: str = 'float32'
+    precision_tolerance: float = 0.0
+
+
+def plain_work(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    module: torch.nn.Module,
+    x: torch.Tensor,
+    baseline: torch.Tensor,
+    target: Callable[[torch.Tensor], torch.Tensor],
+    settings: WalkSettings,
+    references: torch.Tensor | None = None,
+) -> Work:
+    """The work of making the map of one target with a network as it is, without a graph of it.
+
+    network: images (N, C, H, W) -> logits; module: the same as a module. x, baseline: (1, C, H, W).
+    """
+    engine = GradientEngine(module, x.device, None)
+    engine.network = network
+    with torch.no_grad():
+        logits = enlarged(engine.run(x), x.shape[-2:])
+    at_image = AtImage(x, logits, (target,), None)
+    return Work(engine, at_image, [baseline], settings, _no_overlap, references)
+
+
+def _no_overlap(logits: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(logits),), torch.nan)
+
+
+def in_precision(work: Callable[[str], Result], precision: str) -> tuple[Result, str | None]:
+    """What some work gives in the precision that was asked for, or, where that overflows, in
+    float32, and why."""
+    if precision == 'float32':
+        return work(precision), None
+    result, overflow = attempt(partial(work, precision), NonFiniteError)
+    if overflow is None:
+        return result, None
+    wanted = 'reduced precision' if precision == 'auto' else precision
+    return work('float32'), f'computed again in float32, since in {wanted} {overflow}'
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a type, as in PRECISIONS."""
+    return str(dtype).removeprefix('torch.')
+
+
+def mask_overlap(
+    mask: torch.Tensor, network: NetworkDescription, threshold: float, logits: torch.Tensor
+) -> torch.Tensor:
+    """(N, K, h, w) logits -> (N,): IoU of the predicted masks with that of the image, (h, w)."""
+    masks = network.foreground(network.predicted(enlarged(logits, mask.shape), threshold))
+    both = (masks & mask).sum(dim=(1, 2))
+    union = (masks | mask).sum(dim=(1, 2))
+    return torch.where(union > 0, both / union, 1.0)
+
+
+def exact_enough(
+    tolerance: float,
+    rounding: float,
+    complete: bool,
+    sampler: PathSampler,
+    number: int,
+    running: PathIntegral,
+) -> bool:
+    """Whether map error and, where the sum is promised, completeness gap of a target are below the
+    tolerance. rounding: what reduced precision adds to the error of the map. number: of the target;
+    running: its own."""
+    errors = running.relative_errors()
+    if errors is None:
+        return False
+    ends = (sampler.scores[1.0][number], sampler.scores[0.0][number])
+    error, total, high, low = torch.stack([errors[0], running.integral.sum(), *ends]).tolist()
+    gap = (completeness_gap(total, high, low) or 0.0) if complete else 0.0
+    return math.hypot(error, rounding) <= tolerance and gap <= tolerance
+
+
+def mask_nodes(nodes: np.ndarray, steps: int, share: float) -> list[float]:
+    """The nodes between the ends at which the predicted mask is followed too, on a cropped path:
+    a few, spread evenly, since each takes a forward pass of the whole network. None of a path that
+    is not cropped, where the mask is seen at every node.
+
+    nodes: those that are asked whatever is found. steps: of the path. share: of the work of a whole
+    gradient that a cropped one takes.
+    """
+    count = min(MOST_MASKS, int(MASK_SHARE * steps * share / FORWARD_SHARE))
+    if share == 1:
+        return []
+    places = (np.arange(count) + 1) / (count + 1)
+    return sorted({float(nodes[np.abs(nodes - place).argmin()]) for place in places})
+
+
+def trend_of(sampler: PathSampler, number: int) -> Trend:
+    """What one target saw along a path, at the nodes where it was asked."""
+    scores = {alpha: float(sampler.scores[alpha][number]) for alpha in sorted(sampler.scores)}
+    alphas = [alpha for alpha, score in scores.items() if not math.isnan(score)]
+    seen = sampler.overlaps
+    return Trend(
+        tuple(alphas),
+        tuple(scores[alpha] for alpha in alphas),
+        tuple(float(seen[alpha]) if alpha in seen else None for alpha in alphas),
+    )

@@ -1,0 +1,226 @@
+"""Which network this is: digests of its weights, its structure and its code, and of files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path, PurePath
+from types import CodeType, ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+ATTRIBUTE = 'network_description'  # of a module that `load_model` made
+
+HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, 'preprocessing'}  # seen to elsewhere
+
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device, PurePath,
+         np.generic, slice, range)  # fmt: skip
+
+
+# --------------------------------------------------------------------------- identity
+
+
+def network_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of that by which two modules compute different things, as far as it can be seen:
+    weights and buffers, and all of `structure_digest`."""
+    digest = hashlib.sha256(structure_digest(model).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(name.encode())
+        for part in _tensor(tensor):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def structure_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a network without its weights: the tree of modules, their attributes and hooks,
+    and the code of their classes and of what that code uses, but for what libraries hold."""
+    digest = hashlib.sha256()
+    kept: dict[int, object] = {}  # what was seen; kept, so that no id is used twice
+    for name, module in model.named_modules():
+        digest.update(name.encode())
+        for value in (type(module), *_attributes(module)):
+            for part in _parts(value, kept):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def plain_attributes(model: torch.nn.Module) -> tuple:
+    """The numbers and texts among the attributes of a network's modules; quickly."""
+    return tuple(
+        value
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, PLAIN) and key not in MODULE_PARTS
+    )
+
+
+def _attributes(module: torch.nn.Module) -> tuple[dict, dict]:
+    """What belongs to a module itself: its attributes, and the hooks that change what it gives."""
+    own = {key: value for key, value in vars(module).items() if key not in MODULE_PARTS}
+    return own, {key: list(vars(module).get(key, {}).values()) for key in HOOKS}
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """A value inside another, whose parts come in its place."""
+
+    value: object
+
+
+def _parts(value: object, kept: dict[int, object]) -> Iterator[bytes]:
+    """All of a value that may decide what is computed, at any depth; nothing that would hold an
+    address, since the digest must be the same in the next process."""
+    waiting = [iter((_Inner(value),))]  # no recursion: code may lead very deep
+    while waiting:
+        piece = next(waiting[-1], None)
+        if piece is None:
+            waiting.pop()
+        elif isinstance(piece, _Inner):
+            waiting.append(_pieces(piece.value, kept))
+        else:
+            yield piece
+
+
+def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
+    """The parts of one value, those inside as they are."""
+    if value is None or isinstance(value, PLAIN):
+        yield f'{type(value).__name__} {value!r}'.encode(errors='backslashreplace')
+        return
+    if id(value) in kept:
+        return
+    kept[id(value)] = value
+    if isinstance(value, torch.Tensor):
+        yield from _tensor(value)
+    elif isinstance(value, np.ndarray):
+        yield f'{value.dtype} {value.shape}'.encode()
+        yield _Inner(value.tolist()) if value.dtype.hasobject else value.tobytes()
+    elif isinstance(value, (dict, list, tuple)):
+        for pair in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from map(_Inner, pair)
+    elif isinstance(value, (set, frozenset)):
+        yield ' '.join(sorted(map(_unordered, value))).encode(errors='backslashreplace')
+    elif isinstance(value, partial):
+        yield _Inner((value.func, value.args, value.keywords))
+    elif isinstance(value, type):
+        yield from _class(value)
+    elif hasattr(value, '__code__') or hasattr(value, '__func__'):
+        yield from _function(value)
+    elif isinstance(value, ModuleType):
+        yield value.__name__.encode()
+        file = getattr(value, '__file__', None)
+        if file and not of_library(value.__name__):  # what is used of it is not known: all of it
+            with contextlib.suppress(OSError):
+                yield Path(file).read_bytes()
+    elif isinstance(value, torch.nn.Module):  # one that is no registered child
+        yield _Inner(type(value))
+        yield from map(_Inner, _attributes(value))
+        yield _Inner([*value.parameters(), *value.buffers(), *value.children()])
+    else:  # an object of any other class, or a function in C
+        yield getattr(value, '__qualname__', type(value).__qualname__).encode()
+        settings = isinstance(value, (SimpleNamespace, Namespace))
+        if settings or not of_library(type(value).__module__):
+            yield _Inner(type(value))
+            yield _Inner(getattr(value, '__dict__', None))
+
+
+def _unordered(value: object) -> str:
+    """What stands for a part of a set, whose order is another in every process."""
+    known = isinstance(value, (*PLAIN, tuple)) or value is None
+    return repr(value) if known else getattr(value, '__qualname__', type(value).__qualname__)
+
+
+def _tensor(value: torch.Tensor) -> Iterator[bytes]:
+    """A tensor's type, shape and numbers, as far as it has any."""
+    try:
+        yield f'{value.dtype} {tuple(value.shape)} {value.layout}'.encode()
+        dense = value.detach().cpu().to_dense() if value.is_sparse else value.detach().cpu()
+        numbers = dense.resolve_conj().resolve_neg().contiguous().flatten()
+        yield numbers.view(torch.uint8).numpy().tobytes()
+    except (RuntimeError, TypeError, NotImplementedError, ValueError):  # meta, nested, not yet made
+        return
+
+
+def _class(kind: type) -> Iterator[bytes | _Inner]:
+    """The name of a class, and, where it is no library's, its code and its attributes."""
+    for base in kind.__mro__:
+        yield f'{base.__module__}.{base.__qualname__}'.encode()
+        if not of_library(base.__module__):
+            own = {k: v for k, v in vars(base).items() if not k.startswith('__') or callable(v)}
+            for name, value in own.items():
+                value = getattr(value, '__func__', getattr(value, 'fget', value))
+                if isinstance(value, (*PLAIN, list, tuple, dict)) or hasattr(value, '__code__'):
+                    yield name.encode()
+                    yield _Inner(value)
+
+
+@cache
+def of_library(module: str) -> bool:
+    """Whether a module is of an installed library or of Python: its name stands for its code."""
+    package = module.partition('.')[0]
+    if package in ('builtins', *sys.stdlib_module_names):
+        return package != '__main__'
+    file = str(getattr(sys.modules.get(package), '__file__', None) or '')
+    return 'site-packages' in file or 'dist-packages' in file
+
+
+def _function(function: object) -> Iterator[bytes | _Inner]:
+    """What a Python function does: its byte code, its constants, and all that it uses by name."""
+    bound = getattr(function, '__self__', None)
+    function = getattr(function, '__func__', function)
+    yield getattr(function, '__qualname__', '').encode()
+    code = getattr(function, '__code__', None)
+    if not isinstance(code, CodeType) or of_library(str(function.__module__)):
+        return
+    yield from _byte_code(code)
+    yield _Inner((function.__defaults__, function.__kwdefaults__))
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            yield _Inner(cell.cell_contents)
+    for name in code.co_names:
+        if name in function.__globals__:
+            yield _Inner(function.__globals__[name])
+    if bound is not None and not isinstance(bound, (torch.nn.Module, type, ModuleType)):
+        yield _Inner(bound)
+
+
+def _byte_code(code: CodeType) -> Iterator[bytes]:
+    yield code.co_code + ' '.join(code.co_names).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function inside
+            yield from _byte_code(constant)
+        else:
+            yield from _parts(constant, {})
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """Changes when the network does: a plain attribute, or a weight, by where it lies, how often
+    it was changed in place, and three sums; costs a thousandth of a gradient."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    known = (plain_attributes(model), *places)
+    if not tensors:
+        return known
+    with torch.no_grad():  # the second and third see values that change places
+        sums = [t.sum(dtype=torch.float32) for t in tensors]
+        sums += [t.flatten()[::2].sum(dtype=torch.float32) for t in tensors]
+        sums += [t.flatten()[: t.numel() // 2].sum(dtype=torch.float32) for t in tensors]
+    return (*known, *torch.stack(sums).tolist())
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        with file.open('rb') as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

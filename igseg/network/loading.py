@@ -1,0 +1,349 @@
+"""Building a segmentation-models-pytorch network for the weights in a checkpoint, and choosing a
+device.
+
+`checkpoint_reading` finds the weights. Architecture and encoder are those asked for, else those
+stored with the weights, else those that `network_guess` reads off the weights' names and shapes.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+import torch
+
+from igseg.errors import InputError, one_line
+from igseg.network.checkpoint import Checkpoint, read_checkpoint
+from igseg.network.description import NetworkDescription, accepted_sizes, input_channels
+from igseg.network.factory import build_network, load_weights, tried_channels
+from igseg.network.identity import ATTRIBUTE, file_digest, network_digest
+from igseg.network.outputs import EXCLUSIVE, FOREGROUND, LOGITS, MULTILABEL, OUTPUT_KINDS
+from igseg.network.recognise import NO_OPTIONS, defaults_of, head_weight, recognise
+from igseg.preprocessing import (
+    CHANNEL_ORDERS,
+    DEFAULT_IMAGE_SIZE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_IMAGE_SIZE,
+    RESIZE_MODES,
+    Preprocessing,
+    checked_size,
+)
+
+ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
+
+MAX_CLASSES = 256  # labels are bytes
+
+OF_THE_FACTORY = 'factory'  # a weights key: those that a factory has loaded itself
+
+
+def resolve_device(name: str | torch.device = 'auto') -> torch.device:
+    """The device of that name; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises InputError for an unknown device or one this machine lacks.
+    """
+    if str(name) == 'auto':
+        mps = torch.backends.mps.is_available()
+        return torch.device('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ('cuda', 'mps', 'cpu'):
+        raise InputError(f'unknown device "{name}" (use auto, cuda, mps or cpu)')
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise InputError('--device cuda: no CUDA GPU is available (use --device auto or cpu)')
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise InputError(f'no device {device}: there are {torch.cuda.device_count()} GPUs')
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        raise InputError('--device mps: not available here (use --device auto or cpu)')
+    return device
+
+
+def load_model(
+    model_path: str | Path,
+    device: str | torch.device = 'auto',
+    encoder: str | None = None,
+    architecture: str | None = None,
+    weights_key: str | None = None,
+    model_options: Mapping[str, object] | None = None,
+    model_factory: str | None = None,
+) -> torch.nn.Module:
+    """Load a checkpoint of segmentation-models-pytorch, or of a network that the user's own code
+    builds, for inference.
+
+    Finds the weights wherever in the file they lie, under any prefix, beside whatever else;
+    `.safetensors`; folders of `save_pretrained`. No code in the file is ever run. `encoder` and
+    `architecture` win over settings stored in the checkpoint; what neither says is read off the
+    names and shapes of the weights: encoder, architecture, numbers of input channels and classes,
+    settings of the decoder. weights_key: which of several networks in the file. model_options:
+    further arguments of the architecture, for what leaves no trace in the weights
+    (`network_guess.LEAVES_NO_TRACE`); they win over those stored. model_factory: FILE.py:FUNCTION
+    or package.module:function, which is called with the model_options and gives the network.
+
+    The model comes back in evaluation mode, float32, on the device, with one attribute added,
+    `network_description` (a NetworkDescription, whose `notes` say what was decided); its
+    preprocessing is also `model.preprocessing`.
+
+    Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
+    """
+    path, device = Path(model_path), resolve_device(device)
+    if model_factory is None:
+        built = _smp_network(path, weights_key, architecture, encoder, dict(model_options or {}))
+    elif architecture or encoder:
+        raise InputError('a model factory goes without --architecture and --encoder')
+    else:
+        built = _network_of_factory(path, weights_key, model_factory, dict(model_options or {}))
+    model, checkpoint, source, notes = built
+    source = {
+        'model_path': str(path),
+        'model_sha256': file_digest(path),
+        **source,
+        **({'weights_key': checkpoint.key} if checkpoint.others else {}),
+        **({'model_options': dict(model_options)} if model_options else {}),
+    }
+    return described(model, checkpoint, source, notes, path).to(device)
+
+
+# A network with its weights; the checkpoint, what the network is made from, and what was decided.
+Built = tuple[torch.nn.Module, Checkpoint, dict[str, object], list[str]]
+
+
+def _smp_network(
+    path: Path,
+    weights_key: str | None,
+    architecture: str | None,
+    encoder: str | None,
+    options: dict[str, object],
+) -> Built:
+    """The network of segmentation-models-pytorch in a checkpoint."""
+    checkpoint = read_checkpoint(path, weights_key)
+    stored, notes = checkpoint.settings, list(checkpoint.notes)
+    state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
+    classes = _count_classes(state, path)
+    _stored_preprocessing(stored, path)  # makes sense; used once the channels are known
+    asked, options = options, {**stored.get('options', {}), **options}
+    if activation := options.pop('activation', None):
+        notes.append('its last activation is left out: what is explained is the logit before it')
+        if activation == 'sigmoid' and classes > 1:
+            checkpoint = replace(checkpoint, settings={'output_kind': MULTILABEL, **stored})
+            notes.append(
+                'its activation is a sigmoid of each class, so its labels are independent (say '
+                'otherwise with --output_kind exclusive)'
+            )
+    architecture = architecture or stored.get('architecture')
+    encoder = encoder or stored.get('encoder')
+    with _explained_mismatch(path):
+        found = recognise(state, path, create_model, architecture, encoder, options)
+        _check_options(asked, found.architecture, found.encoder)
+        model = create_model(found.architecture, found.encoder, classes, found.in_channels,
+                             **found.options)  # fmt: skip
+        model.load_state_dict(found.state)
+    source = {'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes,
+              'channels': found.in_channels}  # fmt: skip
+    return model.float().eval(), checkpoint, source, [*notes, *found.notes]
+
+
+def _check_options(options: Mapping[str, object], architecture: str, encoder: str) -> None:
+    """Raise InputError for options that smp would take and silently leave aside."""
+    known = defaults_of(architecture)
+    for name in options:
+        if name in NO_OPTIONS:
+            raise InputError(f'model option "{name}" is read off the weights (leave it out)')
+        if name not in known and not encoder.startswith('tu-'):  # timm takes options of its own
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+            hint = f'; did you mean {close[0]}?' if close else ''
+            raise InputError(f'{architecture} has no option "{name}"{hint}')
+
+
+def _network_of_factory(
+    path: Path, weights_key: str | None, factory: str, options: dict[str, object]
+) -> Built:
+    """The network that the user's own code builds, with its weights from a checkpoint."""
+    model = build_network(factory, options)
+    if weights_key == OF_THE_FACTORY:
+        checkpoint = Checkpoint({}, key=weights_key, notes=("the weights are the factory's own",))
+        notes = [*checkpoint.notes]
+    else:
+        checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
+        notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
+    file = Path(factory.rpartition(':')[0])  # a module by name is seen in the network itself
+    digest = file_digest(file) if file.suffix == '.py' else None
+    source = {'model_factory': factory, 'model_factory_sha256': digest}
+    if weights_key == OF_THE_FACTORY:
+        source['weights_key'] = weights_key
+    return model, checkpoint, source, notes
+
+
+def described(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    source: dict[str, object],
+    notes: Sequence[str],
+    path: Path,
+) -> torch.nn.Module:
+    """The module with its `network_description` and `preprocessing`, from what the checkpoint
+    stores and what the network says of itself. Raises InputError."""
+    own_channels = source.get('channels') or input_channels(model)
+    channels = own_channels or tried_channels(model) or 3
+    stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
+    preprocessing = _stored_preprocessing({**stored, **beside}, path)
+    notes = [*notes]
+    if beside:
+        said = ', '.join(f'{name} {values}' for name, values in beside.items())
+        notes.append(f'stored beside the weights, so used: {said}')
+    if preprocessing.channels != channels:
+        preprocessing = preprocessing.for_channels(channels)
+        notes.append(
+            f'the network takes {channels} channel{"s" if channels > 1 else ""}, for which there '
+            'is no usual mean and std: pixels are given as they are, from 0 to 1 (say otherwise '
+            'with --mean and --std)'
+        )
+    if channels == 1:
+        notes.append('the network takes one channel: pictures are read as grey')
+    multiple, fixed = accepted_sizes(model)
+    if fixed:
+        preprocessing = replace(preprocessing, image_size=checked_size(fixed))
+    known, left_out = _stored_outputs(stored, source.get('classes'))
+    notes += left_out
+    description = NetworkDescription(
+        channels=own_channels,  # what a factory's network ran with is no promise
+        size_multiple=multiple,
+        fixed_size=fixed,
+        **known,
+        gives=LOGITS if 'architecture' in source else None,  # whose activation was left out
+        preprocessing=preprocessing,
+        weights_sha256=network_digest(model),
+        source=source,
+        notes=tuple(notes),
+    )
+    setattr(model, ATTRIBUTE, description)
+    model.preprocessing = preprocessing
+    return model
+
+
+def _stored_outputs(
+    stored: Mapping[str, object], classes: int | None
+) -> tuple[dict[str, object], list[str]]:
+    """What a checkpoint's settings say of the outputs, as far as that makes sense; and what of it
+    was left out, in sentences."""
+    usual = classes and (FOREGROUND if classes == 1 else EXCLUSIVE)
+    kind, background = stored.get('output_kind'), stored.get('background_class', 0)
+    names = stored.get('class_names') or ()
+    sound = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    fits = {
+        'output_kind': kind is None or (kind in OUTPUT_KINDS and classes != 1),
+        'background_class': background is None
+        or (isinstance(background, int) and 0 <= background < (classes or MAX_CLASSES)),
+        'class_names': sound and (not names or len(names) == (classes or len(names))),
+    }
+    known = {
+        'output_kind': kind if kind and fits['output_kind'] else usual,
+        'background': background if fits['background_class'] else 0,
+        'class_names': tuple(names) if fits['class_names'] else (),
+    }
+    return known, [
+        f'the stored {name} {str(stored[name])[:50]!r} makes no sense here and was left out'
+        for name, fine in fits.items()
+        if not fine
+    ]
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, object]:
+    """Arguments of an architecture, each given as NAME=VALUE; values as Python writes them, or
+    text. Raises InputError."""
+    options: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition('=')
+        if not equals or not name.isidentifier():
+            raise InputError(f'model option "{pair}" is not of the form NAME=VALUE')
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            options[name] = value
+    return options
+
+
+def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
+    """The preprocessing that a checkpoint's settings ask for. Raises InputError."""
+    try:
+        size = stored.get('image_size') or DEFAULT_IMAGE_SIZE
+        mean, std = stored.get('mean') or IMAGENET_MEAN, stored.get('std') or IMAGENET_STD
+        mean, std = (tuple(float(value) for value in values) for values in (mean, std))
+        whole = stored.get('pixel_range') == '0-255'
+        if whole and not stored.get('mean'):
+            mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+        if whole or max(map(abs, mean)) > 1:  # of pixels from 0 to 255
+            mean, std = (tuple(value / 255 for value in values) for values in (mean, std))
+        fine = 0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0
+        size = checked_size(size)
+        resize = stored.get('resize') or 'stretch'
+        order = stored.get('channel_order') or 'rgb'
+        fine = fine and resize in RESIZE_MODES and order in CHANNEL_ORDERS
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # an InputError is a ValueError
+        fine = False
+    if not fine:
+        raise InputError(
+            f'{path} holds settings that make no sense (image_size: a whole number up to '
+            f'{MAX_IMAGE_SIZE}, or (height, width); mean and std: a number for each channel; '
+            'resize: stretch or letterbox; channel_order: rgb or bgr; save it again without them)'
+        )
+    return Preprocessing(size, resize, mean, std, order)
+
+
+def create_model(
+    architecture: str, encoder: str, classes: int, in_channels: int = 3, **options: object
+) -> torch.nn.Module:
+    """An untrained smp model by name; no weights are fetched. Raises InputError: unknown name."""
+    if architecture not in ARCHITECTURES:
+        raise InputError(
+            f'unknown architecture "{architecture}" (choose from {", ".join(ARCHITECTURES)})'
+        )
+    if not isinstance(encoder, str) or not re.fullmatch(r'[\w.-]+', encoder):
+        # timm would look for "hf-hub:…" on the network
+        raise InputError(f'"{str(encoder)[:50]}" is no name of an encoder')
+    try:
+        return smp.create_model(
+            architecture, encoder, None, in_channels=in_channels, classes=classes, **options
+        )
+    except Exception as error:  # what encoders raise at odd options is theirs
+        close = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
+        hint = f'; did you mean {" or ".join(close)}?' if close and encoder not in close else ''
+        reason = one_line(error)
+        raise InputError(
+            f'cannot build {architecture} with encoder "{encoder}"{hint or ": " + reason}'
+        ) from None
+
+
+def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
+    """The number of output channels, read from the last convolution of the segmentation head."""
+    head = head_weight(state)
+    if head is None:
+        raise InputError(
+            f'{path} is no segmentation-models-pytorch checkpoint: it has no segmentation_head '
+            f'(its first entry is "{next(iter(state), "")[:100]}")'
+        )
+    classes = head.shape[0]
+    if not 1 <= classes <= MAX_CLASSES:
+        raise InputError(f'{path} has {classes} classes (1 to {MAX_CLASSES} are possible)')
+    return classes
+
+
+@contextlib.contextmanager
+def _explained_mismatch(path: Path) -> Iterator[None]:
+    """Turn the pages of text of a failed load_state_dict into one sentence with the remedy."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f'{path} does not fit the network that its settings and the names of its weights ask '
+            f'for: {one_line(error)} (save the model with save_pretrained, which records them)'
+        ) from None

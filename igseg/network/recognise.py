@@ -1,0 +1,638 @@
+"""Which network weights belong to, read off their names and shapes: encoder, architecture, number
+of input channels and classes, and the settings of the decoder.
+
+The decoder's names tell the architecture, its shapes the settings. The encoder is looked up in
+`encoder_index.json.gz`, which holds a key for the names and shapes of every encoder of
+segmentation-models-pytorch, its own and timm's (`benchmarks/make_encoder_index.py` makes it).
+Whatever comes out is built once without memory and compared, so that nothing is believed that does
+not fit. What no shape shows is in LEAVES_NO_TRACE.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+
+from igseg.errors import InputError, check_choice
+from igseg.network.checkpoint import ENCODER, HEAD, INFLATION
+
+DECODER = 'decoder.'
+
+INDEX = Path(__file__).resolve().parent / 'encoder_index.json.gz'
+
+DEPTHS = (5, 4, 3)  # of encoders, in stages
+
+VIT = 'vit'  # in the index, in place of a depth: an encoder of DPT has all its layers at any depth
+
+NAMED = 8  # encoders in a sentence
+
+NO_OPTIONS = (  # arguments that are read off the weights, or given otherwise
+    'architecture', 'encoder', 'encoder_name', 'encoder_weights', 'in_channels', 'classes',
+    'aux_params',
+)  # fmt: skip
+
+
+# Arguments that no tensor's name or shape shows and that change what is computed: where they are
+# not smp's defaults, only a setting (--model_option) tells. Beside them: `activation` (left out, as
+# the logit is explained), the settings of a norm (its epsilon; a norm in place looks like a batch
+# norm) and those of timm's encoders that have no weights (activations, strides).
+LEAVES_NO_TRACE = {
+    'unet': ('decoder_interpolation',),
+    'unetplusplus': ('decoder_interpolation',),
+    'manet': ('decoder_interpolation',),
+    'linknet': (),
+    'fpn': ('decoder_interpolation', 'upsampling'),
+    'pspnet': ('upsampling',),
+    'deeplabv3': ('encoder_output_stride', 'decoder_atrous_rates', 'upsampling'),
+    'deeplabv3plus': ('encoder_output_stride', 'decoder_atrous_rates', 'upsampling'),
+    'pan': ('encoder_output_stride', 'decoder_interpolation', 'upsampling'),
+    'upernet': ('upsampling',),
+    'segformer': ('upsampling',),
+    'dpt': ('encoder_output_indices', 'decoder_readout', 'dynamic_img_size'),
+}
+
+MARKS = {  # a tensor of the decoder that only this architecture has; the first that is there counts
+    'manet': 'center.top_conv.weight',
+    'unet': 'blocks.0.conv1.0.weight',
+    'unetplusplus': 'blocks.x_0_0.conv1.0.weight',
+    'linknet': 'blocks.0.block.0.0.weight',
+    'fpn': 'p5.weight',
+    'pspnet': 'psp.blocks.0.pool.1.0.weight',
+    'deeplabv3': 'aspp.convs.0.0.weight',
+    'deeplabv3plus': 'aspp.0.convs.0.0.weight',
+    'pan': 'fpa.branch1.1.conv.weight',
+    'upernet': 'fusion_block.0.weight',
+    'segformer': 'mlp_stage.0.linear.weight',
+    'dpt': 'reassemble_blocks.0.project_to_out_channel.weight',
+}
+
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
+
+Build = Callable[..., torch.nn.Module]  # create_model(architecture, encoder, classes, in_channels)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A network that has exactly the tensors of a state dict."""
+
+    architecture: str
+    encoder: str
+    in_channels: int
+    classes: int
+    options: dict[str, object]  # further arguments: those given, and those that the shapes show
+    state: dict[str, torch.Tensor]  # the weights by the names of the installed version
+    notes: tuple[str, ...] = ()  # what was guessed, in sentences
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """What the decoder's tensors show."""
+
+    architecture: str
+    options: dict[str, object]
+    depths: tuple[int, ...]  # that the encoder may have, the likeliest first
+
+
+def recognise(
+    state: dict[str, torch.Tensor],
+    path: Path,
+    build: Build,
+    architecture: str | None = None,
+    encoder: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Recognised:
+    """The network that a state dict (prefix removed, no classification head) belongs to.
+
+    build: `create_model`. architecture, encoder, options: what is known already; it is kept.
+    Raises InputError: nothing fits; an encoder that cannot be built; several encoders fit that
+    compute different things.
+    """
+    options = {k: v for k, v in (options or {}).items() if k not in NO_OPTIONS}
+    if architecture is not None:
+        check_choice('architecture', architecture, tuple(smp.MODEL_ARCHITECTURES_MAPPING))
+    for spelling in _spellings(state):
+        found = _recognise(spelling, path, build, architecture, encoder, options)
+        if found:
+            return found
+    raise InputError(_nothing_fits(state, path, build, architecture, encoder, options))
+
+
+def _recognise(
+    state: dict[str, torch.Tensor],
+    path: Path,
+    build: Build,
+    architecture: str | None,
+    encoder: str | None,
+    options: dict[str, object],
+) -> Recognised | None:
+    """The network whose tensors have these names; None where there is none."""
+    decoder = read_decoder(state)
+    if decoder is None or architecture not in (None, decoder.architecture):
+        return None
+    outlines = _Outlines(state, build, decoder, options)
+    kinds = [(encoder,)] if encoder else _known_encoders(state, decoder)
+    fits = [fit for names in kinds if (fit := outlines.fit(names, encoder is not None))]
+    fits = [fit for fit in fits if 'img_size' not in fit.options] or fits
+    if len(fits) > 1:
+        raise InputError(_ambiguous(path, [fit.encoder for fit in fits]))
+    if not fits:
+        return None
+    return replace(fits[0], notes=_notes(fits[0], decoder, architecture, encoder, options))
+
+
+# --------------------------------------------------------------------------- names and shapes
+
+
+def tensor_shapes(state: Mapping[str, torch.Tensor], prefix: str = '') -> dict[str, tuple]:
+    """Names, without a prefix that they must have, and shapes. Counters of batches are left out:
+    old files have none."""
+    return {
+        name[len(prefix) :]: tuple(value.shape)
+        for name, value in state.items()
+        if name.startswith(prefix) and not name.endswith('num_batches_tracked')
+    }
+
+
+def index_key(shapes: Shapes, loose: Collection[str]) -> str:
+    """A short text that stands for names and shapes. loose: names that do not count, since their
+    shape depends on the number of input channels."""
+    lines = (f'{name} {shape}' for name, shape in sorted(shapes.items()) if name not in loose)
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:12]
+
+
+def head_weight(state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The weight of the last convolution, (classes, channels, k, k), in whatever order the file
+    has its tensors."""
+    names = [name for name, v in state.items() if name.startswith(HEAD) and v.ndim == 4]
+    return state[max(names)] if names else None
+
+
+def numbers_in(state: Mapping[str, torch.Tensor]) -> int:
+    """How many numbers a state dict holds; those that a view repeats count once."""
+    return sum(
+        value.numel()
+        if value.device.type == 'meta'
+        else min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
+        for value in state.values()
+    )
+
+
+def _spellings(state: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The state dict, and as earlier versions of segmentation-models-pytorch named its tensors:
+    until 0.4, DeepLabV3's decoder was a list, and encoders of timm had no `model.` before their
+    names."""
+    yield state
+    modern = state
+    if f'{DECODER}0.convs.0.0.weight' in state:
+        parts = {'0': 'aspp', '1': 'conv', '2': 'bn'}
+        modern = {re.sub(rf'^{DECODER}([012])\.', lambda m: f'{DECODER}{parts[m[1]]}.', k): v
+                  for k, v in state.items()}  # fmt: skip
+        yield modern
+    if not any(name.startswith(f'{ENCODER}model.') for name in state):
+        within = {re.sub(rf'^{ENCODER}', f'{ENCODER}model.', k): v for k, v in modern.items()}
+        yield within
+        if any(name.startswith(f'{ENCODER}stages.') for name in state):  # GENet
+            yield {k.replace(f'{ENCODER}model.stages.', f'{ENCODER}model.stages_'): v
+                   for k, v in within.items()}  # fmt: skip
+
+
+# --------------------------------------------------------------------------- decoders
+
+
+def read_decoder(state: Mapping[str, torch.Tensor]) -> _Decoder | None:
+    """The architecture whose decoder has such names, and its settings as the shapes show them;
+    None for a decoder of another kind."""
+    shapes, head = tensor_shapes(state, DECODER), head_weight(state)
+    architecture = next((name for name, mark in MARKS.items() if mark in shapes), None)
+    if architecture is None or head is None:
+        return None
+    try:
+        options = _READERS[architecture](shapes, head.shape[1])
+    except (KeyError, IndexError):  # a name that should be there, or a dimension
+        return None
+    depths = options.pop('encoder_depth', DEPTHS)
+    depths = depths if isinstance(depths, tuple) else (depths,)
+    usual = defaults_of(architecture)
+    depths = tuple(sorted(depths, key=lambda depth: depth != usual['encoder_depth']))
+    options = {name: value for name, value in options.items() if name in usual}  # of this version
+    shown = {name: value for name, value in options.items() if not _same(value, usual[name])}
+    return _Decoder(architecture, shown, depths)
+
+
+def _read_unet(shapes: Shapes, _: int) -> dict[str, object]:
+    channels = _firsts(shapes, 'blocks.{}.conv1.0.weight')
+    attention = 'blocks.0.attention1.attention.cSE.1.weight' in shapes
+    return {
+        'decoder_channels': channels,
+        'encoder_depth': len(channels),
+        'decoder_attention_type': 'scse' if attention else None,
+        'decoder_use_norm': _norm(shapes, 'blocks.0.conv1'),
+    }
+
+
+def _read_unetplusplus(shapes: Shapes, _: int) -> dict[str, object]:
+    blocks = {k.replace('.x_0_', '.'): v for k, v in shapes.items() if k.startswith('blocks.x_0_')}
+    return _read_unet(blocks, 0)
+
+
+def _read_manet(shapes: Shapes, _: int) -> dict[str, object]:
+    options = _read_unet(shapes, 0)
+    del options['decoder_attention_type']
+    return {**options, 'decoder_pab_channels': shapes['center.top_conv.weight'][0]}
+
+
+def _read_linknet(shapes: Shapes, _: int) -> dict[str, object]:
+    depth = len(_firsts(shapes, 'blocks.{}.block.0.0.weight'))
+    return {'encoder_depth': depth, 'decoder_use_norm': _norm(shapes, 'blocks.0.block.0')}
+
+
+def _read_fpn(shapes: Shapes, last: int) -> dict[str, object]:
+    segmentation = shapes['seg_blocks.0.block.0.block.0.weight'][0]
+    return {
+        'decoder_pyramid_channels': shapes['p5.weight'][0],
+        'decoder_segmentation_channels': segmentation,
+        'decoder_merge_policy': 'cat' if last == 4 * segmentation else 'add',
+    }
+
+
+def _read_pspnet(shapes: Shapes, _: int) -> dict[str, object]:
+    return {'psp_out_channels': shapes['conv.0.weight'][0],
+            'decoder_use_norm': _norm(shapes, 'conv')}  # fmt: skip
+
+
+def _read_deeplab(shapes: Shapes, _: int) -> dict[str, object]:
+    aspp = 'aspp.0.convs' if 'aspp.0.convs.0.0.weight' in shapes else 'aspp.convs'
+    return {
+        'decoder_channels': shapes[f'{aspp}.0.0.weight'][0],
+        'decoder_aspp_separable': f'{aspp}.1.0.0.weight' in shapes,
+    }
+
+
+def _read_pan(shapes: Shapes, _: int) -> dict[str, object]:
+    depth = 2 + sum(f'gau{stage}.conv2.conv.weight' in shapes for stage in (1, 2, 3))
+    return {'decoder_channels': shapes[MARKS['pan']][0], 'encoder_depth': depth}
+
+
+def _read_upernet(shapes: Shapes, _: int) -> dict[str, object]:
+    return {
+        'decoder_channels': shapes['fusion_block.0.weight'][0],
+        'decoder_use_norm': _norm(shapes, 'fusion_block'),
+        'encoder_depth': 1 + len(_firsts(shapes, 'feature_norms.{}.weight')),
+    }
+
+
+def _read_segformer(shapes: Shapes, _: int) -> dict[str, object]:
+    channels = _firsts(shapes, 'mlp_stage.{}.linear.weight')
+    # encoders that begin at a quarter of the size have one stage less
+    depths = (len(channels), len(channels) + 1)
+    return {'decoder_segmentation_channels': channels[0], 'encoder_depth': depths}
+
+
+def _read_dpt(shapes: Shapes, _: int) -> dict[str, object]:
+    channels = _firsts(shapes, 'reassemble_blocks.{}.project_to_out_channel.weight')
+    readout = 'cat' if 'projection_blocks.0.project.0.weight' in shapes else 'ignore'
+    return {
+        'encoder_depth': len(channels),
+        'decoder_intermediate_channels': channels,
+        'decoder_fusion_channels': shapes['reassemble_blocks.0.project_to_feature_dim.weight'][0],
+        'decoder_readout': readout,
+    }
+
+
+_READERS: dict[str, Callable[[Shapes, int], dict[str, object]]] = {
+    'unet': _read_unet, 'unetplusplus': _read_unetplusplus, 'manet': _read_manet,
+    'linknet': _read_linknet, 'fpn': _read_fpn, 'pspnet': _read_pspnet,
+    'deeplabv3': _read_deeplab, 'deeplabv3plus': _read_deeplab, 'pan': _read_pan,
+    'upernet': _read_upernet, 'segformer': _read_segformer, 'dpt': _read_dpt,
+}  # fmt: skip
+
+
+def _firsts(shapes: Shapes, pattern: str) -> tuple[int, ...]:
+    """The output channels of the tensors that the pattern names with 0, 1, 2, …"""
+    found: list[int] = []
+    while (name := pattern.format(len(found))) in shapes:
+        found.append(shapes[name][0])
+    return tuple(found)
+
+
+def _norm(shapes: Shapes, block: str) -> object:
+    """The normalisation after a convolution, as smp's argument of it."""
+    if f'{block}.1.running_mean' in shapes:
+        return 'batchnorm'
+    if f'{block}.1.weight' in shapes:  # a layer norm's are the same, but smp's takes no images
+        return {'type': 'instancenorm', 'affine': True}
+    return 'identity'
+
+
+@cache
+def defaults_of(architecture: str) -> dict[str, object]:
+    """The arguments of an architecture, and what they are where nothing is said."""
+    parameters = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture]).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two values of an argument are equal; lists and tuples are."""
+    plain = [tuple(v) if isinstance(v, (list, tuple)) else v for v in (one, other)]
+    return plain[0] == plain[1]
+
+
+# --------------------------------------------------------------------------- encoders
+
+
+@cache
+def encoder_index() -> dict:
+    """The index: `loose`, sets of names that do not count; `encoders`, key -> depth -> lists of
+    names, those that compute the same together. Empty where the file is missing."""
+    try:
+        return json.loads(gzip.decompress(INDEX.read_bytes()))
+    except (OSError, ValueError, EOFError):
+        return {'versions': {}, 'loose': [], 'encoders': {}}
+
+
+def index_is_current() -> bool:
+    """Whether the index was made with the installed libraries."""
+    return encoder_index()['versions'] == {'smp': smp.__version__, 'timm': timm.__version__}
+
+
+def _known_encoders(state: Mapping[str, torch.Tensor], decoder: _Decoder) -> list[tuple[str, ...]]:
+    """The names of encoders that have such tensors, those that compute the same together."""
+    shapes = tensor_shapes(state, ENCODER)
+    depths = [VIT] if decoder.architecture == 'dpt' else [str(d) for d in decoder.depths]
+    found: dict[tuple[str, ...], None] = {}
+    for loose in encoder_index()['loose']:
+        if any(name in shapes for name in loose):
+            entry = encoder_index()['encoders'].get(index_key(shapes, loose), {})
+            found |= {tuple(names): None for depth in depths for names in entry.get(depth, ())}
+    if not found and not index_is_current():
+        found = {(name,): None for name in smp.encoders.get_encoder_names() if _alike(name, shapes)}
+    return list(found)
+
+
+def _alike(name: str, shapes: Shapes) -> bool:
+    """Whether one of smp's own encoders has such tensors, whatever the number of channels."""
+    encoder = skeleton(lambda: smp.encoders.get_encoder(name, weights=None))
+    own = tensor_shapes(encoder.state_dict()) if encoder is not None else {}
+    return own.keys() == shapes.keys() and all(
+        own[k][:1] + own[k][2:] == shapes[k][:1] + shapes[k][2:] and (
+            own[k] == shapes[k] or own[k][1] == 3)
+        for k in own
+    )  # fmt: skip
+
+
+def skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
+    """A network for its names and shapes only: without memory where that works, which is fast.
+    None where it cannot be built: not every name and every pair exists."""
+    for device in ('meta', 'cpu'):
+        try:
+            with torch.device(device):
+                return build()
+        except Exception as error:  # what encoders raise at odd options is theirs
+            if not _needs_memory(error):
+                break
+    return None
+
+
+def _needs_memory(error: Exception) -> bool:
+    """Whether what failed reads numbers while it is built, which outlines do not have."""
+    return re.search(r'\bmeta\b', str(error)) is not None
+
+
+# --------------------------------------------------------------------------- what is built fits
+
+
+class _Outlines:
+    """Networks built without memory, to be compared with the weights."""
+
+    def __init__(
+        self,
+        state: dict[str, torch.Tensor],
+        build: Build,
+        decoder: _Decoder,
+        options: dict[str, object],
+    ) -> None:
+        self.state, self.build, self.decoder, self.options = state, build, decoder, options
+        self.shapes, self.numbers = tensor_shapes(state), numbers_in(state)
+        self.classes = int(head_weight(state).shape[0])
+
+    def fit(self, names: Collection[str], named: bool) -> Recognised | None:
+        """The network with an encoder, by the first of its names that exists. named: by the user
+        or the checkpoint; InputError is raised where it cannot be built."""
+        problems: list[InputError] = []
+        depths = self.decoder.depths
+        if 'encoder_depth' in self.options:
+            depths = (self.options['encoder_depth'],)
+        changed: list[Recognised] = []  # of another image size than the encoder's usual one
+        for encoder in names:
+            for depth in depths:
+                try:
+                    found = self._at_depth(encoder, depth)
+                except InputError as error:
+                    problems.append(error)
+                    continue
+                if found and found.options.keys() - self.options.keys() & {'img_size'}:
+                    changed.append(found)
+                elif found:
+                    return found
+        if changed:
+            return changed[0]
+        if named and len(problems) == len(depths):
+            raise problems[0]
+        return None
+
+    def _at_depth(self, encoder: str, depth: object) -> Recognised | None:
+        """The network with that encoder and depth. Raises InputError: it cannot be built."""
+        options = {**self.decoder.options, **self.options}
+        if depth != defaults_of(self.decoder.architecture)['encoder_depth']:
+            options['encoder_depth'] = depth
+        channels, outline = 3, self._outline(encoder, 3, options)
+        found = tensor_shapes(outline.state_dict())
+        if found != self.shapes:
+            if self.decoder.architecture == 'dpt':
+                options = {**options, **_vit_options(outline, found, self.shapes)}
+            elif found.keys() != self.shapes.keys():
+                return None
+            channels = self._channels(encoder, options)
+            if channels is None:
+                return None
+            outline = self._outline(encoder, channels, options)
+            if tensor_shapes(outline.state_dict()) != self.shapes:
+                return None
+        self._check_size(outline)
+        return Recognised(
+            self.decoder.architecture, encoder, channels, self.classes, options, self.state
+        )
+
+    def _channels(self, encoder: str, options: dict[str, object]) -> int | None:
+        """The number of input channels, from the tensors that grow with it."""
+        three, four = (
+            tensor_shapes(self._outline(encoder, n, options).state_dict()) for n in (3, 4)
+        )
+        for name, shape in three.items():
+            if shape != four[name] and len(self.shapes.get(name, ())) == len(shape):
+                sizes = zip(shape, four[name], self.shapes[name], strict=True)
+                steps = [(c - a) / (b - a) for a, b, c in sizes if a != b]
+                if len(steps) == 1 and steps[0] == int(steps[0]) and steps[0] > -3:
+                    return 3 + int(steps[0])
+        return None
+
+    def _outline(self, encoder: str, channels: int, options: dict[str, object]) -> torch.nn.Module:
+        """Raises InputError: it cannot be built, or only in memory and is too large for that."""
+        architecture = self.decoder.architecture
+
+        def build(name: str) -> torch.nn.Module:
+            return self.build(architecture, name, self.classes, in_channels=channels, **options)
+
+        try:
+            with torch.device('meta'):
+                return build(encoder)
+        except InputError as error:
+            if not _needs_memory(error):
+                raise
+        # SegFormer's encoders cannot be outlined; what settings make large is the decoder.
+        with torch.device('meta'):
+            self._check_size(build('resnet18'))
+        with torch.device('cpu'):
+            return build(encoder)
+
+    def _check_size(self, outline: torch.nn.Module) -> None:
+        """Raise InputError where a checkpoint asks for a model much larger than its file holds,
+        before memory is taken for it."""
+        if numbers_in(outline.state_dict()) > INFLATION * self.numbers:
+            raise InputError('the model that the checkpoint asks for is much larger than its file')
+
+
+def _vit_options(outline: torch.nn.Module, own: Shapes, shapes: Shapes) -> dict[str, object]:
+    """The image size and the number of classes that a vision transformer was made for, where they
+    are not its usual ones: its table of positions and its classifier depend on them."""
+    options: dict[str, object] = {}
+    heads = [k for k in {*own, *shapes} if re.fullmatch(r'encoder\.model\.head\S*\.weight', k)]
+    heads = [k for k in heads if len(own.get(k, shapes.get(k, ()))) == 2]
+    for name in heads:
+        if shapes.get(name) != own.get(name):
+            options['num_classes'] = shapes[name][0] if name in shapes else 0
+    table = f'{ENCODER}model.pos_embed'
+    if len(shapes.get(table, ())) == 3 and shapes[table] != own.get(table):
+        tokens = shapes[table][1]
+        prefix = getattr(outline.encoder, '_num_prefix_tokens', 0)
+        side = next((math.isqrt(n) for n in (tokens - prefix, tokens)
+                     if n > 0 and math.isqrt(n) ** 2 == n), 0)  # fmt: skip
+        if side:
+            options['img_size'] = side * int(outline.encoder.output_stride)
+    return options
+
+
+# --------------------------------------------------------------------------- sentences
+
+
+def _notes(
+    fit: Recognised,
+    decoder: _Decoder,
+    architecture: str | None,
+    encoder: str | None,
+    given: Mapping[str, object],
+) -> tuple[str, ...]:
+    """What was guessed, if anything was, and how to say otherwise."""
+    shown = {k: v for k, v in fit.options.items() if k not in given}
+    if fit.in_channels != 3:
+        shown = {'in_channels': fit.in_channels, **shown}
+    settings = ', '.join(f'{name}={value}' for name, value in shown.items())
+    guessed = [f'--{k}' for k, v in (('architecture', architecture), ('encoder', encoder)) if not v]
+    notes = []
+    if guessed:
+        notes.append(
+            f'by the names and shapes of its weights this is {fit.architecture} with encoder '
+            f'{fit.encoder}{f" and {settings}" if settings else ""} '
+            f'(say otherwise with {" and ".join(guessed)})'
+        )
+    elif settings:
+        notes.append(f'read off the shapes of its weights: {settings}')
+    if decoder.options.get('decoder_readout') == 'ignore' and 'decoder_readout' not in given:
+        notes.append(
+            'decoder_readout is "ignore" or "add", which no weight shows: "ignore" is taken '
+            '(say otherwise with --model_option)'
+        )
+    return tuple(notes)
+
+
+def _ambiguous(path: Path, encoders: list[str]) -> str:
+    """The sentence for encoders that only their user can tell apart."""
+    more = f' and {len(encoders) - NAMED} more' if len(encoders) > NAMED else ''
+    return (
+        f'{path} fits encoders whose weights have the same names and shapes but which compute '
+        f'different features: {", ".join(encoders[:NAMED])}{more} (choose one with --encoder)'
+    )
+
+
+def _nothing_fits(
+    state: dict[str, torch.Tensor],
+    path: Path,
+    build: Build,
+    architecture: str | None,
+    encoder: str | None,
+    options: dict[str, object],
+) -> str:
+    """The sentence for weights that do not belong to what was asked for, or to nothing known."""
+    parts = [architecture or 'any architecture', *([f'encoder {encoder}'] if encoder else [])]
+    parts += [_setting(name, value) for name, value in options.items()]
+    asked = bool(architecture or encoder or options)
+    like = _look_alike(state, path, build, options) if asked else ''
+    said = f'does not fit {" with ".join(parts)}' if asked else 'was not recognised'
+    return f'{path} {said}: {like or _unknown(state)}'
+
+
+def _setting(name: str, value: object) -> str:
+    """An argument as the command line takes it."""
+    return f'{name}={" ".join(repr(value).split())[:60]}'
+
+
+def _look_alike(
+    state: dict[str, torch.Tensor], path: Path, build: Build, options: dict[str, object]
+) -> str:
+    """What the weights look like where nothing is asked for; empty where that is nothing."""
+    for spelling in _spellings(state):
+        try:
+            found = _recognise(spelling, path, build, None, None, {})
+        except InputError as error:
+            return f'it{str(error).removeprefix(str(path))}'
+        if found:
+            right = {**defaults_of(found.architecture), **found.options}
+            other = [name for name, value in options.items() if not _same(right.get(name), value)]
+            said = ''.join(f', {_setting(*option)}' for option in found.options.items())
+            flags = f'--architecture {found.architecture} --encoder {found.encoder}'
+            if other:
+                settings = (_setting(name, right.get(name)) for name in other)
+                flags += f' --model_option {" ".join(settings)}'
+            return (
+                f'it looks like {found.architecture} with encoder {found.encoder}{said} '
+                f'(add {flags})'
+            )
+    return ''
+
+
+def _unknown(state: dict[str, torch.Tensor]) -> str:
+    """What is known of a network that nothing fits, and what to do."""
+    decoder = next(filter(None, map(read_decoder, _spellings(state))), None)
+    if decoder is None:
+        first = next((name for name in state if name.startswith(DECODER)), 'none')
+        return (
+            'no architecture of segmentation-models-pytorch has such a decoder (its first tensor: '
+            f'{first[:60]}; make the network with code of your own and --model_factory)'
+        )
+    return (
+        f'it has the decoder of {decoder.architecture}, but an encoder that was not recognised, or '
+        'settings that no shape shows (name it with --encoder, them with --model_option, or make '
+        'the network with code of your own and --model_factory)'
+    )

@@ -1,0 +1,330 @@
+"""The files of one image: written whole or not at all, read back, drawn again.
+
+Nothing here needs torch, so that the processes which only draw and write start quickly and stay
+small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from igseg.errors import InputError, OutputError, one_line
+from igseg.explanation import Explanation
+from igseg.preprocessing import Placement, as_picture
+from igseg.results.figures import (
+    View,
+    attribution_figure,
+    channels_figure,
+    methods_figure,
+    page_pictures,
+    regions_figure,
+)
+
+FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
+    'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
+    'overlay': 'overlay.png', 'uncertainty': 'uncertainty.png', 'thumbnail': 'thumbnail.png',
+    'regions': 'regions.png', 'arrays': 'attributions.npz', 'statistics': 'statistics.json',
+}  # fmt: skip
+
+FIGURES = {  # what --figures draws of each image, regions where they are known; all: what the page
+    # shows too
+    'none': (),
+    'png': ('attribution', 'channels', 'regions'),
+    'all': ('attribution', 'channels', 'regions', 'image', 'overlay', 'uncertainty', 'thumbnail'),
+}
+
+DISPLAY_SIDE = 1024  # pixels: the longer side of the image that is kept for figures
+
+Description = tuple[dict, dict[str, np.ndarray]]  # statistics, and the arrays figures need
+
+
+@contextlib.contextmanager
+def _explained_writing(path: Path) -> Iterator[None]:
+    """Turn an operating-system error into one sentence that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f'cannot write {path}: {error.strerror or error} '
+            '(free some space, or choose another --output_dir)'
+        ) from None
+
+
+def make_output_folder(folder: str | Path) -> Path:
+    """Make the output folder and try whether it can be written, before hours are spent."""
+    folder = Path(folder)
+    with _explained_writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))  # a full disk still makes empty files
+    return folder
+
+
+def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
+    """Write files so that each is there whole or not at all, and the last only with the others.
+
+    All are first written under temporary names, and brought to the disk; only when every one is
+    complete are they renamed. The last file marks the set as finished: its old version goes before
+    the renaming. Raises OutputError; the old files are then still there.
+    """
+    if not writers:
+        return
+    temporary = {path: path.with_name(f'.tmp{os.getpid()}_{path.name}') for path in writers}
+    try:
+        for path, write in writers.items():
+            with _explained_writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for left_by_the_killed in path.parent.glob('.tmp*_' + glob.escape(path.name)):
+                    left_by_the_killed.unlink(missing_ok=True)
+                write(temporary[path])
+                _bring_to_disk(temporary[path])
+        with _explained_writing(path):
+            path.unlink(missing_ok=True)
+            for path, whole in temporary.items():
+                os.replace(whole, path)
+    finally:
+        for leftover in temporary.values():
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+
+def _bring_to_disk(path: Path) -> None:
+    """Else a laptop whose battery dies could keep the new name without the content."""
+    with path.open('rb+') as stream:
+        os.fsync(stream.fileno())
+
+
+def json_writer(content: object) -> Callable[[Path], object]:
+    """Writes JSON, without NaN."""
+    text = json.dumps(content, indent=2, allow_nan=False) + '\n'
+    return lambda path: path.write_text(text, encoding='utf-8')
+
+
+def figure_writer(figure) -> Callable[[Path], object]:
+    """Writes a matplotlib figure as PNG."""
+    return lambda path: figure.savefig(path, format='png')
+
+
+def _picture_writer(array: np.ndarray) -> Callable[[Path], object]:
+    return lambda path: Image.fromarray(array).save(path, format='png')
+
+
+def _arrays_writer(arrays: dict[str, np.ndarray]) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        with path.open('wb') as stream:  # a path would get .npz added to its name
+            np.savez_compressed(stream, **arrays)
+
+    return write
+
+
+def in_file_names(text: str) -> str:
+    """A target or a method, as it stands in names of files."""
+    return text.replace(':', '-').replace(',', '-')
+
+
+def methods_figures(output_dir: Path, described: Sequence[dict]) -> dict[Path, list[dict]]:
+    """The figures that show methods side by side, one for each target, and the statistics of what
+    they show; none where there is one method."""
+    figures: dict[Path, list[dict]] = {}
+    for statistics in described:
+        if name := methods_figure_name(statistics):
+            figures.setdefault(output_dir / name, []).append(statistics)
+    return figures
+
+
+def methods_figure_name(statistics: dict) -> str | None:
+    """The file, in the output folder, that shows an explanation beside those of the other methods;
+    None: there are none."""
+    if len(statistics.get('methods') or ()) < 2:
+        return None
+    return statistics['folder'].removesuffix(f'_{in_file_names(statistics["method"])}') + (
+        '_methods.png'
+    )
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """The files of one image's folder by what they hold; the statistics mark it as finished."""
+    return {name: folder / f'{folder.name}_{end}' for name, end in FILE_ENDINGS.items()}
+
+
+def read_statistics(folder: Path) -> dict:
+    """The statistics in an image's folder. Raises OSError or ValueError where there are none."""
+    text = image_files(folder)['statistics'].read_text(encoding='utf-8')
+    return json.loads(text, parse_constant=_no_number)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f'{name} is no number that JSON knows')
+
+
+def write_image(output_dir: Path, described: Sequence[Description], figures: str = 'all') -> None:
+    """Write the files of one image's targets, each into the `folder` its statistics name.
+
+    figures: a key of FIGURES. The first target's statistics name the others: written last, they
+    mark all as finished. Of several methods, each target gets a figure of them in the output folder
+    itself. Raises OutputError.
+    """
+    if FIGURES[figures]:
+        views = {statistics['folder']: view_of(arrays) for statistics, arrays in described}
+        shown = methods_figures(output_dir, [statistics for statistics, _ in described])
+        _write_methods_figures(shown, views)
+    for statistics, arrays in reversed(described):
+        files = image_files(output_dir / statistics['folder'])
+        write_files(
+            {
+                **_picture_writers(files, view_of(arrays), statistics, figures),
+                files['arrays']: _arrays_writer(arrays),
+                files['statistics']: json_writer(statistics),
+            }
+        )
+
+
+def load_view(folder: str | Path) -> tuple[View, dict]:
+    """What the figures of an image folder show, read back from its files, and its statistics.
+    Raises InputError where they are missing or damaged."""
+    folder = Path(folder)
+    try:
+        with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
+            return view_of(dict(arrays)), read_statistics(folder)
+    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile,
+            zlib.error) as error:  # fmt: skip
+        reason = one_line(error)
+        raise InputError(
+            f'the files in {folder} are damaged: {reason} (make them again with --overwrite)'
+        ) from None
+
+
+def redraw_figures(folder: str | Path, figures: str = 'all') -> None:
+    """Draw the pictures of an image folder again from its files, without the model."""
+    if figures not in FIGURES:
+        raise InputError(f'unknown figures "{figures}" (choose from {", ".join(FIGURES)})')
+    view, statistics = load_view(folder)
+    write_files(_picture_writers(image_files(Path(folder)), view, statistics, figures))
+
+
+def _write_methods_figures(shown: dict[Path, list[dict]], views: dict[str, View]) -> None:
+    write_files(
+        {
+            path: figure_writer(methods_figure([views[s['folder']] for s in several], several))
+            for path, several in shown.items()
+        }
+    )
+
+
+def redraw_missing(output_dir: Path, described: Sequence[dict], figures: str) -> None:
+    """Draw the pictures that finished explanations lack; described: their statistics."""
+    for statistics in described:
+        if _lacks_figures(output_dir, statistics, figures):
+            redraw_figures(output_dir / statistics['folder'], figures)
+    shown = methods_figures(output_dir, described)
+    missing = {path: several for path, several in shown.items() if not path.is_file()}
+    folders = [statistics['folder'] for several in missing.values() for statistics in several]
+    views = {folder: load_view(output_dir / folder)[0] for folder in folders}
+    if FIGURES[figures]:
+        _write_methods_figures(missing, views)
+
+
+def missing_figures(output_dir: Path, described: Sequence[dict], figures: str) -> bool:
+    """Whether finished explanations of an image lack one of the pictures that are wanted."""
+    together = methods_figures(output_dir, described) if FIGURES[figures] else {}
+    return not all(path.is_file() for path in together) or any(
+        _lacks_figures(output_dir, statistics, figures) for statistics in described
+    )
+
+
+def _lacks_figures(output_dir: Path, statistics: dict, figures: str) -> bool:
+    files = image_files(output_dir / statistics['folder'])
+    wanted = set(FIGURES[figures])
+    if statistics.get('regions_50') is None:
+        wanted.discard('regions')
+    return not all(files[name].is_file() for name in wanted)
+
+
+def _picture_writers(
+    files: dict[str, Path], view: View, statistics: dict, figures: str
+) -> dict[Path, Callable[[Path], object]]:
+    """The pictures of one image that are wanted, by file."""
+    wanted = FIGURES[figures]
+    drawn = {'attribution': attribution_figure, 'channels': channels_figure}
+    if view.regions is not None:
+        drawn['regions'] = regions_figure
+    writers = {
+        files[name]: figure_writer(draw(view, statistics))
+        for name, draw in drawn.items()
+        if name in wanted
+    }
+    if 'image' in wanted:
+        writers |= {files[name]: _picture_writer(a) for name, a in page_pictures(view).items()}
+    return writers
+
+
+def view_of(arrays: dict[str, np.ndarray]) -> View:
+    """The figures' view of an image's arrays, letterbox padding cut away."""
+    size = tuple(int(side) for side in arrays['original_size'])
+    crop = Placement(size, *(int(side) for side in arrays['content'])).crop
+    shapes = {arrays[key].shape[-2:] for key in ('attributions', 'predicted_mask', 'region')}
+    shapes |= {arrays[key].shape for key in ('uncertainty', 'truth', 'regions') if key in arrays}
+    if len(shapes) > 1:
+        raise ValueError(f'its maps have different shapes: {sorted(shapes)}')
+    return View(
+        image=arrays['image'],
+        original_size=size,
+        attributions=np.moveaxis(crop(np.moveaxis(arrays['attributions'], 0, 2)), 2, 0),
+        predicted_mask=crop(arrays['predicted_mask']),
+        region=crop(arrays['region']),
+        truth=crop(arrays['truth']) if 'truth' in arrays else None,
+        baseline=crop(arrays['baseline']),
+        uncertainty=crop(unpacked(arrays)) if 'uncertainty' in arrays else None,
+        regions=crop(arrays['regions']) if 'regions' in arrays else None,
+    )
+
+
+def display_arrays(
+    explanation: Explanation, image: np.ndarray, truth: np.ndarray | None, placement: Placement
+) -> dict[str, np.ndarray]:
+    """All that the .npz file holds. Maps are at model resolution, padding included.
+
+    image: (H0, W0, C), kept to look at, at a long side of at most DISPLAY_SIDE. truth: (h, w)
+    bool or None.
+    """
+    image = as_picture(image[:, :, None] if image.ndim == 2 else image)
+    scale = min(1.0, DISPLAY_SIDE / max(image.shape[:2]))
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    arrays = {
+        'attributions': explanation.attributions.cpu().float().numpy(),
+        'prediction': explanation.prediction.numpy(),
+        'predicted_mask': explanation.predicted_mask.numpy(),
+        'region': explanation.region.numpy(),
+        'baseline': as_picture(explanation.baseline_pixels),
+        'image': cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image,
+        'original_size': np.array(placement.original_size),
+        'content': np.array([placement.top, placement.left, placement.height, placement.width]),
+    }
+    if explanation.uncertainty is not None:
+        arrays |= packed(explanation.uncertainty.numpy())
+    return arrays if truth is None else arrays | {'truth': truth}
+
+
+def packed(uncertainty: np.ndarray) -> dict[str, np.ndarray]:
+    """Uncertainties (H, W) from 0 up as the arrays of the file: half precision, which would
+    underflow, after scaling by the maximum, and that scale."""
+    scale = np.float32(uncertainty.max(initial=0))
+    halves = (uncertainty / (scale or 1)).astype(np.float16)
+    return {'uncertainty': halves, 'uncertainty_scale': scale}
+
+
+def unpacked(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The uncertainties (H, W) float32 that `packed` made arrays of."""
+    return arrays['uncertainty'].astype(np.float32) * arrays['uncertainty_scale']

@@ -1,0 +1,145 @@
+"""Which images are finished: the key by which results are recognised, and reading them back.
+
+An image is not computed again while everything that decides its files is the same: settings, the
+content of image, truth, baseline file and network, and the versions of the libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import NoneType
+
+import numpy as np
+
+from igseg.checks.verdict import Thresholds, verdict_of
+from igseg.results.files import (
+    image_files,
+    in_file_names,
+    json_writer,
+    read_statistics,
+    write_files,
+)
+from igseg.statistics import COMPOUND, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
+
+# Settings that do not change what is computed, and where the network, which has a digest, is from.
+NOT_DECISIVE = (
+    'step_batch', 'device', 'thresholds', 'model_path', 'model_sha256', 'architecture',
+    'encoder', 'classes', 'weights_key', 'model_options',
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = ('torch', 'segmentation-models-pytorch', 'timm', 'numpy', 'opencv-python-headless')
+    installed = {}
+    for package in packages:
+        with contextlib.suppress(ImportError):
+            installed[package] = version(package)
+    return {'python': '.'.join(map(str, sys.version_info[:3]))} | installed
+
+
+def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str:
+    """A hash of everything that decides the files of an image.
+
+    record: the settings as they took effect, with the identity of the network. image: (H, W, 3)
+    uint8. truth: (H, W) uint8.
+    """
+    decisive = {name: value for name, value in record.items() if name not in NOT_DECISIVE}
+    if 'baseline_sha256' in decisive:  # a file: wherever it lies
+        del decisive['baseline']
+    if 'references_sha256' in decisive:
+        decisive.pop('reference_dir', None)
+    if 'label_map_sha256' in decisive:
+        del decisive['label_map']
+    digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
+    for array in (image, truth):
+        digest.update(repr(None if array is None else array.shape).encode())
+        digest.update(b'' if array is None else array.tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the folders of an image are named: after it, and where there are several after the
+    target and the method."""
+
+    name: str
+    several_targets: bool
+    methods: tuple[str, ...]
+
+    def folder(self, target: str, method: str) -> str:
+        """The folder of an explanation."""
+        parts = [self.name]
+        parts += [in_file_names(target)] if self.several_targets else []
+        parts += [in_file_names(method)] if len(self.methods) > 1 else []
+        return '_'.join(parts)
+
+
+def finished_statistics(
+    output_dir: Path, naming: Naming, possible: Sequence[str], key: str
+) -> list[dict] | None:
+    """The statistics of an image that was finished with this key, of each target and method; None
+    if it must be computed.
+
+    possible: the targets of which one came first, whichever was not empty.
+    """
+    for folder in dict.fromkeys(naming.folder(target, naming.methods[0]) for target in possible):
+        first = _read_finished(output_dir / folder, key)
+        if first is None or first['target'] != first['targets'][0]:
+            continue
+        every = [
+            _read_finished(output_dir / naming.folder(target, method), key)
+            for target in first['targets']
+            for method in naming.methods
+        ]
+        return None if None in every else every
+    return None
+
+
+def _read_finished(folder: Path, key: str) -> dict | None:
+    """The statistics in a folder that belong to this key, if the maps are there too, else None."""
+    try:
+        statistics = read_statistics(folder)
+        same = statistics['resume_key'] == key and statistics['folder'] == folder.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    there = same and _is_whole(statistics) and image_files(folder)['arrays'].is_file()
+    return statistics if there else None
+
+
+# Of the statistics that are no plain figures: what others are built on.
+TYPES = {
+    'targets': list, 'methods': list, 'settings': dict, 'verdict': list, 'notes': list,
+    'versions': dict, 'trend': dict, 'evaluation': (dict, NoneType),
+    'channel_shares': (list, NoneType),
+}  # fmt: skip
+
+
+def _is_whole(statistics: dict) -> bool:
+    """Whether the content of a statistics file is what we write: a damaged one counts as none."""
+    kinds = {TEXT: str, WHOLE: int, NUMBER: (int, float), TRUTH: bool}
+    return STATISTICS.keys() <= statistics.keys() and all(
+        isinstance(statistics[key], TYPES.get(key, object))
+        if row.kind == COMPOUND
+        else statistics[key] is None or isinstance(statistics[key], kinds[row.kind])
+        for key, row in STATISTICS.items()
+    ) and bool(statistics['targets'])  # fmt: skip
+
+
+def judged_again(statistics: dict, limits: Thresholds, output_dir: Path) -> dict:
+    """Statistics of a finished image under today's thresholds, in the file too. Raises
+    OutputError."""
+    changed = {'verdict': verdict_of(statistics, limits)}
+    changed['settings'] = {**statistics['settings'], 'thresholds': asdict(limits)}
+    if any(statistics[key] != value for key, value in changed.items()):
+        statistics = {**statistics, **changed}
+        path = image_files(output_dir / statistics['folder'])['statistics']
+        write_files({path: json_writer(statistics)})
+    return statistics
