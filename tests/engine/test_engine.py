@@ -1,5 +1,5 @@
 """A network is prepared so that it computes the same, and what cannot be prepared runs as it is;
-the rewrites themselves are tested in test_network_graph."""
+the rewrites themselves are tested in test_graph."""
 
 import numpy as np
 import pytest
