@@ -858,7 +858,7 @@ class IntegratedGradients:
             precision_deviation=found[0].deviation,
             retried=retried,
             preparation=engine.preparation,
-            cropping=at_image.view.cropping,
+            cropping=at_image.crops.cropping,
         )
         explanation = partial(self._explanation, settings, network, at_image, masks, found, cost,
                               others, len(tensors), name, pixels, input_tensor.device)  # fmt: skip
@@ -1085,7 +1085,7 @@ class IntegratedGradients:
             logits = enlarged(self.engine.run(x), x.shape[-2:])  # (1, K, h, w)
         masks = network.predicted(logits[0], settings.threshold)
         targets = build(logits, masks)
-        view = self.engine.compared_view(x, logits, targets)
+        view = self.engine.compared_crops(x, logits, targets)
         return AtImage(x, logits, targets, None, view), masks
 
     def _explanation(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from igseg.engine.engine import GradientEngine, View
+from igseg.engine.engine import Crops, GradientEngine
 from igseg.explanation import GIVEN, Explanation
 from igseg.maps import contrast
 from igseg.network.outputs import segmentation_logits
@@ -219,13 +219,13 @@ class LogitsOfTarget:
     explanation: Explanation
 
     @cached_property
-    def view(self) -> View:
+    def crops(self) -> Crops:
         """Of the target alone; known only while the engine runs."""
         target = (self.explanation.objective,)
-        return View(target) if self.explanation.cropping.fell_back else self.engine.view(target)
+        return Crops(target) if self.explanation.cropping.fell_back else self.engine.crops(target)
 
     def __call__(self, points: torch.Tensor) -> torch.Tensor:
-        return self.engine.seen(points, self.view)
+        return self.engine.seen(points, self.crops)
 
 
 class Explainer(Protocol):

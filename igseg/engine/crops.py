@@ -1,7 +1,7 @@
 """Boxes of tensors, and which box of its inputs an operation needs for a box of its result.
 
 A *box* has one span for each axis of a tensor: from and to, or None for the whole axis, as always
-for the batch. `RULES` has one rule for each kind of operation; one without a rule asks for its
+for the batch. `CROP_RULES` has one rule for each kind of operation; one without a rule asks for its
 whole inputs.
 """
 
@@ -512,7 +512,7 @@ def expand(operation: Operation, box: Box) -> Part:
 
 # By the operator's name. What is not here and works place by place is `pointwise`; of all others
 # the whole result is computed from the whole inputs.
-RULES: dict[str, Callable[[Operation, Box], Part]] = {
+CROP_RULES: dict[str, Callable[[Operation, Box], Part]] = {
     'conv2d': conv2d,
     'conv_transpose2d': conv_transpose2d,
     'max_pool2d': max_pool2d,
@@ -553,7 +553,7 @@ def _is_pointwise(operation: Operation) -> bool:
 
 def part_of(operation: Operation, box: Box) -> Part:
     """How a box of an operation's result is computed, by its rule where it has one."""
-    rule = RULES.get(operation.kind, pointwise if _is_pointwise(operation) else None)
+    rule = CROP_RULES.get(operation.kind, pointwise if _is_pointwise(operation) else None)
     if rule is None or all(span is None for span in box):
         return whole_part(operation)
     try:

@@ -3,7 +3,7 @@
 Integrated Gradients evaluates dF/dx tens to hundreds of times on fixed weights. `network_graph`
 makes of the network a graph that is rewritten once and cropped, for each image, to what its targets
 can see; whether it computes the same is measured on the user's input (`measure_deviation`, and
-`GradientEngine.view` for the crops). A network without a graph runs as it is.
+`GradientEngine.crops` for the crops). A network without a graph runs as it is.
 
 On top of it: reduced precision, checked against float32 on every image; the number of
 interpolation steps that go through the network at once, measured; and `PathSampler`, which turns
@@ -78,8 +78,9 @@ def place_of(box: Box) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
-class View:
-    """What of the output is computed for some targets, and how their scores are made of it."""
+class Crops:
+    """What of the output is computed for some targets: boxes of it, or all; and how the targets'
+    scores are made of it."""
 
     targets: tuple[Score, ...]
     plan: Plan | None = None  # None: all of the output
@@ -173,59 +174,60 @@ class GradientEngine:
                 self.output_note = choice_among(self.model(x), x.shape[-2:])
         return prepared_copy(self.model, x)
 
-    def view(self, targets: Sequence[Score]) -> View:
+    def crops(self, targets: Sequence[Score]) -> Crops:
         """What must be computed of the output for some targets: boxes around their regions, where
         that is less work than all of it."""
         targets = tuple(targets)
         graph, regions = self.network, [t.region for t in targets if isinstance(t, Target)]
         if not isinstance(graph, NetworkGraph) or len(regions) < len(targets):
-            return View(targets)
+            return Crops(targets)
         if any(region.shape != graph.output_shape[2:] for region in regions):
-            return View(targets)
+            return Crops(targets)
         plan = graph.plan(boxes_of(torch.stack(regions).any(dim=0)))
         share = plan.work / graph.whole.work if graph.whole.work else 1.0
         if share > WORTHWHILE_CROP:
-            return View(targets)
+            return Crops(targets)
         parts = tuple(parts_of(target, plan.boxes) for target in targets)
-        return View(targets, plan, parts, Cropping(share, len(plan.boxes)))
+        return Crops(targets, plan, parts, Cropping(share, len(plan.boxes)))
 
-    def compared_view(
+    def compared_crops(
         self, x: torch.Tensor, logits: torch.Tensor, targets: Sequence[Score]
-    ) -> View:
-        """`view`, after its logits on an image x (1, C, H, W) were compared with those of the whole
-        map, and, on the first of its size, its gradient too. A view that deviates is not used."""
-        view = self.view(targets)
-        if view.plan is None:
-            return view
-        size, deviations = x.shape[1:], self._crop_deviation(x, logits, view)
+    ) -> Crops:
+        """`crops`, after their logits on an image x (1, C, H, W) were compared with those of the
+        whole map, and, on the first of its size, their gradient too. Crops that deviate are not
+        used."""
+        crops = self.crops(targets)
+        if crops.plan is None:
+            return crops
+        size, deviations = x.shape[1:], self._crop_deviation(x, logits, crops)
         if size not in self._compared:
-            deviations = (*deviations, self._gradient_deviation(x, view))
+            deviations = (*deviations, self._gradient_deviation(x, crops))
             self._compared[size] = deviations[-1]
         measured = dict(zip(('logit_deviation', 'gradient_deviation'), deviations, strict=False))
         if not max(deviations) <= EQUIVALENCE_TOLERANCE:
-            return View(view.targets, cropping=Cropping(**measured, fell_back=True))
-        return replace(view, cropping=replace(view.cropping, **measured))
+            return Crops(crops.targets, cropping=Cropping(**measured, fell_back=True))
+        return replace(crops, cropping=replace(crops.cropping, **measured))
 
-    def _crop_deviation(self, x: torch.Tensor, logits: torch.Tensor, view: View) -> tuple[float]:
-        """Of a view's logits, from the whole map's."""
+    def _crop_deviation(self, x: torch.Tensor, logits: torch.Tensor, crops: Crops) -> tuple[float]:
+        """Of the logits in crops, from the whole map's."""
         with torch.no_grad():
-            maps = self.maps(x, view.plan)
-        expected = [logits[place_of(box)] for box in view.plan.boxes]
+            maps = self.maps(x, crops.plan)
+        expected = [logits[place_of(box)] for box in crops.plan.boxes]
         pairs = zip(maps, expected, strict=True)
         return (max(relative_difference(ours, theirs) for ours, theirs in pairs),)
 
-    def _gradient_deviation(self, x: torch.Tensor, view: View) -> float:
+    def _gradient_deviation(self, x: torch.Tensor, crops: Crops) -> float:
         """Of the gradient of all targets' sum, from the whole network's; 0 where only rounding can
         be why, as double precision shows."""
 
         def compared(dtype: torch.dtype | None) -> float:
             gradients = []
-            for one in (View(view.targets), view):
+            for one in (Crops(crops.targets), crops):
                 point = x.detach().clone().to(dtype or self.dtype).requires_grad_()
                 with torch.enable_grad(), explained_network(x.shape):
                     plan = one.plan or self.network.whole
                     scores = one.scores(self.network.run(point, plan, dtype))
-                    pairs = zip(scores, view.targets, strict=True)
+                    pairs = zip(scores, crops.targets, strict=True)
                     total = sum(score.sum() * target.scale for score, target in pairs)
                     gradients.append(torch.autograd.grad(total, point)[0])
             return relative_difference(gradients[1], gradients[0])
@@ -260,13 +262,13 @@ class GradientEngine:
             check_finite(one, 'the logits', alphas)
         return maps
 
-    def seen(self, x: torch.Tensor, view: View) -> torch.Tensor:
-        """`run`, as far as a view's targets look: zeros beside its boxes."""
-        maps = self.maps(x, view.plan)
-        if view.plan is None:
+    def seen(self, x: torch.Tensor, crops: Crops) -> torch.Tensor:
+        """`run`, as far as the targets of crops look: zeros beside their boxes."""
+        maps = self.maps(x, crops.plan)
+        if crops.plan is None:
             return maps[0]
         logits = maps[0].new_zeros(len(x), *self.network.output_shape[1:])
-        for box, part in zip(view.plan.boxes, maps, strict=True):
+        for box, part in zip(crops.plan.boxes, maps, strict=True):
             logits[place_of(box)] = part
         return logits
 
@@ -337,18 +339,18 @@ class GradientEngine:
         self,
         points: torch.Tensor,
         velocities: torch.Tensor,
-        view: View,
+        crops: Crops,
         reduced: torch.dtype | None = None,
         alphas: Sequence[float] = (),
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """At points (steps, C, H, W): the view's maps, F of its targets (steps, targets), and their
-        densities (steps, targets, C, H, W). Raises NonFiniteError."""
+        """At points (steps, C, H, W): the maps in crops, F of their targets (steps, targets), and
+        the densities (steps, targets, C, H, W). Raises NonFiniteError."""
         # Marked below, they may be the path's own; of inference mode, they cannot be.
         points = points.clone() if points.is_inference() else points.detach()
         with torch.enable_grad():
             points.requires_grad_()
-            maps = self.maps(points, view.plan, reduced, alphas)
-            scores = view.scores(maps)
-            densities = self.densities(points, scores, view.targets, velocities, alphas)
+            maps = self.maps(points, crops.plan, reduced, alphas)
+            scores = crops.scores(maps)
+            densities = self.densities(points, scores, crops.targets, velocities, alphas)
         scores = torch.stack([score.detach() for score in scores], dim=1)
         return [one.detach() for one in maps], scores, densities

@@ -36,12 +36,12 @@ from igseg.engine.crops import (
     whole,
 )
 from igseg.engine.rewrites import Kernel, rewrite
-from igseg.engine.trace import Graph, Operation, export
+from igseg.engine.trace import Graph, Operation, trace
 
 # --------------------------------------------------------------------------- crops
 
 
-class _Crops(torch.autograd.Function):
+class _CutOut(torch.autograd.Function):
     """All crops of a tensor that are read; their gradients are added into one map, in place."""
 
     @staticmethod
@@ -73,9 +73,9 @@ def _layout_of(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if last or x.ndim == 4 else torch.contiguous_format
 
 
-def _crops(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _cut_out(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Crops.apply(x, slices)
+        return _CutOut.apply(x, slices)
     return tuple(x[one] for one in slices)
 
 
@@ -206,9 +206,9 @@ class _Planner:
             writes = tuple(next(self.number) for _ in inner)
             slices = tuple(slices_of(outer, box) for box in inner)
             self.crops.update(((slot, box), at) for box, at in zip(inner, writes, strict=True))
-            cut = partial(_crops, slices)
+            cut = partial(_cut_out, slices)
             if len(writes) == 1:
-                cut = partial(_crop, slices)
+                cut = partial(_cut_out_one, slices)
             self.steps.append((cut, (slot,), writes))
 
     def _piece(self, operation: Operation, box: Box) -> tuple[Box, int]:
@@ -233,8 +233,8 @@ class _Planner:
         )
 
 
-def _crop(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> torch.Tensor:
-    return _crops(slices, x)[0]
+def _cut_out_one(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> torch.Tensor:
+    return _cut_out(slices, x)[0]
 
 
 def _work(operation: Operation, box: Box) -> float:
@@ -263,7 +263,7 @@ class NetworkGraph:
 
     def __init__(self, network: nn.Module, example: torch.Tensor) -> None:
         """network: frozen, in evaluation mode, with one tensor as result. example: (1, C, H, W)."""
-        self.graph = export(network, example)
+        self.graph = trace(network, example)
         self.rewrites = rewrite(self.graph)
         self._constants: dict[torch.dtype | None, dict[Operation, torch.Tensor | Kernel]] = {}
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from igseg.engine.engine import GradientEngine, View
+from igseg.engine.engine import Crops, GradientEngine
 from igseg.engine.memory import OutOfMemory, out_of_memory_is_one_error
 from igseg.errors import NonFiniteError, attempt
 from igseg.network.score import Score
@@ -43,7 +43,7 @@ class AtImage:
     logits: torch.Tensor  # (1, K, h, w)
     targets: Sequence[Score]
     gradient: torch.Tensor | None  # (targets, C, H, W); None where the rule has no node there
-    view: View | None = None  # of all targets; None: the whole map
+    crops: Crops | None = None  # of all targets; None: the whole map
 
 
 class PathSampler:
@@ -73,7 +73,7 @@ class PathSampler:
         self.overlaps: dict[float, torch.Tensor] = {}  # where there was a whole map
         self._overlap, self._on_steps = overlap, on_steps
         self._ready: dict[tuple[float, int], torch.Tensor] = {}  # (C, H, W) at a node of a target
-        self._views = {self.everyone: at_image.view or View(self.targets)}
+        self._crops = {self.everyone: at_image.crops or Crops(self.targets)}
         self._see_the_end(at_image)
 
     def _see_the_end(self, at_image: AtImage) -> None:
@@ -153,21 +153,21 @@ class PathSampler:
     ) -> torch.Tensor:
         """Densities at nodes, (steps, targets, C, H, W). Raises NonFiniteError, naming the node."""
         points, velocities = self.path.at(self._tensor(alphas))  # (steps, C, H, W)
-        view = self._view(targets)
-        maps, scores, densities = self.engine.look(points, velocities, view, reduced, alphas)
+        crops = self._crops_of(targets)
+        maps, scores, densities = self.engine.look(points, velocities, crops, reduced, alphas)
         if logged:
             self._log_scores(alphas, targets, scores)
-            if view.plan is None:
+            if crops.plan is None:
                 self.overlaps.update(zip(alphas, self._overlap(maps[0]), strict=True))
         return densities
 
-    def _view(self, targets: tuple[int, ...]) -> View:
+    def _crops_of(self, targets: tuple[int, ...]) -> Crops:
         """What is computed for some of the targets: no more than for all."""
-        if targets not in self._views:
-            every, some = self._views[self.everyone], [self.targets[t] for t in targets]
+        if targets not in self._crops:
+            every, some = self._crops[self.everyone], [self.targets[t] for t in targets]
             fell_back = every.cropping.fell_back
-            self._views[targets] = View(tuple(some)) if fell_back else self.engine.view(some)
-        return self._views[targets]
+            self._crops[targets] = Crops(tuple(some)) if fell_back else self.engine.crops(some)
+        return self._crops[targets]
 
     def _tensor(self, alphas: Sequence[float]) -> torch.Tensor:
         image = self.path.image

@@ -149,10 +149,10 @@ def pair_of(operation: Operation, name: str) -> tuple[int, int]:
     return tuple(value) if len(value) == 2 else tuple(2 * value)
 
 
-# --------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------- tracing
 
 
-def export(network: nn.Module, example: torch.Tensor) -> Graph:
+def trace(network: nn.Module, example: torch.Tensor) -> Graph:
     """The graph of a network whose result is one tensor, for batches of images like the example.
 
     example: (N, C, H, W). Raises NotExportable, with the reason.

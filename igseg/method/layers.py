@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from igseg.engine.engine import View
+from igseg.engine.engine import Crops
 from igseg.engine.memory import explained_network
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
@@ -125,7 +125,7 @@ def at_layer(work: Work, name: str, baselines: bool = True) -> Iterator[Work]:
                 logits_here = logits
             activations.append(network.seen.to(of_image))
         targets = tuple(work.at_image.targets)
-        here = AtImage(activations[0], logits_here.to(of_image), targets, None, View(targets))
+        here = AtImage(activations[0], logits_here.to(of_image), targets, None, Crops(targets))
         yield replace(work, engine=engine, at_image=here, baselines=activations[1:],
                       pixels_of_pass=work.pixels)  # fmt: skip
     finally:

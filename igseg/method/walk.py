@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
-from igseg.engine.engine import CHECKED_NODES, GradientEngine, View
+from igseg.engine.engine import CHECKED_NODES, Crops, GradientEngine
 from igseg.engine.memory import OutOfMemory, out_of_memory_is_one_error
 from igseg.engine.precision import reduced_dtype
 from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
@@ -162,7 +162,7 @@ class Work:
             sampler.see_the_ends(density_at_start=bool(nodes[0] == 0))
             if first is None:
                 first = sampler
-                share = at_image.view.cropping.computed_share if at_image.view else 1.0
+                share = at_image.crops.cropping.computed_share if at_image.crops else 1.0
                 planned = len(nodes) if refined else settings.steps
                 sampler.see_maps(mask_nodes(nodes, planned, share))
                 reduced, deviation = self._choose_precision(sampler, nodes)
@@ -181,9 +181,9 @@ class Work:
 
     def _with_gradient(self, at_image: AtImage) -> AtImage:
         """With the gradient of every target at the image itself."""
-        x, view = at_image.x, at_image.view or View(tuple(at_image.targets))
+        x, crops = at_image.x, at_image.crops or Crops(tuple(at_image.targets))
         # A velocity of 1: each path that ends here multiplies by its own.
-        gradient = self.engine.look(x, torch.ones_like(x), view, alphas=(1.0,))[2][0]
+        gradient = self.engine.look(x, torch.ones_like(x), crops, alphas=(1.0,))[2][0]
         return replace(at_image, gradient=gradient)
 
     def _choose_precision(
@@ -201,25 +201,25 @@ class Work:
         refused = settings.precision == 'auto' and deviation > limit
         return None if refused else reduced, deviation
 
-    def view_of(self, target: int) -> View:
+    def crops_of(self, target: int) -> Crops:
         """What must be computed for one of the targets."""
-        every = self.at_image.view
+        every = self.at_image.crops
         alone = (self.at_image.targets[target],)
-        return self.engine.view(alone) if every and not every.cropping.fell_back else View(alone)
+        return self.engine.crops(alone) if every and not every.cropping.fell_back else Crops(alone)
 
     def gradients(
         self, points: torch.Tensor, target: int, alphas: Sequence[float] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """F of a target at points (n, C, H, W), (n,), and its gradients there, (n, C, H, W)."""
         _, scores, densities = self.engine.look(
-            points, torch.ones_like(points[:1]), self.view_of(target), alphas=alphas
+            points, torch.ones_like(points[:1]), self.crops_of(target), alphas=alphas
         )
         return scores[:, 0], densities[:, 0]
 
     def scores(self, points: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """F of every target, (targets,), at each of many points (1, C, H, W), which go through the
         network in step batches, without gradients."""
-        batch, view = self.engine.step_batch, self.at_image.view or View(self.at_image.targets)
+        batch, crops = self.engine.step_batch, self.at_image.crops or Crops(self.at_image.targets)
         batch.start(self.pixels)
         waiting: list[torch.Tensor] = []
         points = iter(points)
@@ -232,8 +232,8 @@ class Work:
 
             def evaluate(chunk: list[torch.Tensor] = chunk) -> torch.Tensor:
                 with batch.timed(len(chunk)), out_of_memory_is_one_error(), torch.no_grad():
-                    maps = self.engine.maps(torch.cat(chunk), view.plan)
-                    return torch.stack(view.scores(maps), dim=1)  # (n, targets)
+                    maps = self.engine.maps(torch.cat(chunk), crops.plan)
+                    return torch.stack(crops.scores(maps), dim=1)  # (n, targets)
 
             found, _ = attempt(evaluate, OutOfMemory)
             if found is None:

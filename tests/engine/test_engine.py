@@ -9,7 +9,7 @@ from torch import nn
 
 from igseg.engine import preparation
 from igseg.engine import rewrites as graph_rewrites
-from igseg.engine.engine import GradientEngine, View, boxes_of, parts_of
+from igseg.engine.engine import Crops, GradientEngine, boxes_of, parts_of
 from igseg.engine.graph import NetworkGraph
 from igseg.engine.preparation import prepared_copy
 from igseg.method.walk import mask_nodes
@@ -209,15 +209,15 @@ def test_what_is_seen_of_some_targets_is_what_the_whole_map_gives(x, score):
     targets = [Target(t.name, t.weights, score) for t in targets]
     points = torch.cat([x, 0.3 * x])
     with engine.running(x):
-        whole = engine.look(points, x, View(tuple(targets)))
+        whole = engine.look(points, x, Crops(tuple(targets)))
         for some in (targets, targets[:1], targets[2:]):
-            view = engine.view(some)
-            assert view.plan is not None and view.cropping.computed_share < 0.6
-            _, scores, densities = engine.look(points, x, view)
+            crops = engine.crops(some)
+            assert crops.plan is not None and crops.cropping.computed_share < 0.6
+            _, scores, densities = engine.look(points, x, crops)
             rows = [targets.index(target) for target in some]
             torch.testing.assert_close(scores, whole[1][:, rows])
             torch.testing.assert_close(densities, whole[2][:, rows])
-        assert engine.view([square(0, 0, 64)]).plan is None  # nothing to crop
+        assert engine.crops([square(0, 0, 64)]).plan is None  # nothing to crop
 
 
 def test_logits_are_whole_where_a_target_looks_and_zero_elsewhere(x):
@@ -225,9 +225,9 @@ def test_logits_are_whole_where_a_target_looks_and_zero_elsewhere(x):
     target = square(30, 59, 5)
     points = torch.cat([x, 0.3 * x]).requires_grad_()
     with engine.running(x):
-        view = engine.view([target])
-        found, whole = engine.seen(points, view), engine.run(points)
-        assert torch.equal(engine.seen(points, View((target,))), whole)
+        crops = engine.crops([target])
+        found, whole = engine.seen(points, crops), engine.run(points)
+        assert torch.equal(engine.seen(points, Crops((target,))), whole)
     torch.testing.assert_close(found[..., 30:35, 59:64], whole[..., 30:35, 59:64])
     assert found.shape == whole.shape and not found[..., :20, :20].any()
     gradients = [torch.autograd.grad(target(one).sum(), points)[0] for one in (found, whole)]
@@ -238,12 +238,12 @@ def test_crops_that_deviate_are_not_used(monkeypatch, x):
     engine = engine_of(decoder())
     with engine.running(x):
         logits = engine.run(x)
-        good = engine.compared_view(x, logits, [square(5, 5, 5)])
+        good = engine.compared_crops(x, logits, [square(5, 5, 5)])
         assert good.plan is not None and good.cropping.logit_deviation < 1e-12
         assert good.cropping.gradient_deviation < 1e-12
-        again = engine.compared_view(x, logits, [square(8, 5, 5)])
+        again = engine.compared_crops(x, logits, [square(8, 5, 5)])
         assert again.cropping.gradient_deviation is None  # measured once for a size
-        bad = engine.compared_view(x, logits + 0.01, [square(5, 5, 5)])
+        bad = engine.compared_crops(x, logits + 0.01, [square(5, 5, 5)])
         assert bad.plan is None and bad.cropping.fell_back
 
 

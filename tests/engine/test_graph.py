@@ -17,7 +17,7 @@ from igseg.engine import crops as crop_rules
 from igseg.engine.crops import holds, merged, part_of, slices_of, trimmed
 from igseg.engine.graph import NetworkGraph
 from igseg.engine.rewrites import Kernel, flipped, fold_batch_norms
-from igseg.engine.trace import NotExportable, export
+from igseg.engine.trace import NotExportable, trace
 from igseg.network.loading import create_model
 
 SIZE = 16
@@ -332,7 +332,7 @@ def test_folding_asks_no_device_for_double_precision():
 
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval().requires_grad_(False)
     x = torch.randn(1, 3, 8, 8)
-    graph = export(network, x)
+    graph = trace(network, x)
     graph.constants = {o: v.as_subclass(WithoutDouble) for o, v in graph.constants.items()}
     assert fold_batch_norms(graph) == 1
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Function, relative_error
 
-from igseg.engine.engine import GradientEngine, View
+from igseg.engine.engine import Crops, GradientEngine
 from igseg.engine.sampler import AtImage, PathSampler
 from igseg.method.integral import MeanIntegral, integrate
 from igseg.method.paths import StraightPath, plain_map
@@ -31,7 +31,7 @@ def sampled(network, paths, x, rule=ADAPTIVE, steps=33, batch=4, shared=True):
     engine = GradientEngine(network.double(), torch.device('cpu'), batch)
     mean, samplers = MeanIntegral(), []
     with engine.running(x):
-        maps, _, gradient = engine.look(x, torch.ones_like(x), View((WHOLE,)))
+        maps, _, gradient = engine.look(x, torch.ones_like(x), Crops((WHOLE,)))
         at_image = AtImage(x, maps[0], [WHOLE], gradient[0] if shared else None)
         for path in paths:
             sampler = PathSampler(engine, path, at_image, lambda logits: torch.ones(len(logits)))
