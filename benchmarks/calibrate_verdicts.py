@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 
 from igseg.checks.checks import evaluate, own_weights, redraw
 from igseg.checks.curves import displaced, edge_map
@@ -36,7 +32,7 @@ from igseg.data.samples import Sample
 from igseg.errors import InputError
 from igseg.explanation import Explanation
 from igseg.statistics import explanation_statistics
-from integrated_gradients import (  # noqa: E402
+from integrated_gradients import (
     CANDIDATES,
     IntegratedGradients,
     ModelInput,
@@ -46,6 +42,8 @@ from integrated_gradients import (  # noqa: E402
     load_model,
     plain_map,
 )
+
+HERE = Path(__file__).resolve().parent
 
 GOOD, HIDDEN = 'good', 'hidden target'  # kinds of maps
 LEAST_DICE = 0.8  # of a good map's mask

@@ -32,22 +32,20 @@ import captum.attr
 import cv2
 import numpy as np
 import torch
+from quadrature import benchmark_parser, cpu_name, shown
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
-
-from quadrature import benchmark_parser, cpu_name, shown  # noqa: E402
-
 from igseg.data.samples import list_samples
 from igseg.preprocessing import Preprocessing
-from integrated_gradients import (  # noqa: E402
+from integrated_gradients import (
     EmptyTargetError,
     IntegratedGradients,
     choose_samples,
     load_model,
 )
+
+HERE = Path(__file__).resolve().parent
 
 CAPTUM_NODES = 50  # its default
 KNOWN_ERROR = 0.05  # of a map, relative L2

@@ -26,11 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
-
-from quadrature import benchmark_parser, cpu_name, shown  # noqa: E402
+from quadrature import benchmark_parser, cpu_name, shown
 
 from igseg.checks.checks import noise_sensitivity, patches, places
 from igseg.checks.curves import curves
@@ -42,7 +38,7 @@ from igseg.method.choice import METHODS, form_of
 from igseg.results.figures import methods_figure
 from igseg.results.files import display_arrays, view_of
 from igseg.statistics import METRICS, explanation_statistics
-from integrated_gradients import (  # noqa: E402
+from integrated_gradients import (
     IntegratedGradients,
     ModelInput,
     Settings,
@@ -51,6 +47,8 @@ from integrated_gradients import (  # noqa: E402
     load_model,
     references_of,
 )
+
+HERE = Path(__file__).resolve().parent
 
 PLAIN = 'ig'  # what the others are compared with
 CHECKS = (places, curves, patches)  # that need no gradient

@@ -23,7 +23,6 @@ from pathlib import Path
 import atheris
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
 
 OWN = ['segmentation_dataset', 'dataset_layouts', 'image_reading', 'mask_reading', 'medical_images',
        'coco_annotations', 'PIL', 'pydicom', 'nibabel']  # fmt: skip

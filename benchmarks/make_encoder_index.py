@@ -27,7 +27,6 @@ from segmentation_models_pytorch.encoders import TimmUniversalEncoder, TimmViTEn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from igseg.network.identity import structure_digest
 from igseg.network.recognise import DEPTHS, VIT, index_key, skeleton, tensor_shapes
 

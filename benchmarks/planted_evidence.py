@@ -19,7 +19,6 @@ of other methods, beside the image's Sobel edges as a yardstick. Everything is s
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,14 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from calibrate_verdicts import with_map
 from torch import nn
 from tqdm import tqdm
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / 'demo')]
-
-from calibrate_verdicts import with_map  # noqa: E402
-from train_demo_model import segmentation_loss  # noqa: E402
+from train_demo_model import segmentation_loss
 
 from igseg.checks.checks import evaluate_explanation
 from igseg.checks.curves import edge_map
@@ -46,7 +41,9 @@ from igseg.explanation import GIVEN, NO_BASELINE, Declared
 from igseg.method.choice import METHODS, build_methods, form_of
 from igseg.preprocessing import Preprocessing
 from igseg.statistics import explanation_statistics
-from integrated_gradients import IntegratedGradients, ModelInput, Settings  # noqa: E402
+from integrated_gradients import IntegratedGradients, ModelInput, Settings
+
+HERE = Path(__file__).resolve().parent
 
 SIDE = 96  # pixels
 PREPROCESSING = Preprocessing(image_size=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -28,12 +28,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from rival_rules import NUIG_INTERVALS, nuig_rule, riemannopt_rule
 from tqdm import tqdm
-
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # at the end: this file has the name of no module there
-
-from rival_rules import NUIG_INTERVALS, nuig_rule, riemannopt_rule  # noqa: E402
 
 from igseg.data.samples import list_samples
 from igseg.engine.preparation import prepared_copy
@@ -41,7 +37,9 @@ from igseg.method.integral import Interval, PathIntegral, integrate_adaptively, 
 from igseg.method.rules import ADAPTIVE, RULES
 from igseg.network.loading import load_model
 from igseg.preprocessing import Preprocessing
-from integrated_gradients import build_baselines, choose_samples  # noqa: E402
+from integrated_gradients import build_baselines, choose_samples
+
+HERE = Path(__file__).resolve().parent
 
 BASELINES = ('zero', 'blur', 'mean')
 REFERENCE_NODES = 1025

@@ -28,12 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path += [str(ROOT), str(ROOT / 'tests')]  # at the end: nothing there has this file's name
-
-from helpers import (  # noqa: E402
+from helpers import (
     DEMO,
     DEMO_DATA,
     DEMO_MODEL,
@@ -44,13 +39,17 @@ from helpers import (  # noqa: E402
     tiny_model,
     torchrun,
 )
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from PIL import Image
+from tqdm import tqdm
 
-import integrated_gradients  # noqa: E402
+import integrated_gradients
 from igseg.analysis.summary import read_table
 from igseg.data.samples import list_samples
 from igseg.results.files import FIGURES, FILE_ENDINGS, write_image
+
+ROOT = HERE.parent
+
+HERE = Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------- ranks
 

@@ -9,20 +9,18 @@ black hides dark nuclei, and white makes bright ones weigh less than the ground 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 from igseg.data.pixels import read_image
 from igseg.results.figures import TARGET_COLOUR, clip_level
 from igseg.statistics import explanation_statistics, shown
-from integrated_gradients import IntegratedGradients, load_model  # noqa: E402
+from integrated_gradients import IntegratedGradients, load_model
+
+HERE = Path(__file__).resolve().parent
 
 IMAGES = {'dark nuclei': 'histology_014', 'bright nuclei': 'fluorescence_001'}
 KINDS = ('zero', 'white', 'mean', 'blur', 'auto')

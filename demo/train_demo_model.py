@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 from igseg.data.samples import list_samples
 from igseg.preprocessing import Preprocessing
+
+HERE = Path(__file__).resolve().parent
 
 ENCODER = 'tu-tf_efficientnet_lite0'
 PREPROCESSING = Preprocessing(image_size=256, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

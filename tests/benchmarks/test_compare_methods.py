@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
-
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-
 from compare_methods import (
     BETTER,
     COSTS,

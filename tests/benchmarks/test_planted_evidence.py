@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
-from helpers import ROOT
-from scipy.ndimage import label
-
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-
 from calibrate_verdicts import counted
 from planted_evidence import DISTANCE, SCENARIOS, STAMP, generate
+from scipy.ndimage import label
 
 
 def spots(mask: np.ndarray) -> int:
