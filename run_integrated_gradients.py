@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import integrated_gradients
+from igseg.program import FILES, MAIN, RUNNER, name_of, uses_scripts
 from integrated_gradients import BASELINES, InputError, Sample, list_samples
 
 DOCUMENTED_MODEL = Path('models_20250609_105424/best_model.pth')
@@ -54,14 +55,21 @@ def ask(question: str, default: str, interactive: bool, choices: Sequence[str] =
 
 
 def choose_source(interactive: bool) -> Source:
-    """The user's own model and data, else the demo. Raises InputError: neither is wanted."""
+    """The user's own model and data, else the demo. Raises InputError where neither is there or
+    wanted."""
     models = find_models()
+    if not models and not DEMO_MODEL.is_file():
+        raise InputError(
+            f'no model found ({DOCUMENTED_MODEL} or another models_*/best_model.pth), and the demo '
+            "is not part of the installed program: it lies in the folder demo/ of the project's "
+            f'checkout, where `python {FILES[RUNNER]}` runs it'
+        )
     if not models:
         print(f'No model found ({DOCUMENTED_MODEL} or another models_*/best_model.pth).')
         if ask('Run the bundled demo? y/n', 'y', interactive, ('y', 'n')) == 'n':
             raise InputError(
                 'nothing to run: put a checkpoint at models_NAME/best_model.pth, or use '
-                'integrated_gradients.py --model_path'
+                f'{name_of(MAIN)} --model_path'
             )
         return Source(DEMO_MODEL, DEMO / 'Dataset_no_preprocessing', DEMO_IMAGE)
     others = f' (newest of {len(models)})' if len(models) > 1 else ''
@@ -99,10 +107,19 @@ def command(source: Source, interactive: bool) -> list[str]:
     return [*model, *what, '--baseline', baseline, '--num_steps', steps]
 
 
+def description() -> str:
+    """What `--help` says: the text at the top of this file, with the commands as the user has
+    them."""
+    text = str(__doc__)
+    for script in (RUNNER, MAIN) if uses_scripts() else ():
+        text = text.replace(f'python {FILES[script]}', script).replace(FILES[script], script)
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask, then hand over to integrated_gradients.py; returns its exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--yes', action='store_true', help='take every default, ask nothing')
     args, flags = parser.parse_known_args(argv)

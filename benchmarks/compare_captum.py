@@ -45,8 +45,6 @@ from integrated_gradients import (
     load_model,
 )
 
-HERE = Path(__file__).resolve().parent
-
 CAPTUM_NODES = 50  # its default
 KNOWN_ERROR = 0.05  # of a map, relative L2
 STEP_COUNTS = (8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 44, 48, 56, 64, 80, 96, 128)

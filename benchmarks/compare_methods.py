@@ -48,8 +48,6 @@ from integrated_gradients import (
     references_of,
 )
 
-HERE = Path(__file__).resolve().parent
-
 PLAIN = 'ig'  # what the others are compared with
 CHECKS = (places, curves, patches)  # that need no gradient
 EFFORT = Effort(fills=('local mean',), units=('superpixel',), points=4, displaced=2, random_maps=1,

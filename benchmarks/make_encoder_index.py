@@ -1,6 +1,7 @@
-"""Makes `encoder_index.json.gz`, by which the encoder of a checkpoint is recognised.
+r"""Makes `encoder_index.json.gz`, by which the encoder of a checkpoint is recognised.
 
-    python benchmarks/make_encoder_index.py --records records.jsonl --index encoder_index.json.gz
+    python benchmarks/make_encoder_index.py --records records.jsonl \
+        --index igseg/network/encoder_index.json.gz
 
 Every encoder that segmentation-models-pytorch can build, its own and timm's, is built without
 weights for the names and shapes of its tensors; that takes about half an hour. What was recorded

@@ -19,6 +19,7 @@ of other methods, beside the image's Sobel edges as a yardstick. Everything is s
 from __future__ import annotations
 
 import argparse
+import runpy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,6 @@ import torch.nn.functional as F
 from calibrate_verdicts import with_map
 from torch import nn
 from tqdm import tqdm
-from train_demo_model import segmentation_loss
 
 from igseg.checks.checks import evaluate_explanation
 from igseg.checks.curves import edge_map
@@ -44,6 +44,7 @@ from igseg.statistics import explanation_statistics
 from integrated_gradients import IntegratedGradients, ModelInput, Settings
 
 HERE = Path(__file__).resolve().parent
+DEMO_TRAINING = runpy.run_path(str(HERE.parent / 'demo' / 'train_demo_model.py'))
 
 SIDE = 96  # pixels
 PREPROCESSING = Preprocessing(image_size=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -157,7 +158,7 @@ def trained(scenario: str, batches: int, seed: int) -> UNet:
         some = [generate(scenario, k % 2 == 0, rng, rng.random() < 0.5) for k in range(16)]
         x = torch.cat([PREPROCESSING.normalise(one.image) for one in some])
         truth = torch.from_numpy(np.stack([one.mask for one in some])).float().unsqueeze(1)
-        loss = segmentation_loss(network(x), truth)
+        loss = DEMO_TRAINING['segmentation_loss'](network(x), truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

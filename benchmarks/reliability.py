@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from helpers import (
+from PIL import Image
+from runs import (
     DEMO,
     DEMO_DATA,
     DEMO_MODEL,
@@ -39,7 +40,6 @@ from helpers import (
     tiny_model,
     torchrun,
 )
-from PIL import Image
 from tqdm import tqdm
 
 import integrated_gradients
@@ -47,9 +47,8 @@ from igseg.analysis.summary import read_table
 from igseg.data.samples import list_samples
 from igseg.results.files import FIGURES, FILE_ENDINGS, write_image
 
-ROOT = HERE.parent
-
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 
 # --------------------------------------------------------------------------- ranks
 

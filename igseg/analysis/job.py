@@ -198,7 +198,8 @@ class Group:
 def device_of_rank(device: str, ranks: int) -> str:
     """One GPU for each of several processes on a machine, where GPUs are to be used."""
     import torch  # not above: the processes that draw do without
-    from model_loading import resolve_device
+
+    from igseg.network.loading import resolve_device
 
     if ranks == 1 or device not in ('auto', 'cuda') or not torch.cuda.is_available():
         return device

@@ -21,6 +21,7 @@ from types import ModuleType
 import numpy as np
 
 from igseg.errors import InputError, one_line
+from igseg.program import install_command
 
 DICOM_SUFFIXES = ('.dcm', '.dicom', '.ima')
 
@@ -31,8 +32,6 @@ MOST_DEFLATED = 1 << 20  # bytes of a file that is unpacked as a whole
 MOST_SAMPLED = 1 << 22  # values of a volume of which percentiles are taken
 
 FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG, and of JPEG-LS
-
-INSTALL = 'pip install -r requirements-medical.txt'
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,8 @@ def _library(name: str, path: Path) -> ModuleType:
             warnings.simplefilter('ignore')
             return importlib.import_module(name)
     except ImportError:
-        raise InputError(f'{path} needs {name}, which is not installed ({INSTALL})') from None
+        command = install_command('medical')
+        raise InputError(f'{path} needs {name}, which is not installed ({command})') from None
 
 
 def check_nifti() -> None:

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -30,7 +31,7 @@ from igseg.network.checkpoint import ENCODER, HEAD, INFLATION
 
 DECODER = 'decoder.'
 
-INDEX = Path(__file__).resolve().parent / 'encoder_index.json.gz'
+INDEX = resources.files('igseg.network') / 'encoder_index.json.gz'
 
 DEPTHS = (5, 4, 3)  # of encoders, in stages
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from igseg.checks.verdict import LEVELS, concerns
 from igseg.preprocessing import size_text
+from igseg.program import command_of
 from igseg.results.files import FILE_ENDINGS, methods_figure_name
 from igseg.statistics import METRICS, STATISTICS, counts_text, gap_text, shown, span_text
 
@@ -226,7 +227,7 @@ def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
     defaults: of the settings, which need not be said.
     """
     used = statistics['settings']
-    words = ['python', 'integrated_gradients.py', '--model_path', str(used.get('model_path'))]
+    words = [*command_of(), '--model_path', str(used.get('model_path'))]
     words += ['--image_path', str(statistics['image_path'])]
     for name, value in (statistics.get('mask_flags') or {}).items():
         words += [f'--{name}', value]

@@ -86,13 +86,13 @@ def command_of(process: int) -> bytes:
 def test_a_batch_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path, kills):
     # A process of its own: one that has computed in parallel must not fork.
     script = (
-        'import sys; from pathlib import Path; from helpers import run_kills\n'
+        'import sys; from pathlib import Path; from runs import run_kills\n'
         f'found = run_kills({kills}, 8, 1, Path(sys.argv[1]))\n'
         'assert found["files that differ from the undisturbed run"] == 0, found'
     )
     command = [sys.executable, '-c', script, str(tmp_path)]
     where = os.environ | {'PYTHONPATH': str(ROOT)}
-    subprocess.run(command, cwd=ROOT / 'tests', env=where, check=True, timeout=200 * kills)
+    subprocess.run(command, cwd=ROOT / 'benchmarks', env=where, check=True, timeout=200 * kills)
     deadline = time.time() + 10  # the processes that wrote for those that were killed end too
     while workers := [one for one in Path('/proc').glob('[0-9]*') if is_orphan(one)]:
         assert time.time() < deadline, workers

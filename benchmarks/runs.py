@@ -1,0 +1,173 @@
+"""What benchmarks and tests share: the demo's paths, a tiny model, comparing runs, killing runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import integrated_gradients
+from igseg.network.loading import create_model
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / 'demo' / 'demo_model.pth'
+DEMO_DATA = ROOT / 'demo' / 'Dataset_no_preprocessing'
+DEMO = ['--model_path', str(DEMO_MODEL), '--data_dir', str(DEMO_DATA)]
+SMALL = ['--mode', 'batch', *DEMO, '--image_size', '64', '--num_steps', '2', '--target', 'image',
+         '--step_batch', '1', '--device', 'cpu']  # fmt: skip
+COST = ('seconds', 'peak_memory_bytes', 'step_batch')  # what may differ between two runs
+PARTS = 5  # kills before a batch is finished and compared
+
+
+def tiny_model(folder: Path) -> list[str]:
+    """A small untrained network of segmentation-models-pytorch, and the flags for it."""
+    torch.manual_seed(0)
+    options = {'encoder_depth': 3, 'decoder_channels': (16, 8, 4)}
+    model = create_model('unet', 'mobilenet_v2', 1, **options)
+    settings = {'architecture': 'unet', 'encoder': 'mobilenet_v2', 'options': options}
+    torch.save({'state_dict': model.state_dict(), 'settings': settings}, folder / 'tiny.pth')
+    return ['--model_path', str(folder / 'tiny.pth')]
+
+
+# --------------------------------------------------------------------------- comparing runs
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between the results in two output folders, apart from what they cost."""
+    names = [{str(p.relative_to(folder)) for p in folder.rglob('*')} for folder in (one, other)]
+    found = [f'only in one of them: {name}' for name in sorted(names[0] ^ names[1])]
+    for name in sorted(names[0] & names[1]):
+        compare = {'.json': _json, '.npz': _arrays, '.png': _pixels, '.csv': _table}.get(
+            Path(name).suffix
+        )
+        if compare and name != 'summary.png' and compare(one / name) != compare(other / name):
+            found.append(f'differs: {name}')
+    return found
+
+
+def _json(path: Path) -> object:
+    return without_cost(json.loads(path.read_text(encoding='utf-8')))
+
+
+def without_cost(content: object) -> object:
+    """Statistics without what they cost, at any depth; a summary without medians of it."""
+    if isinstance(content, dict):
+        return {
+            key: without_cost(value)
+            for key, value in content.items()
+            if key.removeprefix('median_').removeprefix('interval_') not in COST
+        }
+    return [without_cost(value) for value in content] if isinstance(content, list) else content
+
+
+def _arrays(path: Path) -> dict[str, bytes]:
+    with np.load(path) as arrays:
+        return {name: arrays[name].tobytes() for name in arrays}
+
+
+def _pixels(path: Path) -> bytes:
+    return np.asarray(Image.open(path)).tobytes()
+
+
+def _table(path: Path) -> object:
+    return pd.read_csv(path, dtype=str).drop(columns=list(COST), errors='ignore').to_dict()
+
+
+# --------------------------------------------------------------------------- killing runs
+
+
+def in_child(arguments: Sequence[str]) -> int:
+    """Start the command line in a forked process, which saves the seconds of importing; its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1), os.dup2(silent, 2)
+        os._exit(integrated_gradients.main(arguments))
+    finally:
+        os._exit(99)
+
+
+def exit_status(child: int) -> int:
+    """Wait for a child."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed(child: int, after: float) -> bool:
+    """Kill a child after some seconds; False where it had already finished."""
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    return exit_status(child) == -signal.SIGKILL
+
+
+def run_kills(count: int, images: int, seed: int, work: Path) -> dict:
+    """Kill a batch `count` times, finish it every PARTS kills, and compare."""
+    arguments = [*SMALL, '--num_samples', str(images), '--output_dir']
+    started = time.perf_counter()
+    assert exit_status(in_child([*arguments, str(work / 'undisturbed')])) == 0
+    duration = time.perf_counter() - started
+    draw = random.Random(seed)
+    kills, trusted, different = 0, 0, []
+    with tqdm(total=count, unit='kill') as bar:
+        while kills < count:
+            folder = work / f'after_{kills}'
+            for _ in range(min(PARTS, count - kills)):
+                left = 1 - len(list(folder.glob('*/*_statistics.json'))) / images
+                after = draw.uniform(0.1, duration * max(0.25, left))
+                if killed(in_child([*arguments, str(folder)]), after):
+                    kills += 1
+                    bar.update()
+            trusted += len(list(folder.glob('*/*_statistics.json')))
+            assert exit_status(in_child([*arguments, str(folder)])) == 0
+            different += differences(work / 'undisturbed', folder)
+            shutil.rmtree(folder)
+    return {'kills': kills, 'images in each batch': images,
+            'images found finished before the last runs': trusted,
+            'files that differ from the undisturbed run': len(different),
+            'which': ', '.join(different) or 'none'}  # fmt: skip
+
+
+# --------------------------------------------------------------------------- several processes
+
+
+def torchrun(
+    ranks: int,
+    arguments: Sequence[str],
+    options: Sequence[str] = ('--standalone',),
+    start_new_session: bool = False,
+) -> subprocess.Popen:
+    """Start the command line under torchrun, one thread for each rank; without torchrun for one
+    rank that stands alone."""
+    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={ranks}',
+               *options, str(ROOT / 'integrated_gradients.py'), *arguments]  # fmt: skip
+    if ranks == 1 and '--standalone' in options:
+        command = [sys.executable, str(ROOT / 'integrated_gradients.py'), *arguments]
+    return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=start_new_session)  # fmt: skip
+
+
+def family(process: int) -> list[int]:
+    """A process and its descendants (Linux)."""
+    found = [process]
+    try:
+        children = Path(f'/proc/{process}/task/{process}/children').read_text().split()
+    except OSError:
+        return found
+    for child in children:
+        found += family(int(child))
+    return found
