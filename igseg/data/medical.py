@@ -44,6 +44,11 @@ class Geometry:
     shape: tuple[int, int, int]  # of the volume
 
 
+def slice_ending(axis: int, index: int) -> str:
+    """What is added to a volume's name for that of one of its slices."""
+    return f'_axis{axis}_{index:04d}'
+
+
 @dataclass(frozen=True)
 class MedicalImage:
     """What one frame of a DICOM file, or one slice of a NIfTI volume, holds."""
@@ -338,8 +343,8 @@ def _which_slice(
     volume: tuple[int, ...], part: str | None, path: Path
 ) -> tuple[int, int, tuple[str, ...]]:
     """Axis and index of the slice that is wanted, and what is to be said of it."""
-    axis, _, index = (part or '2').partition(':')
-    axis = int(axis)
+    along, _, index = (part or '2').partition(':')
+    axis = int(along)
     number = int(index) if index else volume[axis] // 2
     if number >= volume[axis]:
         raise InputError(
@@ -375,7 +380,7 @@ def save_volume(geometry: Geometry, slices: dict[int, np.ndarray], path: Path) -
     nibabel = _library('nibabel', path)
     whole = np.full(geometry.shape, np.nan, np.float32)
     for index, values in slices.items():
-        where = [slice(None)] * 3
+        where: list[slice | int] = [slice(None)] * 3
         where[geometry.axis] = index
         whole[tuple(where)] = values
     if geometry.path is None:  # rows and columns, one apart

@@ -21,7 +21,7 @@ import numpy as np
 from igseg.data.annotations import AnnotatedImage, YoloLabels
 from igseg.data.layouts import DataSource, Found, find
 from igseg.data.masks import MaskFile, MaskSet, read_mask_picture
-from igseg.data.medical import NIFTI_SUFFIXES, shape_of_nifti
+from igseg.data.medical import NIFTI_SUFFIXES, shape_of_nifti, slice_ending
 from igseg.data.pixels import (
     PLAIN,
     TURNS,
@@ -238,7 +238,7 @@ def with_slices(samples: Sequence[Sample], reading: Reading = PLAIN) -> list[Sam
             found.append(sample)
             continue
         found += [
-            replace(sample, name=f'{sample.name}_axis{axis}_{index:04d}', slice=f'{axis}:{index}')
+            replace(sample, name=sample.name + slice_ending(axis, index), slice=f'{axis}:{index}')
             for index in range(count)
         ]
     return found

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import tifffile
 
-from igseg.data.medical import Geometry, save_volume, shape_of_nifti
+from igseg.data.medical import Geometry, save_volume, shape_of_nifti, slice_ending
 from igseg.errors import InputError
-from igseg.results.files import load_view, read_statistics, write_files
+from igseg.results.files import in_file_names, load_view, read_statistics, write_files
 
 EXPORTS = {'nifti': '.nii.gz', 'tiff': '.tif', 'npy': '.npy'}  # and their files' endings
 
@@ -51,23 +51,57 @@ def exported_map(folder: Path) -> tuple[np.ndarray, dict]:
     return found, statistics
 
 
+# --------------------------------------------------------------------------- volumes
+
+
+class Volume(NamedTuple):
+    """A volume of maps: what was explained of a volume of images, slice by slice, and how."""
+
+    source: str  # the file of the volume
+    name: str  # by which files are called: safe, and unique in a dataset
+    target: str
+    method: str
+
+
+def volume_of(statistics: dict) -> Volume:
+    """The volume that the map of a slice belongs to, by its statistics."""
+    place = statistics['placement']
+    # In a batch every slice is a sample of its own, named as `with_slices` names them.
+    name = statistics['image'].removesuffix(slice_ending(place['axis'], place['index']))
+    return Volume(statistics['image_path'], name, statistics['target'], statistics['method'])
+
+
+def volume_names(volumes: Sequence[Volume]) -> dict[Volume, str]:
+    """The name of each volume's file: target and method stand in it where there are several."""
+    several_targets = len({volume.target for volume in volumes}) > 1
+    several_methods = len({volume.method for volume in volumes}) > 1
+    names = {}
+    for volume in volumes:
+        parts = [f'{volume.name}_map']
+        parts += [in_file_names(volume.target)] if several_targets else []
+        parts += [in_file_names(volume.method)] if several_methods else []
+        names[volume] = '_'.join(parts) + EXPORTS['nifti']
+    return names
+
+
 def export_maps(output_dir: Path, folders: Sequence[str], kind: str) -> list[Path]:
     """Write the maps of these images' folders: beside their other files, those of the slices of a
     volume together, in the output folder. kind: of EXPORTS. Returns the files. Raises InputError,
     OutputError."""
-    written, volumes = [], {}
+    written: list[Path] = []
+    volumes: dict[Volume, list[str]] = {}
     for folder in folders:
         statistics = read_statistics(output_dir / folder)
         if 'axis' in statistics['placement'] and kind == 'nifti':
-            key = statistics['image_path'], statistics['target']
-            volumes.setdefault(key, []).append(folder)
+            volumes.setdefault(volume_of(statistics), []).append(folder)
             continue
         path = output_dir / folder / f'{folder}_map{EXPORTS[kind]}'
         _write(path, exported_map(output_dir / folder)[0], kind)
         written.append(path)
-    several = len({target for _, target in volumes}) > 1
-    for (source, target), own in volumes.items():
-        written.append(_write_volume(output_dir, Path(source), own, target if several else ''))
+    names = volume_names(list(volumes))
+    for volume, own in volumes.items():
+        written.append(_write_volume(output_dir / names[volume], Path(volume.source), output_dir,
+                                     own))  # fmt: skip
     return written
 
 
@@ -76,6 +110,8 @@ def _write(path: Path, values: np.ndarray, kind: str) -> None:
         geometry = Geometry(None, 2, 0, (*values.shape, 1))
         write_files({path: lambda place: save_volume(geometry, {0: values}, place)})
     elif kind == 'tiff':
+        import tifffile  # takes a while
+
         write_files({path: lambda place: tifffile.imwrite(place, values)})
     else:
         write_files({path: lambda place: _save_array(place, values)})
@@ -86,22 +122,21 @@ def _save_array(path: Path, values: np.ndarray) -> None:
         np.save(stream, values)
 
 
-def _write_volume(output_dir: Path, source: Path, folders: Sequence[str], target: str) -> Path:
-    """The maps of a volume's slices, with its affine."""
-    slices, geometry = {}, None
-    shape = (*shape_of_nifti(source), 1)[:3]
+def _write_volume(path: Path, source: Path, output_dir: Path, folders: Sequence[str]) -> Path:
+    """The maps of a volume's slices, each in its folder, as a volume with the affine of the
+    source. Returns the file."""
+    rows, columns, depth = (*shape_of_nifti(source), 1)[:3]
+    shape = rows, columns, depth
+    slices: dict[int, np.ndarray] = {}
     for folder in folders:
         values, statistics = exported_map(output_dir / folder)
         axis, index = (statistics['placement'][key] for key in ('axis', 'index'))
-        geometry = Geometry(source, axis, index, shape)
         expected = tuple(side for k, side in enumerate(shape) if k != axis)
         if values.shape != expected:
             raise InputError(
                 f'{source} has changed since its slices were explained (explain them again)'
             )
         slices[index] = values
-    name = source.name.removesuffix('.gz').removesuffix('.nii')
-    ending = target.replace(':', '-').replace(',', '-')
-    path = output_dir / f'{name}_map{"_" + ending if ending else ""}.nii.gz'
+    geometry = Geometry(source, axis, index, shape)
     write_files({path: lambda place: save_volume(geometry, slices, place)})
     return path

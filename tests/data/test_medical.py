@@ -174,6 +174,40 @@ def test_a_volume_on_the_command_line_and_its_map(tmp_path):
         assert total == pytest.approx(one['attribution_sum'], rel=1e-3)
 
 
+def finite_slices(path: Path) -> list[int]:
+    """The slices along the last axis that a volume of maps holds."""
+    nibabel = pytest.importorskip('nibabel')
+    values = nibabel.load(path).get_fdata()
+    return [k for k in range(values.shape[2]) if np.isfinite(values[:, :, k]).all()]
+
+
+def test_the_volumes_of_several_methods_are_files_of_their_own(tmp_path):
+    nibabel = pytest.importorskip('nibabel')
+    values = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
+    path = volume(tmp_path / 'd' / 'v.nii.gz', values)
+    status, found = run(tmp_path, '--mode', 'batch', '--data_dir', path.parent, '--export', 'nifti',
+                        '--method', 'ig', 'gradient')  # fmt: skip
+    assert status == 0 and len(found) == 6
+    names = {method: tmp_path / 'out' / f'v_map_{method}.nii.gz' for method in ('ig', 'gradient')}
+    assert set((tmp_path / 'out').glob('*.nii.gz')) == set(names.values())
+    for one in found:
+        written = nibabel.load(names[one['method']]).get_fdata()
+        total = written[:, :, one['placement']['index']].sum()
+        assert total == pytest.approx(one['attribution_sum'], rel=1e-3)
+        assert finite_slices(names[one['method']]) == [0, 1, 2]
+
+
+def test_volumes_whose_names_differ_by_their_ending_are_files_of_their_own(tmp_path):
+    values = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
+    volume(tmp_path / 'd' / 'v.nii', values[:, :, :2])
+    volume(tmp_path / 'd' / 'v.nii.gz', values)
+    status, found = run(tmp_path, '--mode', 'batch', '--data_dir', tmp_path / 'd', '--export',
+                        'nifti')  # fmt: skip
+    assert status == 0 and len(found) == 5
+    written = (tmp_path / 'out').glob('v_*_map.nii.gz')
+    assert sorted(finite_slices(path) for path in written) == [[0, 1], [0, 1, 2]]
+
+
 def test_a_series_of_volumes(tmp_path):
     values = np.stack([np.full((4, 5, 6), 10 * k, np.uint8) for k in range(3)], axis=-1)
     path = volume(tmp_path / 'series.nii', values)
