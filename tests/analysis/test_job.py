@@ -135,7 +135,7 @@ def test_a_second_run_in_the_same_folder_is_told_who_holds_it(tmp_path, data, ca
 
 def test_the_lock_of_a_killed_run_holds_nobody_up(tmp_path):
     script = (
-        'import sys, time; from pathlib import Path; from batch_job import hold_folder\n'
+        'import sys, time; from pathlib import Path; from igseg.analysis.job import hold_folder\n'
         'with hold_folder(Path(sys.argv[1])):\n    print("held", flush=True); time.sleep(60)'
     )
     process = subprocess.Popen([sys.executable, '-c', script, str(tmp_path)], cwd=ROOT,

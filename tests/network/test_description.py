@@ -133,7 +133,7 @@ def test_networks_that_differ_have_different_digests():
 
 def test_the_digest_is_the_same_in_another_process():
     script = (
-        'from model_loading import load_model; import sys\n'
+        'from igseg.network.loading import load_model; import sys\n'
         'print(load_model(sys.argv[1], "cpu").network_description.weights_sha256)'
     )
     done = subprocess.run([sys.executable, '-c', script, str(DEMO_MODEL)], cwd=ROOT,

@@ -124,8 +124,8 @@ def test_code_beside_the_factory_is_part_of_the_network(tmp_path, how, used):
     code = f'{how}\nfrom torch import nn\n\n\nclass Net(nn.Conv2d):\n    def forward(self, x):\n'
     (tmp_path / 'net.py').write_text(f'{code}        return {used}(super().forward(x))\n')
     script = (
-        'import sys; from model_factory import build_network; '
-        'from network_description import structure_digest; '
+        'import sys; from igseg.network.factory import build_network; '
+        'from igseg.network.identity import structure_digest; '
         'options = {"in_channels": 3, "out_channels": 1, "kernel_size": 1}; '
         'print(structure_digest(build_network(sys.argv[1], options)))'
     )
@@ -138,17 +138,18 @@ def test_code_beside_the_factory_is_part_of_the_network(tmp_path, how, used):
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize('ours', ['errors', 'verdict', 'network_guess'])
+@pytest.mark.parametrize('ours', ['errors', 'checks.verdict', 'network.recognise'])
 def test_code_beside_the_factory_may_be_named_like_ours(tmp_path, ours):
-    (tmp_path / f'{ours}.py').write_text('WIDTH = 5\n')
+    name = ours.rpartition('.')[2]
+    (tmp_path / f'{name}.py').write_text('WIDTH = 5\n')
     (tmp_path / 'net.py').write_text(
-        f'from torch import nn\nfrom {ours} import WIDTH\n\n\n'
+        f'from torch import nn\nfrom {name} import WIDTH\n\n\n'
         'def build():\n    return nn.Conv2d(3, WIDTH, 1)\n'
     )
-    before = sys.modules.get(ours)
+    before = importlib.import_module(f'igseg.{ours}')
     assert build_network(f'{tmp_path}/net.py:build', {}).out_channels == 5
-    assert sys.modules.get(ours) is before
-    assert Path(importlib.import_module(ours).__file__) == ROOT / f'{ours}.py'
+    assert importlib.import_module(f'igseg.{ours}') is before
+    assert Path(before.__file__) == ROOT / 'igseg' / f'{ours.replace(".", "/")}.py'
 
 
 def test_two_factories_have_each_their_own_code_beside_them(tmp_path):
