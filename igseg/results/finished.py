@@ -1,7 +1,8 @@
 """Which images are finished: the key by which results are recognised, and reading them back.
 
 An image is not computed again while everything that decides its files is the same: settings, the
-content of image, truth, baseline file and network, and the versions of the libraries.
+content of image, truth, baseline file and network, the versions of the libraries, and the number
+`RESULTS`, which is raised whenever this toolkit computes other figures than before.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 
+import cv2
 import numpy as np
 
+import igseg
 from igseg.checks.verdict import Thresholds, verdict_of
+from igseg.program import PROJECT
 from igseg.results.files import (
     image_files,
     in_file_names,
@@ -35,21 +39,35 @@ NOT_DECISIVE = (
 )  # fmt: skip
 
 
+# Their versions decide the figures.
+LIBRARIES = (
+    'torch', 'segmentation-models-pytorch', 'timm', 'numpy', 'opencv-python-headless',
+    'scikit-image', 'scipy',
+)  # fmt: skip
+
+
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    packages = ('torch', 'segmentation-models-pytorch', 'timm', 'numpy', 'opencv-python-headless')
-    installed = {}
-    for package in packages:
+    """Versions of what decides the numbers: this toolkit, its results, Python, the libraries."""
+    own = {PROJECT: igseg.__version__, 'results': str(igseg.RESULTS)}
+    python = {'python': '.'.join(map(str, sys.version_info[:3]))}
+    installed = {'opencv': cv2.__version__}  # of whichever package it was installed from
+    for library in LIBRARIES:
         with contextlib.suppress(ImportError):
-            installed[package] = version(package)
-    return {'python': '.'.join(map(str, sys.version_info[:3]))} | installed
+            installed[library] = version(library)
+    return own | python | installed
+
+
+def _deciding_versions() -> dict[str, str]:
+    """The versions that a finished image must share. Of this toolkit only the number of its
+    results: a new version that changes no figure computes nothing again."""
+    return {name: value for name, value in versions().items() if name != PROJECT}
 
 
 def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str:
     """A hash of everything that decides the files of an image.
 
-    record: the settings as they took effect, with the identity of the network. image: (H, W, 3)
-    uint8. truth: (H, W) uint8.
+    record: the settings as they took effect, with the identity of the network. image: (H, W, C),
+    uint8 or float32. truth: (H, W), uint8, or int16 where pixels do not count.
     """
     decisive = {name: value for name, value in record.items() if name not in NOT_DECISIVE}
     if 'baseline_sha256' in decisive:  # a file: wherever it lies
@@ -58,7 +76,7 @@ def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str
         decisive.pop('reference_dir', None)
     if 'label_map_sha256' in decisive:
         del decisive['label_map']
-    digest = hashlib.sha256(json.dumps([decisive, versions()], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([decisive, _deciding_versions()], sort_keys=True).encode())
     for array in (image, truth):
         digest.update(repr(None if array is None else array.shape).encode())
         digest.update(b'' if array is None else array.tobytes())

@@ -1,0 +1,104 @@
+"""Which results are today's: versions in the statistics, the key, and the number of results."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError
+
+import cv2
+import numpy as np
+import pytest
+import stored_maps
+from stored_maps import CASES, complaint, stored
+
+import igseg
+from igseg.program import PROJECT
+from igseg.results import finished
+from igseg.results.finished import resume_key, versions
+from integrated_gradients import Settings
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+
+
+def key() -> str:
+    return resume_key(Settings().record(), IMAGE, None)
+
+
+def test_versions_name_the_toolkit_its_results_and_whatever_opencv_is_installed():
+    found = versions()
+    assert found[PROJECT] == igseg.__version__ and found['results'] == str(igseg.RESULTS)
+    assert found['opencv'] == cv2.__version__
+    assert {'python', 'torch', 'timm', 'numpy', 'scikit-image', 'scipy'} <= found.keys()
+
+
+def test_another_build_of_opencv_has_a_version_too(monkeypatch):
+    def version(name: str) -> str:
+        if name == 'opencv-python-headless':
+            raise PackageNotFoundError(name)
+        return '1'
+
+    monkeypatch.setattr(finished, 'version', version)
+    found = versions()
+    assert found['opencv'] == cv2.__version__ and 'opencv-python-headless' not in found
+
+
+def test_a_new_version_computes_nothing_again_and_a_new_kind_of_results_does(monkeypatch):
+    before = key()
+    monkeypatch.setattr(igseg, '__version__', '9.9.9')
+    assert versions()[PROJECT] == '9.9.9' and key() == before
+    monkeypatch.setattr(igseg, 'RESULTS', igseg.RESULTS + 1)
+    assert key() != before
+
+
+@pytest.mark.parametrize('library', ['torch', 'numpy', 'scikit-image', 'scipy'])
+def test_another_version_of_a_library_that_decides_figures_computes_again(library, monkeypatch):
+    before, real = key(), finished.version
+    monkeypatch.setattr(finished, 'version', lambda name: '0' if name == library else real(name))
+    assert key() != before
+
+
+# ------------------------------------------------------------------ the stored maps
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_figures_are_as_stored_or_the_number_of_results_was_raised(name):
+    assert complaint(name) is None
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The stored maps in a folder of their own, which may be changed."""
+    for path in stored_maps.FOLDER.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(stored_maps, 'FOLDER', tmp_path)
+    return tmp_path
+
+
+def change(folder, name: str, figure: str) -> None:
+    """Have a figure been stored differently."""
+    path = folder / f'{name}.json'
+    content = json.loads(path.read_text())
+    content['statistics'][figure] *= 1 + 1e-4
+    path.write_text(json.dumps(content))
+
+
+def test_a_changed_figure_asks_for_the_number_to_be_raised(copied, capsys):
+    change(copied, 'guided', 'score')
+    said = complaint('guided')
+    assert 'score' in said and 'raise RESULTS in igseg/__init__.py' in said
+    assert stored_maps.main([]) == 2 and 'raise RESULTS' in capsys.readouterr().err
+
+
+def test_a_changed_map_asks_for_the_number_to_be_raised(copied):
+    attributions, _ = stored('guided')
+    attributions[0, 3, 3] += 1e-5 * np.abs(attributions).max()
+    np.save(copied / 'guided.npy', attributions)
+    assert 'guided: the map, by 1.0e-05 of its maximum' in complaint('guided')
+
+
+def test_a_raised_number_asks_for_the_maps_to_be_stored_again(copied, monkeypatch):
+    change(copied, 'guided', 'score')
+    monkeypatch.setattr(igseg, 'RESULTS', igseg.RESULTS + 1)
+    assert 'run python tests/results/stored_maps.py' in complaint('guided')
+    assert stored_maps.main([]) == 0
+    assert complaint('guided') is None
