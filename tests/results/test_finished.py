@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import stored_maps
+from PIL import Image
 from stored_maps import CASES, complaint, stored
 
 import igseg
 from igseg.program import PROJECT
 from igseg.results import finished
-from igseg.results.finished import resume_key, versions
+from igseg.results.files import FIGURES, image_files, load_view, read_statistics, redraw_figures
+from igseg.results.finished import Naming, finished_statistics, resume_key, versions
+from igseg.results.page import table_row
 from integrated_gradients import Settings
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -102,3 +107,34 @@ def test_a_raised_number_asks_for_the_maps_to_be_stored_again(copied, monkeypatc
     assert 'run python tests/results/stored_maps.py' in complaint('guided')
     assert stored_maps.main([]) == 0
     assert complaint('guided') is None
+
+
+# ------------------------------------------------------------------ results of an earlier version
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """Results that the version before the first numbered one has made: a slice at 32x32."""
+    return shutil.copytree(Path(__file__).parent / 'earlier_version', tmp_path / 'earlier')
+
+
+def test_results_of_an_earlier_version_are_opened(earlier):
+    view, statistics = load_view(earlier / 'slice')
+    assert PROJECT not in statistics['versions'] and statistics['target'] == 'image'
+    assert view.attributions.shape == (3, 32, 32) and view.uncertainty.shape == (32, 32)
+    total = float(view.attributions.sum(dtype=np.float64))
+    assert total == pytest.approx(statistics['attribution_sum'], rel=1e-5)
+
+
+def test_results_of_an_earlier_version_are_drawn_again(earlier):
+    redraw_figures(earlier / 'slice')
+    files = image_files(earlier / 'slice')
+    for name in FIGURES['all']:
+        assert Image.open(files[name]).width > 30, name
+
+
+def test_results_of_an_earlier_version_stand_on_the_page_and_are_computed_again(earlier):
+    statistics = read_statistics(earlier / 'slice')
+    assert table_row(statistics, earlier)['name'] == 'slice'
+    naming = Naming('slice', False, ('ig',))
+    assert finished_statistics(earlier, naming, ['image'], key()) is None
