@@ -165,6 +165,7 @@ from igseg.preprocessing import (
     size_text,
     strong_blur,
 )
+from igseg.program import name_of
 from igseg.results.export import EXPORTS, export_maps
 from igseg.results.figures import attribution_figure, channels_figure
 from igseg.results.files import (
@@ -2215,7 +2216,7 @@ def _count_or_all(text: str) -> int | None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; choices and defaults come from the tables and from Settings."""
     parser = _Parser(
-        prog='integrated_gradients.py',
+        prog=name_of(),
         description='Integrated Gradients for segmentation models: why did it draw this mask?',
         epilog=f'Datasets that are told apart by looking: {layouts_text()}. '
         'Exit status: 0 done, 1 some images of a batch failed or its summary could not be '

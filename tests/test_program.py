@@ -8,6 +8,7 @@ import pytest
 import run_integrated_gradients as runner
 from igseg import program
 from igseg.results.page import reproducing_command
+from integrated_gradients import build_parser
 
 
 @pytest.fixture(params=['checkout', 'script', 'wheel'])
@@ -26,6 +27,14 @@ def test_a_command_that_explains_an_image_again_is_one_that_the_user_has(started
     said = reproducing_command(statistics, {})
     name = 'python integrated_gradients.py' if started == 'checkout' else 'integrated-gradients'
     assert said == f'{name} --model_path a.pth --image_path b.png'
+
+
+def test_errors_and_help_name_the_command_that_the_user_has(started, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(['--mode', 'both'])
+    name = 'integrated_gradients.py' if started == 'checkout' else 'integrated-gradients'
+    assert capsys.readouterr().err.endswith(f'(see {name} --help)\n')
+    assert build_parser().format_help().startswith(f'usage: {name} ')
 
 
 def test_what_must_be_installed_is_named_as_the_user_can_install_it(started):
