@@ -1,5 +1,6 @@
 """README and REFERENCE tell the truth about flags, tables, commands and files."""
 
+import importlib
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
 
 README = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
 REFERENCE = (ROOT / 'REFERENCE.md').read_text(encoding='utf-8')
+CONTRIBUTING = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
 BOTH = README + REFERENCE
 FLAGS = REFERENCE[REFERENCE.index('## All flags') : REFERENCE.index('## Targets')]
 ROWS = dict(re.findall(r'^\| `(--\w+)[^`]*` \| (.*?) \|', FLAGS, re.MULTILINE))
@@ -129,6 +131,28 @@ def test_linked_files_and_headings_exist():
             assert not file or (ROOT / file).exists(), target
             known = headings['other' if file.endswith('.md') else None]
             assert not place or place in known, target
+
+
+def test_what_is_added_by_one_row_stands_where_it_is_said():
+    part = CONTRIBUTING[CONTRIBUTING.index('## What is added by one row') :]
+    rows = re.findall(r'^\| (an? .*?) \| .* \| (.*) \|$', part, re.MULTILINE)
+    assert len(rows) == 11
+    for what, where in rows:
+        places = re.findall(r'`(\w+)`[^`]*? in `([\w/]+\.py)`', where)
+        assert places, what
+        for name, file in places:
+            module = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
+            assert hasattr(module, name), (what, name, file)
+
+
+def test_earlier_modules_are_where_it_is_said():
+    part = CONTRIBUTING[CONTRIBUTING.index('| module | is now') :]
+    rows = re.findall(r'^\| (`.*?`) \| (.*) \|$', part, re.MULTILINE)
+    assert len(rows) == 40
+    for old, new in rows:
+        files = re.findall(r'`([\w/]+\.(?:py|html|json\.gz))`', new)
+        assert files, old
+        assert all((ROOT / 'igseg' / file).is_file() for file in files), (old, files)
 
 
 def anchor(heading: str) -> str:
