@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from runs import DEMO_DATA, DEMO_MODEL, ROOT, SMALL, differences, family, tiny_m
 
 import integrated_gradients
 from igseg.analysis.summary import StatisticsFiles, read_table
+from integrated_gradients import Explanation, IntegratedGradients
 
 __all__ = ['DEMO_DATA', 'DEMO_MODEL', 'ROOT', 'SMALL', 'differences', 'family', 'tiny_model',
            'torchrun']  # of benchmarks/runs.py  # fmt: skip
@@ -45,6 +47,33 @@ def write_coco(folder: Path, annotations: list[dict], images: list[dict]) -> Pat
     return path
 
 
+SHAPE = [[15, 10, 30, 10, 30, 20, 15, 20]]  # a polygon
+
+
+def lay(root: Path, images: dict[str, object]) -> None:
+    """Write images (None), masks (arrays), text and JSON by their paths."""
+    for name, content in images.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, np.ndarray):
+            save_image(path, content)
+        elif isinstance(content, str):
+            path.write_text(content)
+        elif isinstance(content, dict):
+            path.write_text(json.dumps(content))
+        else:
+            save_image(path, noise_image())
+
+
+def coco(name: str, folder: str = '') -> dict:
+    """A COCO file of one image with one annotation."""
+    return {
+        'images': [{'id': 1, 'file_name': folder + name, 'height': 40, 'width': 60}],
+        'annotations': [{'id': 1, 'image_id': 1, 'category_id': 1, 'segmentation': SHAPE}],
+        'categories': [{'id': 1, 'name': 'organ'}],
+    }
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 error of a map."""
     return float((found - expected).norm() / expected.norm())
@@ -59,6 +88,18 @@ class Function(torch.nn.Module):
 
     def forward(self, x):
         return self.formula(x).reshape(len(x), 1, 1, 1)
+
+
+def explain(
+    formula: torch.nn.Module | Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    baseline: str | torch.Tensor,
+    **options: object,
+) -> Explanation:
+    """The whole output of a network or a formula explained; options: those of `explain`."""
+    model = formula if isinstance(formula, torch.nn.Module) else Function(formula)
+    ig = IntegratedGradients(model, 'cpu', step_batch=options.pop('step_batch', None))
+    return ig.explain(x, target='image', baseline_type=baseline, **options)
 
 
 EVIL = '<img src=x onerror=document.title=1>'  # a name that would run code on a careless page

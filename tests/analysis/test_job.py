@@ -13,25 +13,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
-from helpers import (
-    DEMO_MODEL,
-    ROOT,
-    SMALL,
-    noise_image,
-    save_image,
-)
+from helpers import DEMO_MODEL, ROOT, SMALL, noise_image, save_image
 from torch.distributed import HashStore
 
 import integrated_gradients
-from igseg.analysis import summary as batch_summary
 from igseg.analysis.job import (
     DONE,
     FAILED,
-    SKIPPED,
     Alone,
     Group,
     Outcome,
@@ -41,16 +31,7 @@ from igseg.analysis.job import (
     read_ahead,
     writer_processes,
 )
-from igseg.analysis.summary import (
-    COLUMNS,
-    VANISHED,
-    AppendedTable,
-    Journal,
-    median_interval,
-    page_plan,
-    read_table,
-)
-from igseg.analysis.summary import batch_summary as summarise
+from igseg.analysis.summary import VANISHED, read_table
 from integrated_gradients import InputError, OutputError, batch_integrated_gradients_analysis
 
 QUICK = {'model_path': DEMO_MODEL, 'num_steps': 1, 'image_size': 32, 'target': 'image',
@@ -301,91 +282,6 @@ def test_an_image_that_cannot_be_written_is_told(processes):
         writers.add(Outcome(0, 'a', rows=({'folder': 'a'},)), refuse)
     assert writers.finished() == [Outcome(0, 'a', FAILED, 'the disk is full')]
     assert writers.in_trouble
-
-
-# ------------------------------------------------------------------ tables
-
-
-def test_rows_are_added_whole_or_not_at_all(tmp_path):
-    table = AppendedTable(tmp_path / 'out' / 'a.csv', ('x', 'y'))
-    table.add([{'x': 1, 'y': 'a,b'}])  # there is no such folder
-    (tmp_path / 'out').mkdir()
-    table.add([{'x': 2}])
-    assert (tmp_path / 'out' / 'a.csv').read_text() == 'x,y\n1,"a,b"\n2,\n'
-    (tmp_path / 'out' / 'a.csv').unlink()
-    table.add([{'x': 3}])
-    assert table.text() == 'x,y\n3,\n'
-
-
-def test_the_columns_are_the_flat_statistics(tmp_path, data):
-    result = batch_integrated_gradients_analysis(
-        data_dir=data, output_dir=tmp_path / 'out', num_samples=1, **QUICK
-    )
-    (statistics,) = result.images
-    nested = {'trend', 'preparation', 'cropping', 'tiles', 'settings', 'versions', 'notes',
-              'targets', 'methods', 'mask_flags', 'verdict', 'evaluation', 'channel_shares',
-              'channel_names', 'class_scores', 'value_range', 'placement'}  # fmt: skip
-    added = {'status', 'reason', 'flags', 'number', 'share_red', 'share_green', 'share_blue'}
-    assert set(statistics) - nested == set(COLUMNS) - added
-    assert [key for key in statistics if key in COLUMNS] == [
-        key for key in COLUMNS if key not in added
-    ]
-    table = read_table(tmp_path / 'out' / 'summary.csv')
-    same = pd.read_parquet(tmp_path / 'out' / 'summary.parquet')
-    pd.testing.assert_frame_equal(table, same, check_dtype=False)
-    for key in COLUMNS.keys() - added:
-        value = table[key][0]
-        assert (value == statistics[key]) or (statistics[key] is None and pd.isna(value)), key
-
-
-def test_names_that_look_like_nothing_stay_names(tmp_path):
-    """pandas takes NA, null and nan for missing values unless it is told."""
-    journal = Journal(tmp_path)
-    names = ['NA', 'null', 'nan', '007', 'None']
-    for number, name in enumerate(names):
-        journal.add(Outcome(number, name, SKIPPED, 'empty, "so" skipped'))
-    table = journal.table(names, complete=True)
-    assert list(table['image']) == names
-    assert set(table['reason']) == {'empty, "so" skipped'}
-
-
-def table_of(count: int, **columns: object) -> pd.DataFrame:
-    frame = pd.DataFrame({name: [None] * count for name in COLUMNS})
-    names = [f'image_{number}' for number in range(count)]
-    frame = frame.assign(image=names, folder=names, status=DONE, number=range(count), flags='')
-    frame = frame.assign(reason='', prediction_ratio=0.1, prediction_area=5, **columns)
-    return frame.astype(COLUMNS)
-
-
-def test_a_summary_of_many_images_is_quick():
-    values = np.random.default_rng(0).gamma(2, size=40_000)
-    started = time.perf_counter()
-    found = summarise(table_of(40_000, attribution_ratio=values, dice=values, seconds=values))
-    assert time.perf_counter() - started < 20
-    low, high = found['interval_attribution_ratio']
-    assert low < found['median_attribution_ratio'] == np.median(values) < high
-    assert high - low < 0.05 and found['ratio_dice_correlation'] == pytest.approx(1)
-
-
-def test_ranks_give_the_interval_of_the_bootstrap(monkeypatch):
-    values = np.random.default_rng(0).gamma(2, size=1500)
-    by_ranks = median_interval(values)
-    monkeypatch.setattr(batch_summary, 'BOOTSTRAPPED', 2000)
-    bootstrapped = median_interval(values)
-    assert by_ranks == pytest.approx(bootstrapped, abs=0.15 * (bootstrapped[1] - bootstrapped[0]))
-
-
-def test_pages_hold_the_most_concerning_first():
-    table = table_of(1201)
-    table.loc[700, 'flags'] = 'poor mask; fails its control'
-    table.loc[900, 'flags'] = 'fails its control; background focus'
-    pages = page_plan(table)
-    assert [(page.file, len(folders)) for page, folders in pages] == [
-        ('index.html', 500), ('index_2.html', 500), ('index_3.html', 201),
-    ]  # fmt: skip
-    assert pages[0][1][:3] == ['image_900', 'image_700', 'image_0']
-    ((page, folders),) = page_plan(table[:500])
-    assert page.of == 1 and folders[:2] == ['image_0', 'image_1']  # in the order of the dataset
 
 
 def test_figures_can_be_left_out_and_drawn_later(tmp_path, data):

@@ -6,6 +6,7 @@ import string
 from dataclasses import fields
 
 import pytest
+from hand_made import statistics_for_figures
 
 from igseg.checks.verdict import (
     CONCERN,
@@ -13,12 +14,15 @@ from igseg.checks.verdict import (
     GOOD,
     NOTE,
     Thresholds,
+    accuracy_warning,
     batch_findings,
     findings,
     map_verdict,
     parse_thresholds,
 )
-from integrated_gradients import InputError
+from integrated_gradients import (
+    InputError,
+)
 
 SETTINGS = {'settings': {'gap_tolerance': 0.05}}
 SPOT = {'distant_spot_x': 1.0, 'distant_spot_y': 2.0}
@@ -181,3 +185,20 @@ def test_the_words_for_a_map_error_are_those_of_the_findings():
     assert map_verdict(0.05) == 'settled, small details aside'
     assert map_verdict(0.3) == 'only its broad features are settled'
     assert map_verdict(0.6) == 'not even its broad features are settled'
+
+
+@pytest.mark.parametrize('gap, warned', [(None, False), (0.05, False), (0.051, True)])
+def test_gap_warning(gap, warned):
+    assert bool(accuracy_warning(statistics_for_figures(completeness_gap=gap))) == warned
+
+
+def test_a_tolerance_that_was_not_reached_is_told():
+    settings = {'gap_tolerance': 0.05, 'tolerance': 0.01}
+    missed = statistics_for_figures(settings=settings, within_tolerance=False)
+    assert 'tolerance of 1 % was not reached in 4 steps' in accuracy_warning(missed)
+    assert accuracy_warning(missed | {'within_tolerance': True, 'completeness_gap': 0}) is None
+
+
+def test_map_error_in_words():
+    words = [map_verdict(error) for error in (None, 0.01, 0.05, 0.5)]
+    assert words[0] == 'unknown' and len(set(words)) == 4

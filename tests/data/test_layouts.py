@@ -1,50 +1,25 @@
-"""How datasets lie in folders, annotations, and images that their masks do not fit."""
-
-import json
+"""How datasets lie in folders, how masks are named, and images that their masks do not fit."""
 
 import numpy as np
 import pytest
-from helpers import noise_image, save_image, square_mask, write_coco
+from helpers import SHAPE, coco, lay, noise_image, square_mask
 from PIL import Image
 
-from igseg.data.annotations import Categories, read_names
 from igseg.data.layouts import LAYOUTS, DataSource, layouts_text
 from igseg.data.pixels import LoadedImage
 from igseg.data.samples import fitted_truth, list_samples, same_aspect, single_sample
-from igseg.data.truth import IGNORED, TruthReading
+from igseg.data.truth import TruthReading
 from igseg.errors import InputError
-from igseg.preprocessing import Preprocessing
-from integrated_gradients import Settings, build_parser
+from integrated_gradients import build_parser
 
 ONE = TruthReading(numbers=2, one_class=True)
+
+
 MASK = square_mask() * np.uint8(255)
-SHAPE = [[15, 10, 30, 10, 30, 20, 15, 20]]
-
-
-def lay(root, images: dict[str, object]):
-    """Write images (None), masks (arrays), text and JSON by their paths."""
-    for name, content in images.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, np.ndarray):
-            save_image(path, content)
-        elif isinstance(content, str):
-            path.write_text(content)
-        elif isinstance(content, dict):
-            path.write_text(json.dumps(content))
-        else:
-            save_image(path, noise_image())
-
-
-def coco(name: str, folder: str = '') -> dict:
-    return {
-        'images': [{'id': 1, 'file_name': folder + name, 'height': 40, 'width': 60}],
-        'annotations': [{'id': 1, 'image_id': 1, 'category_id': 1, 'segmentation': SHAPE}],
-        'categories': [{'id': 1, 'name': 'organ'}],
-    }
 
 
 OUTLINE = '0 ' + ' '.join(f'{x / 60:.6f} {y / 40:.6f}' for x, y in np.reshape(SHAPE, (-1, 2)))
+
 
 WAYS = {
     'Roboflow': {'test/_annotations.coco.json': coco('a.jpg'), 'test/a.jpg': None},
@@ -154,116 +129,6 @@ def test_channels_in_files_of_their_own(tmp_path):
         sample.image(3)
 
 
-# ------------------------------------------------------------------ annotations
-
-
-def annotated(tmp_path, shapes, **extra):
-    image = {'id': 1, 'file_name': 'a.jpg', 'height': 40, 'width': 60}
-    save_image(tmp_path / 'a.jpg', noise_image())
-    write_coco(tmp_path, [
-        {'id': k, 'image_id': 1, 'category_id': 1, 'segmentation': shape, **extra}
-        for k, shape in enumerate(shapes)
-    ], [image])  # fmt: skip
-    (sample,) = list_samples(tmp_path)
-    return sample.labels(ONE)
-
-
-GOOD = [15, 10, 30, 10, 30, 20, 15, 20]
-
-
-@pytest.mark.parametrize(
-    'bad',
-    [[20, 20], [20, 20, 20, 25], [5, 5, 5, 9, 5, 30], [float('nan')] * 6, [1e9] * 6, ['x'] * 6],
-)
-def test_a_degenerate_part_is_left_out_and_said(tmp_path, bad):
-    whole = annotated(tmp_path, [[GOOD]]).values
-    found = annotated(tmp_path, [[GOOD, bad]])
-    assert np.array_equal(found.values, whole) and '1 part of annotations' in found.notes[0]
-    again = annotated(tmp_path, [[GOOD], [bad]]) if len(bad) < 6 else found
-    assert np.array_equal(again.values, whole)
-
-
-@pytest.mark.parametrize('shapes', [[None], [[]], [[GOOD], []], [[[20, 20]]]])
-def test_annotations_without_an_outline_mean_that_the_truth_is_unknown(tmp_path, shapes):
-    found = annotated(tmp_path, shapes)
-    assert found.values is None and 'unknown' in found.notes[-1]
-
-
-def test_a_flat_list_is_one_polygon_and_crowds_count(tmp_path):
-    whole = annotated(tmp_path, [[GOOD]]).values
-    assert np.array_equal(annotated(tmp_path, [GOOD]).values, whole)
-    runs = {'size': [40, 60], 'counts': [600, 40, 1760]}
-    assert annotated(tmp_path, [runs], iscrowd=1).values.sum() == 40
-
-
-@pytest.mark.parametrize(
-    ('names', 'used', 'reading', 'table'),
-    [
-        ({0: 'all', 1: 'a', 2: 'b'}, {1, 2}, TruthReading(numbers=3), {1: 1, 2: 2}),
-        ({0: 'liver', 1: 'tumour'}, {0, 1}, TruthReading(numbers=3), {0: 1, 1: 2}),
-        ({0: 'liver', 1: 'tumour'}, {1}, TruthReading(numbers=3), {0: 1, 1: 2}),
-        ({0: 'liver', 1: 'tumour'}, {0, 1}, TruthReading(), {0: 1, 1: 2}),
-        ({0: 'liver', 1: 'tumour'}, {0}, TruthReading(numbers=2, background=None), {0: 0, 1: 1}),
-        ({0: 'background', 1: 'a'}, {0, 1}, TruthReading(numbers=2), {0: 0, 1: 1}),
-        ({7: 'a', 12: 'b'}, {7, 12}, TruthReading(numbers=3), {7: 1, 12: 2}),
-        ({7: 'a', 12: 'b'}, {7, 12}, ONE, {7: 1, 12: 1}),
-        ({1: 'a', 3: 'b'}, {1, 3}, TruthReading(numbers=4), {1: 1, 3: 3}),
-        ({1: 'a', 2: 'b'}, {1}, TruthReading(numbers=3, background=2), {1: 0, 2: 1}),
-        ({1: 'a', 2: 'b'}, {1}, TruthReading(numbers=3, ignore_label=2), {1: 1, 2: IGNORED}),
-    ],
-)
-def test_categories_become_classes(tmp_path, names, used, reading, table):
-    parent = names.get(0) == 'all'
-    found, notes = Categories(names, frozenset(used), parent).labels(reading, tmp_path)
-    assert found == table
-    moved = any(k != v for k, v in table.items() if v != IGNORED) and not reading.one_class
-    assert bool(notes) == moved
-
-
-def test_categories_that_fit_no_class_are_refused(tmp_path):
-    with pytest.raises(InputError, match='--label_map'):
-        Categories({7: 'a', 9: 'b'}, frozenset({7})).labels(TruthReading(numbers=5), tmp_path)
-    with pytest.raises(InputError, match='--label_map'):
-        Categories({0: 'a', 1: 'b'}, frozenset({0, 1})).labels(TruthReading(numbers=2), tmp_path)
-
-
-def test_what_a_coco_file_may_hold(tmp_path):
-    content = coco('sub\\a.jpg')
-    content['images'][0]['id'] = '1'
-    content['annotations'].append(
-        {'id': 9, 'image_id': 77, 'category_id': 1, 'segmentation': SHAPE}
-    )
-    path = tmp_path / 'd' / '_annotations.coco.json'
-    lay(tmp_path, {'elsewhere/a.jpg': None, 'd/x.txt': ''})
-    path.write_text('\ufeff' + json.dumps(content), encoding='utf-8')
-    (tmp_path / 'd' / 'sub').mkdir()
-    (tmp_path / 'd' / 'sub' / 'a.jpg').symlink_to(tmp_path / 'elsewhere' / 'a.jpg')
-    (sample,) = list_samples(tmp_path / 'd')
-    assert sample.truth(ONE).any() and sample.image().shape == (40, 60, 3)
-    assert '1 annotation in' in sample.notes[0] and 'match no image' in sample.notes[0]
-    assert sample.names_of_classes(ONE) == {1: 'organ'}
-
-
-@pytest.mark.parametrize(
-    'name', ['../a.jpg', '/etc/a.jpg', '..\\a.jpg', 'C:\\a.jpg', 'a/../../b', '']
-)
-def test_the_name_of_an_image_may_not_leave_the_folder(tmp_path, name):
-    (tmp_path / '_annotations.coco.json').write_text(json.dumps(coco(name)))
-    with pytest.raises(InputError, match='outside its own folder'):
-        list_samples(tmp_path)
-
-
-def test_the_names_of_yolo_and_its_boxes(tmp_path):
-    (tmp_path / 'data.yaml').write_text('names:\n  0: liver\n  1: tumour\n')
-    assert read_names(tmp_path / 'data.yaml') == {0: 'liver', 1: 'tumour'}
-    lay(tmp_path, {'test/images/a.jpg': None, 'test/labels/a.txt': f'1 {OUTLINE[2:]}\n'})
-    (sample,) = list_samples(tmp_path)
-    assert set(np.unique(sample.truth(TruthReading(numbers=3)))) == {0, 2}
-    assert sample.names_of_classes(TruthReading(numbers=3)) == {1: 'liver', 2: 'tumour'}
-    lay(tmp_path, {'test/labels/a.txt': '0 0.5 0.5 0.2 0.2'})
-    assert list_samples(tmp_path)[0].truth(TruthReading(numbers=3)) is None
-
-
 # ------------------------------------------------------------------ masks over images
 
 
@@ -294,37 +159,6 @@ def test_square_images_that_were_turned_are_said():
     image = LoadedImage(np.zeros((40, 40, 3), np.uint8), orientation=6)
     truth, notes = fitted_truth(image, np.zeros((40, 40), np.uint8))
     assert truth is not None and 'EXIF' in notes[0]
-
-
-# ------------------------------------------------------------------ normalisation of each image
-
-
-@pytest.mark.parametrize('kind', ['minmax', 'zscore'])
-def test_images_are_normalised_with_their_own_numbers(kind):
-    image = noise_image(32, 48).astype(np.float32) / 2 + 30
-    fit = Preprocessing(64, 'letterbox', (0.0,) * 3, (1.0,) * 3, of_each=kind).of_image(image)
-    x = fit.normalise(fit.resize_image(image))
-    inside = fit.place((32, 48)).content((64, 64))
-    values = x[0].numpy()[:, inside]
-    ends = (values.min(), values.max()) if kind == 'minmax' else (values.mean(), values.std())
-    assert ends == pytest.approx((0, 1), abs=1e-4)
-    constant = fit.normalise(np.full((64, 64, 3), 50, np.float32))  # a baseline of one shade
-    assert np.isfinite(constant.numpy()).all()
-    assert fit.to_pixels(x)[inside] == pytest.approx(fit.resize_image(image)[inside], abs=1e-2)
-    flat = Preprocessing(32, mean=(0.0,), std=(1.0,), of_each=kind).of_image(np.full((9, 9, 1), 7))
-    assert flat.std == (1.0,)
-
-
-def test_the_normalisation_of_each_image_goes_alone():
-    from torch import nn
-
-    from integrated_gradients import input_preprocessing
-
-    net = nn.Conv2d(3, 1, 1)
-    assert input_preprocessing(net, Settings(normalize='zscore')).of_each == 'zscore'
-    for other in ({'mean': (0.5,) * 3, 'std': (0.5,) * 3}, {'pixel_range': '0-255'}):
-        with pytest.raises(InputError, match='numbers from each image'):
-            input_preprocessing(net, Settings(normalize='zscore', **other))
 
 
 # ------------------------------------------------------------------ how masks are named
@@ -404,35 +238,3 @@ def test_masks_of_which_only_some_are_looked_at_are_said(tmp_path, monkeypatch):
     lay(tmp_path, {f'images/{n}.png': None for n in 'abc'})
     lay(tmp_path, {f'masks/{n}.png': MASK for n in 'abc'})
     assert '3 masks mean is decided by 2 of them' in list_samples(tmp_path)[0].notes[0]
-
-
-# ------------------------------------------------------------------ numbers out of proportion
-
-
-@pytest.mark.parametrize(
-    'label, names, classes',
-    [
-        ('9999' + OUTLINE[1:], 'names: [a]', {1: 'a'}),  # as many classes as that: not quadratic
-        (OUTLINE, 'names: {99999999999: a}', {}),
-        (OUTLINE, 'names: {-4: a}', {}),
-    ],
-)
-def test_yolo_numbers_that_would_take_all_memory_or_time(tmp_path, label, names, classes):
-    lay(tmp_path, {'images/a.png': None, 'labels/a.txt': label, 'data.yaml': names})
-    (sample,) = list_samples(tmp_path)
-    assert sample.truth().max() > 0 and sample.names_of_classes() == classes
-
-
-@pytest.mark.parametrize('number', ['66222', '40000' + OUTLINE[1:]])
-def test_a_yolo_class_that_no_dataset_has_is_refused(tmp_path, number):
-    lay(tmp_path, {'images/a.png': None, 'labels/a.txt': number})
-    with pytest.raises(InputError, match='no class and outline'):
-        list_samples(tmp_path)[0].truth()
-
-
-def test_a_coco_category_of_a_large_number_fits_a_label(tmp_path):
-    content = coco('a.jpg')
-    content['annotations'][0]['category_id'] = content['categories'][0]['id'] = 10**9
-    lay(tmp_path, {'test/_annotations.coco.json': content, 'test/a.jpg': None})
-    (sample,) = list_samples(tmp_path)
-    assert sample.truth().max() == sample.truth(ONE).max() == 1

@@ -360,3 +360,34 @@ def test_a_mask_that_cannot_be_read_costs_one_image(tmp_path):
                        '--target', 'truth')  # fmt: skip
     assert status == 1 and [one['image'] for one in done] == ['0', '2']
     assert [sample.truth(ONE).max() for sample in list_samples(tmp_path / 'd')[::2]] == [1, 1]
+
+
+# ------------------------------------------------------------------ values of every mode
+
+
+@pytest.mark.parametrize('high', [1, 127, 255])
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA'])
+def test_two_valued_masks(tmp_path, high, mode):
+    mask = square_mask()
+    Image.fromarray(mask * np.uint8(high)).convert(mode).save(tmp_path / 'm.png')
+    assert ((read_mask(tmp_path / 'm.png') > 0) == (mask > 0)).all()
+
+
+def test_bilevel_palette_sixteen_bit_and_jpeg_masks(tmp_path):
+    mask = square_mask()
+    Image.fromarray(mask.astype(bool)).save(tmp_path / 'bits.png')
+    palette = Image.fromarray(mask * np.uint8(2), mode='P')
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 9] + [0] * 759)  # class 2 is nearly black
+    palette.save(tmp_path / 'palette.png')
+    Image.fromarray(mask.astype(np.uint16) * 65535).save(tmp_path / 'deep.png')
+    Image.fromarray(mask * np.uint8(255)).save(tmp_path / 'lossy.jpg', quality=60)
+    assert (read_mask(tmp_path / 'bits.png') == mask).all()
+    assert (read_mask(tmp_path / 'palette.png') == 2 * mask).all()
+    assert (read_mask(tmp_path / 'deep.png') == mask).all()
+    assert (read_mask(tmp_path / 'lossy.jpg') != mask).mean() < 0.02
+
+
+def test_class_labels_stay_and_empty_masks_are_empty(tmp_path):
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert (read_mask(save_image(tmp_path / 'm.png', labels)) == labels).all()
+    assert not read_mask(save_image(tmp_path / 'e.png', labels * np.uint8(0))).any()

@@ -7,8 +7,7 @@ import torch
 from helpers import relative_error
 from torch import nn
 
-from igseg.engine import preparation
-from igseg.engine import rewrites as graph_rewrites
+from igseg.engine import preparation, rewrites
 from igseg.engine.engine import Crops, GradientEngine, boxes_of, parts_of
 from igseg.engine.graph import NetworkGraph
 from igseg.engine.preparation import prepared_copy
@@ -60,12 +59,12 @@ def test_demo_model_in_single_precision(demo_model, brain):
 
 
 def test_a_graph_that_deviates_is_not_used(monkeypatch, demo_model, brain):
-    fold = graph_rewrites.fold
+    fold = rewrites.fold
 
     def wrong(graph, convolution, axis, scale, shift):
         fold(graph, convolution, axis, scale, shift + 0.01)
 
-    monkeypatch.setattr(graph_rewrites, 'fold', wrong)
+    monkeypatch.setattr(rewrites, 'fold', wrong)
     network, prepared = prepared_copy(demo_model, brain)
     assert prepared.fell_back and network is demo_model
     assert prepared.logit_deviation > 1e-4
@@ -302,3 +301,17 @@ def test_reduced_precision_runs_whole_where_types_are_not_mixed(x, kind):
         assert reduced.dtype == torch.float32
         assert 1e-4 < relative_error(reduced, exact) < 0.03
         assert engine._reduced[torch.bfloat16] == (kind is decoder)
+
+
+def test_a_network_that_changed_is_prepared_again(brain):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)).eval()
+    engine = IntegratedGradients(network, 'cpu')
+    before = engine.explain(brain, 'image', num_steps=2)
+    assert before.cost.preparation.folded == 1
+    copy = engine.engine.network
+    engine.explain(brain, 'image', num_steps=2)
+    assert engine.engine.network is copy
+    network[2].weight.data.mul_(2)  # in place, and past autograd's version counter
+    after = engine.explain(brain, 'image', num_steps=2)
+    assert relative_error(after.attributions, 2 * before.attributions) < 1e-4

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from igseg.engine import crops as crop_rules
+from igseg.engine import crops
 from igseg.engine.crops import holds, merged, part_of, slices_of, trimmed
 from igseg.engine.graph import NetworkGraph
 from igseg.engine.rewrites import Kernel, flipped, fold_batch_norms
@@ -78,9 +78,9 @@ def check_boxes(network: nn.Module, graph: NetworkGraph, size: int, groups, chan
     for boxes in groups:
         plan = graph.plan(boxes)
         gradients = []
-        for crops in (False, True):
+        for cropped in (False, True):
             point = x.clone().requires_grad_()
-            if crops:
+            if cropped:
                 maps = graph.run(point, plan)
             else:
                 y = network(point)
@@ -281,7 +281,7 @@ def test_boxes_are_those_of_the_whole(name):
 
 def test_a_bad_box_would_be_noticed(monkeypatch):
     """Zero padding where a crop ends, instead of where the map does."""
-    monkeypatch.setattr(crop_rules, '_window', lambda span, size, *how: (span, how[-1]))
+    monkeypatch.setattr(crops, '_window', lambda span, size, *how: (span, how[-1]))
     with pytest.raises(AssertionError):
         check_everywhere(nn.Conv2d(3, 2, 3, padding=1))
 

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
-import tifffile
 import torch
 from helpers import noise_image, relative_error, save_image, square_mask
 from PIL import Image
@@ -135,41 +134,6 @@ def test_a_module_that_does_not_say_its_channels_takes_those_of_the_image():
     assert arrays['attributions'].shape[0] == 5
 
 
-def test_arrays_are_read_whichever_axis_is_first(tmp_path):
-    values = np.random.default_rng(0).integers(0, 256, (20, 30, 6), dtype=np.uint8)
-    np.save(tmp_path / 'last.npy', values)
-    np.save(tmp_path / 'first.npy', np.moveaxis(values, 2, 0))
-    np.save(tmp_path / 'part.npy', (values / 255).astype(np.float32))
-    tifffile.imwrite(tmp_path / 'pages.tif', np.moveaxis(values, 2, 0))
-    for name in ('last.npy', 'first.npy', 'part.npy', 'pages.tif'):
-        found = read_image(tmp_path / name, 6)
-        assert found.shape == (20, 30, 6) and np.abs(found - values.astype(float)).max() < 1e-4
-    np.save(tmp_path / 'deep.npy', np.full((8, 8, 2), 65535, np.uint16))
-    assert read_image(tmp_path / 'deep.npy', 2).tolist() == np.full((8, 8, 2), 255.0).tolist()
-    alpha = np.dstack([noise_image(), np.full((40, 60), 9, np.uint8)])
-    save_image(tmp_path / 'a.png', alpha)
-    assert np.array_equal(read_image(tmp_path / 'a.png', 4), alpha)
-    assert np.array_equal(read_image(tmp_path / 'a.png'), alpha[:, :, :3])
-
-
-@pytest.mark.parametrize(
-    ('content', 'said'),
-    [
-        (np.full((8, 8, 2), np.nan, np.float32), 'not finite'),
-        (np.full((8, 8, 2), -3.0), 'values from -3 to -3'),
-        (np.full((8, 8, 2), 3000.0), 'values from 3000 to 3000'),
-        (np.zeros((8, 8, 2), complex), 'complex128'),
-        (np.zeros((8, 8, 2, 2)), 'which is no image'),
-        (np.zeros((0, 8, 2)), 'which is no image'),
-        (np.array([[object()]]), 'cannot be read'),
-    ],
-)
-def test_arrays_that_are_no_image_are_told(tmp_path, content, said):
-    np.save(tmp_path / 'a.npy', content, allow_pickle=True)
-    with pytest.raises(InputError, match=said):
-        read_image(tmp_path / 'a.npy', 2)
-
-
 def test_bgr_is_what_the_network_gets():
     pixels = np.arange(4 * 4 * 3, dtype=np.float32).reshape(4, 4, 3)
     rgb, bgr = Preprocessing(4), Preprocessing(4, channel_order='bgr')
@@ -202,9 +166,16 @@ def test_channel_shares_of_a_batch_are_by_name(tmp_path):
 
 # ------------------------------------------------------------------ outputs
 
+
 SQUARES = torch.full((3, 64, 64), -1.0)
+
+
 SQUARES[:, 8:56, 8:56] = 0.5  # label 0: 48 x 48
+
+
 SQUARES[:, 24:40, 24:40] = 3.0  # and label 1 inside it: 16 x 16
+
+
 INSIDE = Bands([[4.0, 0, 0], [8.0, 0, 0], [0.0, 0, 0]], [0.0, -8.0, -9.0])
 
 
@@ -361,6 +332,8 @@ class Activated(torch.nn.Module):
 
 
 ONE = Bands([[0.5, 0.2, -0.3]], [0.1])
+
+
 SEVERAL = Bands([[0.5, 0.2, -0.3], [-0.2, 0.1, 0.4], [0.1, 0.1, 0.1]], [0.1, 0.0, -0.1])
 
 

@@ -10,7 +10,6 @@ import segmentation_models_pytorch as smp
 import torch
 
 from igseg.errors import InputError
-from igseg.network import recognise as recognise_module
 from igseg.network.loading import create_model, load_model
 from igseg.network.recognise import (
     LEAVES_NO_TRACE,
@@ -200,7 +199,7 @@ def test_smps_own_encoders_are_found_without_an_index(tmp_path, monkeypatch):
     state = network('unet', 'resnet18', {'in_channels': 1}).state_dict()
     empty = {'versions': {}, 'loose': [], 'encoders': {}}
     (tmp_path / 'i.gz').write_bytes(gzip.compress(json.dumps(empty).encode()))
-    monkeypatch.setattr(recognise_module, 'INDEX', tmp_path / 'i.gz')
+    monkeypatch.setattr('igseg.network.recognise.INDEX', tmp_path / 'i.gz')
     monkeypatch.setattr(
         smp.encoders, 'get_encoder_names', lambda: ['vgg11', 'resnet34', 'resnet18']
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import EVIL, checked_batch, images_of
 
-from igseg.analysis import summary as batch_summary
+from igseg.analysis import summary
 from igseg.analysis.summary import read_table
 from igseg.results.page import report_html
 from integrated_gradients import Settings
@@ -187,10 +187,10 @@ def test_pages_and_pictures_that_were_left_out(browser, batch, tmp_path, monkeyp
     shutil.copytree(batch, results)
     for path in results.glob('*/*.png'):
         path.unlink()
-    monkeypatch.setattr(batch_summary, 'PAGE_LENGTH', 2)
+    monkeypatch.setattr(summary, 'PAGE_LENGTH', 2)
     table, defaults = read_table(results / 'summary.csv'), Settings().record()
-    found = batch_summary.result_of(table, results)
-    batch_summary.write_summary(table, found, defaults, defaults, results)
+    found = summary.result_of(table, results)
+    summary.write_summary(table, found, defaults, defaults, results)
     opened = browser.new_page()
     opened.goto((results / 'index.html').as_uri())
     assert opened.locator('#images .open').count() == 2 and opened.locator('h2').count() > 1
@@ -202,8 +202,8 @@ def test_pages_and_pictures_that_were_left_out(browser, batch, tmp_path, monkeyp
         assert not opened.locator(place).is_visible()
     assert opened.locator('#detail-figures tr').count() > 10
     opened.close()
-    monkeypatch.setattr(batch_summary, 'PAGE_LENGTH', 500)
-    batch_summary.write_summary(table, found, defaults, defaults, results)
+    monkeypatch.setattr(summary, 'PAGE_LENGTH', 500)
+    summary.write_summary(table, found, defaults, defaults, results)
     assert not (results / 'index_2.html').exists()
 
 

@@ -1,0 +1,120 @@
+"""The walk along the paths: what targets share, where it ends, and what it saw on the way."""
+
+import pytest
+import torch
+from helpers import explain, relative_error
+
+from igseg.engine.graph import Plan
+from integrated_gradients import InputError, IntegratedGradients, Target
+
+
+@pytest.mark.parametrize('step_batch', [1, 3])
+@pytest.mark.parametrize(
+    ('what', 'formula'),
+    [
+        ('logits', lambda v: 1 / (v - 0.625).mean((1, 2, 3))),
+        ('gradients', lambda v: (v - 0.625).mean((1, 2, 3)).abs().sqrt()),
+    ],
+)
+def test_the_step_where_something_is_not_finite_is_named(what, formula, step_batch):
+    x = torch.ones(3, 8, 8)
+    with pytest.raises(InputError, match=rf'the {what} are not finite at alpha = 0\.625 '):
+        explain(formula, x, torch.zeros_like(x), num_steps=4, rule='midpoint',
+                step_batch=step_batch)  # fmt: skip
+
+
+# ------------------------------------------------------------------ shared work
+
+
+def test_several_targets_share_the_forward_passes(exact_ig, brain_detail, monkeypatch):
+    ig = IntegratedGradients(exact_ig.model, 'cpu', exact_ig.preprocessing, step_batch=2)
+    ig.explain(brain_detail, num_steps=2)  # prepares
+    rows = torch.arange(64).view(-1, 1).expand(64, 64)
+    regions = [rows < 20, rows > 50, torch.ones(64, 64, dtype=torch.bool)]
+    spent = {'forwards': 0, 'backwards': 0}
+
+    def count(what, work):
+        def counted(plan, x, *rest):
+            spent[what] += len(x)
+            return work(plan, x, *rest)
+
+        return counted
+
+    gradients = torch.autograd.grad
+
+    def grad(outputs, inputs, **options):
+        spent['backwards'] += len(inputs)
+        return gradients(outputs, inputs, **options)
+
+    monkeypatch.setattr(Plan, 'run', count('forwards', Plan.run))
+    monkeypatch.setattr(torch.autograd, 'grad', grad)
+    counted = []
+    for targets in (regions[:1], regions):
+        spent |= {'forwards': 0, 'backwards': 0}
+        together = ig.explain_targets(brain_detail, targets, num_steps=9, rule='midpoint')
+        counted.append((spent['forwards'], spent['backwards']))
+        assert {one.cost.forward_passes for one in together} == {spent['forwards']}
+    # 9 nodes, the prediction, F(x'), and the crop to the first region, which is compared.
+    assert counted == [(12, 9), (11, 27)]
+    for region, one in zip(regions, together, strict=True):
+        alone = ig.explain(brain_detail, region, num_steps=9, rule='midpoint')
+        assert relative_error(one.attributions, alone.attributions) < 1e-9
+        assert one.score == pytest.approx(alone.score)
+        assert one.trend.scores == pytest.approx(alone.trend.scores)
+
+
+def test_the_same_target_object_may_be_given_twice(ig, brain):
+    target = Target('t', torch.rand(1, 128, 128) / 128**2)
+    first, second = ig.explain_targets(brain, [target, target], num_steps=3)
+    assert relative_error(second.attributions, first.attributions) < 1e-6
+
+
+def test_open_rules_need_two_more_forward_passes_and_a_crop_one_for_comparison(
+    exact_ig, brain_detail
+):
+    found = exact_ig.explain(brain_detail, num_steps=9, rule='midpoint')
+    assert found.cropping.computed_share < 0.9
+    assert found.cost.forward_passes == 9 + 2 + 1 and found.gradient_evaluations == 9
+    whole = exact_ig.explain(brain_detail, 'image', num_steps=9, rule='midpoint')
+    assert whole.cropping.computed_share == 1 and whole.cost.forward_passes == 9 + 2
+
+
+# ------------------------------------------------------------------ tolerance
+
+
+@pytest.mark.parametrize('rule', ['adaptive', 'clenshaw-curtis'])
+def test_a_tolerance_is_reached_and_is_true(ig, brain_detail, rule):
+    found = ig.explain(brain_detail, rule=rule, tolerance=0.15, max_steps=150)
+    assert found.within_tolerance and found.map_error <= 0.15 and found.completeness_gap <= 0.15
+    assert found.steps == found.gradient_evaluations < 150
+    reference = ig.explain(brain_detail, rule='trapezoid', num_steps=129)
+    assert relative_error(found.attributions, reference.attributions) < 0.15
+    assert found.uncertainty.shape == brain_detail.shape[-2:] and (found.uncertainty >= 0).all()
+
+
+def test_a_tolerance_out_of_reach_is_told(ig, brain):
+    found = ig.explain(brain, tolerance=1e-6, max_steps=9)
+    assert found.within_tolerance is False and found.steps == 9
+    assert ig.explain(brain, num_steps=2).within_tolerance is None
+
+
+def test_tolerance_of_image_equal_to_baseline(ig, brain):
+    found = ig.explain(brain, baseline_type=brain, tolerance=0.1, max_steps=9)
+    assert not found.attributions.any() and found.map_error is None
+
+
+# ------------------------------------------------------------------ the way along the path
+
+
+@pytest.mark.parametrize('rule', ['adaptive', 'midpoint', 'trapezoid'])
+def test_trend_from_the_baseline_to_the_image(ig, brain, rule):
+    found = ig.explain(brain, num_steps=7, rule=rule)
+    trend = found.trend
+    assert len(trend.alphas) == len(trend.scores) == 7 + 2 * (rule == 'midpoint')
+    assert trend.alphas[0] == 0 and trend.alphas[-1] == 1
+    assert list(trend.alphas) == sorted(trend.alphas)
+    assert trend.scores[0] == pytest.approx(found.baseline_score)
+    assert trend.scores[-1] == pytest.approx(found.score)
+    assert trend.mask_iou[-1] == 1
+    assert all(0 <= iou <= 1 for iou in trend.mask_iou if iou is not None)
+    assert trend.mask_iou[0] == 0  # black holds no structure
