@@ -1,6 +1,6 @@
 """Captum's Integrated Gradients and ours, side by side in one process.
 
-    pip install -r requirements-dev.txt
+    pip install -e . -r requirements-dev.txt
     python benchmarks/compare_captum.py --name demo --model_path demo/demo_model.pth \\
         --data_dir demo/Dataset_no_preprocessing --image_size 256
 

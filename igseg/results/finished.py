@@ -117,7 +117,7 @@ def finished_statistics(
             for target in first['targets']
             for method in naming.methods
         ]
-        return None if None in every else every
+        return None if None in every else [one for one in every if one is not None]
     return None
 
 
@@ -133,7 +133,7 @@ def _read_finished(folder: Path, key: str) -> dict | None:
 
 
 # Of the statistics that are no plain figures: what others are built on.
-TYPES = {
+TYPES: dict[str, type | tuple[type, ...]] = {
     'targets': list, 'methods': list, 'settings': dict, 'verdict': list, 'notes': list,
     'versions': dict, 'trend': dict, 'evaluation': (dict, NoneType),
     'channel_shares': (list, NoneType),
@@ -142,6 +142,7 @@ TYPES = {
 
 def _is_whole(statistics: dict) -> bool:
     """Whether the content of a statistics file is what we write: a damaged one counts as none."""
+    kinds: dict[str, type | tuple[type, ...]]
     kinds = {TEXT: str, WHOLE: int, NUMBER: (int, float), TRUTH: bool}
     return STATISTICS.keys() <= statistics.keys() and all(
         isinstance(statistics[key], TYPES.get(key, object))
@@ -154,7 +155,7 @@ def _is_whole(statistics: dict) -> bool:
 def judged_again(statistics: dict, limits: Thresholds, output_dir: Path) -> dict:
     """Statistics of a finished image under today's thresholds, in the file too. Raises
     OutputError."""
-    changed = {'verdict': verdict_of(statistics, limits)}
+    changed: dict[str, object] = {'verdict': verdict_of(statistics, limits)}
     changed['settings'] = {**statistics['settings'], 'thresholds': asdict(limits)}
     if any(statistics[key] != value for key, value in changed.items()):
         statistics = {**statistics, **changed}

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Case:
 
     channels: int
     activation: type[nn.Module]
-    options: dict[str, object] = field(default_factory=dict)  # of `IntegratedGradients.explain`
+    options: dict[str, Any] = field(default_factory=dict)  # of `IntegratedGradients.explain`
     checked: bool = False
 
     def network(self) -> nn.Module:
@@ -123,14 +124,14 @@ def changes(name: str) -> list[str]:
     return [*said, *differing(again, before['statistics'], f'{name}:')]
 
 
-def complaint(name: str) -> str | None:
-    """What is to be done about a case, in a sentence; None: nothing."""
+def complaint(name: str) -> str:
+    """What is to be done about a case, in a sentence; empty: nothing."""
     before = stored(name)[1]['versions']
     if before['results'] != str(igseg.RESULTS):
         return (f'{name} is stored for RESULTS {before["results"]}, and igseg/__init__.py says '
                 f'{igseg.RESULTS}: run python tests/results/stored_maps.py')  # fmt: skip
     if not (changed := changes(name)):
-        return None
+        return ''
     other = [f'{key} {value}, stored with {before.get(key)}' for key, value in versions().items()
              if before.get(key) != value]  # fmt: skip
     return (
