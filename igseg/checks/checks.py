@@ -37,7 +37,7 @@ from igseg.checks.subject import (
     Evaluation,
     Explainer,
     Subject,
-    _bar,
+    progress_bar,
     subject_of,
 )
 from igseg.errors import InputError
@@ -71,7 +71,7 @@ RADIUS_SHARES = (50, 90, 95)  # per cent of a map that a radius holds
 # --------------------------------------------------------------------------- where it lies
 
 
-def places(subject: Subject, work: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
+def places(subject: Subject, effort: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
     """Localisation in the target, the predicted mask and the truth, and what lies in rim and
     padding."""
     metrics = edge_excess(subject.magnitude, subject.region, subject.content)
@@ -85,13 +85,13 @@ def places(subject: Subject, work: Effort, seed: int = 0, progress: bool = False
     return Evaluation(metrics)
 
 
-def context(subject: Subject, work: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
+def context(subject: Subject, effort: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
     """How far from the target the map reaches, beside the network's effective receptive field.
 
     The receptive field is |dF/dx| at the image (Luo et al. 2016): what could matter at once; the
     attribution is what did, compared with the baseline.
     """
-    with _bar('context', 1, progress, 'gradient') as bar:
+    with progress_bar('context', 1, progress, 'gradient') as bar:
         point = subject.x.detach().clone().requires_grad_()
         with torch.enable_grad():
             score = subject.target(subject.logits(point)).sum()
@@ -118,14 +118,14 @@ def context(subject: Subject, work: Effort, seed: int = 0, progress: bool = Fals
 # --------------------------------------------------------------------------- infidelity
 
 
-def patches(subject: Subject, work: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
+def patches(subject: Subject, effort: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
     """Infidelity over random rectangles that are replaced by the baseline."""
-    if not work.patches:
+    if not effort.patches:
         return Evaluation()
     rng = np.random.default_rng(seed)
-    masks = [random_patch(subject.region.shape, rng) for _ in range(work.patches)]
+    masks = [random_patch(subject.region.shape, rng) for _ in range(effort.patches)]
     predicted = np.array([subject.signed[mask].sum() for mask in masks])
-    with _bar('infidelity', work.patches + 1, progress) as bar:
+    with progress_bar('infidelity', effort.patches + 1, progress) as bar:
         (full,) = subject.scores(iter([subject.pixels]), bar)
         changed = subject.scores((without(subject, 'baseline', m, rng) for m in masks), bar)
     return Evaluation({'infidelity': infidelity(predicted, full - np.array(changed))})
@@ -147,7 +147,7 @@ def random_patch(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray
 
 
 def distant_spots(
-    subject: Subject, work: Effort, seed: int = 0, progress: bool = False
+    subject: Subject, effort: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
     """How far the score falls when the squares that hold most of the attribution, of all that lie
     far from the target and from other predicted objects, are filled with the mean of what is left
@@ -167,7 +167,7 @@ def distant_spots(
     everything = np.ones(distance.shape, bool)
     masks = [everything, *spots]
     filled = (without(subject, 'local mean', mask, rng) for mask in masks)
-    with _bar('distant spots', 1 + len(masks), progress) as bar:
+    with progress_bar('distant spots', 1 + len(masks), progress) as bar:
         full, empty, *others = subject.scores(chain([subject.pixels], filled), bar)
     if is_noise(full, empty):
         return Evaluation()
@@ -206,7 +206,7 @@ def strongest_square(
 
 
 def randomisation(
-    subject: Subject, work: Effort, seed: int = 0, progress: bool = False
+    subject: Subject, effort: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
     """Compute the map afresh in a few steps, which should find it again; and compare it with those
     of copies of the network whose weights are redrawn, from the head down (cascading
@@ -215,7 +215,7 @@ def randomisation(
     A layer's weights are drawn from the normal distribution of its own mean and deviation, so
     that signals keep their size and only what was learned is lost.
     """
-    if not work.stages or subject.method is None:
+    if not effort.stages or subject.again is None:
         return Evaluation()
     generator = torch.Generator().manual_seed(seed)
     network = copy.deepcopy(subject.network).eval().requires_grad_(False)
@@ -224,11 +224,11 @@ def randomisation(
         return Evaluation()
     layers = layers[::-1]
     redrawn = replace(subject, network=network, run=None)
-    stages_there = min(work.stages, len(layers))  # a single one redraws all of them
+    stages_there = min(effort.stages, len(layers))  # a single one redraws all of them
     cuts = np.unique(np.linspace(len(layers), 1, stages_there).astype(int))
-    before = redrawn.map_of(work.map_steps)
+    before = redrawn.map_of(effort.map_steps)
     stages = []
-    with _bar('model randomisation', len(cuts), progress, 'stage') as bar:
+    with progress_bar('model randomisation', len(cuts), progress, 'stage') as bar:
         done = 0
         for cut in cuts:
             for layer in layers[done:cut]:
@@ -236,7 +236,7 @@ def randomisation(
             done = int(cut)
             stages.append(
                 {'layers': done, 'of': len(layers)}
-                | _survival(before, redrawn.map_of(work.map_steps))
+                | survival(before, redrawn.map_of(effort.map_steps))
             )
             bar.update()
     last = stages[-1]
@@ -266,7 +266,7 @@ def redraw(layer: nn.Module, generator: torch.Generator) -> None:
             weight.copy_(weight.mean() + spread * noise)
 
 
-def _survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
+def survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
     """How much of a map (C, H, W) is left in another.
 
     The ranks of a map of one sign say little but where the network can see, which no weights
@@ -293,19 +293,19 @@ def broad_features(signed: np.ndarray) -> np.ndarray:
 
 
 def noise_sensitivity(
-    subject: Subject, work: Effort, seed: int = 0, progress: bool = False
+    subject: Subject, effort: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
     """Max-sensitivity of the method under small uniform noise on the image."""
-    if not work.noisy or subject.method is None:
+    if not effort.noisy or subject.again is None:
         return Evaluation()
     rng = np.random.default_rng(seed)
     maps = []
-    with _bar('noise', work.noisy + 1, progress, 'map') as bar:
-        for number in range(work.noisy + 1):
+    with progress_bar('noise', effort.noisy + 1, progress, 'map') as bar:
+        for number in range(effort.noisy + 1):
             radius = 255 * NOISE_RADIUS if number else 0.0  # the first is the image itself
             noise = rng.uniform(-radius, radius, subject.pixels.shape)
             noisy = subject.as_input(subject.pixels + noise.astype(np.float32))
-            maps.append(subject.map_of(work.map_steps, x=noisy))
+            maps.append(subject.map_of(effort.map_steps, x=noisy))
             bar.update()
     broad = [broad_features(one.sum(axis=0)) for one in maps]
     return Evaluation(
@@ -317,19 +317,19 @@ def noise_sensitivity(
 
 
 def baseline_agreement(
-    subject: Subject, work: Effort, seed: int = 0, progress: bool = False
+    subject: Subject, effort: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
     """Rank correlation and top overlap of |attribution| between baselines, pair by pair: of those
     that do not hide the target, since maps against others cannot agree with any."""
-    if not work.baselines or subject.method is None:
+    if not effort.baselines or subject.again is None:
         return Evaluation()
     others = {name: image for name, image in subject.others.items() if subject.stands_out(image)}
     if len(others) < 2:
         return Evaluation()
     maps = {}
-    with _bar('baselines', len(others), progress, 'map') as bar:
+    with progress_bar('baselines', len(others), progress, 'map') as bar:
         for name, image in others.items():
-            signed = subject.map_of(work.map_steps, baseline=subject.as_input(image))
+            signed = subject.map_of(effort.map_steps, baseline=subject.as_input(image))
             maps[name] = np.abs(signed).sum(axis=0)
             bar.update()
     pairs = [
@@ -360,11 +360,11 @@ def evaluate(
     subject: Subject, effort: str | Effort = 'full', seed: int = 0, progress: bool = False
 ) -> Evaluation:
     """Run the checks on one attribution map. effort: a key of EFFORTS. Same seed, same result."""
-    work = EFFORTS[effort] if isinstance(effort, str) else effort
+    amount = EFFORTS[effort] if isinstance(effort, str) else effort
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     details: dict[str, object] = {}
     for check in CHECKS:
-        result = check(subject, work, seed, progress)
+        result = check(subject, amount, seed, progress)
         metrics |= result.metrics
         details |= result.details
     return Evaluation(metrics, details)

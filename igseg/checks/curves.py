@@ -1,4 +1,8 @@
-"""Deletion and insertion: the score while what the map names is removed, or put back."""
+"""Deletion and insertion: the score while what the map names is removed, or put back.
+
+What stands in for removed pixels is a fill, of `FILLS`; the order of removal is that of the map, or
+of one of its controls: the map in the wrong place, a random map, the edges of the image.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,20 @@ from itertools import product
 
 import cv2
 import numpy as np
-from scipy.integrate import trapezoid
-from skimage.segmentation import slic
 from tqdm import tqdm
 
-from igseg.checks.subject import Effort, Evaluation, Subject, _bar
+from igseg.checks.subject import Effort, Evaluation, Subject, progress_bar
 from igseg.maps import known_mean
 from igseg.preprocessing import resized
+
+FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
+
+LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
+
+BEYOND = 1.0  # ranges beyond 0 and 1 that a curve may leave them by, before its fill is not counted
+
+SUPERPIXELS = 100
+
 
 # --------------------------------------------------------------------------- curves
 
@@ -32,6 +43,8 @@ class Curve:
         """Under the curve; None where the scores of image and filled image hardly differ."""
         if self.scores[0] is None:
             return None
+        from scipy.integrate import trapezoid  # takes a while
+
         return float(trapezoid(self.scores, self.shares))
 
 
@@ -43,19 +56,12 @@ def mean_curve(several: Sequence[Curve]) -> Curve:
     return Curve(shares, np.mean([curve.scores for curve in several], axis=0).tolist())
 
 
-FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
-
-LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
-
-BEYOND = 1.0  # ranges beyond 0 and 1 that a curve may leave them by, before its fill is not counted
-
-SUPERPIXELS = 100
-
-
-# --------------------------------------------------------------------------- deletion, insertion
+# --------------------------------------------------------------------------- fills
 #
 # A fill is an image for the pixels that were removed: (subject, removed (H, W) bool, random
 # generator) -> (H, W, C) float32, 0-255, of which only the removed pixels are used.
+
+
 def fill_with_baseline(
     subject: Subject, removed: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
@@ -115,6 +121,9 @@ def without(
     return np.where(removed[..., None], FILLS[fill](subject, removed, rng), subject.pixels)
 
 
+# --------------------------------------------------------------------------- what goes first
+
+
 def removal_order(
     relevance: np.ndarray, segments: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
@@ -135,6 +144,8 @@ def removal_order(
 
 def superpixels(pixels: np.ndarray) -> np.ndarray:
     """SLIC superpixels of an image (H, W, C) 0-255: labels (H, W)."""
+    from skimage.segmentation import slic  # takes a while
+
     return slic(pixels / 255, n_segments=SUPERPIXELS, compactness=10, start_label=0,
                 channel_axis=-1)  # fmt: skip
 
@@ -153,41 +164,13 @@ def displaced(relevance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.roll(mirrored, steps, axis=(0, 1))
 
 
-def curves(subject: Subject, work: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
-    """Deletion and insertion of the map and its controls, by every unit and fill.
+# --------------------------------------------------------------------------- deletion, insertion
 
-    Pixels go in the order of |attribution|: what pulls a logit down can carry the mask as well as
-    what lifts it, and without it the network answers something else altogether.
-    """
-    rng = np.random.default_rng(seed)
-    pixels = subject.pixels
-    maps = {'attribution': [subject.magnitude], 'edges': [edge_map(pixels)]}
-    maps['displaced'] = [displaced(subject.magnitude, rng) for _ in range(work.displaced)]
-    maps['random'] = [rng.random(subject.signed.shape) for _ in range(work.random_maps)]
-    segments = {unit: superpixels(pixels) if unit == 'superpixel' else None for unit in work.units}
-    everything = np.ones(pixels.shape[:2], bool)
-    rows = []
-    with _bar('deletion and insertion', work.curve_forwards(), progress) as bar:
-        (full,) = subject.scores(iter([pixels]), bar)
-        empty: dict[str, float] = {}  # the score of the image that is all fill
-        for fill, unit in product(work.fills, work.units):
-            if fill not in empty:
-                (empty[fill],) = subject.scores(
-                    iter([without(subject, fill, everything, rng)]), bar
-                )
-            orders = {
-                name: [removal_order(relevance, segments[unit], rng) for relevance in several]
-                for name, several in maps.items()
-            }
-            for kind in ('deletion', 'insertion'):
-                ends = (full, empty[fill])
-                draw = partial(_curve, subject, kind, fill, ends, work.points, rng, bar)
-                row = {name: mean_curve(list(map(draw, several)))
-                       for name, several in orders.items()}  # fmt: skip
-                sane = stays_between(row['random'])
-                rows.append({'kind': kind, 'fill': fill, 'unit': unit, 'sane': sane} | row)
-    details = [{name: _curve_record(part) for name, part in row.items()} for row in rows]
-    return Evaluation(_curve_metrics(rows), {'curves': details})
+
+def is_noise(full: float, empty: float) -> bool:
+    """Whether the scores of an image and of the filled image are so near to each other that what
+    lies between them is only noise."""
+    return abs(full - empty) <= LEAST_CHANGE * max(abs(full), abs(empty), 1e-6)
 
 
 def _curve(
@@ -212,12 +195,6 @@ def _curve(
     return Curve(shares, [(score - empty) / (full - empty) for score in scores])
 
 
-def is_noise(full: float, empty: float) -> bool:
-    """Whether the scores of an image and of the filled image are so near to each other that what
-    lies between them is only noise."""
-    return abs(full - empty) <= LEAST_CHANGE * max(abs(full), abs(empty), 1e-6)
-
-
 def stays_between(curve: Curve) -> bool:
     """Whether a fill can tell maps apart: whether the score stays about between that of the image
     (1) and of the filled image (0) while random parts are filled. Where it leaves that range by
@@ -233,7 +210,7 @@ def _curve_record(part: object) -> object:
     return {'shares': part.shares, 'scores': part.scores, 'area': part.area}
 
 
-def _curve_metrics(rows: Sequence[dict]) -> dict[str, float | None]:
+def curve_metrics(rows: Sequence[dict]) -> dict[str, float | None]:
     """Mean areas of the map over the sane fills and units, and its margins over the controls."""
     metrics: dict[str, float | None] = {}
     for kind in ('deletion', 'insertion'):
@@ -249,3 +226,42 @@ def _curve_metrics(rows: Sequence[dict]) -> dict[str, float | None]:
         others = max(sign * mean[name] for name in ('random', 'edges'))
         metrics[f'{kind}_margin_others'] = sign * mean['attribution'] - others
     return metrics
+
+
+def curves(subject: Subject, effort: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
+    """Deletion and insertion of the map and its controls, by every unit and fill.
+
+    Pixels go in the order of |attribution|: what pulls a logit down can carry the mask as well as
+    what lifts it, and without it the network answers something else altogether.
+    """
+    rng = np.random.default_rng(seed)
+    pixels = subject.pixels
+    maps = {'attribution': [subject.magnitude], 'edges': [edge_map(pixels)]}
+    maps['displaced'] = [displaced(subject.magnitude, rng) for _ in range(effort.displaced)]
+    maps['random'] = [rng.random(subject.signed.shape) for _ in range(effort.random_maps)]
+    segments = {
+        unit: superpixels(pixels) if unit == 'superpixel' else None for unit in effort.units
+    }
+    everything = np.ones(pixels.shape[:2], bool)
+    rows = []
+    with progress_bar('deletion and insertion', effort.curve_forwards(), progress) as bar:
+        (full,) = subject.scores(iter([pixels]), bar)
+        empty: dict[str, float] = {}  # the score of the image that is all fill
+        for fill, unit in product(effort.fills, effort.units):
+            if fill not in empty:
+                (empty[fill],) = subject.scores(
+                    iter([without(subject, fill, everything, rng)]), bar
+                )
+            orders = {
+                name: [removal_order(relevance, segments[unit], rng) for relevance in several]
+                for name, several in maps.items()
+            }
+            for kind in ('deletion', 'insertion'):
+                ends = (full, empty[fill])
+                draw = partial(_curve, subject, kind, fill, ends, effort.points, rng, bar)
+                row = {name: mean_curve(list(map(draw, several)))
+                       for name, several in orders.items()}  # fmt: skip
+                sane = stays_between(row['random'])
+                rows.append({'kind': kind, 'fill': fill, 'unit': unit, 'sane': sane} | row)
+    details = [{name: _curve_record(part) for name, part in row.items()} for row in rows]
+    return Evaluation(curve_metrics(rows), {'curves': details})

@@ -1,4 +1,6 @@
-"""What is checked: a map, and the network, input and target that it explains."""
+"""What the checks are given: a `Subject`, the map with all that it explains; an `Effort`, how much
+work they may do; and what they give back, an `Evaluation`.
+"""
 
 from __future__ import annotations
 
@@ -88,24 +90,52 @@ EFFORTS: dict[str, Effort] = {
 
 def evaluation_cost(effort: str) -> str:
     """What the checks of an effort will cost for each image and target, in words."""
-    work = EFFORTS[effort]
-    steps = work.gradients() + work.forwards() / FORWARDS_A_GRADIENT
+    chosen = EFFORTS[effort]
+    steps = chosen.gradients() + chosen.forwards() / FORWARDS_A_GRADIENT
     return (
-        f'--evaluate {effort}: {work.forwards()} forward passes and '
-        f'{work.gradients()} gradients for each image and target, about as much work as '
+        f'--evaluate {effort}: {chosen.forwards()} forward passes and '
+        f'{chosen.gradients()} gradients for each image and target, about as much work as '
         f'{steps:.0f} more interpolation steps'
     )
 
 
 # --------------------------------------------------------------------------- what is checked
 
+# (network, x, baseline, target, steps) -> a map (C, H, W), as `plain_map` does.
+Method = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class MethodOfMap:
+    """A method and the map that it made: of no other map does it tell anything."""
+
+    make: Method
+    made: np.ndarray  # (C, H, W)
+
+    def __call__(self, *arguments: object) -> np.ndarray:
+        """A map (C, H, W) of this method."""
+        return self.make(*arguments)
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """A network as a method that makes further maps is given it: a function, images (N, C, H, W) ->
+    logits; and the module itself, for a method that looks inside."""
+
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    module: nn.Module
+
+    def __call__(self, points: torch.Tensor) -> torch.Tensor:
+        return self.logits(points)
+
 
 @dataclass(frozen=True)
 class Subject:
     """An attribution map, and the network, input and target that it explains.
 
-    `method` makes further maps for the checks that need them: (network, x, baseline, target,
-    steps), as `plain_map` takes them, -> (C, H, W).
+    `method` makes further maps for the checks that need them. It is that of the map it was given
+    with: `replace(subject, attributions=another)` gives a subject whose map no method is known of,
+    `replace(subject, method=one)` says how the map that is held was made.
     """
 
     attributions: np.ndarray  # (C, H, W), signed, in units of the score where the tool has any
@@ -123,9 +153,19 @@ class Subject:
     batch: int = 1  # images that go through the network at once
     run: Callable[[torch.Tensor], torch.Tensor] | None = None  # a faster way to the same logits,
     # which may be zero where the target does not look
-    method: Callable[..., np.ndarray] | None = None  # that made the map; None: it cannot be made
-    # again, and the checks that need further maps say nothing
+    method: Method | None = None  # that made the map, see `again`
     settles_early: bool = True  # a few steps give much the same map, so that it is computed afresh
+
+    def __post_init__(self) -> None:
+        if self.method is not None and not isinstance(self.method, MethodOfMap):
+            object.__setattr__(self, 'method', MethodOfMap(self.method, self.attributions))
+
+    @property
+    def again(self) -> Method | None:
+        """The method that made the map that is held. None: it is not known, so that the map cannot
+        be made again, and the checks that need further maps say nothing."""
+        known = self.method
+        return known if isinstance(known, MethodOfMap) and known.made is self.attributions else None
 
     def logits(self, points: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, K, h, w)."""
@@ -138,8 +178,8 @@ class Subject:
         x = self.x if x is None else x
         baseline = self.baseline if baseline is None else baseline
         network = NetworkCall(self.logits, self.network)
-        assert self.method is not None  # the checks that call this ask first
-        return self.method(network, x, baseline, self.target, steps)
+        assert self.again is not None  # the checks that call this ask first
+        return self.again(network, x, baseline, self.target, steps)
 
     def as_input(self, pixels: np.ndarray) -> torch.Tensor:
         """An image (H, W, C), 0-255, as the network takes it."""
@@ -197,18 +237,6 @@ class Subject:
         if waiting:
             flush()
         return scores
-
-
-@dataclass(frozen=True)
-class NetworkCall:
-    """A network as a method that makes further maps is given it: a function, images (N, C, H, W) ->
-    logits; and the module itself, for a method that looks inside."""
-
-    logits: Callable[[torch.Tensor], torch.Tensor]
-    module: nn.Module
-
-    def __call__(self, points: torch.Tensor) -> torch.Tensor:
-        return self.logits(points)
 
 
 @dataclass(frozen=True)
@@ -285,10 +313,10 @@ class Evaluation:
     details: dict[str, object] = field(default_factory=dict)  # curves, stages, tables, profile
 
 
-# A check of what an evaluation is made of: (subject, how much work, seed, progress) -> what it
-# found; nothing where it does not apply.
+# One check: (subject, effort, seed, progress) -> what it found; nothing where it does not apply.
 Check = Callable[[Subject, Effort, int, bool], Evaluation]
 
 
-def _bar(name: str, total: int, progress: bool, unit: str = 'image') -> tqdm:
+def progress_bar(name: str, total: int, progress: bool, unit: str = 'image') -> tqdm:
+    """A bar that is gone when it is full, on stderr where progress is wanted."""
     return tqdm(total=total, desc=name, unit=unit, leave=False, disable=not progress)

@@ -133,7 +133,7 @@ def test_a_single_stage_of_randomisation_redraws_every_layer(demo_model):
 
 
 def test_randomisation_starts_at_the_head_and_leaves_the_network_alone(demo_model):
-    subject = replace(patch_subject(PERFECT), network=demo_model.eval())
+    subject = replace(patch_subject(PERFECT), network=demo_model.eval(), method=plain_map)
     before = {name: tensor.clone() for name, tensor in demo_model.state_dict().items()}
     work = replace(SMALL, stages=3, map_steps=1)
     stages = checks.randomisation(subject, work).details['randomisation']
@@ -143,8 +143,23 @@ def test_randomisation_starts_at_the_head_and_leaves_the_network_alone(demo_mode
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_the_map_of_another_tool_is_not_compared_with_those_of_the_first_method():
+    ours = replace(patch_subject(PERFECT), method=plain_map)
+    theirs = replace(ours, attributions=np.roll(PERFECT, SIDE // 2, axis=1))
+    needing_maps = ('recomputed_correlation', 'randomised_correlation', 'broad_sensitivity')
+    known = evaluate(ours, SMALL).metrics
+    assert all(known[name] is not None for name in needing_maps)
+    unknown = evaluate(theirs, SMALL).metrics
+    assert all(unknown[name] is None for name in needing_maps)
+    assert unknown['deletion_margin'] is not None
+    told = evaluate(replace(theirs, method=lambda *_: theirs.attributions), SMALL).metrics
+    assert told['recomputed_correlation'] == pytest.approx(1)
+    both = replace(ours, attributions=theirs.attributions, method=plain_map)
+    assert evaluate(both, SMALL).metrics['recomputed_correlation'] < 0.5
+
+
 def test_a_network_without_weights_cannot_be_randomised():
-    subject = replace(patch_subject(PERFECT), network=nn.Identity())
+    subject = replace(patch_subject(PERFECT), network=nn.Identity(), method=plain_map)
     assert checks.randomisation(subject, SMALL).metrics == {}
 
 
@@ -198,12 +213,12 @@ def test_a_map_of_one_sign_does_not_survive_by_where_the_network_can_see():
     seen = np.exp(-(rows**2 + columns**2) / 30.0)  # falls by many orders: all ranks hang on it
     one, other = seen * rng.exponential(size=(2, 1, 48, 48)) ** 2
     assert rank_correlation(one, other) > 0.8
-    assert checks._survival(one, other)['correlation'] < 0.5
-    assert checks._survival(one, 2 * one)['correlation'] == pytest.approx(1)
+    assert checks.survival(one, other)['correlation'] < 0.5
+    assert checks.survival(one, 2 * one)['correlation'] == pytest.approx(1)
     smooth = seen[None] * np.where(columns > 0, -1, 1)  # lies there too, and means another thing
-    assert checks._survival(seen[None], smooth)['correlation'] < 0.5
+    assert checks.survival(seen[None], smooth)['correlation'] < 0.5
     mixed = one * rng.choice((-1, 1), one.shape)  # of both signs: as before
-    assert checks._survival(mixed, other)['correlation'] == pytest.approx(
+    assert checks.survival(mixed, other)['correlation'] == pytest.approx(
         rank_correlation(mixed, other)
     )
 
@@ -312,7 +327,7 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize('effort', EFFORTS)
 def test_the_stated_cost_is_what_is_spent(effort, monkeypatch):
-    subject = patch_subject(PERFECT)
+    subject = patch_subject(PERFECT, method=plain_map)
     counting = Counting(subject.network)
     even = np.full((SIDE, SIDE, 3), 40, np.float32)
     others = dict.fromkeys(COMPARED_BASELINES[: EFFORTS[effort].baselines], even)

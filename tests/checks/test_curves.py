@@ -20,7 +20,7 @@ from igseg.checks.checks import evaluate
 from igseg.checks.curves import (
     FILLS,
     Curve,
-    _curve_metrics,
+    curve_metrics,
     displaced,
     removal_order,
     stays_between,
@@ -88,9 +88,9 @@ def test_what_is_not_sane_is_not_counted():
     curve = Curve([0.0, 1.0], [1.0, 0.0])
     row = dict.fromkeys(('attribution', 'displaced', 'random', 'edges'), curve)
     rows = [{'kind': kind, 'sane': False} | row for kind in ('deletion', 'insertion')]
-    assert _curve_metrics(rows) == {}
+    assert curve_metrics(rows) == {}
     rows = [{'kind': kind, 'sane': True} | row for kind in ('deletion', 'insertion')]
-    assert _curve_metrics(rows)['deletion_margin'] == 0
+    assert curve_metrics(rows)['deletion_margin'] == 0
 
 
 def test_quick_costs_no_more_than_77_forward_passes_and_full_than_487():
