@@ -1,4 +1,4 @@
-"""What is known of a setting, or of an option of a method: its help and its check."""
+"""What is known of a setting, of an option of a method, of a threshold: its help and its check."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, SupportsIndex, TypeVar, cast
 
 from igseg.errors import InputError, check_choice
 
@@ -31,27 +32,38 @@ class Setting:
         if self.choices is not None:
             check_choice(name, value if isinstance(value, str) else repr(value), self.choices)
         if self.least is not None:
-            try:
-                value = None if isinstance(value, bool) else operator.index(value)
-            except TypeError:
-                value = None
-            if value is None or value < self.least:
-                raise InputError(f'{name} must be a whole number of at least {self.least}')
-            if self.most is not None and value > self.most:
-                raise InputError(f'{name} must be at most {self.most}, not {value}')
+            value = self._whole(name, value, self.least)
         if self.above is not None:
-            fine = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            fine = fine and math.isfinite(value) and value > self.above
-            if self.below is not None and not (fine and value < self.below):
-                raise InputError(
-                    f'{name} must lie between {self.above:g} and {self.below:g}, not {value!r}'
-                )
-            if not fine:
-                raise InputError(f'{name} must be above {self.above:g}, not {value!r}')
-            value = float(value)
+            value = self._between(name, value, self.above)
         return value
 
+    def _whole(self, name: str, value: object, least: int) -> int:
+        """A whole number, of at least `least` and at most `most`."""
+        try:
+            number = None if isinstance(value, bool) else operator.index(cast(SupportsIndex, value))
+        except TypeError:
+            number = None
+        if number is None or number < least:
+            raise InputError(f'{name} must be a whole number of at least {least}')
+        if self.most is not None and number > self.most:
+            raise InputError(f'{name} must be at most {self.most}, not {value}')
+        return number
 
-def setting(default: object, group: str, meaning: str, **known: object):
-    """A field of Settings with what is known of it; see `Setting`."""
+    def _between(self, name: str, value: object, above: float) -> float:
+        """A number beyond `above` and before `below`."""
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        number = float(cast(float, value)) if real else math.nan
+        fine = math.isfinite(number) and number > above
+        if self.below is not None and not (fine and number < self.below):
+            raise InputError(f'{name} must lie between {above:g} and {self.below:g}, not {value!r}')
+        if not fine:
+            raise InputError(f'{name} must be above {above:g}, not {value!r}')
+        return number
+
+
+Value = TypeVar('Value')
+
+
+def setting(default: Value, group: str, meaning: str, **known: Any) -> Value:
+    """A field of a data class of settings with what is known of it; see `Setting`."""
     return field(default=default, metadata={'setting': Setting(group, meaning, **known)})

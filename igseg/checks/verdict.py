@@ -1,7 +1,8 @@
 """What the figures of an explanation mean, in plain words: findings from stated thresholds.
 
 One table, `FINDING_RULES`, holds every rule; `Thresholds` holds every number they compare with.
-Each rule looks at an image's statistics and says nothing where its figures were not measured.
+Each rule looks at an image's statistics and says nothing where its figures were not measured. At
+the end, the statistics of an image as lines to read, with what its accuracy means. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,32 +13,61 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from igseg.errors import InputError
+from igseg.setting import setting
 from igseg.statistics import gap_text, how_text, names_of_channels, shown, tiles_text
 
 GOOD, NOTE, CONCERN = 'good', 'note', 'concern'  # levels of a finding
+
+
+def _threshold(default: float, meaning: str) -> float:
+    """A field of Thresholds."""
+    return setting(default, 'thresholds of the verdict', meaning)
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """Where a figure begins to mean something. Each can be set on the command line."""
 
-    focus_ratio: float = 2.0  # attribution ratio of the target above which the focus is good
-    background_ratio: float = 1.2  # below which the target hardly weighs more than the background
-    baseline_contrast: float = 0.9  # below which the baseline is more like the target than the rest
-    baseline_change: float = 0.5  # of F's range on the path, that F(x) - F(x') must at least be
-    map_error: float = 0.1  # above which only broad features are settled
-    lost_map: float = 0.5  # map error above which not even those are
-    rim_excess: float = 1.0  # above which the outer rim holds more than its area explains
-    padding_excess: float = 1.0  # the same for letterbox padding
-    distant_spot_effect: float = 0.2  # above which the score hangs on a spot far from the target
-    control_margin: float = 0.08  # by which deletion and insertion must beat, on the average, the
-    # same map in the wrong place
-    recomputed_correlation: float = 0.45  # below which the map is not what its method computes
-    randomised_correlation: float = 0.5  # above which the map outlives the network's weights
-    broad_sensitivity: float = 1.0  # above which a little noise changes even the broad features
-    infidelity: float = 0.9  # above which the map says next to nothing about removed patches
-    baseline_correlation: float = 0.3  # below which baselines tell different stories
-    dice: float = 0.5  # below which the mask itself is poor
+    focus_ratio: float = _threshold(
+        2.0, 'attribution ratio of the target above which the focus is good'
+    )
+    background_ratio: float = _threshold(
+        1.2, 'below which the target hardly weighs more than the background'
+    )
+    baseline_contrast: float = _threshold(
+        0.9, 'below which the baseline is more like the target than the rest'
+    )
+    baseline_change: float = _threshold(
+        0.5, "of F's range on the path, that F(x) - F(x') must at least be"
+    )
+    map_error: float = _threshold(0.1, 'above which only broad features are settled')
+    lost_map: float = _threshold(0.5, 'map error above which not even those are')
+    rim_excess: float = _threshold(
+        1.0, 'above which the outer rim holds more than its area explains'
+    )
+    padding_excess: float = _threshold(1.0, 'the same for letterbox padding')
+    distant_spot_effect: float = _threshold(
+        0.2, 'above which the score hangs on a spot far from the target'
+    )
+    control_margin: float = _threshold(
+        0.08,
+        'by which deletion and insertion must beat, on the average, the same map in the wrong '
+        'place',
+    )
+    recomputed_correlation: float = _threshold(
+        0.45, 'below which the map is not what its method computes'
+    )
+    randomised_correlation: float = _threshold(
+        0.5, "above which the map outlives the network's weights"
+    )
+    broad_sensitivity: float = _threshold(
+        1.0, 'above which a little noise changes even the broad features'
+    )
+    infidelity: float = _threshold(
+        0.9, 'above which the map says next to nothing about removed patches'
+    )
+    baseline_correlation: float = _threshold(0.3, 'below which baselines tell different stories')
+    dice: float = _threshold(0.5, 'below which the mask itself is poor')
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,8 @@ class FindingRule:
     needs: tuple[str, ...]
     holds: Callable[[dict, Thresholds], bool]
     text: str  # formatted with the statistics
+    fatal: str = ''  # why nothing is left to trust, in a few words; empty: something is
+    of_model: str = ''  # what a true map says against the model; empty: it speaks of the map
 
 
 def _margin(figures: dict) -> float:
@@ -94,11 +126,13 @@ FINDING_RULES: tuple[FindingRule, ...] = (
     FindingRule('baseline hides the target', CONCERN, ('baseline_contrast',), hides_target,
          'The baseline is more like the target than like the rest of the image (contrast '
          '{baseline_contrast:.2g}), so that the target can get no attribution whatever the model '
-         'does: take another --baseline, or auto.'),
+         'does: take another --baseline, or auto.',
+         fatal='the baseline is too like the target, which hides it'),
     FindingRule('nothing to explain', CONCERN, ('score', 'baseline_score', 'trend'),
          _explains_nothing,
          'The score on the baseline ({baseline_score:.3g}) is about that on the image '
-         '({score:.3g}), for what it does between them: take another --baseline, or auto.'),
+         '({score:.3g}), for what it does between them: take another --baseline, or auto.',
+         fatal='the baseline scores like the image, so that there is nothing to explain'),
     FindingRule('good focus', GOOD, ('attribution_ratio_in_target',),
          lambda s, t: s['attribution_ratio_in_target'] > t.focus_ratio and not hides_target(s, t),
          'The target weighs {attribution_ratio_in_target:.3g} times as much as the background, '
@@ -115,7 +149,8 @@ FINDING_RULES: tuple[FindingRule, ...] = (
     FindingRule('map not computed', CONCERN, ('map_error',),
          lambda s, t: s['map_error'] > t.lost_map,
          'Not even the broad features of the map are settled (estimated error {map_error:.0%}): '
-         'use more steps, or --tolerance.'),
+         'use more steps, or --tolerance.',
+         fatal='too few steps were computed for it'),
     FindingRule('map not settled', NOTE, ('map_error',),
          lambda s, t: t.map_error < s['map_error'] <= t.lost_map,
          'Only the broad features of the map are settled (estimated error {map_error:.0%}): use '
@@ -123,17 +158,20 @@ FINDING_RULES: tuple[FindingRule, ...] = (
     FindingRule('border artefact', CONCERN, ('rim_excess',),
          lambda s, t: s['rim_excess'] > t.rim_excess,
          'The outer rim of the image holds {rim_excess:.2g} times the attribution that its area '
-         'explains: look for labels, rulers or frames there.'),
+         'explains: look for labels, rulers or frames there.',
+         of_model='it looks at the rim of the image'),
     FindingRule('padding artefact', CONCERN, ('padding_excess',),
          lambda s, t: s['padding_excess'] > t.padding_excess,
          'The letterbox padding holds {padding_excess:.2g} times the attribution that its area '
-         'explains: the model reads the padding.'),
+         'explains: the model reads the padding.',
+         of_model='it looks at the padding'),
     FindingRule('distant spot', CONCERN,
          ('distant_spot_effect', 'distant_spot_x', 'distant_spot_y'),
          lambda s, t: s['distant_spot_effect'] > t.distant_spot_effect,
          'Without a spot far from the target (around x {distant_spot_x:.0f}, y '
          '{distant_spot_y:.0f} of the model input) the score falls by {distant_spot_effect:.0%} of '
-         'its range: if that is a label or a watermark, the model has learned a shortcut.'),
+         'its range: if that is a label or a watermark, the model has learned a shortcut.',
+         of_model='its score hangs on a spot far from the target'),
     FindingRule('beats its controls', GOOD, ('deletion_margin', 'insertion_margin'),
          lambda s, t: not _fails_controls(s, t),
          'Removing (or restoring) what it names changes the score faster than the same map in the '
@@ -143,15 +181,18 @@ FINDING_RULES: tuple[FindingRule, ...] = (
          _fails_controls,
          'The same map in the wrong place does as well (margins: deletion '
          '{deletion_margin:+.2f}, insertion {insertion_margin:+.2f}): it does not tell which '
-         'pixels matter.'),
+         'pixels matter.',
+         fatal='in the wrong place it does as well'),
     FindingRule('not reproduced', CONCERN, ('recomputed_correlation',),
          lambda s, t: s['recomputed_correlation'] < t.recomputed_correlation,
          'Computed afresh in a few steps, the map is another (rank correlation '
-         '{recomputed_correlation:.2f}): it had too few steps, or is not of this image and model.'),
+         '{recomputed_correlation:.2f}): it had too few steps, or is not of this image and model.',
+         fatal='computed afresh, it is another map'),
     FindingRule('survives randomisation', CONCERN, ('randomised_correlation',),
          lambda s, t: s['randomised_correlation'] > t.randomised_correlation,
          'The map hardly changes when all weights are random (correlation '
-         '{randomised_correlation:.2f}): it shows the image, not what the model learned.'),
+         '{randomised_correlation:.2f}): it shows the image, not what the model learned.',
+         fatal='it hardly depends on what the model learned'),
     FindingRule('unstable under noise', NOTE, ('broad_sensitivity',),
          lambda s, t: s['broad_sensitivity'] > t.broad_sensitivity,
          'Noise too faint to see changes even the broad features of the map by '
@@ -170,27 +211,13 @@ FINDING_RULES: tuple[FindingRule, ...] = (
 )  # fmt: skip
 
 
-# The sentence that comes first: what to do with the map. Flags by level, and what they say.
+# The sentence that comes first, which says what to do with the map: its flags, their levels, and
+# what they say.
 TRUST = {
     'trust broadly': (GOOD, 'This map can be trusted broadly: {why}.'),
     'trust in part': (NOTE, 'Trust this map only in its broad features: {why}.'),
     'do not trust': (CONCERN, 'Do not trust this map: {why}.'),
     'not checked': (NOTE, 'This map was not checked: {why}.'),
-}
-
-FATAL = {  # concerns that leave nothing to trust, and what they mean in a few words
-    'baseline hides the target': 'the baseline is too like the target, which hides it',
-    'nothing to explain': 'the baseline scores like the image, so that there is nothing to explain',
-    'map not computed': 'too few steps were computed for it',
-    'not reproduced': 'computed afresh, it is another map',
-    'fails its control': 'in the wrong place it does as well',
-    'survives randomisation': 'it hardly depends on what the model learned',
-}
-
-OF_THE_MODEL = {  # concerns that a true map raises about the model, and what they mean
-    'border artefact': 'it looks at the rim of the image',
-    'padding artefact': 'it looks at the padding',
-    'distant spot': 'its score hangs on a spot far from the target',
 }
 
 LEVELS = {  # of every flag, in order
@@ -204,7 +231,8 @@ def first_sentence(found: Sequence[Finding], unchecked: str | None) -> Finding:
     None: it was."""
     flags = {finding.flag for finding in found}
     doubts = [finding.flag for finding in found if finding.level != GOOD]
-    fatal = [FATAL[flag] for flag in FATAL if flag in flags]
+    of_model = {rule.flag: rule.of_model for rule in FINDING_RULES}
+    fatal = [rule.fatal for rule in FINDING_RULES if rule.fatal and rule.flag in flags]
     if fatal:
         flag, why = 'do not trust', '; '.join(fatal)
     elif unchecked:
@@ -212,8 +240,8 @@ def first_sentence(found: Sequence[Finding], unchecked: str | None) -> Finding:
             f'already against it: {", ".join(doubts)}' if doubts else 'nothing is against it yet'
         )
         flag, why = 'not checked', f'{unchecked}; {against}'
-    elif doubts and OF_THE_MODEL.keys() >= set(doubts):
-        what = '; '.join(OF_THE_MODEL[flag] for flag in doubts)
+    elif doubts and all(of_model.get(flag) for flag in doubts):
+        what = '; '.join(of_model[flag] for flag in doubts)
         text = 'This map can be trusted; trust the model only once you know why {why}.'
         return Finding('trust in part', NOTE, text.format(why=what))
     elif doubts:
@@ -265,6 +293,14 @@ def batch_findings(images: Sequence[Sequence[str]]) -> list[str]:
 def concerns(flags: Sequence[str]) -> int:
     """How many of these flags are concerns."""
     return sum(LEVELS.get(flag) == CONCERN and flag not in TRUST for flag in flags)
+
+
+def thresholds_table() -> list[str]:
+    """The thresholds, their defaults and what they mean, as rows of a table for REFERENCE.md."""
+    return [
+        f'| `{row.name}` | {row.default:g} | {row.metadata["setting"].meaning} |'
+        for row in fields(Thresholds)
+    ]
 
 
 def parse_thresholds(pairs: Sequence[str]) -> Thresholds:

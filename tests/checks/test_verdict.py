@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hand_made import statistics_for_figures
@@ -19,6 +20,7 @@ from igseg.checks.verdict import (
     findings,
     map_verdict,
     parse_thresholds,
+    thresholds_table,
 )
 from integrated_gradients import (
     InputError,
@@ -202,3 +204,20 @@ def test_a_tolerance_that_was_not_reached_is_told():
 def test_map_error_in_words():
     words = [map_verdict(error) for error in (None, 0.01, 0.05, 0.5)]
     assert words[0] == 'unknown' and len(set(words)) == 4
+
+
+def test_a_fatal_finding_is_a_concern_and_says_why_in_the_first_sentence():
+    fatal = [rule for rule in FINDING_RULES if rule.fatal]
+    assert len(fatal) == 6 and all(rule.level == CONCERN for rule in fatal)
+    assert not any(rule.fatal and rule.of_model for rule in FINDING_RULES)
+    assert all(rule.level == CONCERN for rule in FINDING_RULES if rule.of_model)
+    figures = SETTINGS | {'recomputed_correlation': 0.1}
+    (rule,) = (rule for rule in fatal if rule.flag == 'not reproduced')
+    first = findings(figures)[0]
+    assert first.flag == 'do not trust' and rule.fatal in first.text
+
+
+def test_the_reference_says_what_each_threshold_means():
+    reference = Path(__file__).parents[2].joinpath('REFERENCE.md').read_text(encoding='utf-8')
+    assert len(thresholds_table()) == len(fields(Thresholds))
+    assert '\n'.join(thresholds_table()) in reference
