@@ -11,9 +11,6 @@ from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
-from scipy.ndimage import distance_transform_edt
-from scipy.stats import rankdata
-from skimage.metrics import structural_similarity
 
 # What the definitions of checks say.
 STRONGEST = 0.05  # share of the pixels that "top" means
@@ -34,16 +31,18 @@ ONE_SIGN = 0.02  # of |attribution| that a map of one sign may have of the other
 # --------------------------------------------------------------------------- comparing two maps
 
 
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Spearman's rank correlation of two arrays of one shape; None where one is constant."""
-    return linear_correlation(rankdata(one, axis=None), rankdata(other, axis=None))
-
-
 def linear_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
     """Pearson's correlation of two arrays of one shape; None where one is constant."""
     centred = [np.asarray(values, float).ravel() - np.mean(values) for values in (one, other)]
     size = np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
     return float(centred[0] @ centred[1] / size) if size > 0 else None
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Spearman's rank correlation of two arrays of one shape; None where one is constant."""
+    from scipy.stats import rankdata  # takes a while
+
+    return linear_correlation(rankdata(one, axis=None), rankdata(other, axis=None))
 
 
 def has_one_sign(signed: np.ndarray) -> bool:
@@ -55,6 +54,8 @@ def has_one_sign(signed: np.ndarray) -> bool:
 def similarity(one: np.ndarray, other: np.ndarray) -> float | None:
     """Structural similarity of two non-negative maps, each scaled to a maximum of 1; None where
     one is all zero or smaller than the window of 7 pixels."""
+    from skimage.metrics import structural_similarity  # takes a while
+
     if not (one.max() > 0 and other.max() > 0) or min(one.shape) < 7:
         return None
     return float(structural_similarity(one / one.max(), other / other.max(), data_range=1.0))
@@ -104,6 +105,14 @@ def known_median(values: Iterable[float | None]) -> float | None:
 # --------------------------------------------------------------------------- where a map lies
 
 
+def _share_of_top(relevance: np.ndarray, mask: np.ndarray, count: int) -> float:
+    """The share of the `count` most relevant pixels that lie in a mask; ties in part."""
+    least = np.partition(relevance, relevance.size - count, axis=None)[relevance.size - count]
+    above, tied = relevance > least, relevance == least
+    hits = mask[above].sum() + (count - above.sum()) * mask[tied].mean()
+    return float(hits / count)
+
+
 def localisation(relevance: np.ndarray, mask: np.ndarray) -> dict[str, float | None]:
     """Mass and rank accuracy, pointing game and top-k intersection of a map (H, W) >= 0.
 
@@ -121,12 +130,9 @@ def localisation(relevance: np.ndarray, mask: np.ndarray) -> dict[str, float | N
     }
 
 
-def _share_of_top(relevance: np.ndarray, mask: np.ndarray, count: int) -> float:
-    """The share of the `count` most relevant pixels that lie in a mask; ties in part."""
-    least = np.partition(relevance, relevance.size - count, axis=None)[relevance.size - count]
-    above, tied = relevance > least, relevance == least
-    hits = mask[above].sum() + (count - above.sum()) * mask[tied].mean()
-    return float(hits / count)
+def _excess(magnitude: np.ndarray, mask: np.ndarray) -> float | None:
+    total = magnitude.sum()
+    return float(magnitude[mask].sum() / total / mask.mean()) if total > 0 and mask.any() else None
 
 
 def edge_excess(
@@ -149,14 +155,11 @@ def edge_excess(
     }
 
 
-def _excess(magnitude: np.ndarray, mask: np.ndarray) -> float | None:
-    total = magnitude.sum()
-    return float(magnitude[mask].sum() / total / mask.mean()) if total > 0 and mask.any() else None
-
-
 def signed_distance(region: np.ndarray) -> np.ndarray:
     """Distance (H, W) of every pixel from the border of a region that is not empty, in pixels:
     positive outside, 0 or below inside."""
+    from scipy.ndimage import distance_transform_edt  # takes a while
+
     outside = distance_transform_edt(~region)
     return outside if region.all() else outside - (distance_transform_edt(region) - 1) * region
 
@@ -186,7 +189,7 @@ def profile(magnitude: np.ndarray, distance: np.ndarray) -> tuple[list[float], l
     held = np.histogram(distance, edges, weights=magnitude)[0]
     mean = magnitude.mean()
     full = pixels > 0
-    values = [None] * int(full.sum())
+    values: list[float | None] = [None] * int(full.sum())
     if mean > 0:
         values = (held[full] / pixels[full] / mean).tolist()
     return ((edges[:-1] + edges[1:]) / 2)[full].tolist(), values
@@ -199,9 +202,9 @@ def mask_scores(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float | 
     if not prediction.size:  # no pixel counts
         return {'dice': None, 'iou': None, 'pixel_accuracy': None}
     return {
-        'dice': 2 * overlap / (overlap + union) if union else 1.0,
-        'iou': overlap / union if union else 1.0,
-        'pixel_accuracy': (prediction == truth).mean(),
+        'dice': float(2 * overlap / (overlap + union)) if union else 1.0,
+        'iou': float(overlap / union) if union else 1.0,
+        'pixel_accuracy': float((prediction == truth).mean()),
     }
 
 
@@ -211,19 +214,19 @@ def label_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[int, dict[str
     scores: dict[int, dict[str, float | None]] = {}
     for label, (mask, true) in enumerate(zip(predicted, truth, strict=True)):
         if mask.any() or true.any():
-            known = mask_scores(mask, true)
+            both = mask_scores(mask, true)
             found = float(mask[true].mean()) if true.any() else None
-            dice, iou = float(known['dice']), float(known['iou'])  # there is a pixel
-            scores[label] = {'dice': dice, 'iou': iou, 'accuracy': found}
+            scores[label] = {'dice': both['dice'], 'iou': both['iou'], 'accuracy': found}
     return scores
+
+
+def mean_of(values: np.ndarray) -> float | None:
+    """The mean of an array; None where it holds nothing."""
+    return float(values.mean()) if values.size else None
 
 
 def contrast(values: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float | None:
     """Mean of a map (H, W) inside a mask by its mean in another; None where either holds no pixel,
     or the second only zeros."""
-    means = [_mean(values[mask]) for mask in (inside, outside)]
+    means = [mean_of(values[mask]) for mask in (inside, outside)]
     return means[0] / means[1] if means[0] is not None and means[1] else None
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if values.size else None

@@ -2,7 +2,7 @@
 
 An image is (H, W, C) in *pixel space* (0-255), C being the channels that the network takes: 3 for
 RGB, 1 for grey; uint8, or float32 where the file holds finer values. Model input is (1, C, H, W)
-float32, normalised. No files are known here.
+float32, normalised. No files are known here, and torch only where an input is made or read.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import torch
 
 from igseg.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
@@ -29,12 +32,14 @@ OF_EACH_IMAGE = ('minmax', 'zscore')  # of these, those by the numbers of the im
 
 CHANNEL_ORDERS = ('rgb', 'bgr')
 
+DEFAULT_IMAGE_SIZE, MAX_IMAGE_SIZE = 640, 16384
+
 SIZE_MULTIPLE = 32  # the deepest encoder stage halves the image five times
 
 BLUR_SIGMA = 0.05  # of the longer side: of `strong_blur`
 
 
-# --------------------------------------------------------------------------- preprocessing
+# --------------------------------------------------------------------------- sizes
 
 ImageSize = int | tuple[int, int]  # the side of a square, or (height, width)
 
@@ -48,6 +53,43 @@ def size_text(size: ImageSize) -> str:
     """A size as on the command line: 640, or HEIGHTxWIDTH."""
     height, width = sides(size)
     return str(height) if height == width else f'{height}x{width}'
+
+
+def checked_size(size: object, name: str = 'image_size') -> ImageSize:
+    """A size from a number, (height, width), or text such as 640 or 384x640; a square's as
+    one number. Raises InputError."""
+    given: Any = size.lower().replace('×', 'x').split('x') if isinstance(size, str) else size
+    try:
+        parts: list[Any] = [given] if isinstance(given, numbers.Real) else list(given)
+        whole = [int(part) for part in parts]
+        exact = all(isinstance(part, str) or part == int(part) for part in parts)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        whole, exact = [], False
+    if not exact or len(whole) not in (1, 2) or min(whole) < 1 or isinstance(size, bool):
+        raise InputError(
+            f'{name} must be a whole number of at least 1, or HEIGHTxWIDTH, not {size!r}'
+        )
+    if max(whole) > MAX_IMAGE_SIZE:
+        raise InputError(f'{name} must be at most {MAX_IMAGE_SIZE}, not {size}')
+    return whole[0] if whole[0] == whole[-1] else (whole[0], whole[1])
+
+
+def by_channels(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
+    """What a function of OpenCV, which takes up to four channels and drops the axis of one, makes
+    of an image (H, W, C)."""
+    groups = [image[..., first : first + 4] for first in range(0, image.shape[2], 4)]
+    done = [function(np.ascontiguousarray(group)) for group in groups]
+    done = [one if one.ndim == 3 else one[:, :, None] for one in done]
+    return done[0] if len(done) == 1 else np.concatenate(done, axis=2)
+
+
+def resized(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
+    """An image (H, W, C) or a map (H, W) at a size, (width, height)."""
+
+    def resize(values: np.ndarray) -> np.ndarray:
+        return cv2.resize(values, size, interpolation=interpolation)
+
+    return resize(array) if array.ndim == 2 else by_channels(resize, array)
 
 
 @dataclass(frozen=True)
@@ -85,7 +127,7 @@ class Preprocessing:
     """How an image becomes model input: resized, scaled to 0-1, its channels put into the network's
     order, normalised."""
 
-    image_size: ImageSize = 640
+    image_size: ImageSize = DEFAULT_IMAGE_SIZE
     resize: str = 'stretch'  # one of RESIZE_MODES
     mean: tuple[float, ...] = IMAGENET_MEAN  # of each channel, in the network's order
     std: tuple[float, ...] = IMAGENET_STD
@@ -189,24 +231,6 @@ class Preprocessing:
         return np.ascontiguousarray(pixels[..., ::-1]) if self._step < 0 else pixels
 
 
-def by_channels(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
-    """What a function of OpenCV, which takes up to four channels and drops the axis of one, makes
-    of an image (H, W, C)."""
-    groups = [image[..., first : first + 4] for first in range(0, image.shape[2], 4)]
-    done = [function(np.ascontiguousarray(group)) for group in groups]
-    done = [one if one.ndim == 3 else one[:, :, None] for one in done]
-    return done[0] if len(done) == 1 else np.concatenate(done, axis=2)
-
-
-def resized(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
-    """An image (H, W, C) or a map (H, W) at a size, (width, height)."""
-
-    def resize(values: np.ndarray) -> np.ndarray:
-        return cv2.resize(values, size, interpolation=interpolation)
-
-    return resize(array) if array.ndim == 2 else by_channels(resize, array)
-
-
 def as_picture(image: np.ndarray) -> np.ndarray:
     """An image (H, W, C), 0-255, to look at: (H, W, 3) uint8. Grey stays grey; of more than three
     channels the first three are shown, of two the first."""
@@ -218,27 +242,3 @@ def strong_blur(pixels: np.ndarray) -> np.ndarray:
     """An image (H, W, C) under a Gaussian blur of 5 % of its longer side."""
     sigma = BLUR_SIGMA * max(pixels.shape[:2])
     return by_channels(lambda part: cv2.GaussianBlur(part, (0, 0), sigma), pixels)
-
-
-DEFAULT_IMAGE_SIZE = 640
-
-MAX_IMAGE_SIZE = 16384
-
-
-def checked_size(size: object, name: str = 'image_size') -> ImageSize:
-    """A size from a number, (height, width), or text such as 640 or 384x640; a square's as
-    one number. Raises InputError."""
-    parts = size.lower().replace('×', 'x').split('x') if isinstance(size, str) else size
-    try:
-        parts = [parts] if isinstance(parts, numbers.Real) else list(parts)
-        whole = [int(part) for part in parts]
-        exact = all(isinstance(part, str) or part == int(part) for part in parts)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        whole, exact = [], False
-    if not exact or len(whole) not in (1, 2) or min(whole) < 1 or isinstance(size, bool):
-        raise InputError(
-            f'{name} must be a whole number of at least 1, or HEIGHTxWIDTH, not {size!r}'
-        )
-    if max(whole) > MAX_IMAGE_SIZE:
-        raise InputError(f'{name} must be at most {MAX_IMAGE_SIZE}, not {size}')
-    return whole[0] if whole[0] == whole[-1] else (whole[0], whole[1])

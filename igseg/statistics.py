@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from igseg.explanation import BY_CONSTRUCTION, Explanation
-from igseg.maps import FAR, NEAR, NOISE_RADIUS, RIM, STRONGEST, _mean, contrast, mask_scores
+from igseg.maps import FAR, NEAR, NOISE_RADIUS, RIM, STRONGEST, contrast, mask_scores, mean_of
+
+Statistics = dict[str, Any]  # the content of a statistics file, by the names of STATISTICS
 
 TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'  # kinds: types of columns
 
@@ -41,27 +44,27 @@ class Measured:
     @cached_property
     def signed(self) -> np.ndarray:
         """(C, H, W) float64: the attributions, in units of the score."""
-        return self.explanation.attributions.cpu().double().numpy()
+        return np.asarray(self.explanation.attributions.cpu().double().numpy())
 
     @cached_property
     def magnitude(self) -> np.ndarray:
         """(H, W) float64: |attribution|, summed over the channels."""
-        return np.abs(self.signed).sum(axis=0)
+        return np.asarray(np.abs(self.signed).sum(axis=0))
 
     @cached_property
     def total(self) -> float:
         """All |attribution| there is."""
-        return self.magnitude.sum()
+        return float(self.magnitude.sum())
 
     @cached_property
     def inside(self) -> float | None:
         """Mean |attribution| of a predicted pixel."""
-        return _mean(self.magnitude[self.mask])
+        return mean_of(self.magnitude[self.mask])
 
     @cached_property
     def outside(self) -> float | None:
         """Mean |attribution| of any other pixel."""
-        return _mean(self.magnitude[~self.mask])
+        return mean_of(self.magnitude[~self.mask])
 
     @cached_property
     def counted(self) -> np.ndarray:
@@ -73,7 +76,7 @@ class Measured:
         """The share of |attribution| that lies in a mask (H, W) bool."""
         if mask is None or not (self.total and mask.any()):
             return None
-        return self.magnitude[mask].sum() / self.total
+        return float(self.magnitude[mask].sum()) / self.total
 
     @property
     def share_in_truth(self) -> float | None:
@@ -81,7 +84,7 @@ class Measured:
         counted = self.magnitude[self.counted].sum()
         if self.truth is None or not (counted and self.truth.any()):
             return None
-        return self.magnitude[self.truth].sum() / counted
+        return float(self.magnitude[self.truth].sum() / counted)
 
     @property
     def ratio(self) -> float | None:
@@ -90,12 +93,12 @@ class Measured:
     @cached_property
     def region(self) -> np.ndarray:
         """(H, W) bool: the target region."""
-        return self.explanation.region.numpy()
+        return np.asarray(self.explanation.region.numpy())
 
     @cached_property
     def elsewhere(self) -> np.ndarray:
         """(H, W) bool: neither the target region nor another predicted object."""
-        return ~(self.region | self.mask)
+        return np.asarray(~(self.region | self.mask))
 
     @property
     def ratio_in_target(self) -> float | None:
@@ -119,7 +122,7 @@ class Measured:
     @cached_property
     def summed(self) -> np.ndarray:
         """(H, W) float64: |sum over the channels|, which the uncertainty is of."""
-        return np.abs(self.signed.sum(axis=0))
+        return np.asarray(np.abs(self.signed.sum(axis=0)))
 
     @property
     def settled_share(self) -> float | None:
@@ -127,7 +130,8 @@ class Measured:
         uncertainty = self.explanation.uncertainty
         if uncertainty is None or not self.summed.any():
             return None
-        return self.summed[self.summed >= uncertainty.numpy()].sum() / self.summed.sum()
+        settled = self.summed >= uncertainty.numpy()
+        return float(self.summed[settled].sum() / self.summed.sum())
 
     @property
     def uncertainty_level(self) -> float | None:
@@ -136,7 +140,7 @@ class Measured:
         level = np.percentile(self.summed, CLIP_PERCENTILE)
         if uncertainty is None or not level:
             return None
-        return np.percentile(uncertainty.numpy(), CLIP_PERCENTILE) / level
+        return float(np.percentile(uncertainty.numpy(), CLIP_PERCENTILE) / level)
 
     @property
     def uncertainty_ratio(self) -> float | None:
@@ -144,7 +148,7 @@ class Measured:
         uncertainty = self.explanation.uncertainty
         if uncertainty is None or not self.summed.any():
             return None
-        return float(uncertainty.double().mean()) / self.summed.mean()
+        return float(uncertainty.double().mean()) / float(self.summed.mean())
 
     @cached_property
     def scores(self) -> dict[str, float | None]:
@@ -160,7 +164,9 @@ class Measured:
     def class_scores(self) -> dict[str, dict[str, float | None]] | None:
         """By the number of the label."""
         by_label = self.explanation.label_scores
-        return by_label and {str(label): scores for label, scores in by_label.scores.items()}
+        if by_label is None:
+            return None
+        return {str(label): scores for label, scores in by_label.scores.items()}
 
     def class_mean(self, name: str) -> float | None:
         """Of a score over the classes that are there, but the background."""
@@ -168,9 +174,9 @@ class Measured:
         if by_label is None:
             return None
         known = [
-            scores[name]
+            value
             for label, scores in by_label.scores.items()
-            if label != by_label.background and scores[name] is not None
+            if label != by_label.background and (value := scores[name]) is not None
         ]
         return sum(known) / len(known) if known else None
 
@@ -178,15 +184,16 @@ class Measured:
     def channel_shares(self) -> list[float] | None:
         if not self.total:
             return None
-        return (np.abs(self.signed).sum(axis=(1, 2)) / self.total).tolist()
+        shares: list[float] = (np.abs(self.signed).sum(axis=(1, 2)) / self.total).tolist()
+        return shares
 
 
-def names_of_channels(statistics: dict) -> list[str]:
+def names_of_channels(statistics: Statistics) -> list[str]:
     """Of the input's channels; results of earlier versions name none, and are of colours."""
     return list(statistics.get('channel_names') or ('red', 'green', 'blue'))
 
 
-def tiles_text(statistics: dict) -> str:
+def tiles_text(statistics: Statistics) -> str:
     """How an image was cut into tiles; empty where it was not."""
     tiles = statistics.get('tiles')  # older results have none
     if not tiles:
@@ -525,7 +532,7 @@ STATISTICS: dict[str, Statistic] = {
 METRICS = {key: row for key, row in STATISTICS.items() if row.group == CHECK and row.source}
 
 
-def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = None) -> dict:
+def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = None) -> Statistics:
     """The figures of one explanation, flat and ready for JSON; None where one does not apply.
 
     truth: (h, w) bool, the pixels that really are of the explained class; None if unknown.
@@ -540,7 +547,7 @@ def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = 
     }
 
 
-def _listed(values: dict) -> dict:
+def _listed(values: dict[str, object]) -> dict[str, object]:
     """A dictionary with lists for tuples, as JSON gives it back."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -555,14 +562,14 @@ def _plain(value: object) -> object:
 # --------------------------------------------------------------------------- as text
 
 
-def how_text(statistics: dict) -> str:
+def how_text(statistics: Statistics) -> str:
     """By which rule, if any, and in how many steps a map was computed."""
     count, rule = statistics['steps'], statistics['rule']
     steps = f'{count} step{"" if count == 1 else "s"}'
     return f'{rule} rule, {steps}' if rule else steps
 
 
-def gap_text(statistics: dict, precise: bool = False) -> str:
+def gap_text(statistics: Statistics, precise: bool = False) -> str:
     """The completeness gap, and how far it tells anything."""
     gap = shown('completeness_gap', statistics['completeness_gap'], precise)
     error = statistics.get('gap_error')  # older results have none

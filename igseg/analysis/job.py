@@ -21,13 +21,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
-from loky import ProcessPoolExecutor
 
 from igseg.errors import InputError, OutputError
+
+if TYPE_CHECKING:  # they take a while to import, and processes that draw do without
+    from loky import ProcessPoolExecutor
+    from torch.distributed.distributed_c10d import Store
 
 DONE, SKIPPED, FAILED = 'done', 'skipped', 'failed'
 
@@ -52,7 +55,7 @@ class Outcome:
     image: str
     status: str = DONE  # or SKIPPED (empty target), or FAILED (unusable input, or not written)
     reason: str = ''  # one sentence, where it is not done
-    rows: tuple[dict, ...] = ()  # of summary.csv, one for each target, where it is done
+    rows: tuple[dict[str, Any], ...] = ()  # of summary.csv, one for each target, where it is done
 
 
 # --------------------------------------------------------------------------- who explains what
@@ -127,18 +130,19 @@ class Group:
     waits for a slower one, and no time limit of NCCL's or gloo's can end a long batch.
     """
 
-    def __init__(self, store, rank: int, size: int) -> None:
-        """store: a torch.distributed.Store that all ranks share."""
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        """store: one that all ranks share."""
         self.store, self.rank, self.size = store, rank, size
         self._collected = 0
 
     @classmethod
     def of_torchrun(cls) -> Group:
         """The group this process belongs to, by the variables that torchrun set."""
-        from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
-        store, rank, size = next(distributed.rendezvous('env://'))
-        return cls(distributed.PrefixStore('images', store), rank, size)
+        store, rank, size = next(rendezvous('env://'))
+        return cls(PrefixStore('images', store), rank, size)
 
     def claim(self, total: int, ahead: bool) -> int | None:
         """See `Share`."""
@@ -166,7 +170,7 @@ class Group:
     def begin(self) -> None:
         """See `Share`. After a restart torchrun's store may still hold what those that died have
         left: rank 0 takes a part of it for those that are alive, and invites them there."""
-        from torch.distributed import PrefixStore
+        from torch.distributed.distributed_c10d import PrefixStore
 
         common, own_name = self.store, uuid4().hex
         if self.rank > 0:
@@ -233,7 +237,7 @@ class StopSignals:
         self._when = -math.inf
 
     def __enter__(self) -> StopSignals:
-        self._before = {}
+        self._before: dict[int, Any] = {}  # number -> handler
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -259,6 +263,15 @@ class StopSignals:
     def exit_status(self) -> int:
         """What the shell expects of a process ended by that signal: 130 or 143."""
         return 128 + (self.number or signal.SIGINT)
+
+
+def _holder(folder: Path) -> str:
+    """Who holds a folder, in words; empty where that is not known."""
+    try:
+        holder = json.loads((folder / HOLDER).read_text())
+        return f' (process {holder["process"]} on {holder["host"]} since {holder["since"]})'
+    except (OSError, ValueError, KeyError, TypeError):
+        return ''
 
 
 @contextlib.contextmanager
@@ -289,15 +302,6 @@ def hold_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _holder(folder: Path) -> str:
-    """Who holds a folder, in words; empty where that is not known."""
-    try:
-        holder = json.loads((folder / HOLDER).read_text())
-        return f' (process {holder["process"]} on {holder["host"]} since {holder["since"]})'
-    except (OSError, ValueError, KeyError, TypeError):
-        return ''
-
-
 # --------------------------------------------------------------------------- reading ahead
 
 
@@ -307,7 +311,7 @@ def read_ahead(
     """The numbers this process claims, each with a function that gives what was read, or raises
     what reading raised. The next one is read while the caller works on the one before."""
     with ThreadPoolExecutor(1, 'reading') as reader:
-        waiting: list[tuple[int, Future]] = []
+        waiting: list[tuple[int, Future[Item]]] = []
         while True:
             for ahead in range(len(waiting), 2):
                 number = share.claim(total, ahead=bool(ahead))
@@ -324,6 +328,29 @@ def read_ahead(
 # --------------------------------------------------------------------------- writing behind
 
 
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def start_worker(parent: int) -> None:
+    """Prepare a process that draws and writes: it takes only what time the computation leaves (else
+    every parallel loop there would wait for a core), leaves Ctrl-C to its parent, and ends with
+    it, however that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, 'nice'):
+        os.nice(19)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _new_pool(processes: int) -> ProcessPoolExecutor:
+    from loky import ProcessPoolExecutor  # takes a while
+
+    return ProcessPoolExecutor(processes, initializer=start_worker, initargs=(os.getpid(),))
+
+
 class Writers:
     """Worker processes that draw and write finished images, and what came of all images.
 
@@ -336,7 +363,7 @@ class Writers:
         self.in_trouble = False  # whether the last image could not be written
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
-        self._waiting: dict[Future, Outcome] = {}
+        self._waiting: dict[Future[object], Outcome] = {}
         self._finished: list[Outcome] = []
 
     def __enter__(self) -> Writers:
@@ -357,13 +384,16 @@ class Writers:
             self._settle_some()
         try:
             if self._pool is None:
-                self._pool = ProcessPoolExecutor(
-                    self._processes, initializer=start_worker, initargs=(os.getpid(),)
-                )
+                self._pool = _new_pool(self._processes)
             self._waiting[self._pool.submit(write)] = outcome
         except BrokenExecutor:  # a process was killed while nothing was being written
             self._pool = None
             self.add(outcome, write)
+
+    @property
+    def waiting(self) -> int:
+        """How many images wait to be written, or are being written."""
+        return len(self._waiting)
 
     def settle(self, outcome: Outcome) -> None:
         """Note what came of an image for which nothing is to be written."""
@@ -400,23 +430,6 @@ class Writers:
             )
             outcome = replace(outcome, status=FAILED, reason=reason, rows=())
         self.settle(outcome)
-
-
-def start_worker(parent: int) -> None:
-    """Prepare a process that draws and writes: it takes only what time the computation leaves (else
-    every parallel loop there would wait for a core), leaves Ctrl-C to its parent, and ends with
-    it, however that ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(os, 'nice'):
-        os.nice(19)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
 
 
 def writer_processes(images: int, on_gpu: bool) -> int:

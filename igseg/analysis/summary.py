@@ -16,14 +16,13 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import pandas as pd
-from scipy import stats
 from tqdm import tqdm
 
 from igseg.analysis.job import DONE, FAILED, GRACE, NETWORK_DELAY, POLL, SKIPPED, Outcome, Share
@@ -43,8 +42,12 @@ from igseg.statistics import (
     STATISTICS,
     TEXT,
     WHOLE,
+    Statistics,
     names_of_channels,
 )
+
+if TYPE_CHECKING:  # it takes a while to import, and is needed when a batch ends
+    import pandas as pd
 
 CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`, where there are such
 
@@ -82,27 +85,54 @@ VANISHED = (
 )
 
 
+Median = tuple[float | None, list[float] | None]  # of a figure, and its 95 % interval
+
+Reasons = list[dict[str, str]]  # {'image', 'reason'} of each image that is not done
+
+
 @dataclass(frozen=True)
 class BatchResult:
     """What a batch analysis did."""
 
-    images: Sequence[dict]  # the contents of the statistics files, read when asked for
-    skipped: list[dict] = field(default_factory=list)  # {'image', 'reason'}: empty target
-    failed: list[dict] = field(default_factory=list)  # {'image', 'reason'}: unusable, not written
-    summary: dict = field(default_factory=dict)
+    images: Sequence[Statistics]  # the contents of the statistics files, read when asked for
+    skipped: Reasons = field(default_factory=list)  # empty target
+    failed: Reasons = field(default_factory=list)  # unusable, not written
+    overview: dict[str, Any] = field(default_factory=dict)  # see `batch_summary`
     unwritten: str = ''  # why the summary could not be written; empty where it was
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The overview as it stands in summary.json: `median_NAME` and `interval_NAME` of each
+        figure among the counts."""
+        flat: dict[str, Any] = {}
+        for key, value in self.overview.items():
+            flat |= _flat(value) if key == 'figures' else {key: value}
+        return flat
 
-class StatisticsFiles(Sequence):
+
+def _flat(figures: dict[str, Median]) -> dict[str, float | list[float] | None]:
+    found: dict[str, float | list[float] | None] = {}
+    for name, (median, interval) in figures.items():
+        found |= {f'median_{name}': median, f'interval_{name}': interval}
+    return found
+
+
+class StatisticsFiles(Sequence[Statistics]):
     """The statistics of many images; each is read from its file when it is asked for."""
 
-    def __init__(self, output_dir: Path, folders: Sequence[str]) -> None:
+    def __init__(self, output_dir: Path, folders: Iterable[str]) -> None:
         self._output_dir, self._folders = output_dir, list(folders)
 
     def __len__(self) -> int:
         return len(self._folders)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Statistics: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Statistics]: ...
+
+    def __getitem__(self, index: int | slice) -> Statistics | list[Statistics]:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         return read_statistics(self._output_dir / self._folders[index])
@@ -122,7 +152,7 @@ class AppendedTable:
         self._waiting = ''
         path.unlink(missing_ok=True)
 
-    def add(self, rows: Sequence[dict]) -> None:
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows; cells that a row lacks stay empty."""
         self._waiting += _csv_text([[row.get(name) for name in self.columns] for row in rows])
         if self._waiting and _append_whole(self.path, _csv_text([self.columns]), self._waiting):
@@ -174,7 +204,8 @@ class Journal:
             'status': outcome.status,
             'reason': outcome.reason,
         }
-        self._rows.add([{**row, **common} for row in outcome.rows or ({},)])
+        rows = [{**row, 'flags': _flags_text(row['flags'])} for row in outcome.rows]
+        self._rows.add([{**row, **common} for row in rows or [{}]])
         if outcome.status == FAILED:
             self._failures.add([common])
 
@@ -185,6 +216,8 @@ class Journal:
         have disappeared since are listed as failed; patience: seconds after which to look again
         for those that are not there.
         """
+        import pandas as pd
+
         table = read_table(io.StringIO(self._rows.text()))
         gone = self._gone(table)
         if gone and patience:
@@ -205,10 +238,11 @@ class Journal:
 
     def _gone(self, table: pd.DataFrame) -> list[int]:
         """The numbers of images that are done, but whose files are not there."""
+        done = table[table['status'] == DONE]
         return [
-            row.number
-            for row in table[table['status'] == DONE][['number', 'folder']].itertuples()
-            if not image_files(self._output_dir / row.folder)['statistics'].is_file()
+            int(number)
+            for number, folder in zip(done['number'], done['folder'], strict=True)
+            if not image_files(self._output_dir / folder)['statistics'].is_file()
         ]
 
 
@@ -244,7 +278,7 @@ class Progress:
             self.add([])
         self.add([])
 
-    def finish(self, settings: dict, defaults: dict) -> BatchResult:
+    def finish(self, settings: dict[str, Any], defaults: dict[str, Any]) -> BatchResult:
         """Leave the group; on rank 0, write the summary and give the result of all ranks."""
         self._share.leave()
         if self._journal is None:
@@ -264,65 +298,54 @@ class Progress:
 
 def read_table(source: Path | io.StringIO) -> pd.DataFrame:
     """summary.csv with the columns' types; what does not apply is missing."""
+    import pandas as pd
+
     missing = {name: [''] for name, kind in COLUMNS.items() if kind != TEXT}
     return pd.read_csv(source, dtype=COLUMNS, keep_default_na=False, na_values=missing)
 
 
-def row_of(statistics: dict) -> dict:
-    """The row of summary.csv for one explanation."""
-    names = names_of_channels(statistics)
-    shares = statistics['channel_shares'] or (None,) * len(names)
-    if len(shares) != len(names):  # the map does not tell channels apart
-        names = shares = ()
+def row_of(statistics: Statistics) -> dict[str, Any]:
+    """The row of summary.csv for one explanation; its flags are a list until they are written."""
     row = {
         **statistics,
-        **{f'share_{name}': share for name, share in zip(names, shares, strict=True)},
-        'flags': '; '.join(finding['flag'] for finding in statistics['verdict']),
+        **_channel_shares(statistics),
+        'flags': [finding['flag'] for finding in statistics['verdict']],
     }
     return {name: row[name] for name in COLUMNS if name in row}
+
+
+def _channel_shares(statistics: Statistics) -> dict[str, float | None]:
+    """Each channel's share of |attribution|, by the name of its column; none where the map does
+    not tell channels apart."""
+    names = names_of_channels(statistics)
+    shares = statistics['channel_shares'] or [None] * len(names)
+    if len(shares) != len(names):
+        return {}
+    return {f'share_{name}': share for name, share in zip(names, shares, strict=True)}
+
+
+def _flags_text(flags: Sequence[str]) -> str:
+    """An explanation's flags as one cell of summary.csv."""
+    return '; '.join(flags)
+
+
+def flags_of(table: pd.DataFrame) -> list[list[str]]:
+    """The flags of each explanation in the table of summary.csv."""
+    return [text.split('; ') if text else [] for text in table['flags']]
 
 
 # --------------------------------------------------------------------------- at the end
 
 
-def batch_summary(table: pd.DataFrame) -> dict:
-    """Counts, the median of every figure with its 95 % interval, how the attribution ratio goes
-    with Dice, the verdicts, and what looks wrong about the predictions."""
-    done, skipped = table[table['status'] == DONE], (table['status'] == SKIPPED).sum()
-    medians = {}
-    for key in SUMMARISED:
-        values = done[key].dropna().to_numpy(float)
-        medians[f'median_{key}'] = float(np.median(values)) if len(values) else None
-        medians[f'interval_{key}'] = median_interval(values)
-    full = int((done['prediction_ratio'] > DEGENERATE_RATIO).sum())
-    empty = int(skipped + (done['prediction_area'] == 0).sum())
-    suspicion = None
-    if 2 * (full + empty) > len(done) + skipped:
-        suspicion = (
-            f'the prediction is empty on {empty} and all foreground on {full} of '
-            f'{len(done) + skipped} images: the preprocessing may not be what the model '
-            'was trained with (try --normalize none, another --image_size or --resize letterbox)'
-        )
-    failed = int((table['status'] == FAILED).sum())
-    pairs = done[['attribution_ratio', 'dice']].dropna().to_numpy(float)
-    return {
-        'images': len(done),
-        'skipped': int(skipped),
-        'failed': failed,
-        **medians,
-        'ratio_dice_correlation': spearman(pairs),
-        'findings': batch_findings([flags.split('; ') for flags in done['flags']]),
-        'suspicion': suspicion,
-    }
-
-
-def median_interval(values: Sequence[float]) -> list[float] | None:
+def median_interval(values: Sequence[float] | np.ndarray) -> list[float] | None:
     """The 95 % interval of the median; None for fewer than three values.
 
     By the bootstrap (bias-corrected and accelerated where that can be computed, else by
     percentiles), seeded; for more than BOOTSTRAPPED values by their ranks (the sign test), which
     is exact and which the bootstrap approaches.
     """
+    from scipy import stats  # takes a while
+
     if len(values) < 3:
         return None
     if min(values) == max(values):
@@ -341,7 +364,7 @@ def median_interval(values: Sequence[float]) -> list[float] | None:
     return None
 
 
-def spearman(pairs: Sequence[Sequence[float]]) -> float | None:
+def spearman(pairs: Sequence[Sequence[float]] | np.ndarray) -> float | None:
     """Spearman's rank correlation of at least three pairs; None where one side is constant."""
     if len(pairs) < 3:
         return None
@@ -349,19 +372,73 @@ def spearman(pairs: Sequence[Sequence[float]]) -> float | None:
     return rank_correlation(one, other)
 
 
+def batch_summary(table: pd.DataFrame) -> dict[str, Any]:
+    """Counts, the median of every figure with its 95 % interval, how the attribution ratio goes
+    with Dice, the verdicts, and what looks wrong about the predictions."""
+    done, skipped = table[table['status'] == DONE], int((table['status'] == SKIPPED).sum())
+    return {
+        'images': len(done),
+        'skipped': skipped,
+        'failed': int((table['status'] == FAILED).sum()),
+        'figures': {name: _median_of(_known(done, name)) for name in SUMMARISED},
+        'ratio_dice_correlation': spearman(_known(done, 'attribution_ratio', 'dice')),
+        'findings': batch_findings(flags_of(done)),
+        'suspicion': _suspicion(done, skipped),
+    }
+
+
+def _known(table: pd.DataFrame, *names: str) -> np.ndarray:
+    """The values of columns where all of them are known: (N,) of one, (N, names) of several."""
+    values: np.ndarray = table[list(names)].dropna().to_numpy(float)
+    return values[:, 0] if len(names) == 1 else values
+
+
+def _median_of(values: np.ndarray) -> Median:
+    return float(np.median(values)) if len(values) else None, median_interval(values)
+
+
+def _suspicion(done: pd.DataFrame, skipped: int) -> str | None:
+    """A sentence where most predictions are all foreground or empty; else None."""
+    full = int((done['prediction_ratio'] > DEGENERATE_RATIO).sum())
+    empty = skipped + int((done['prediction_area'] == 0).sum())
+    if 2 * (full + empty) <= len(done) + skipped:
+        return None
+    return (
+        f'the prediction is empty on {empty} and all foreground on {full} of '
+        f'{len(done) + skipped} images: the preprocessing may not be what the model '
+        'was trained with (try --normalize none, another --image_size or --resize letterbox)'
+    )
+
+
+def median_lines(result: BatchResult) -> list[str]:
+    """The median of every figure that was measured and its interval, as lines to read."""
+    lines = []
+    for name, (median, interval) in result.overview.get('figures', {}).items():
+        if median is not None:
+            between = ' (95 %: {:.4g} to {:.4g})'.format(*interval) if interval else ''
+            lines.append(f'{f"median {name}".replace("_", " "):32}{median:.4g}{between}')
+    return lines
+
+
 def result_of(table: pd.DataFrame, output_dir: Path) -> BatchResult:
     """The result of a batch, from its table."""
-    aside = {
-        status: table[table['status'] == status][['image', 'reason']].to_dict('records')
-        for status in (SKIPPED, FAILED)
-    }
+    skipped, failed = (_reasons(table[table['status'] == status]) for status in (SKIPPED, FAILED))
     folders = table[table['status'] == DONE]['folder']
     images = StatisticsFiles(output_dir, folders)
-    return BatchResult(images, aside[SKIPPED], aside[FAILED], batch_summary(table))
+    return BatchResult(images, skipped, failed, batch_summary(table))
+
+
+def _reasons(table: pd.DataFrame) -> Reasons:
+    pairs = zip(table['image'], table['reason'], strict=True)
+    return [{'image': image, 'reason': reason} for image, reason in pairs]
 
 
 def write_summary(
-    table: pd.DataFrame, result: BatchResult, settings: dict, defaults: dict, output_dir: Path
+    table: pd.DataFrame,
+    result: BatchResult,
+    settings: dict[str, Any],
+    defaults: dict[str, Any],
+    output_dir: Path,
 ) -> None:
     """index.html (and index_2.html, … for many images), summary.csv and .parquet (one row an
     explanation), summary.json, summary.png; failures.csv where images failed.
@@ -378,7 +455,7 @@ def write_summary(
     done = table[table['status'] == DONE]
     if len(done):
         figure = summary_figure(
-            done, gap_tolerance_of(settings), result.summary['ratio_dice_correlation'],
+            done, gap_tolerance_of(settings), result.overview['ratio_dice_correlation'],
             Thresholds(**settings['thresholds']),
         )  # fmt: skip
         writers[output_dir / 'summary.png'] = figure_writer(figure)
@@ -398,7 +475,7 @@ def page_plan(done: pd.DataFrame) -> list[tuple[Page, list[str]]]:
     """The pages, each with the folders it shows. One page is in the order of the dataset; where
     there are several, images with the most concerns come first."""
     if len(done) > PAGE_LENGTH:
-        count = done['flags'].map(lambda flags: concerns(flags.split('; ')))
+        count = [concerns(flags) for flags in flags_of(done)]
         done = done.assign(concerns=count).sort_values('concerns', ascending=False, kind='stable')
     folders = list(done['folder'])
     parts = [folders[k : k + PAGE_LENGTH] for k in range(0, len(folders), PAGE_LENGTH)] or [[]]
@@ -406,19 +483,23 @@ def page_plan(done: pd.DataFrame) -> list[tuple[Page, list[str]]]:
 
 
 def _write_page(
-    path: Path, page: Page, images: Sequence[dict], result: BatchResult, defaults: dict,
+    path: Path,
+    page: Page,
+    images: Sequence[Statistics],
+    result: BatchResult,
+    defaults: dict[str, Any],
     output_dir: Path,
-) -> None:  # fmt: skip
+) -> None:
     shown = images[:]
     commands = [reproducing_command(entry, defaults) for entry in shown]
     text = report_html(
-        shown, result.summary, result.skipped, result.failed, commands, page, output_dir
+        shown, result.overview, result.skipped, result.failed, commands, page, output_dir
     )
     # A file name that is no valid Unicode must not stop the page.
     path.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
-def _write_json(path: Path, result: BatchResult, settings: dict) -> None:
+def _write_json(path: Path, result: BatchResult, settings: dict[str, Any]) -> None:
     """summary.json, image by image."""
     head = {
         'summary': result.summary,

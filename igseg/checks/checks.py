@@ -118,6 +118,18 @@ def context(subject: Subject, effort: Effort, seed: int = 0, progress: bool = Fa
 # --------------------------------------------------------------------------- infidelity
 
 
+def random_patch(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A rectangle (H, W) bool at a random place, each side 1/8 to 1/2 of the image's."""
+    mask = np.zeros(shape, bool)
+    spans = []
+    for side in shape:
+        length = max(1, int(side * rng.uniform(1 / 8, 1 / 2)))
+        start = rng.integers(0, side - length + 1)
+        spans.append(slice(start, start + length))
+    mask[tuple(spans)] = True
+    return mask
+
+
 def patches(subject: Subject, effort: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
     """Infidelity over random rectangles that are replaced by the baseline."""
     if not effort.patches:
@@ -131,19 +143,26 @@ def patches(subject: Subject, effort: Effort, seed: int = 0, progress: bool = Fa
     return Evaluation({'infidelity': infidelity(predicted, full - np.array(changed))})
 
 
-def random_patch(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A rectangle (H, W) bool at a random place, each side 1/8 to 1/2 of the image's."""
-    mask = np.zeros(shape, bool)
-    spans = []
-    for side in shape:
-        length = max(1, int(side * rng.uniform(1 / 8, 1 / 2)))
-        start = rng.integers(0, side - length + 1)
-        spans.append(slice(start, start + length))
-    mask[tuple(spans)] = True
-    return mask
-
-
 # --------------------------------------------------------------------------- distant spots
+
+
+def strongest_square(
+    magnitude: np.ndarray, distance: np.ndarray, share: float
+) -> np.ndarray | None:
+    """The square (H, W) bool that holds most of a map (H, W), of all that lie wholly farther than
+    FAR from what `distance` is measured from; None: none does. share: of the longer side."""
+    longer = max(magnitude.shape)
+    half = max(1, round(share * longer / 2))
+    side = 2 * half + 1
+    sums = cv2.boxFilter(magnitude, -1, (side, side), normalize=False,
+                         borderType=cv2.BORDER_CONSTANT)  # fmt: skip
+    allowed = distance > FAR * longer + half * 2**0.5
+    if not allowed.any():
+        return None
+    row, column = np.unravel_index(np.argmax(np.where(allowed, sums, -1)), magnitude.shape)
+    square = np.zeros(magnitude.shape, bool)
+    square[max(0, row - half) : row + half + 1, max(0, column - half) : column + half + 1] = True
+    return square
 
 
 def distant_spots(
@@ -183,26 +202,39 @@ def distant_spots(
     )
 
 
-def strongest_square(
-    magnitude: np.ndarray, distance: np.ndarray, share: float
-) -> np.ndarray | None:
-    """The square (H, W) bool that holds most of a map (H, W), of all that lie wholly farther than
-    FAR from what `distance` is measured from; None: none does. share: of the longer side."""
-    longer = max(magnitude.shape)
-    half = max(1, round(share * longer / 2))
-    side = 2 * half + 1
-    sums = cv2.boxFilter(magnitude, -1, (side, side), normalize=False,
-                         borderType=cv2.BORDER_CONSTANT)  # fmt: skip
-    allowed = distance > FAR * longer + half * 2**0.5
-    if not allowed.any():
-        return None
-    row, column = np.unravel_index(np.argmax(np.where(allowed, sums, -1)), magnitude.shape)
-    square = np.zeros(magnitude.shape, bool)
-    square[max(0, row - half) : row + half + 1, max(0, column - half) : column + half + 1] = True
-    return square
-
-
 # --------------------------------------------------------------------------- model randomisation
+
+
+def own_weights(layer: nn.Module) -> Iterator[torch.Tensor]:
+    """The weights that belong to a layer itself, not to one inside it."""
+    return layer.parameters(recurse=False)
+
+
+def redraw(layer: nn.Module, generator: torch.Generator) -> None:
+    """Replace a layer's own weights by random ones of the same mean and deviation, in place."""
+    with torch.no_grad():
+        for weight in own_weights(layer):
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            spread = weight.std() if weight.numel() > 1 else weight.abs().mean()
+            weight.copy_(weight.mean() + spread * noise)
+
+
+def survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
+    """How much of a map (C, H, W) is left in another.
+
+    The ranks of a map of one sign say little but where the network can see, which no weights
+    change; then the values of the magnitudes have to agree as well.
+    """
+    if not np.isfinite(after).all():
+        return {'correlation': None, 'ssim': None}
+    signed = before.sum(axis=0), after.sum(axis=0)
+    found = rank_correlation(*signed)
+    if found is not None and has_one_sign(signed[0]):
+        found = min(found, linear_correlation(*map(np.abs, signed)) or 0.0)
+    return {
+        'correlation': found,
+        'ssim': similarity(np.abs(before).sum(axis=0), np.abs(after).sum(axis=0)),
+    }
 
 
 def randomisation(
@@ -250,38 +282,6 @@ def randomisation(
         },
         {'randomisation': stages},
     )
-
-
-def own_weights(layer: nn.Module) -> Iterator[torch.Tensor]:
-    """The weights that belong to a layer itself, not to one inside it."""
-    return layer.parameters(recurse=False)
-
-
-def redraw(layer: nn.Module, generator: torch.Generator) -> None:
-    """Replace a layer's own weights by random ones of the same mean and deviation, in place."""
-    with torch.no_grad():
-        for weight in own_weights(layer):
-            noise = torch.randn(weight.shape, generator=generator).to(weight)
-            spread = weight.std() if weight.numel() > 1 else weight.abs().mean()
-            weight.copy_(weight.mean() + spread * noise)
-
-
-def survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
-    """How much of a map (C, H, W) is left in another.
-
-    The ranks of a map of one sign say little but where the network can see, which no weights
-    change; then the values of the magnitudes have to agree as well.
-    """
-    if not np.isfinite(after).all():
-        return {'correlation': None, 'ssim': None}
-    signed = before.sum(axis=0), after.sum(axis=0)
-    found = rank_correlation(*signed)
-    if found is not None and has_one_sign(signed[0]):
-        found = min(found, linear_correlation(*map(np.abs, signed)) or 0.0)
-    return {
-        'correlation': found,
-        'ssim': similarity(np.abs(before).sum(axis=0), np.abs(after).sum(axis=0)),
-    }
 
 
 # --------------------------------------------------------------------------- noise, baselines
@@ -332,20 +332,19 @@ def baseline_agreement(
             signed = subject.map_of(effort.map_steps, baseline=subject.as_input(image))
             maps[name] = np.abs(signed).sum(axis=0)
             bar.update()
-    pairs = [
-        {
-            'one': one,
-            'other': other,
+    pairs = {
+        (one, other): {
             'correlation': rank_correlation(maps[one], maps[other]),
             'overlap': top_overlap(maps[one], maps[other]),
         }
         for one, other in combinations(maps, 2)
-    ]
+    }
     medians = {
-        f'baseline_{key}': known_median(pair[key] for pair in pairs)
+        f'baseline_{key}': known_median(found[key] for found in pairs.values())
         for key in ('correlation', 'overlap')
     }
-    return Evaluation(medians, {'baselines': pairs})
+    rows = [{'one': one, 'other': other, **found} for (one, other), found in pairs.items()]
+    return Evaluation(medians, {'baselines': rows})
 
 
 # --------------------------------------------------------------------------- all of them

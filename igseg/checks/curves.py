@@ -36,12 +36,13 @@ class Curve:
     """A deletion or insertion curve: relative score against the share of pixels changed."""
 
     shares: list[float]  # rising from 0 to 1
-    scores: list[float | None]  # 1: as on the image; 0: as on the filled image
+    scores: list[float] | None  # 1: as on the image; 0: as on the filled image; None: the scores of
+    # the two hardly differ
 
     @property
     def area(self) -> float | None:
-        """Under the curve; None where the scores of image and filled image hardly differ."""
-        if self.scores[0] is None:
+        """Under the curve; None where its scores are unknown."""
+        if self.scores is None:
             return None
         from scipy.integrate import trapezoid  # takes a while
 
@@ -51,9 +52,8 @@ class Curve:
 def mean_curve(several: Sequence[Curve]) -> Curve:
     """The mean of curves, at the mean of their shares."""
     shares = np.mean([curve.shares for curve in several], axis=0).tolist()
-    if several[0].scores[0] is None:
-        return Curve(shares, several[0].scores)
-    return Curve(shares, np.mean([curve.scores for curve in several], axis=0).tolist())
+    known = [curve.scores for curve in several if curve.scores is not None]
+    return Curve(shares, np.mean(known, axis=0).tolist() if len(known) == len(several) else None)
 
 
 # --------------------------------------------------------------------------- fills
@@ -191,7 +191,7 @@ def _curve(
     scores = [full, *inner, empty] if kind == 'deletion' else [empty, *inner, full]
     shares = [0.0, *(float(gone.mean()) for gone in touched), 1.0]
     if is_noise(full, empty):
-        return Curve(shares, [None] * len(shares))
+        return Curve(shares, None)
     return Curve(shares, [(score - empty) / (full - empty) for score in scores])
 
 
@@ -199,7 +199,7 @@ def stays_between(curve: Curve) -> bool:
     """Whether a fill can tell maps apart: whether the score stays about between that of the image
     (1) and of the filled image (0) while random parts are filled. Where it leaves that range by
     far, the fill itself, not what it hides, drives the score."""
-    if None in curve.scores:
+    if curve.scores is None:
         return False
     return min(curve.scores) >= -BEYOND and max(curve.scores) <= 1 + BEYOND
 
@@ -207,24 +207,27 @@ def stays_between(curve: Curve) -> bool:
 def _curve_record(part: object) -> object:
     if not isinstance(part, Curve):
         return part
-    return {'shares': part.shares, 'scores': part.scores, 'area': part.area}
+    scores = [None] * len(part.shares) if part.scores is None else part.scores
+    return {'shares': part.shares, 'scores': scores, 'area': part.area}
 
 
 def curve_metrics(rows: Sequence[dict]) -> dict[str, float | None]:
     """Mean areas of the map over the sane fills and units, and its margins over the controls."""
     metrics: dict[str, float | None] = {}
     for kind in ('deletion', 'insertion'):
-        mean = {
-            name: known_mean(row[name].area for row in rows if row['kind'] == kind and row['sane'])
+        mine = [row for row in rows if row['kind'] == kind and row['sane']]
+        known = {
+            name: mean
             for name in ('attribution', 'displaced', 'random', 'edges')
+            if (mean := known_mean(row[name].area for row in mine)) is not None
         }
-        if mean['attribution'] is None:
+        if 'attribution' not in known:
             continue
         sign = -1 if kind == 'deletion' else 1
-        metrics[f'{kind}_area'] = mean['attribution']
-        metrics[f'{kind}_margin'] = sign * (mean['attribution'] - mean['displaced'])
-        others = max(sign * mean[name] for name in ('random', 'edges'))
-        metrics[f'{kind}_margin_others'] = sign * mean['attribution'] - others
+        metrics[f'{kind}_area'] = known['attribution']
+        metrics[f'{kind}_margin'] = sign * (known['attribution'] - known['displaced'])
+        others = max(sign * known[name] for name in ('random', 'edges'))
+        metrics[f'{kind}_margin_others'] = sign * known['attribution'] - others
     return metrics
 
 

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from igseg.data.masks import said_values
 from igseg.data.pixels import PLAIN, load_image, opened_picture
-from igseg.data.truth import IGNORED, UNKNOWN, Labels, TruthReading, said_range
+from igseg.data.truth import IGNORED, UNKNOWN, LabelMap, Labels, TruthReading, said_range
 from igseg.errors import InputError, one_line
 
 LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation: pycocotools needs 150 bytes for each
@@ -68,7 +69,7 @@ class Categories:
         """The label of each category, and what is to be said of it. Raises InputError where that
         is not certain."""
         if reading.label_map is not None:
-            return self._by_map(reading, source), ()
+            return self._by_map(reading.label_map, reading, source), ()
         ids = [k for k in self.ids if k != self.background and k != reading.ignore_label]
         apart = {k: IGNORED for k in self.ids if k == reading.ignore_label}
         if self.background is not None:
@@ -77,8 +78,8 @@ class Categories:
         if objects and 0 in ids and 0 not in self.used and len(ids) == len(objects) + 1:
             ids = ids[1:]  # one more than the network knows, and nothing is of it
         if reading.one_class:
-            table = dict.fromkeys(ids, objects[0])
-        elif objects is None:
+            table = dict.fromkeys(ids, objects[0] if objects else 1)
+        elif objects is None or reading.numbers is None:
             numbers = (
                 0 not in ids and max(ids, default=0) < MOST_CLASSES and min(ids, default=1) > 0
             )
@@ -100,13 +101,13 @@ class Categories:
             moved and not reading.one_class) else ()  # fmt: skip
         return table | apart, notes
 
-    def _by_map(self, reading: TruthReading, source: Path) -> dict[int, int]:
+    def _by_map(self, label_map: LabelMap, reading: TruthReading, source: Path) -> dict[int, int]:
         reading.check_map()
-        known = reading.label_map.of_values
+        known = label_map.of_values
         unknown = [k for k in self.used if k not in known and k != reading.ignore_label]
         if unknown:
             raise InputError(
-                f'the label map {reading.label_map.path} does not name the categories '
+                f'the label map {label_map.path} does not name the categories '
                 f'{said_values(sorted(unknown))} of {source} (add a line ID = CLASS for each)'
             )
         own = {reading.ignore_label: IGNORED} if reading.ignore_label is not None else {}
@@ -227,7 +228,7 @@ def size_of_image(path: Path) -> tuple[int, int]:
     return load_image(path, 3).pixels.shape[:2]
 
 
-def category_of(annotation: dict) -> int:
+def category_of(annotation: dict[str, Any]) -> int:
     """The category number of an annotation; 1 where it has none. Raises what int() raises."""
     value = annotation.get('category_id', 1)
     if isinstance(value, bool) or value is None:
@@ -326,7 +327,7 @@ class CocoFile:
     notes: tuple[str, ...] = ()
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """The content of a JSON file, a byte-order mark left out. Raises what DAMAGED names."""
     if path.stat().st_size > MOST_TEXT:
         raise ValueError('it is larger than 1 GiB')
@@ -377,7 +378,9 @@ def _size_of(entry: dict) -> tuple[int, int] | None:
 def _categories(content: dict, annotations: dict[str, list[dict]]) -> Categories:
     """The categories that a COCO file declares and uses. Roboflow's category 0 is a supercategory:
     no annotation uses it, and the others name it, or none but it stands alone."""
-    declared = {category_of({'category_id': c['id']}): c for c in content.get('categories') or []}
+    declared: dict[int, dict] = {
+        category_of({'category_id': c['id']}): c for c in content.get('categories') or []
+    }
     names = {number: str(category['name'])[:200] for number, category in declared.items()}
     used = set()
     for annotation in (one for own in annotations.values() for one in own):
@@ -393,8 +396,9 @@ def _categories(content: dict, annotations: dict[str, list[dict]]) -> Categories
 
 def _id_text(number: object) -> str:
     """The number of an image as text: 1, 1.0 and "1" are the same."""
-    whole = isinstance(number, float) and number.is_integer()
-    return str(int(number) if whole else number).strip()
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    return str(number).strip()
 
 
 def image_inside(folders: Sequence[Path], name: str, source: Path) -> Path:
@@ -407,16 +411,16 @@ def image_inside(folders: Sequence[Path], name: str, source: Path) -> Path:
         outside = plain == '..' or plain.startswith(('../', '/')) or '\0' in plain
         if outside or ntpath.splitdrive(plain)[0] or plain in ('', '.'):
             raise InputError(f'{source} names an image outside its own folder: {shown}')
-    plain = [posixpath.normpath(variant) for variant in variants]
-    bare = posixpath.basename(plain[-1])
+    names = [posixpath.normpath(variant) for variant in variants]
+    bare = posixpath.basename(names[-1])
     for folder in folders:
-        for candidate in (*plain, bare):
+        for candidate in (*names, bare):
             try:
                 if (folder / candidate).is_file():
                     return folder / candidate
             except (OSError, ValueError):  # too long, no valid name
                 continue
-    return folders[0] / plain[-1]
+    return folders[0] / names[-1]
 
 
 # --------------------------------------------------------------------------- YOLO's text files

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from igseg.data.annotations import (
     DAMAGED,
+    AnnotatedImage,
     YoloLabels,
     read_coco,
     read_json,
@@ -29,6 +30,8 @@ from igseg.errors import InputError
 COCO_FILE = '_annotations.coco.json'
 
 SPLITS = ('test', 'valid', 'val')
+
+VALIDATION = {'valid', 'val', 'validation'}  # the same split, in names of files
 
 OTHER_SPLITS = ('train', 'training', 'validation', 'testing', 'dev', 'trainval')
 
@@ -54,7 +57,7 @@ MOST_LIST_BYTES = 1 << 20  # of a list of names
 
 CLASSES_FILE = '_classes.csv'  # beside the masks of Roboflow's semantic export: value, name
 
-Truth = Callable[[], object]
+Truth = MaskFile | AnnotatedImage | YoloLabels
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Found:
+class Listing:
     """What a layout holds."""
 
     pairs: list[Pair]
@@ -83,13 +86,13 @@ def visible(folder: Path) -> Iterator[Path]:
     return iter(sorted(path for path in folder.iterdir() if not path.name.startswith('.')))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder."""
-    return [path for path in visible(folder) if _is_image(path) and path.is_file()]
-
-
 def _is_image(path: Path) -> bool:
     return suffix_of(path) in IMAGE_SUFFIXES or is_dicom(path)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder."""
+    return [path for path in visible(folder) if _is_image(path) and path.is_file()]
 
 
 def folder_named(parent: Path, names: Sequence[str]) -> Path | None:
@@ -101,7 +104,7 @@ def folder_named(parent: Path, names: Sequence[str]) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Naming:
+class MaskNaming:
     """How a mask's name is made of its image's, both without file type; * is what they share."""
 
     mask: str  # for example *_manual1
@@ -116,26 +119,26 @@ class Naming:
             named and len(before) < rest) else None  # fmt: skip
 
 
-PLAIN_NAMES: tuple[Naming, ...] = ()
+PLAIN_NAMES: tuple[MaskNaming, ...] = ()
 
-ENDINGS = tuple(Naming(f'*{ending}') for ending in MASK_ENDINGS)
+ENDINGS = tuple(MaskNaming(f'*{ending}') for ending in MASK_ENDINGS)
 
-PREFIXES = tuple(Naming(f'{prefix}*') for prefix in MASK_PREFIXES)
+PREFIXES = tuple(MaskNaming(f'{prefix}*') for prefix in MASK_PREFIXES)
 
 USUAL_NAMES = (*ENDINGS, *PREFIXES)
 
 
-def _image_of(stem: str, namings: Sequence[Naming]) -> str | None:
+def _image_of(stem: str, namings: Sequence[MaskNaming]) -> str | None:
     """The name of a mask's image; None where it is plain."""
     return next(filter(None, (naming.image_of(stem) for naming in namings)), None)
 
 
 def paired(
-    images: Path, masks: Path | None, namings: Sequence[Naming] = USUAL_NAMES
-) -> Found | None:
+    images: Path, masks: Path | None, namings: Sequence[MaskNaming] = USUAL_NAMES
+) -> Listing | None:
     """The images of a folder, each with the mask of its name, plain or as `namings` say; images and
     masks may lie in the same folder. None where there is no image."""
-    paths, mask_of, left_out = image_files(images), {}, 0
+    paths, mask_of, left_out = images_in(images), {}, 0
     same = masks is not None and masks == images
     if masks is not None:
         mask_of = _masks_by_name(masks, {stem_of(p) for p in paths}, namings, same)
@@ -153,7 +156,7 @@ def paired(
     return found
 
 
-def _named_as_mask(path: Path, namings: Sequence[Naming], masks: set[Path]) -> bool:
+def _named_as_mask(path: Path, namings: Sequence[MaskNaming], masks: set[Path]) -> bool:
     """Whether a file is named like a mask: then it is not explained as an image. An image may well
     be called mask_1: that counts where masks of other images are named so."""
     if suffix_of(path) not in MASK_SUFFIXES:
@@ -177,7 +180,7 @@ def _names_beside(masks: Path | None) -> dict[int, str]:
 
 
 def _masks_by_name(
-    folder: Path, stems: set[str], namings: Sequence[Naming], same: bool
+    folder: Path, stems: set[str], namings: Sequence[MaskNaming], same: bool
 ) -> dict[str, Path]:
     """The mask files of a folder by the name of the image they belong to."""
     found: dict[str, Path] = {}
@@ -193,11 +196,11 @@ def _masks_by_name(
     return found
 
 
-def _with_masks(paths: Sequence[Path], mask_of: dict[str, Path]) -> Found:
+def _with_masks(paths: Sequence[Path], mask_of: dict[str, Path]) -> Listing:
     """Images with those masks that there are, whose values are read together."""
     used = [mask_of[stem_of(path)] for path in paths if stem_of(path) in mask_of]
     masks = MaskSet(used)
-    return Found([
+    return Listing([
         Pair((path,), MaskFile(mask_of[stem_of(path)], masks) if stem_of(path) in mask_of else None)
         for path in paths
     ])  # fmt: skip
@@ -210,35 +213,17 @@ def _folder(root: Path, split: str) -> Path:
     return root / split if split else root
 
 
-def roboflow(root: Path, split: str) -> Found | None:
+def _of_coco(source: Path, folders: Sequence[Path]) -> Listing:
+    content = read_coco(source, folders)
+    return Listing([Pair((path,), truth) for path, truth in content.truths.items()],
+                 notes=content.notes)  # fmt: skip
+
+
+def roboflow(root: Path, split: str) -> Listing | None:
     """`SPLIT/_annotations.coco.json` beside the images"""
     folder = _folder(root, split)
     source = folder / COCO_FILE
     return _of_coco(source, [folder]) if source.is_file() else None
-
-
-def coco(root: Path, split: str) -> Found | None:
-    """`annotations/*.json` (the one named after the split) or `*.json`, with `images/` or
-    `images/SPLIT/`"""
-    folder = _folder(root, split)
-    bases = dict.fromkeys((folder, root))
-    sources = [
-        path
-        for base in bases
-        for place in (base / 'annotations', base)
-        if place.is_dir()
-        for path in visible(place)
-        if path.suffix.lower() == '.json' and path.is_file()
-    ]
-    sources = [path for path in dict.fromkeys(sources) if _is_coco(path)]
-    if not sources:
-        return None
-    source = _of_split(sources, split, folder != root)
-    if source is None:
-        return None
-    folders = [folder / 'images', root / 'images' / split, root / split / 'images', folder,
-               root / 'images', root, source.parent]  # fmt: skip
-    return _of_coco(source, [place for place in folders if place.is_dir()])
 
 
 def _is_coco(path: Path) -> bool:
@@ -254,22 +239,30 @@ def _is_coco(path: Path) -> bool:
     return b'"images"' in head and (b'"annotations"' in head or b'"categories"' in head)
 
 
-def _of_split(sources: list[Path], split: str, own_folder: bool) -> Path | None:
-    """The annotation file of a split: that of its own folder, or named after it, or the only one
-    that is named after no split."""
-    inside = [p for p in sources if split and split in (p.parent.name, p.parent.parent.name)]
-    if own_folder and inside:
-        return inside[0]
-    words = {path: set(re.split(r'[^a-z]+', path.stem.lower())) for path in sources}
-    same = {'valid': {'valid', 'val', 'validation'}, 'val': {'valid', 'val', 'validation'}}
-    wanted = same.get(split, {split})
-    named = [path for path in sources if split and words[path] & wanted]
-    if named:
-        return named[0]
-    every = {*SPLITS, *OTHER_SPLITS}
-    free = [path for path in sources if not words[path] & every]
-    if split and not own_folder:
-        return None
+def _coco_files(bases: Iterable[Path]) -> list[Path]:
+    """The annotation files of COCO in folders, or in `annotations/` there."""
+    places = [place for base in bases for place in (base / 'annotations', base) if place.is_dir()]
+    files = [path for place in places for path in visible(place) if path.is_file()]
+    found = [path for path in dict.fromkeys(files) if path.suffix.lower() == '.json']
+    return [path for path in found if _is_coco(path)]
+
+
+def _words(path: Path) -> set[str]:
+    """The words in a file's name."""
+    return set(re.split(r'[^a-z]+', path.stem.lower()))
+
+
+def _of_split(sources: list[Path], split: str) -> Path | None:
+    """The annotation file of a split. The first of these cases counts: the file lies in the folder
+    of the split, or in a folder in it; it is named after the split; it is the only one that is
+    named after no split at all. Raises InputError where several are named after none."""
+    in_folder = [p for p in sources if split in (p.parent.name, p.parent.parent.name)]
+    wanted = VALIDATION if split in ('valid', 'val') else {split}
+    named = [path for path in sources if _words(path) & wanted]
+    for fitting in (in_folder, named):
+        if split and fitting:
+            return fitting[0]
+    free = [path for path in sources if not _words(path) & {*SPLITS, *OTHER_SPLITS}]
     if len(free) > 1:
         raise InputError(
             f'{len(free)} annotation files fit: {", ".join(map(str, free[:5]))} (leave one of them '
@@ -278,13 +271,37 @@ def _of_split(sources: list[Path], split: str, own_folder: bool) -> Path | None:
     return free[0] if free else None
 
 
-def _of_coco(source: Path, folders: Sequence[Path]) -> Found:
-    content = read_coco(source, folders)
-    return Found([Pair((path,), truth) for path, truth in content.truths.items()],
-                 notes=content.notes)  # fmt: skip
+def coco(root: Path, split: str) -> Listing | None:
+    """`annotations/*.json` (the one named after the split) or `*.json`, with `images/` or
+    `images/SPLIT/`"""
+    folder = _folder(root, split)
+    source = _of_split(_coco_files(dict.fromkeys((folder, root))), split)
+    if source is None:
+        return None
+    folders = [folder / 'images', root / 'images' / split, root / split / 'images', folder,
+               root / 'images', root, source.parent]  # fmt: skip
+    return _of_coco(source, [place for place in folders if place.is_dir()])
 
 
-def yolo(root: Path, split: str) -> Found | None:
+def _two_folders(
+    root: Path, split: str, image_names: Sequence[str], mask_names: Sequence[str]
+) -> Iterator[tuple[Path, Path]]:
+    """Where images and masks may lie: in folders of the split, or of the type first."""
+    images = folder_named(_folder(root, split), image_names)
+    masks = folder_named(_folder(root, split), mask_names)
+    if images is not None and masks is not None:
+        yield images, masks
+    here = _folder(root, split).resolve()
+    if here.name.lower() in image_names and (own := folder_named(here.parent, mask_names)):
+        yield _folder(root, split), own  # the folder of the images itself was named
+    images, masks = folder_named(root, image_names), folder_named(root, mask_names)
+    if split and images is not None and masks is not None:
+        images, masks = folder_named(images, [split]), folder_named(masks, [split])
+        if images is not None and masks is not None:
+            yield images, masks
+
+
+def yolo(root: Path, split: str) -> Listing | None:
     """`images/` with `labels/*.txt` (outlines), or `images/SPLIT/` with `labels/SPLIT/`; names in
     `data.yaml`"""
     for images, labels in _two_folders(root, split, ('images',), ('labels',)):
@@ -292,18 +309,30 @@ def yolo(root: Path, split: str) -> Found | None:
         others = [p for p in visible(labels) if suffix_of(p) in MASK_SUFFIXES]
         if not texts or others:
             continue
-        paths = image_files(images)
+        paths = images_in(images)
         config = next((folder / 'data.yaml' for folder in dict.fromkeys((_folder(root, split), root,
                        root.parent)) if (folder / 'data.yaml').is_file()), None)  # fmt: skip
         names = read_names(config) if config else {}
         used = yolo_classes([texts[stem_of(p)] for p in paths if stem_of(p) in texts])
         if paths:
-            return Found([Pair((path,), YoloLabels(texts.get(stem_of(path)), path, names, used))
+            return Listing([Pair((path,), YoloLabels(texts.get(stem_of(path)), path, names, used))
                           for path in paths])  # fmt: skip
     return None
 
 
-def voc(root: Path, split: str) -> Found | None:
+def _voc_list(base: Path, split: str) -> set[str] | None:
+    """The names of a split in VOC's list; None where there is none."""
+    wanted = {'valid': 'val'}.get(split, split)
+    path = base / 'ImageSets' / 'Segmentation' / f'{wanted}.txt'
+    try:
+        if not wanted or path.stat().st_size > 1 << 26:
+            return None
+        return set(path.read_text(encoding='utf-8-sig').split())
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def voc(root: Path, split: str) -> Listing | None:
     """`JPEGImages/` with `SegmentationClass/`, of the names in `ImageSets/Segmentation/SPLIT.txt`
     where that is there"""
     for base in dict.fromkeys((_folder(root, split), root)):
@@ -321,50 +350,11 @@ def voc(root: Path, split: str) -> Found | None:
             if (pair.truth if names is None else stem_of(pair.images[0]) in names)
         ]
         if pairs:
-            used = MaskSet([pair.truth.path for pair in pairs if pair.truth is not None])
-            return Found([Pair(p.images, p.truth and MaskFile(p.truth.path, used)) for p in pairs])
+            return _with_masks([pair.images[0] for pair in pairs], {
+                stem_of(pair.images[0]): pair.truth.path
+                for pair in pairs if isinstance(pair.truth, MaskFile)
+            })  # fmt: skip
     return None
-
-
-def _voc_list(base: Path, split: str) -> set[str] | None:
-    """The names of a split in VOC's list; None where there is none."""
-    wanted = {'valid': 'val'}.get(split, split)
-    path = base / 'ImageSets' / 'Segmentation' / f'{wanted}.txt'
-    try:
-        if not wanted or path.stat().st_size > 1 << 26:
-            return None
-        return set(path.read_text(encoding='utf-8-sig').split())
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def nnunet(root: Path, split: str) -> Found | None:
-    """`imagesTs/CASE_0000.*` (a file for each channel) with `labelsTs/CASE.*`; `imagesTr` and
-    `labelsTr` for the split train"""
-    given = re.fullmatch(r'images(\w+)', split)
-    ending = given.group(1) if given else NNUNET_FOLDERS.get(split)
-    if ending is None:
-        return None
-    if not split and not (root / f'images{ending}').is_dir():
-        ending = NNUNET_FOLDERS['train']
-    images, labels = root / f'images{ending}', root / f'labels{ending}'
-    if not images.is_dir():
-        return None
-    cases: dict[str, list[Path]] = {}
-    for path in image_files(images):
-        match = re.fullmatch(r'(.+)_(\d{4})', stem_of(path))
-        cases.setdefault(match.group(1) if match else stem_of(path), []).append(path)
-    mask_of = {stem_of(p): p for p in visible(labels) if suffix_of(p) in MASK_SUFFIXES} if (
-        labels.is_dir()) else {}  # fmt: skip
-    masks = MaskSet([mask_of[case] for case in cases if case in mask_of])
-    pairs = [
-        Pair(
-            tuple(paths[:MOST_CHANNELS]),
-            MaskFile(mask_of[case], masks) if case in mask_of else None,
-        )
-        for case, paths in cases.items()
-    ]
-    return Found(pairs, _nnunet_names(root / 'dataset.json')) if pairs else None
 
 
 def _nnunet_names(path: Path) -> dict[int, str]:
@@ -379,7 +369,36 @@ def _nnunet_names(path: Path) -> dict[int, str]:
         return {}
 
 
-def camvid(root: Path, split: str) -> Found | None:
+def nnunet(root: Path, split: str) -> Listing | None:
+    """`imagesTs/CASE_0000.*` (a file for each channel) with `labelsTs/CASE.*`; `imagesTr` and
+    `labelsTr` for the split train"""
+    given = re.fullmatch(r'images(\w+)', split)
+    ending = given.group(1) if given else NNUNET_FOLDERS.get(split)
+    if ending is None:
+        return None
+    if not split and not (root / f'images{ending}').is_dir():
+        ending = NNUNET_FOLDERS['train']
+    images, labels = root / f'images{ending}', root / f'labels{ending}'
+    if not images.is_dir():
+        return None
+    cases: dict[str, list[Path]] = {}
+    for path in images_in(images):
+        match = re.fullmatch(r'(.+)_(\d{4})', stem_of(path))
+        cases.setdefault(match.group(1) if match else stem_of(path), []).append(path)
+    mask_of = {stem_of(p): p for p in visible(labels) if suffix_of(p) in MASK_SUFFIXES} if (
+        labels.is_dir()) else {}  # fmt: skip
+    masks = MaskSet([mask_of[case] for case in cases if case in mask_of])
+    pairs = [
+        Pair(
+            tuple(paths[:MOST_CHANNELS]),
+            MaskFile(mask_of[case], masks) if case in mask_of else None,
+        )
+        for case, paths in cases.items()
+    ]
+    return Listing(pairs, _nnunet_names(root / 'dataset.json')) if pairs else None
+
+
+def camvid(root: Path, split: str) -> Listing | None:
     """`SPLIT/` with `SPLITannot/` (`SPLIT_masks/`, `SPLIT_labels/`, …)"""
     folder = _folder(root, split)
     if not split or not folder.is_dir():
@@ -388,7 +407,7 @@ def camvid(root: Path, split: str) -> Found | None:
     return None if masks is None else paired(folder, masks)
 
 
-def two_folders(root: Path, split: str) -> Found | None:
+def two_folders(root: Path, split: str) -> Listing | None:
     """`images/` with `masks/` (`imgs`, `image`, …; `labels`, `gt`, `annotations`, …), in `SPLIT/`
     or with `SPLIT/` in each"""
     for images, masks in _two_folders(root, split, IMAGE_FOLDERS, MASK_FOLDERS):
@@ -398,25 +417,7 @@ def two_folders(root: Path, split: str) -> Found | None:
     return None
 
 
-def _two_folders(
-    root: Path, split: str, image_names: Sequence[str], mask_names: Sequence[str]
-) -> Iterator[tuple[Path, Path]]:
-    """Where images and masks may lie: in folders of the split, or of the type first."""
-    images = folder_named(_folder(root, split), image_names)
-    masks = folder_named(_folder(root, split), mask_names)
-    if images is not None and masks is not None:
-        yield images, masks
-    here = _folder(root, split).resolve()
-    if here.name.lower() in image_names and (own := folder_named(here.parent, mask_names)):
-        yield _folder(root, split), own  # the folder of the images itself was named
-    images, masks = folder_named(root, image_names), folder_named(root, mask_names)
-    if split and images is not None and masks is not None:
-        both = folder_named(images, [split]), folder_named(masks, [split])
-        if both[0] is not None and both[1] is not None:
-            yield both
-
-
-def beside(root: Path, split: str) -> Found | None:
+def beside(root: Path, split: str) -> Listing | None:
     """`NAME.jpg` beside `NAME_mask.png` (`_segmentation`, `-mask`, `.mask`, `_label`, `_gt`,
     `_seg`) or `mask_NAME.png`; names of classes in `_classes.csv`"""
     folder = _folder(root, split)
@@ -426,7 +427,7 @@ def beside(root: Path, split: str) -> Found | None:
     return found if found and any(pair.truth for pair in found.pairs) else None
 
 
-def images_alone(root: Path, split: str) -> Found | None:
+def images_alone(root: Path, split: str) -> Listing | None:
     """images alone, in `SPLIT/` or `images/`: no truth"""
     folder = _folder(root, split)
     if not folder.is_dir():
@@ -447,12 +448,12 @@ class Layout:
     """A row of the table of layouts."""
 
     name: str
-    find: Callable[[Path, str], Found | None]
+    find: Callable[[Path, str], Listing | None]
 
     @property
     def form(self) -> str:
         """What it looks like."""
-        return ' '.join(self.find.__doc__.split())
+        return ' '.join((self.find.__doc__ or '').split())
 
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -479,6 +480,12 @@ NAMED_BY_ENDING = (two_folders, beside, images_alone)  # where --mask_suffix, �
 # --------------------------------------------------------------------------- finding them
 
 
+def _without_type(name: str) -> str:
+    """A name, or the end of one, without its file type."""
+    kind = suffix_of(Path(f'x{name}'))
+    return name[: -len(kind)] if kind in (*MASK_SUFFIXES, *IMAGE_SUFFIXES) else name
+
+
 @dataclass(frozen=True)
 class DataSource:
     """Where a dataset lies, as users say it."""
@@ -492,12 +499,12 @@ class DataSource:
     mask_name: str | None = None  # IMAGE=MASK, both with a *: what the two names share
 
     @property
-    def naming(self) -> Naming | None:
+    def naming(self) -> MaskNaming | None:
         """How masks are named, where that was said. Raises InputError."""
         ends = self.mask_suffix is not None or self.mask_prefix is not None
         if self.mask_name is None:
             suffix = _without_type(self.mask_suffix or '')
-            return Naming(f'{self.mask_prefix or ""}*{suffix}') if ends else None
+            return MaskNaming(f'{self.mask_prefix or ""}*{suffix}') if ends else None
         image, _, mask = self.mask_name.partition('=')
         if ends:
             raise InputError('--mask_name goes without --mask_suffix and --mask_prefix')
@@ -506,7 +513,7 @@ class DataSource:
                 f'mask_name "{self.mask_name}" is not of the form IMAGE=MASK, with one * in each '
                 "for what the names share (for example '*_training=*_manual1')"
             )
-        return Naming(_without_type(mask), _without_type(image))
+        return MaskNaming(_without_type(mask), _without_type(image))
 
     @property
     def names_folders(self) -> bool:
@@ -518,34 +525,22 @@ class DataSource:
         said = {name: getattr(self, name) for name in ('mask_suffix', 'mask_prefix', 'mask_name')}
         return {name: value for name, value in said.items() if value is not None}
 
+    def names_at(self, place: DataSource) -> DataSource:
+        """Another place, with what was said here of the names of masks."""
+        return replace(place, mask_suffix=self.mask_suffix, mask_prefix=self.mask_prefix,
+                       mask_name=self.mask_name)  # fmt: skip
+
     def flags(self) -> dict[str, str]:
         """What was said of where the masks lie, by flag: with it one image alone finds its own."""
         folders = {'images_dir': self.images_dir or self.data_dir, 'masks_dir': self.masks_dir,
                    'data_dir': self.data_dir}  # fmt: skip
-        given = folders if self.names_folders else {}
-        given = {name: str(value) for name, value in given.items() if value is not None}
-        return {**given, **self.names()}
+        if not self.names_folders:
+            return self.names()
+        given = {name: str(value) for name, value in folders.items() if value is not None}
+        return given | self.names()
 
 
-def _without_type(name: str) -> str:
-    """A name, or the end of one, without its file type."""
-    kind = suffix_of(Path(f'x{name}'))
-    return name[: -len(kind)] if kind in (*MASK_SUFFIXES, *IMAGE_SUFFIXES) else name
-
-
-def find(source: DataSource) -> Found:
-    """The images of a dataset and what is known of their truth. Raises InputError."""
-    try:
-        look = _by_flags if source.names_folders else _by_looking
-        return _sampled_said(look(source))
-    except OSError as error:
-        raise InputError(
-            f'cannot read {error.filename or source.data_dir}: {error.strerror or error} '
-            '(check the permissions and the drive)'
-        ) from None
-
-
-def _sampled_said(found: Found) -> Found:
+def _sampled_said(found: Listing) -> Listing:
     """With a note where there are more masks than are looked at to find out what values mean."""
     masks = next((p.truth.masks for p in found.pairs if isinstance(p.truth, MaskFile)), None)
     if masks is None or len(masks.paths) == len(masks.scanned):
@@ -557,27 +552,7 @@ def _sampled_said(found: Found) -> Found:
     return replace(found, notes=(*found.notes, note))
 
 
-def _by_flags(source: DataSource) -> Found:
-    """What --images_dir, --masks_dir and --mask_suffix name."""
-    images = _given_folder(source.images_dir or source.data_dir, source.data_dir, 'images_dir')
-    masks = images
-    if source.masks_dir is not None:
-        masks = _given_folder(source.masks_dir, source.data_dir, 'masks_dir')
-    found = paired(images, masks, _namings(source))
-    if found is None:
-        raise InputError(f'no images in {images} (looked for {", ".join(IMAGE_SUFFIXES)})')
-    return _said(found, images, f'in {masks}, {_looked_for(source)}')
-
-
-def _given_folder(folder: Path, data_dir: Path, flag: str) -> Path:
-    """A folder that was named, also relative to the dataset's."""
-    for place in (folder, data_dir / folder):
-        if place.is_dir():
-            return place
-    raise InputError(f'{flag} is not there: {folder} (nor {data_dir / folder})')
-
-
-def _namings(source: DataSource) -> tuple[Naming, ...]:
+def _namings(source: DataSource) -> tuple[MaskNaming, ...]:
     """How masks may be named."""
     own = source.naming
     return USUAL_NAMES if own is None else (own,)
@@ -590,26 +565,40 @@ def _looked_for(source: DataSource) -> str:
     return f'{own.mask} for {own.image}, or the same name'
 
 
-def _by_looking(source: DataSource) -> Found:
-    root = Path(source.data_dir)
-    if not root.is_dir():
-        raise InputError(f'data folder not found: {root} (give an existing --data_dir)')
-    splits = (*SPLITS, '') if source.split is None else (source.split,)
-    for split in splits:
-        if source.split is None and split and not _split_is_there(root, split):
-            continue
-        for layout in LAYOUTS:
-            found = layout.find(root, split)
-            if source.naming is not None and layout.find in NAMED_BY_ENDING:
-                found = _with_naming(root, split, source, layout)
-            if found is not None and found.pairs:
-                return _said(found, found.pairs[0].images[0].parent, _where_masks(found, source))
-        if source.split is None and split and (root / split).is_dir():
-            break  # a folder of that name without images is told, not passed over
-    raise InputError(_nothing_found(root, source))
+def _given_folder(folder: Path, data_dir: Path, flag: str) -> Path:
+    """A folder that was named, also relative to the dataset's."""
+    for place in (folder, data_dir / folder):
+        if place.is_dir():
+            return place
+    raise InputError(f'{flag} is not there: {folder} (nor {data_dir / folder})')
 
 
-def _with_naming(root: Path, split: str, source: DataSource, layout: Layout) -> Found | None:
+def _said(found: Listing, folder: Path, where: str) -> Listing:
+    """What was found, with a note where masks are missing."""
+    without = sum(pair.truth is None for pair in found.pairs)
+    if not without:
+        return found
+    what = f'no mask was found for {without} of {len(found.pairs)} images in {folder}'
+    if without == len(found.pairs):
+        what = f'no masks were found for the images in {folder}, so there is no truth'
+    flags = '--masks_dir, --mask_prefix, --mask_suffix and --mask_name'
+    note = f'{what} (looked {where}; {flags} name others)'
+    return replace(found, missing=note)
+
+
+def _by_flags(source: DataSource) -> Listing:
+    """What --images_dir, --masks_dir and --mask_suffix name."""
+    images = _given_folder(source.images_dir or source.data_dir, source.data_dir, 'images_dir')
+    masks = images
+    if source.masks_dir is not None:
+        masks = _given_folder(source.masks_dir, source.data_dir, 'masks_dir')
+    found = paired(images, masks, _namings(source))
+    if found is None:
+        raise InputError(f'no images in {images} (looked for {", ".join(IMAGE_SUFFIXES)})')
+    return _said(found, images, f'in {masks}, {_looked_for(source)}')
+
+
+def _with_naming(root: Path, split: str, source: DataSource, layout: Layout) -> Listing | None:
     """A layout of images and masks, where it was said how masks are named."""
     namings = _namings(source)
     if layout.find is two_folders:
@@ -645,7 +634,7 @@ def _nothing_found(root: Path, source: DataSource) -> str:
     )
 
 
-def _where_masks(found: Found, source: DataSource) -> str:
+def _where_masks(found: Listing, source: DataSource) -> str:
     folder = found.pairs[0].images[0].parent
     return (
         f'beside them or in {", ".join(MASK_FOLDERS[:5])}, … next to {folder.name}/: '
@@ -653,14 +642,32 @@ def _where_masks(found: Found, source: DataSource) -> str:
     )
 
 
-def _said(found: Found, folder: Path, where: str) -> Found:
-    """What was found, with a note where masks are missing."""
-    without = sum(pair.truth is None for pair in found.pairs)
-    if not without:
-        return found
-    what = f'no mask was found for {without} of {len(found.pairs)} images in {folder}'
-    if without == len(found.pairs):
-        what = f'no masks were found for the images in {folder}, so there is no truth'
-    flags = '--masks_dir, --mask_prefix, --mask_suffix and --mask_name'
-    note = f'{what} (looked {where}; {flags} name others)'
-    return replace(found, missing=note)
+def _by_looking(source: DataSource) -> Listing:
+    root = Path(source.data_dir)
+    if not root.is_dir():
+        raise InputError(f'data folder not found: {root} (give an existing --data_dir)')
+    splits = (*SPLITS, '') if source.split is None else (source.split,)
+    for split in splits:
+        if source.split is None and split and not _split_is_there(root, split):
+            continue
+        for layout in LAYOUTS:
+            found = layout.find(root, split)
+            if source.naming is not None and layout.find in NAMED_BY_ENDING:
+                found = _with_naming(root, split, source, layout)
+            if found is not None and found.pairs:
+                return _said(found, found.pairs[0].images[0].parent, _where_masks(found, source))
+        if source.split is None and split and (root / split).is_dir():
+            break  # a folder of that name without images is told, not passed over
+    raise InputError(_nothing_found(root, source))
+
+
+def find(source: DataSource) -> Listing:
+    """The images of a dataset and what is known of their truth. Raises InputError."""
+    try:
+        look = _by_flags if source.names_folders else _by_looking
+        return _sampled_said(look(source))
+    except OSError as error:
+        raise InputError(
+            f'cannot read {error.filename or source.data_dir}: {error.strerror or error} '
+            '(check the permissions and the drive)'
+        ) from None

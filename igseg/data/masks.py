@@ -1,4 +1,4 @@
-"""Reading masks: from the values in files to the numbers of classes.
+"""Reading mask files: from the values in them to the numbers of classes.
 
 What a value means is decided by the *set* of values that the masks of a split hold, together with
 the number of classes of the network, never by one file or its largest value. Where a set can mean
@@ -26,14 +26,23 @@ from igseg.data.pixels import (
     Opened,
     Reading,
     check_file,
-    check_finite,
+    check_values,
     converted,
     frame_notes,
     opened_picture,
     read_array,
     suffix_of,
 )
-from igseg.data.truth import IGNORED, UNKNOWN, VOID, Colour, Labels, TruthReading, said_range
+from igseg.data.truth import (
+    IGNORED,
+    UNKNOWN,
+    VOID,
+    Colour,
+    LabelMap,
+    Labels,
+    TruthReading,
+    said_range,
+)
 from igseg.errors import InputError, NoFrameError
 
 MASK_SUFFIXES = ('.png', '.bmp', *TIFF_SUFFIXES, '.gif', '.jpg', '.jpeg', '.webp',
@@ -117,7 +126,7 @@ def _from_numbers(values: np.ndarray, path: Path) -> MaskPicture:
         raise InputError(
             f'mask {path} has the shape {values.shape} (give one number for each pixel, (H, W))'
         )
-    check_finite(values, path)
+    check_values(values, path)
     if values.dtype.kind != 'f':
         return MaskPicture(values.astype(np.uint8) if values.dtype.kind == 'b' else values)
     whole = np.rint(values)
@@ -264,7 +273,8 @@ def hue_of(mask: MaskPicture) -> Colour | None:
             off = off[spread.max(axis=2) <= 24]
         if off.max(initial=0) > limit:
             return None
-    return tuple(hue.tolist())
+    red, green, blue = hue.tolist()
+    return red, green, blue
 
 
 def _off_hue(colours: np.ndarray, brightness: np.ndarray, hue: np.ndarray) -> np.ndarray:
@@ -318,45 +328,6 @@ def _colours_of(mask: MaskPicture) -> list[Colour]:
 # --------------------------------------------------------------------------- what values mean
 
 
-@dataclass(frozen=True)
-class MaskCoding:
-    """How the values of a split's masks become labels."""
-
-    label_of: Callable[[int], int | None]  # value -> label; None: no mask looked at holds it
-    of_colours: dict[Colour, int] | None = None
-    threshold: float | None = None  # above it the object; for softened edges
-    low_high: tuple[int, int] = (0, 1)  # the labels below and above the threshold
-    ignored: int | None = None  # a value that stays out of the threshold
-    notes: tuple[str, ...] = ()
-
-    def labels(self, mask: MaskPicture, path: Path) -> np.ndarray:
-        """The labels (H, W) of a mask. Raises InputError for a value that none of those looked at
-        holds."""
-        if mask.levels.ndim == 3 and self.of_colours is not None:
-            return _mapped_colours(mask.levels, self.of_colours, path)
-        levels = mask.levels if mask.levels.ndim == 2 else _brightness(mask.levels)
-        if mask.levels.ndim == 3 and hue_of(mask) is None:
-            raise InputError(_several_colours(path))
-        if self.threshold is not None:
-            low, high = (np.int16(label) for label in self.low_high)
-            labels = np.where(levels > self.threshold, high, low)
-            if self.ignored is not None:
-                labels[levels == self.ignored] = IGNORED
-            return _compact(labels)
-        table = {value: self.label_of(value) for value in distinct(levels)}
-        unknown = sorted(value for value, label in table.items() if label is None)
-        if unknown:
-            raise InputError(
-                f'mask {path} holds {said_values(unknown)}, which the other masks or the label '
-                'map do not explain (say what each value is with --label_map FILE)'
-            )
-        if levels.dtype in COUNTED:
-            by_value = np.zeros(1 + max(table, default=0), np.int16)
-            by_value[list(table)] = list(table.values())
-            return _compact(by_value[levels])
-        return _looked_up(levels, table, lambda block: block)
-
-
 def _compact(labels: np.ndarray) -> np.ndarray:
     small = labels.size == 0 or (labels.min() >= 0 and labels.max() <= 255)
     return labels.astype(np.uint8 if small else np.int16, copy=False)
@@ -395,23 +366,49 @@ def _several_colours(where: object) -> str:
     )
 
 
-def coding_of(census: Census, reading: TruthReading, where: object) -> MaskCoding:
-    """What the values of a split's masks mean. where: its masks, for messages. Raises InputError
-    where that is not certain."""
-    reading.check_map()
-    if reading.label_map is not None:
-        return _by_map(reading)
-    drawn = len(_distinct(census.hues, census.lossy)) + census.shades
-    if census.colours or drawn > 1:
-        raise InputError(_several_colours(where))
-    values = set(census.values) - {reading.ignore_label}
-    census = replace(census, inner=census.inner - {reading.ignore_label})
-    coding = _numbers(values, census, reading) or _levels(values, census, reading)
-    if coding is None:
-        raise InputError(_undecided(values, reading, where))
-    if reading.ignore_label is None:
-        return coding
-    return _leaving_out(coding, reading.ignore_label)
+@dataclass(frozen=True)
+class MaskCoding:
+    """How the values of a split's masks become labels."""
+
+    label_of: Callable[[int], int | None]  # value -> label; None: no mask looked at holds it
+    of_colours: dict[Colour, int] | None = None
+    threshold: float | None = None  # above it the object; for softened edges
+    low_high: tuple[int, int] = (0, 1)  # the labels below and above the threshold
+    ignored: int | None = None  # a value that stays out of the threshold
+    notes: tuple[str, ...] = ()
+
+    def labels(self, mask: MaskPicture, path: Path) -> np.ndarray:
+        """The labels (H, W) of a mask. Raises InputError for a value that none of those looked at
+        holds."""
+        if mask.levels.ndim == 3 and self.of_colours is not None:
+            return _mapped_colours(mask.levels, self.of_colours, path)
+        levels = mask.levels if mask.levels.ndim == 2 else _brightness(mask.levels)
+        if mask.levels.ndim == 3 and hue_of(mask) is None:
+            raise InputError(_several_colours(path))
+        if self.threshold is not None:
+            low, high = (np.int16(label) for label in self.low_high)
+            labels = np.where(levels > self.threshold, high, low)
+            if self.ignored is not None:
+                labels[levels == self.ignored] = IGNORED
+            return _compact(labels)
+        table = {value: self.label_of(value) for value in distinct(levels)}
+        unknown = sorted(value for value, label in table.items() if label is None)
+        if unknown:
+            raise InputError(
+                f'mask {path} holds {said_values(unknown)}, which the other masks or the label '
+                'map do not explain (say what each value is with --label_map FILE)'
+            )
+        known = {value: label for value, label in table.items() if label is not None}
+        if levels.dtype in COUNTED:
+            by_value = np.zeros(1 + max(known, default=0), np.int16)
+            by_value[list(known)] = list(known.values())
+            return _compact(by_value[levels])
+        return _looked_up(levels, known, lambda block: block)
+
+
+def _full(hue: Colour) -> np.ndarray:
+    """A colour at its brightest, 0-1."""
+    return np.array(hue) / max(1, max(hue))
 
 
 def _distinct(hues: frozenset[Colour], lossy: bool) -> list[Colour]:
@@ -424,62 +421,23 @@ def _distinct(hues: frozenset[Colour], lossy: bool) -> list[Colour]:
     return found
 
 
-def _full(hue: Colour) -> np.ndarray:
-    """A colour at its brightest, 0-1."""
-    return np.array(hue) / max(1, max(hue))
-
-
 def _leaving_out(coding: MaskCoding, value: int) -> MaskCoding:
     inner = coding.label_of
     return replace(coding, label_of=lambda v: IGNORED if v == value else inner(v), ignored=value)
 
 
-def _by_map(reading: TruthReading) -> MaskCoding:
-    label_map = reading.label_map
+def _by_map(label_map: LabelMap, ignore_label: int | None) -> MaskCoding:
+    """The coding that a label map says."""
     of_values = dict(label_map.of_values)
     for (r, g, b), label in label_map.of_colours.items():
         if r == g == b:
             of_values.setdefault(r, label)
     of_colours = {(v, v, v): label for v, label in label_map.of_values.items() if 0 <= v <= 255}
     of_colours |= label_map.of_colours
-    if reading.ignore_label is not None:
-        of_values[reading.ignore_label] = IGNORED
-        of_colours[(reading.ignore_label,) * 3] = IGNORED
+    if ignore_label is not None:
+        of_values[ignore_label] = IGNORED
+        of_colours[ignore_label, ignore_label, ignore_label] = IGNORED
     return MaskCoding(of_values.get, of_colours)
-
-
-def _numbers(values: set[int], census: Census, reading: TruthReading) -> MaskCoding | None:
-    """The coding where values are the numbers of classes, with 255 as ignore label or not; None
-    where that is not certain."""
-    known = reading.numbers if reading.numbers is not None else SMALL + 1
-    small, notes = set(values), ()
-    if VOID in values and known <= VOID and reading.ignore_label is None:
-        rest = values - {VOID}
-        void = not census.lossy and max(rest, default=0) > 0
-        few = known <= FEW if reading.numbers is not None else max(rest, default=0) < FEW
-        certain = (few and max(rest, default=0) < known) or rest <= set(census.inner)
-        if not void or not certain:  # softened edges are no classes
-            return None
-        small, notes = rest, (
-            f'masks hold {VOID} beside {said_values(sorted(rest))}: taken as "ignore", which '
-            'counts in no score and no target (--label_map says otherwise)',
-        )  # fmt: skip
-    if not small or min(small) < 0:
-        return None if small else MaskCoding(lambda v: None)
-    fits = max(small) < known
-    if not fits and not _more_classes(small, census, reading):
-        return None
-    if not fits and reading.one_class:
-        notes += (
-            f'the network knows one class, the masks hold {said_values(sorted(small))}: everything '
-            f'above 0 is taken as that class{"" if 0 in small else COVERS} (--label_map says '
-            'otherwise)',
-        )
-    if reading.numbers is None and fits and not small <= set(census.inner) and len(small) > 2:
-        return None if max(small) > 64 else MaskCoding(_identity(known, VOID if notes else None))
-    highest = known if fits else SMALL + 1
-    void = VOID if VOID in values and VOID not in small else None
-    return MaskCoding(_identity(highest, void), notes=notes)
 
 
 def _more_classes(small: set[int], census: Census, reading: TruthReading) -> bool:
@@ -497,6 +455,66 @@ def _identity(highest: int, void: int | None) -> Callable[[int], int | None]:
         return value if 0 <= value < highest else None
 
     return label_of
+
+
+def _leaves_out(rest: set[int], known: int, census: Census, reading: TruthReading) -> bool:
+    """Whether 255 surely means "does not count" beside other values, of which `known` may be
+    numbers of classes. It does where the files keep values as they are, one of the others is no
+    background, and these are class numbers: few of them, so that softened edges would hold others
+    too, or each of them fills areas."""
+    highest = max(rest, default=0)
+    if census.lossy or highest == 0:
+        return False
+    few = known <= FEW if reading.numbers is not None else highest < FEW
+    return (few and highest < known) or rest <= set(census.inner)
+
+
+def _numbers(values: set[int], census: Census, reading: TruthReading) -> MaskCoding | None:
+    """The coding where values are the numbers of classes, with 255 as ignore label or not; None
+    where that is not certain."""
+    known = reading.numbers if reading.numbers is not None else SMALL + 1
+    small, notes = set(values), list[str]()
+    if VOID in values and known <= VOID and reading.ignore_label is None:
+        small = values - {VOID}
+        if not _leaves_out(small, known, census, reading):
+            return None
+        notes.append(
+            f'masks hold {VOID} beside {said_values(sorted(small))}: taken as "ignore", which '
+            'counts in no score and no target (--label_map says otherwise)'
+        )
+    if not small:
+        return MaskCoding(lambda value: None)
+    if min(small) < 0:
+        return None
+    fits = max(small) < known
+    if not fits and not _more_classes(small, census, reading):
+        return None
+    if not fits and reading.one_class:
+        notes.append(
+            f'the network knows one class, the masks hold {said_values(sorted(small))}: everything '
+            f'above 0 is taken as that class{"" if 0 in small else COVERS} (--label_map says '
+            'otherwise)'
+        )
+    softened = len(small) > 2 and not small <= set(census.inner)  # values that fill no area
+    if reading.numbers is None and fits and softened:
+        return None if max(small) > 64 else MaskCoding(_identity(known, VOID if notes else None))
+    left_out = VOID if VOID in values and VOID not in small else None
+    return MaskCoding(_identity(known if fits else SMALL + 1, left_out), notes=tuple(notes))
+
+
+def _even_steps(values: set[int], reading: TruthReading) -> MaskCoding | None:
+    """Shades from 0 up in even steps, as many as classes, none of which could be a class number."""
+    ordered, count = sorted(values), reading.numbers
+    if count is None or count < 3 or len(ordered) != count or ordered[0] != 0:
+        return None
+    step = ordered[-1] / (count - 1)
+    even = all(abs(v - k * step) <= 1 for k, v in enumerate(ordered))
+    if not even or ordered[1] < count:
+        return None
+    table = {value: label for label, value in enumerate(ordered)}
+    said = ', '.join(f'{value}: {label}' for value, label in table.items())
+    note = f'masks hold as many shades in even steps as the network has classes, taken as {said}'
+    return MaskCoding(table.get, notes=(f'{note} (--label_map says otherwise)',))
 
 
 def _levels(values: set[int], census: Census, reading: TruthReading) -> MaskCoding | None:
@@ -520,21 +538,6 @@ def _levels(values: set[int], census: Census, reading: TruthReading) -> MaskCodi
     return None if census.lossy else _even_steps(values, reading)
 
 
-def _even_steps(values: set[int], reading: TruthReading) -> MaskCoding | None:
-    """Shades from 0 up in even steps, as many as classes, none of which could be a class number."""
-    ordered, count = sorted(values), reading.numbers
-    if count is None or count < 3 or len(ordered) != count or ordered[0] != 0:
-        return None
-    step = ordered[-1] / (count - 1)
-    even = all(abs(v - k * step) <= 1 for k, v in enumerate(ordered))
-    if not even or ordered[1] < count:
-        return None
-    table = {value: label for label, value in enumerate(ordered)}
-    said = ', '.join(f'{value}: {label}' for value, label in table.items())
-    note = f'masks hold as many shades in even steps as the network has classes, taken as {said}'
-    return MaskCoding(table.get, notes=(f'{note} (--label_map says otherwise)',))
-
-
 def _undecided(values: set[int], reading: TruthReading, where: object) -> str:
     network = '' if reading.numbers is None else (
         f', while the network tells apart {said_range(reading.numbers)}'
@@ -545,6 +548,25 @@ def _undecided(values: set[int], reading: TruthReading, where: object) -> str:
         f'which value is which class (say so with --label_map FILE, a line VALUE = CLASS, NAME '
         f'for each{hint})'
     )
+
+
+def coding_of(census: Census, reading: TruthReading, where: object) -> MaskCoding:
+    """What the values of a split's masks mean. where: its masks, for messages. Raises InputError
+    where that is not certain."""
+    reading.check_map()
+    if reading.label_map is not None:
+        return _by_map(reading.label_map, reading.ignore_label)
+    drawn = len(_distinct(census.hues, census.lossy)) + census.shades
+    if census.colours or drawn > 1:
+        raise InputError(_several_colours(where))
+    values = set(census.values) - {reading.ignore_label}
+    census = replace(census, inner=census.inner - {reading.ignore_label})
+    coding = _numbers(values, census, reading) or _levels(values, census, reading)
+    if coding is None:
+        raise InputError(_undecided(values, reading, where))
+    if reading.ignore_label is None:
+        return coding
+    return _leaving_out(coding, reading.ignore_label)
 
 
 # --------------------------------------------------------------------------- masks of a split
@@ -617,15 +639,19 @@ class MaskFile:
 
     def __call__(self) -> np.ndarray:
         """The labels (H, W), the network not being known. Raises InputError."""
-        return self.read(UNKNOWN).values
+        return self.labels(UNKNOWN)[0]
 
     def read(self, reading: TruthReading) -> Labels:
-        """The labels (H, W). Raises InputError."""
+        """The labels (H, W), and what was decided. Raises InputError."""
+        return Labels(*self.labels(reading))
+
+    def labels(self, reading: TruthReading) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The same as a pair: a mask file always has labels."""
         by_colour = reading.label_map is not None and not reading.label_map.of_values
         picture = read_mask_picture(self.path, reading.pixels, by_colour)
         coding = self.masks.coding(reading)
         labels = coding.labels(picture, self.path)
-        return Labels(labels, (*picture.notes, *coding.notes))
+        return labels, (*picture.notes, *coding.notes)
 
 
 def read_mask(path: str | Path, reading: TruthReading = UNKNOWN) -> np.ndarray:
@@ -638,4 +664,4 @@ def read_mask(path: str | Path, reading: TruthReading = UNKNOWN) -> np.ndarray:
     several things. In a dataset the values of all masks are looked at together.
     """
     path = Path(path)
-    return MaskFile(path, MaskSet([path])).read(reading).values
+    return MaskFile(path, MaskSet([path])).labels(reading)[0]

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from igseg.data.medical import (
@@ -38,8 +37,6 @@ from igseg.errors import InputError, NoFrameError, one_line
 ARRAY_SUFFIXES = ('.npy',)  # images of any number of channels
 
 TIFF_SUFFIXES = ('.tif', '.tiff')
-
-VOLUME_SUFFIXES = NIFTI_SUFFIXES  # files that hold many images
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', *TIFF_SUFFIXES, '.webp', '.gif',
                   *ARRAY_SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES)  # fmt: skip
@@ -290,7 +287,7 @@ def load_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) ->
     """`read_image`, with what was decided. The crop is left to the caller, who may have a mask."""
     path = Path(path)
     stored = stored_values(path, channels, reading)
-    check_finite(stored.values, path)
+    check_values(stored.values, path)
     low, high = value_range(stored, path, reading)
     return LoadedImage(
         scaled(stored.values, low, high),
@@ -399,7 +396,7 @@ def _in_channels(values: np.ndarray, channels: int, path: Path) -> np.ndarray:
     if channels == 3 and own == 4:
         return np.ascontiguousarray(values[:, :, :3])
     if channels == 1 and own in (3, 4):
-        luma = values[:, :, :3].astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
+        luma = values[:, :, :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
         return luma[:, :, None]
     raise InputError(
         f'{path} holds an array of shape {values.shape}, but the network takes {channels} '
@@ -425,6 +422,8 @@ def _channels_last(values: np.ndarray) -> np.ndarray:
 
 def read_array(path: Path, reading: Reading = PLAIN) -> np.ndarray:
     """The array in a `.npy` or TIFF file: numbers, (H, W), (H, W, C) or (C, H, W)."""
+    import tifffile  # takes a while
+
     check_file(path)
     try:
         if suffix_of(path) in ARRAY_SUFFIXES:
@@ -466,7 +465,8 @@ def converted(picture: Image.Image, path: str | Path, mode: str = 'RGB') -> Imag
         ) from None
 
 
-def check_finite(values: np.ndarray, path: str | Path) -> None:
+def check_values(values: np.ndarray, path: str | Path) -> None:
+    """Raise InputError where an image or a mask (H, W, ...) holds values that are not finite."""
     if values.dtype.kind == 'f' and not np.isfinite(values).all():
         count = int((~np.isfinite(values).all(axis=tuple(range(2, values.ndim)))).sum())
         raise InputError(f'{path} has {count:,} pixels that are not finite (export it again)')
@@ -550,7 +550,7 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     if values.dtype == np.uint8 and (low, high) == (0, 255):
         return np.ascontiguousarray(values)
     wide = values.dtype.itemsize > 4 or max(abs(low), abs(high)) > 1e6
-    pixels = values.astype(np.float64 if wide else np.float32)
+    pixels: np.ndarray = values.astype(np.float64 if wide else np.float32)
     pixels -= low
     pixels *= 255.0  # first: of 16 bits, the product is exact
     pixels /= high - low

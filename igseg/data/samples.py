@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from igseg.data.annotations import AnnotatedImage, YoloLabels
-from igseg.data.layouts import DataSource, Found, find
+from igseg.data.layouts import DataSource, Listing, Truth, find
 from igseg.data.masks import MaskFile, MaskSet, read_mask_picture
 from igseg.data.medical import NIFTI_SUFFIXES, shape_of_nifti, slice_ending
 from igseg.data.pixels import (
@@ -57,7 +57,7 @@ class Sample:
 
     name: str  # unique within the dataset and safe as a folder name
     image_path: Path
-    read_truth: Callable[[], np.ndarray | None] | None = None
+    read_truth: Truth | Callable[[], np.ndarray | None] | None = None
     class_names: dict[int, str] = field(default_factory=dict)  # of labels, where they are known
     channel_paths: tuple[Path, ...] = ()  # where each channel lies in a file of its own
     slice: str | None = None  # of a volume, AXIS:INDEX
@@ -119,22 +119,25 @@ def single_sample(
         return found or _without_truth(image_path, source)
     mask_path, flags = Path(mask_path), source.flags() if source is not None else {}
     known = found.read_truth if found is not None else None
-    same = isinstance(known, MaskFile) and known.path.resolve() == mask_path.resolve()
-    masks = known.masks if same else MaskSet([mask_path])
+    masks = MaskSet([mask_path])
+    if isinstance(known, MaskFile) and known.path.resolve() == mask_path.resolve():
+        masks = known.masks
     return Sample(safe_names([image_path])[0], image_path, MaskFile(mask_path, masks),
                   mask_flags={**flags, 'mask_path': str(mask_path)})  # fmt: skip
 
 
 def _without_truth(image_path: Path, source: DataSource | None) -> Sample:
     """The sample of an image in no dataset; where it was said where masks are, that is told."""
-    notes = ()
-    if source is not None and source.flags():
+    sample = Sample(safe_names([image_path])[0], image_path)
+    if source is None or not source.flags():
+        return sample
+    if source.names_folders or source.naming is None:
         place = source.images_dir or image_path.parent
-        what = f'{image_path} is not among the images in {place}' if source.names_folders else (
-            f'no mask of {image_path} is named {source.naming.mask}')  # fmt: skip
-        notes = (f'{what}, so there is no truth (give --mask_path, or --images_dir and '
-                 '--masks_dir)',)  # fmt: skip
-    return Sample(safe_names([image_path])[0], image_path, notes=notes)
+        what = f'{image_path} is not among the images in {place}'
+    else:
+        what = f'no mask of {image_path} is named {source.naming.mask}'
+    note = f'{what}, so there is no truth (give --mask_path, or --images_dir and --masks_dir)'
+    return replace(sample, notes=(note,))
 
 
 def _exists(path: str | Path) -> bool:
@@ -155,7 +158,7 @@ def _in_dataset(image_path: Path, source: DataSource | None) -> Sample | None:
     without = None
     for place in _datasets_around(image_path):
         try:
-            samples = _samples(find(replace(place, **said)))
+            samples = _samples(find(place if source is None else source.names_at(place)))
         except InputError:
             continue
         sample = _sample_of(image_path, samples)
@@ -206,7 +209,7 @@ def list_samples(
     return [replace(sample, mask_flags=source.flags()) for sample in _samples(find(source))]
 
 
-def _samples(found: Found) -> list[Sample]:
+def _samples(found: Listing) -> list[Sample]:
     paths = [pair.images[0] for pair in found.pairs]
     missing = () if found.missing is None else (found.missing,)  # said of those without a mask
     return [

@@ -1,4 +1,6 @@
-"""What is known of ground truths before one is read: the label map, what the network expects."""
+"""What is known of a ground truth before it is read, the label map and what the network expects
+(`TruthReading`), and what reading it gives (`Labels`).
+"""
 
 from __future__ import annotations
 
@@ -42,6 +44,35 @@ class LabelMap:
         return max((*self.of_values.values(), *self.of_colours.values()), default=0)
 
 
+def _value_or_colour(text: str) -> int | Colour | None:
+    """What the left side of a line names: a number, R,G,B or #rrggbb; None where it is neither."""
+    if re.fullmatch(r'-?\d{1,9}', text):
+        return int(text)
+    if re.fullmatch(r'#[0-9a-fA-F]{6}', text):
+        red, green, blue = (int(text[k : k + 2], 16) for k in (1, 3, 5))
+    elif re.fullmatch(r'\d{1,3}[ ,]+\d{1,3}[ ,]+\d{1,3}', text):
+        red, green, blue = (int(part) for part in re.split(r'[ ,]+', text))
+    else:
+        return None
+    return (red, green, blue) if max(red, green, blue) <= 255 else None
+
+
+def _line_of_map(line: str, number: int, path: Path) -> tuple[int | Colour, int, str]:
+    """Value or colour, class and name of a line."""
+    left, equals, right = line.partition('=')
+    label, _, name = (part.strip() for part in right.partition(','))
+    what = _value_or_colour(left.strip())
+    ignored = label.lower() in VOID_NAMES
+    fine = ignored or re.fullmatch(r'\d{1,4}', label)
+    if not equals or not fine or what is None:
+        shown = line if len(line) < 60 else line[:60] + '…'
+        raise InputError(
+            f'label map {path}, line {number}: "{shown}" is not of the form VALUE = CLASS, NAME '
+            '(VALUE: a number, R,G,B or #rrggbb; CLASS: a number, or ignore)'
+        )
+    return what, IGNORED if ignored else int(label), name
+
+
 def read_label_map(path: str | Path) -> LabelMap:
     """Read a label map, a line for each value or colour of the masks:
 
@@ -69,8 +100,12 @@ def read_label_map(path: str | Path) -> LabelMap:
         if not line or line.startswith(('//', ';')) or re.match(r'#(?![0-9a-fA-F]{6}\s*=)', line):
             continue
         what, label, name = _line_of_map(line, number, path)
-        known = colours if isinstance(what, tuple) else values
-        if known.setdefault(what, label) != label:
+        before = (
+            colours.setdefault(what, label)
+            if isinstance(what, tuple)
+            else values.setdefault(what, label)
+        )
+        if before != label:
             raise InputError(f'label map {path}, line {number}: {what} is named twice')
         if name and label != IGNORED and names.setdefault(label, name) != name:
             raise InputError(f'label map {path}, line {number}: class {label} has two names')
@@ -81,28 +116,9 @@ def read_label_map(path: str | Path) -> LabelMap:
     return LabelMap(values, colours, names, str(path), hashlib.sha256(content).hexdigest())
 
 
-def _line_of_map(line: str, number: int, path: Path) -> tuple[int | Colour, int, str]:
-    """Value or colour, class and name of a line."""
-    left, equals, right = line.partition('=')
-    label, _, name = (part.strip() for part in right.partition(','))
-    left = left.strip()
-    if re.fullmatch(r'#[0-9a-fA-F]{6}', left):
-        what: int | Colour = tuple(int(left[k : k + 2], 16) for k in (1, 3, 5))
-    elif re.fullmatch(r'\d{1,3}[ ,]+\d{1,3}[ ,]+\d{1,3}', left):
-        what = tuple(int(part) for part in re.split(r'[ ,]+', left))
-    elif re.fullmatch(r'-?\d{1,9}', left):
-        what = int(left)
-    else:
-        what = (-1, -1, -1)
-    ignored = label.lower() in VOID_NAMES
-    fine = ignored or re.fullmatch(r'\d{1,4}', label)
-    if not equals or not fine or (isinstance(what, tuple) and not all(0 <= c <= 255 for c in what)):
-        shown = line if len(line) < 60 else line[:60] + '…'
-        raise InputError(
-            f'label map {path}, line {number}: "{shown}" is not of the form VALUE = CLASS, NAME '
-            '(VALUE: a number, R,G,B or #rrggbb; CLASS: a number, or ignore)'
-        )
-    return what, IGNORED if ignored else int(label), name
+def said_range(numbers: int) -> str:
+    """The numbers of a network in words."""
+    return f'{numbers} numbers, 0 to {numbers - 1}'
 
 
 @dataclass(frozen=True)
@@ -141,8 +157,3 @@ class Labels:
 
     values: np.ndarray | None  # (H, W) uint8 or int16; None: unknown for this image
     notes: tuple[str, ...] = ()
-
-
-def said_range(numbers: int) -> str:
-    """The numbers of a network in words."""
-    return f'{numbers} numbers, 0 to {numbers - 1}'

@@ -1,4 +1,5 @@
-"""Attribution maps in the geometry of the image they belong to, to open beside it in a viewer.
+"""Attribution maps in the geometry of the image they belong to, to open beside it in a viewer: a
+file for each image, or for all slices of a volume of a target and a method.
 
 They are made from the files that an explanation left, so also for images that were finished before.
 A map is (H, W) float32 at the image's own resolution: the attributions summed over the channels,
@@ -17,6 +18,7 @@ import numpy as np
 from igseg.data.medical import Geometry, save_volume, shape_of_nifti, slice_ending
 from igseg.errors import InputError
 from igseg.results.files import in_file_names, load_view, read_statistics, write_files
+from igseg.statistics import Statistics
 
 EXPORTS = {'nifti': '.nii.gz', 'tiff': '.tif', 'npy': '.npy'}  # and their files' endings
 
@@ -40,7 +42,7 @@ def at_size(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return rows @ values.astype(np.float64) @ columns.T
 
 
-def exported_map(folder: Path) -> tuple[np.ndarray, dict]:
+def exported_map(folder: Path) -> tuple[np.ndarray, Statistics]:
     """The map (H, W) float32 of an image's folder, in the pixels of the whole image, and its
     statistics. Raises InputError where its files are damaged."""
     view, statistics = load_view(folder)
@@ -63,7 +65,7 @@ class Volume(NamedTuple):
     method: str
 
 
-def volume_of(statistics: dict) -> Volume:
+def volume_of(statistics: Statistics) -> Volume:
     """The volume that the map of a slice belongs to, by its statistics."""
     place = statistics['placement']
     # In a batch every slice is a sample of its own, named as `with_slices` names them.
@@ -82,6 +84,43 @@ def volume_names(volumes: Sequence[Volume]) -> dict[Volume, str]:
         parts += [in_file_names(volume.method)] if several_methods else []
         names[volume] = '_'.join(parts) + EXPORTS['nifti']
     return names
+
+
+def _save_array(path: Path, values: np.ndarray) -> None:
+    with path.open('wb') as stream:  # a path would get .npy added to its name
+        np.save(stream, values)
+
+
+def _write(path: Path, values: np.ndarray, kind: str) -> None:
+    if kind == 'nifti':
+        geometry = Geometry(None, 2, 0, (*values.shape, 1))
+        write_files({path: lambda place: save_volume(geometry, {0: values}, place)})
+    elif kind == 'tiff':
+        import tifffile  # takes a while
+
+        write_files({path: lambda place: tifffile.imwrite(place, values)})
+    else:
+        write_files({path: lambda place: _save_array(place, values)})
+
+
+def _write_volume(path: Path, source: Path, output_dir: Path, folders: Sequence[str]) -> Path:
+    """The maps of a volume's slices, each in its folder, as a volume with the affine of the
+    source. Returns the file."""
+    rows, columns, depth = (*shape_of_nifti(source), 1)[:3]
+    shape = rows, columns, depth
+    slices: dict[int, np.ndarray] = {}
+    for folder in folders:
+        values, statistics = exported_map(output_dir / folder)
+        axis, index = (statistics['placement'][key] for key in ('axis', 'index'))
+        expected = tuple(side for k, side in enumerate(shape) if k != axis)
+        if values.shape != expected:
+            raise InputError(
+                f'{source} has changed since its slices were explained (explain them again)'
+            )
+        slices[index] = values
+    geometry = Geometry(source, axis, index, shape)
+    write_files({path: lambda place: save_volume(geometry, slices, place)})
+    return path
 
 
 def export_maps(output_dir: Path, folders: Sequence[str], kind: str) -> list[Path]:
@@ -103,40 +142,3 @@ def export_maps(output_dir: Path, folders: Sequence[str], kind: str) -> list[Pat
         written.append(_write_volume(output_dir / names[volume], Path(volume.source), output_dir,
                                      own))  # fmt: skip
     return written
-
-
-def _write(path: Path, values: np.ndarray, kind: str) -> None:
-    if kind == 'nifti':
-        geometry = Geometry(None, 2, 0, (*values.shape, 1))
-        write_files({path: lambda place: save_volume(geometry, {0: values}, place)})
-    elif kind == 'tiff':
-        import tifffile  # takes a while
-
-        write_files({path: lambda place: tifffile.imwrite(place, values)})
-    else:
-        write_files({path: lambda place: _save_array(place, values)})
-
-
-def _save_array(path: Path, values: np.ndarray) -> None:
-    with path.open('wb') as stream:  # a path would get .npy added to its name
-        np.save(stream, values)
-
-
-def _write_volume(path: Path, source: Path, output_dir: Path, folders: Sequence[str]) -> Path:
-    """The maps of a volume's slices, each in its folder, as a volume with the affine of the
-    source. Returns the file."""
-    rows, columns, depth = (*shape_of_nifti(source), 1)[:3]
-    shape = rows, columns, depth
-    slices: dict[int, np.ndarray] = {}
-    for folder in folders:
-        values, statistics = exported_map(output_dir / folder)
-        axis, index = (statistics['placement'][key] for key in ('axis', 'index'))
-        expected = tuple(side for k, side in enumerate(shape) if k != axis)
-        if values.shape != expected:
-            raise InputError(
-                f'{source} has changed since its slices were explained (explain them again)'
-            )
-        slices[index] = values
-    geometry = Geometry(source, axis, index, shape)
-    write_files({path: lambda place: save_volume(geometry, slices, place)})
-    return path

@@ -1,7 +1,7 @@
 """The files of one image: written whole or not at all, read back, drawn again.
 
 Nothing here needs torch, so that the processes which only draw and write start quickly and stay
-small.
+small; matplotlib is imported where something is drawn.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -23,14 +24,11 @@ from PIL import Image
 from igseg.errors import InputError, OutputError, one_line
 from igseg.explanation import Explanation
 from igseg.preprocessing import Placement, as_picture
-from igseg.results.figures import (
-    View,
-    attribution_figure,
-    channels_figure,
-    methods_figure,
-    page_pictures,
-    regions_figure,
-)
+from igseg.results.view import View
+from igseg.statistics import Statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
     'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
@@ -47,7 +45,7 @@ FIGURES = {  # what --figures draws of each image, regions where they are known;
 
 DISPLAY_SIDE = 1024  # pixels: the longer side of the image that is kept for figures
 
-Description = tuple[dict, dict[str, np.ndarray]]  # statistics, and the arrays figures need
+Description = tuple[Statistics, dict[str, np.ndarray]]  # statistics, and the arrays figures need
 
 
 @contextlib.contextmanager
@@ -112,7 +110,7 @@ def json_writer(content: object) -> Callable[[Path], object]:
     return lambda path: path.write_text(text, encoding='utf-8')
 
 
-def figure_writer(figure) -> Callable[[Path], object]:
+def figure_writer(figure: Figure) -> Callable[[Path], object]:
     """Writes a matplotlib figure as PNG."""
     return lambda path: figure.savefig(path, format='png')
 
@@ -122,9 +120,11 @@ def _picture_writer(array: np.ndarray) -> Callable[[Path], object]:
 
 
 def _arrays_writer(arrays: dict[str, np.ndarray]) -> Callable[[Path], object]:
+    save: Callable[..., None] = np.savez_compressed  # its keywords are names of arrays
+
     def write(path: Path) -> None:
         with path.open('wb') as stream:  # a path would get .npz added to its name
-            np.savez_compressed(stream, **arrays)
+            save(stream, **arrays)
 
     return write
 
@@ -134,17 +134,7 @@ def in_file_names(text: str) -> str:
     return text.replace(':', '-').replace(',', '-')
 
 
-def methods_figures(output_dir: Path, described: Sequence[dict]) -> dict[Path, list[dict]]:
-    """The figures that show methods side by side, one for each target, and the statistics of what
-    they show; none where there is one method."""
-    figures: dict[Path, list[dict]] = {}
-    for statistics in described:
-        if name := methods_figure_name(statistics):
-            figures.setdefault(output_dir / name, []).append(statistics)
-    return figures
-
-
-def methods_figure_name(statistics: dict) -> str | None:
+def methods_figure_name(statistics: Statistics) -> str | None:
     """The file, in the output folder, that shows an explanation beside those of the other methods;
     None: there are none."""
     if len(statistics.get('methods') or ()) < 2:
@@ -154,19 +144,113 @@ def methods_figure_name(statistics: dict) -> str | None:
     )
 
 
+def methods_figures(
+    output_dir: Path, described: Sequence[Statistics]
+) -> dict[Path, list[Statistics]]:
+    """The figures that show methods side by side, one for each target, and the statistics of what
+    they show; none where there is one method."""
+    figures: dict[Path, list[Statistics]] = {}
+    for statistics in described:
+        if name := methods_figure_name(statistics):
+            figures.setdefault(output_dir / name, []).append(statistics)
+    return figures
+
+
 def image_files(folder: Path) -> dict[str, Path]:
     """The files of one image's folder by what they hold; the statistics mark it as finished."""
     return {name: folder / f'{folder.name}_{end}' for name, end in FILE_ENDINGS.items()}
 
 
-def read_statistics(folder: Path) -> dict:
+def _no_number(name: str) -> None:
+    raise ValueError(f'{name} is no number that JSON knows')
+
+
+def read_statistics(folder: Path) -> Statistics:
     """The statistics in an image's folder. Raises OSError or ValueError where there are none."""
     text = image_files(folder)['statistics'].read_text(encoding='utf-8')
     return json.loads(text, parse_constant=_no_number)
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f'{name} is no number that JSON knows')
+def unpacked(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The uncertainties (H, W) float32 that `packed` made arrays of."""
+    return arrays['uncertainty'].astype(np.float32) * arrays['uncertainty_scale']
+
+
+def view_of(arrays: dict[str, np.ndarray]) -> View:
+    """The figures' view of an image's arrays, letterbox padding cut away."""
+    size = (int(arrays['original_size'][0]), int(arrays['original_size'][1]))
+    top, left, height, width = (int(side) for side in arrays['content'])
+    crop = Placement(size, top, left, height, width).crop
+    shapes = {arrays[key].shape[-2:] for key in ('attributions', 'predicted_mask', 'region')}
+    shapes |= {arrays[key].shape for key in ('uncertainty', 'truth', 'regions') if key in arrays}
+    if len(shapes) > 1:
+        raise ValueError(f'its maps have different shapes: {sorted(shapes)}')
+    return View(
+        image=arrays['image'],
+        original_size=size,
+        attributions=np.moveaxis(crop(np.moveaxis(arrays['attributions'], 0, 2)), 2, 0),
+        predicted_mask=crop(arrays['predicted_mask']),
+        region=crop(arrays['region']),
+        truth=crop(arrays['truth']) if 'truth' in arrays else None,
+        baseline=crop(arrays['baseline']),
+        uncertainty=crop(unpacked(arrays)) if 'uncertainty' in arrays else None,
+        regions=crop(arrays['regions']) if 'regions' in arrays else None,
+    )
+
+
+def _picture_writers(
+    files: dict[str, Path], view: View, statistics: Statistics, figures: str
+) -> dict[Path, Callable[[Path], object]]:
+    """The pictures of one image that are wanted, by file."""
+    wanted = FIGURES[figures]
+    if not wanted:
+        return {}
+    from igseg.results.figures import (  # with matplotlib, which takes a while
+        attribution_figure,
+        channels_figure,
+        page_pictures,
+        regions_figure,
+    )
+
+    drawn = {'attribution': attribution_figure, 'channels': channels_figure}
+    if view.regions is not None:
+        drawn['regions'] = regions_figure
+    writers = {
+        files[name]: figure_writer(draw(view, statistics))
+        for name, draw in drawn.items()
+        if name in wanted
+    }
+    if 'image' in wanted:
+        writers |= {files[name]: _picture_writer(a) for name, a in page_pictures(view).items()}
+    return writers
+
+
+def load_view(folder: str | Path) -> tuple[View, Statistics]:
+    """What the figures of an image folder show, read back from its files, and its statistics.
+    Raises InputError where they are missing or damaged."""
+    folder = Path(folder)
+    try:
+        with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
+            return view_of(dict(arrays)), read_statistics(folder)
+    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile,
+            zlib.error) as error:  # fmt: skip
+        reason = one_line(error)
+        raise InputError(
+            f'the files in {folder} are damaged: {reason} (make them again with --overwrite)'
+        ) from None
+
+
+def _write_methods_figures(shown: dict[Path, list[Statistics]], views: dict[str, View]) -> None:
+    if not shown:
+        return
+    from igseg.results.figures import methods_figure  # with matplotlib, which takes a while
+
+    write_files(
+        {
+            path: figure_writer(methods_figure([views[s['folder']] for s in several], several))
+            for path, several in shown.items()
+        }
+    )
 
 
 def write_image(output_dir: Path, described: Sequence[Description], figures: str = 'all') -> None:
@@ -191,21 +275,6 @@ def write_image(output_dir: Path, described: Sequence[Description], figures: str
         )
 
 
-def load_view(folder: str | Path) -> tuple[View, dict]:
-    """What the figures of an image folder show, read back from its files, and its statistics.
-    Raises InputError where they are missing or damaged."""
-    folder = Path(folder)
-    try:
-        with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
-            return view_of(dict(arrays)), read_statistics(folder)
-    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile,
-            zlib.error) as error:  # fmt: skip
-        reason = one_line(error)
-        raise InputError(
-            f'the files in {folder} are damaged: {reason} (make them again with --overwrite)'
-        ) from None
-
-
 def redraw_figures(folder: str | Path, figures: str = 'all') -> None:
     """Draw the pictures of an image folder again from its files, without the model."""
     if figures not in FIGURES:
@@ -214,16 +283,15 @@ def redraw_figures(folder: str | Path, figures: str = 'all') -> None:
     write_files(_picture_writers(image_files(Path(folder)), view, statistics, figures))
 
 
-def _write_methods_figures(shown: dict[Path, list[dict]], views: dict[str, View]) -> None:
-    write_files(
-        {
-            path: figure_writer(methods_figure([views[s['folder']] for s in several], several))
-            for path, several in shown.items()
-        }
-    )
+def _lacks_figures(output_dir: Path, statistics: Statistics, figures: str) -> bool:
+    files = image_files(output_dir / statistics['folder'])
+    wanted = set(FIGURES[figures])
+    if statistics.get('regions_50') is None:
+        wanted.discard('regions')
+    return not all(files[name].is_file() for name in wanted)
 
 
-def redraw_missing(output_dir: Path, described: Sequence[dict], figures: str) -> None:
+def redraw_missing(output_dir: Path, described: Sequence[Statistics], figures: str) -> None:
     """Draw the pictures that finished explanations lack; described: their statistics."""
     for statistics in described:
         if _lacks_figures(output_dir, statistics, figures):
@@ -236,7 +304,7 @@ def redraw_missing(output_dir: Path, described: Sequence[dict], figures: str) ->
         _write_methods_figures(missing, views)
 
 
-def missing_figures(output_dir: Path, described: Sequence[dict], figures: str) -> bool:
+def missing_figures(output_dir: Path, described: Sequence[Statistics], figures: str) -> bool:
     """Whether finished explanations of an image lack one of the pictures that are wanted."""
     together = methods_figures(output_dir, described) if FIGURES[figures] else {}
     return not all(path.is_file() for path in together) or any(
@@ -244,51 +312,12 @@ def missing_figures(output_dir: Path, described: Sequence[dict], figures: str) -
     )
 
 
-def _lacks_figures(output_dir: Path, statistics: dict, figures: str) -> bool:
-    files = image_files(output_dir / statistics['folder'])
-    wanted = set(FIGURES[figures])
-    if statistics.get('regions_50') is None:
-        wanted.discard('regions')
-    return not all(files[name].is_file() for name in wanted)
-
-
-def _picture_writers(
-    files: dict[str, Path], view: View, statistics: dict, figures: str
-) -> dict[Path, Callable[[Path], object]]:
-    """The pictures of one image that are wanted, by file."""
-    wanted = FIGURES[figures]
-    drawn = {'attribution': attribution_figure, 'channels': channels_figure}
-    if view.regions is not None:
-        drawn['regions'] = regions_figure
-    writers = {
-        files[name]: figure_writer(draw(view, statistics))
-        for name, draw in drawn.items()
-        if name in wanted
-    }
-    if 'image' in wanted:
-        writers |= {files[name]: _picture_writer(a) for name, a in page_pictures(view).items()}
-    return writers
-
-
-def view_of(arrays: dict[str, np.ndarray]) -> View:
-    """The figures' view of an image's arrays, letterbox padding cut away."""
-    size = tuple(int(side) for side in arrays['original_size'])
-    crop = Placement(size, *(int(side) for side in arrays['content'])).crop
-    shapes = {arrays[key].shape[-2:] for key in ('attributions', 'predicted_mask', 'region')}
-    shapes |= {arrays[key].shape for key in ('uncertainty', 'truth', 'regions') if key in arrays}
-    if len(shapes) > 1:
-        raise ValueError(f'its maps have different shapes: {sorted(shapes)}')
-    return View(
-        image=arrays['image'],
-        original_size=size,
-        attributions=np.moveaxis(crop(np.moveaxis(arrays['attributions'], 0, 2)), 2, 0),
-        predicted_mask=crop(arrays['predicted_mask']),
-        region=crop(arrays['region']),
-        truth=crop(arrays['truth']) if 'truth' in arrays else None,
-        baseline=crop(arrays['baseline']),
-        uncertainty=crop(unpacked(arrays)) if 'uncertainty' in arrays else None,
-        regions=crop(arrays['regions']) if 'regions' in arrays else None,
-    )
+def packed(uncertainty: np.ndarray) -> dict[str, np.ndarray]:
+    """Uncertainties (H, W) from 0 up as the arrays of the file: half precision, which would
+    underflow, after scaling by the maximum, and that scale."""
+    scale = np.float32(uncertainty.max(initial=0))
+    halves = (uncertainty / (scale or 1)).astype(np.float16)
+    return {'uncertainty': halves, 'uncertainty_scale': np.asarray(scale)}
 
 
 def display_arrays(
@@ -315,16 +344,3 @@ def display_arrays(
     if explanation.uncertainty is not None:
         arrays |= packed(explanation.uncertainty.numpy())
     return arrays if truth is None else arrays | {'truth': truth}
-
-
-def packed(uncertainty: np.ndarray) -> dict[str, np.ndarray]:
-    """Uncertainties (H, W) from 0 up as the arrays of the file: half precision, which would
-    underflow, after scaling by the maximum, and that scale."""
-    scale = np.float32(uncertainty.max(initial=0))
-    halves = (uncertainty / (scale or 1)).astype(np.float16)
-    return {'uncertainty': halves, 'uncertainty_scale': scale}
-
-
-def unpacked(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The uncertainties (H, W) float32 that `packed` made arrays of."""
-    return arrays['uncertainty'].astype(np.float32) * arrays['uncertainty_scale']

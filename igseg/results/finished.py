@@ -30,7 +30,7 @@ from igseg.results.files import (
     read_statistics,
     write_files,
 )
-from igseg.statistics import COMPOUND, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE
+from igseg.statistics import COMPOUND, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE, Statistics
 
 # Settings that do not change what is computed, and where the network, which has a digest, is from.
 NOT_DECISIVE = (
@@ -84,7 +84,7 @@ def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str
 
 
 @dataclass(frozen=True)
-class Naming:
+class FolderNaming:
     """How the folders of an image are named: after it, and where there are several after the
     target and the method."""
 
@@ -100,36 +100,7 @@ class Naming:
         return '_'.join(parts)
 
 
-def finished_statistics(
-    output_dir: Path, naming: Naming, possible: Sequence[str], key: str
-) -> list[dict] | None:
-    """The statistics of an image that was finished with this key, of each target and method; None
-    if it must be computed.
-
-    possible: the targets of which one came first, whichever was not empty.
-    """
-    for folder in dict.fromkeys(naming.folder(target, naming.methods[0]) for target in possible):
-        first = _read_finished(output_dir / folder, key)
-        if first is None or first['target'] != first['targets'][0]:
-            continue
-        every = [
-            _read_finished(output_dir / naming.folder(target, method), key)
-            for target in first['targets']
-            for method in naming.methods
-        ]
-        return None if None in every else [one for one in every if one is not None]
-    return None
-
-
-def _read_finished(folder: Path, key: str) -> dict | None:
-    """The statistics in a folder that belong to this key, if the maps are there too, else None."""
-    try:
-        statistics = read_statistics(folder)
-        same = statistics['resume_key'] == key and statistics['folder'] == folder.name
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    there = same and _is_whole(statistics) and image_files(folder)['arrays'].is_file()
-    return statistics if there else None
+Naming = FolderNaming  # as the analysis still calls it
 
 
 # Of the statistics that are no plain figures: what others are built on.
@@ -140,10 +111,11 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def _is_whole(statistics: dict) -> bool:
+def _is_whole(statistics: Statistics) -> bool:
     """Whether the content of a statistics file is what we write: a damaged one counts as none."""
-    kinds: dict[str, type | tuple[type, ...]]
-    kinds = {TEXT: str, WHOLE: int, NUMBER: (int, float), TRUTH: bool}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        TEXT: str, WHOLE: int, NUMBER: (int, float), TRUTH: bool,
+    }  # fmt: skip
     return STATISTICS.keys() <= statistics.keys() and all(
         isinstance(statistics[key], TYPES.get(key, object))
         if row.kind == COMPOUND
@@ -152,10 +124,40 @@ def _is_whole(statistics: dict) -> bool:
     ) and bool(statistics['targets'])  # fmt: skip
 
 
-def judged_again(statistics: dict, limits: Thresholds, output_dir: Path) -> dict:
+def _read_finished(folder: Path, key: str) -> Statistics | None:
+    """The statistics in a folder that belong to this key, if the maps are there too, else None."""
+    try:
+        statistics = read_statistics(folder)
+        same = statistics['resume_key'] == key and statistics['folder'] == folder.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    there = same and _is_whole(statistics) and image_files(folder)['arrays'].is_file()
+    return statistics if there else None
+
+
+def finished_statistics(
+    output_dir: Path, naming: FolderNaming, possible: Sequence[str], key: str
+) -> list[Statistics] | None:
+    """The statistics of an image that was finished with this key, of each target and method; None
+    if it must be computed.
+
+    possible: the targets of which one came first, whichever was not empty.
+    """
+    for folder in dict.fromkeys(naming.folder(target, naming.methods[0]) for target in possible):
+        first = _read_finished(output_dir / folder, key)
+        if first is None or first['target'] != first['targets'][0]:
+            continue
+        folders = [naming.folder(t, m) for t in first['targets'] for m in naming.methods]
+        every = [_read_finished(output_dir / folder, key) for folder in folders]
+        known = [statistics for statistics in every if statistics is not None]
+        return known if len(known) == len(every) else None
+    return None
+
+
+def judged_again(statistics: Statistics, limits: Thresholds, output_dir: Path) -> Statistics:
     """Statistics of a finished image under today's thresholds, in the file too. Raises
     OutputError."""
-    changed: dict[str, object] = {'verdict': verdict_of(statistics, limits)}
+    changed: Statistics = {'verdict': verdict_of(statistics, limits)}
     changed['settings'] = {**statistics['settings'], 'thresholds': asdict(limits)}
     if any(statistics[key] != value for key, value in changed.items()):
         statistics = {**statistics, **changed}

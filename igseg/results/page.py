@@ -11,15 +11,22 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
-
-from jinja2 import Environment, PackageLoader, select_autoescape
 
 from igseg.checks.verdict import LEVELS, concerns
 from igseg.preprocessing import size_text
 from igseg.program import command_of
 from igseg.results.files import FILE_ENDINGS, methods_figure_name
-from igseg.statistics import METRICS, STATISTICS, counts_text, gap_text, shown, span_text
+from igseg.statistics import (
+    METRICS,
+    STATISTICS,
+    Statistics,
+    counts_text,
+    gap_text,
+    shown,
+    span_text,
+)
 
 TEMPLATE = 'page.html'
 
@@ -64,47 +71,27 @@ class Page:
         return 'index.html' if number == 1 else f'index_{number}.html'
 
 
-def report_html(
-    images: Sequence[dict],
-    summary: dict,
-    skipped: Sequence[dict],
-    failed: Sequence[dict],
-    commands: Sequence[str],
-    page: Page = Page(),
-    output_dir: Path | None = None,
-) -> str:
-    """The page. images: those on it: statistics with `folder` and `verdict`; commands: what makes
-    each again. output_dir: where the pictures are, to leave out those that are not."""
-    environment = Environment(
-        loader=PackageLoader('igseg', 'results'),
-        autoescape=select_autoescape(['html']),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    used = {finding['flag'] for entry in images for finding in entry['verdict']}
-    beside = {name: methods_table(several) for name, several in _by_methods_figure(images).items()}
-    return environment.get_template(TEMPLATE).render(
-        page=page,
-        rows=[table_row(entry, output_dir) for entry in images],
-        data=[
-            detail(entry, command, output_dir, beside.get(methods_figure_name(entry)))
-            for entry, command in zip(images, commands, strict=True)
-        ],
-        meanings={name: metric.explanation for name, metric in METRICS.items()},
-        columns=IN_TABLE,
-        flags={flag: level for flag, level in LEVELS.items() if flag in used},
-        summary=summary_rows(summary),
-        counts=summary,
-        skipped=skipped,
-        most_listed=MOST_LISTED,
-        failed=failed,
-        first=images[0] if images else None,
-        baselines=counts_text([entry['baseline'] or 'none' for entry in images]),
-        steps=span_text([entry['steps'] for entry in images]),
-    )
+def file_links(statistics: Statistics, output_dir: Path | None) -> dict[str, str]:
+    """Relative addresses of the files of an image, of those that are there."""
+    folder = statistics['folder']
+    files = {name: f'{folder}/{folder}_{end}' for name, end in FILE_ENDINGS.items()}
+    if together := methods_figure_name(statistics):
+        files['methods'] = together
+    return {
+        name: quote(file)
+        for name, file in files.items()
+        if output_dir is None or (output_dir / file).is_file()
+    }
 
 
-def table_row(statistics: dict, output_dir: Path | None) -> dict:
+def what_of(statistics: Statistics) -> str:
+    """Which of the explanations of its image this is; empty where there is one."""
+    target = '' if statistics['target'] == 'predicted' else statistics['target']
+    method = statistics['method'] if methods_figure_name(statistics) else ''
+    return ', '.join(word for word in (target, method) if word)
+
+
+def table_row(statistics: Statistics, output_dir: Path | None) -> dict:
     """What the table shows of one image."""
     files = file_links(statistics, output_dir)
     return {
@@ -119,28 +106,21 @@ def table_row(statistics: dict, output_dir: Path | None) -> dict:
     }
 
 
-def what_of(statistics: dict) -> str:
-    """Which of the explanations of its image this is; empty where there is one."""
-    target = '' if statistics['target'] == 'predicted' else statistics['target']
-    method = statistics['method'] if methods_figure_name(statistics) else ''
-    return ', '.join(word for word in (target, method) if word)
-
-
-def _by_methods_figure(images: Sequence[dict]) -> dict[str, list[dict]]:
+def _by_methods_figure(images: Sequence[Statistics]) -> dict[str, list[Statistics]]:
     """Explanations of the same image and target by several methods, by the figure of them all."""
-    several: dict[str, list[dict]] = {}
+    several: dict[str, list[Statistics]] = {}
     for statistics in images:
         if name := methods_figure_name(statistics):
             several.setdefault(name, []).append(statistics)
     return several
 
 
-def _beside(statistics: dict, key: str) -> str:
+def _beside(statistics: Statistics, key: str) -> str:
     """A figure as text; a gap that is none by construction says so."""
     return gap_text(statistics) if key == 'completeness_gap' else shown(key, statistics[key])
 
 
-def methods_table(several: Sequence[dict]) -> dict:
+def methods_table(several: Sequence[Statistics]) -> dict:
     """The methods of one image and target beside each other: what to do with each map, and the
     figures that any of them has."""
     keys = [key for key in BESIDE if any(one[key] is not None for one in several)]
@@ -153,21 +133,8 @@ def methods_table(several: Sequence[dict]) -> dict:
     }
 
 
-def file_links(statistics: dict, output_dir: Path | None) -> dict[str, str]:
-    """Relative addresses of the files of an image, of those that are there."""
-    folder = statistics['folder']
-    files = {name: f'{folder}/{folder}_{end}' for name, end in FILE_ENDINGS.items()}
-    if together := methods_figure_name(statistics):
-        files['methods'] = together
-    return {
-        name: quote(file)
-        for name, file in files.items()
-        if output_dir is None or (output_dir / file).is_file()
-    }
-
-
 def detail(
-    statistics: dict, command: str, output_dir: Path | None, beside: dict | None = None
+    statistics: Statistics, command: str, output_dir: Path | None, beside: dict | None = None
 ) -> dict:
     """What the detail view shows of one image, as data for the page's script. beside: see
     `methods_table`."""
@@ -211,17 +178,57 @@ def rounded(value: object) -> object:
 def summary_rows(summary: dict) -> list[tuple[str, str, str]]:
     """Name, median and interval of every figure that was measured."""
     rows = []
-    for key, value in summary.items():
-        name = key.removeprefix('median_')
-        if name == key or value is None:
-            continue
-        interval = summary[f'interval_{name}']
-        between = ' to '.join(shown(name, end) for end in interval) if interval else 'n/a'
-        rows.append((name.replace('_', ' '), shown(name, value), between))
+    for name, (median, interval) in summary['figures'].items():
+        if median is not None:
+            between = ' to '.join(shown(name, end) for end in interval) if interval else 'n/a'
+            rows.append((name.replace('_', ' '), shown(name, median), between))
     return rows
 
 
-def reproducing_command(statistics: dict, defaults: dict[str, object]) -> str:
+def report_html(
+    images: Sequence[Statistics],
+    summary: dict,
+    skipped: Sequence[dict],
+    failed: Sequence[dict],
+    commands: Sequence[str],
+    page: Page = Page(),
+    output_dir: Path | None = None,
+) -> str:
+    """The page. images: those on it: statistics with `folder` and `verdict`; summary: of the whole
+    batch, `figures` by name with median and interval; commands: what makes each image again.
+    output_dir: where the pictures are, to leave out those that are not."""
+    from jinja2 import Environment, PackageLoader, select_autoescape  # takes a while
+
+    environment = Environment(
+        loader=PackageLoader('igseg', 'results'),
+        autoescape=select_autoescape(['html']),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    used = {finding['flag'] for entry in images for finding in entry['verdict']}
+    beside = {name: methods_table(several) for name, several in _by_methods_figure(images).items()}
+    return environment.get_template(TEMPLATE).render(
+        page=page,
+        rows=[table_row(entry, output_dir) for entry in images],
+        data=[
+            detail(entry, command, output_dir, beside.get(methods_figure_name(entry) or ''))
+            for entry, command in zip(images, commands, strict=True)
+        ],
+        meanings={name: metric.explanation for name, metric in METRICS.items()},
+        columns=IN_TABLE,
+        flags={flag: level for flag, level in LEVELS.items() if flag in used},
+        summary=summary_rows(summary),
+        counts=summary,
+        skipped=skipped,
+        most_listed=MOST_LISTED,
+        failed=failed,
+        first=images[0] if images else None,
+        baselines=counts_text([entry['baseline'] or 'none' for entry in images]),
+        steps=span_text([entry['steps'] for entry in images]),
+    )
+
+
+def reproducing_command(statistics: Statistics, defaults: dict[str, Any]) -> str:
     """The command that explains one image again with the same settings.
 
     defaults: of the settings, which need not be said.

@@ -49,12 +49,11 @@ class Regions:
 
     def statistics(self) -> dict[str, float | int | None]:
         """How many regions carry how much, and how much of the image they cover."""
-        known = bool(self.shares)
         figures: dict[str, float | int | None] = {}
         for part in CARRIED:
-            count = self.needed(part) if known else None
-            figures[f'regions_{part}'] = count
-            figures[f'regions_{part}_area'] = float(self.mask(count).mean()) if known else None
+            count = self.needed(part) if self.shares else None
+            area = None if count is None else float(self.mask(count).mean())
+            figures |= {f'regions_{part}': count, f'regions_{part}_area': area}
         return figures
 
 

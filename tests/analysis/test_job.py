@@ -229,7 +229,7 @@ def test_a_disk_that_fills_up(tmp_path, data, small_disk, capsys, copies):
 def test_a_worker_that_is_killed_costs_one_image():
     with Writers(1) as writers:
         writers.add(Outcome(0, 'a'), partial(os._exit, 1))
-        while writers._waiting:
+        while writers.waiting:
             time.sleep(0.05)
             writers.settle_done()
         writers.add(Outcome(1, 'b'), partial(time.sleep, 0))

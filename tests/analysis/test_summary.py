@@ -13,9 +13,12 @@ from igseg.analysis.job import DONE, SKIPPED, Outcome
 from igseg.analysis.summary import (
     COLUMNS,
     AppendedTable,
+    BatchResult,
     Journal,
     batch_summary,
+    flags_of,
     median_interval,
+    median_lines,
     page_plan,
     read_table,
     spearman,
@@ -112,9 +115,32 @@ def test_a_summary_of_many_images_is_quick():
     started = time.perf_counter()
     found = batch_summary(table_of(40_000, attribution_ratio=values, dice=values, seconds=values))
     assert time.perf_counter() - started < 20
-    low, high = found['interval_attribution_ratio']
-    assert low < found['median_attribution_ratio'] == np.median(values) < high
+    median, (low, high) = found['figures']['attribution_ratio']
+    assert low < median == np.median(values) < high
     assert high - low < 0.05 and found['ratio_dice_correlation'] == pytest.approx(1)
+
+
+def test_the_summary_of_a_batch_is_written_and_printed_from_one_overview():
+    values = [0.1, 0.2, 0.4, 0.3]
+    result = BatchResult([], overview=batch_summary(table_of(4, completeness_gap=values)))
+    median, interval = result.overview['figures']['completeness_gap']
+    assert result.summary['median_completeness_gap'] == median == 0.25
+    assert result.summary['interval_completeness_gap'] == interval
+    assert result.summary['median_dice'] is result.summary['interval_dice'] is None
+    assert list(result.summary)[:3] == ['images', 'skipped', 'failed']
+    assert 'figures' not in result.summary
+    (line,) = (one for one in median_lines(result) if 'gap' in one)
+    low, high = interval
+    assert line.split() == f'median completeness gap 0.25 (95 %: {low:.4g} to {high:.4g})'.split()
+
+
+def test_flags_are_a_list_until_they_are_a_cell_of_the_table(tmp_path):
+    journal = Journal(tmp_path)
+    rows = ({'flags': ['poor mask', 'good focus']}, {'flags': []})
+    journal.add(Outcome(0, 'a', rows=rows))
+    table = read_table(tmp_path / 'summary.csv')
+    assert list(table['flags']) == ['poor mask; good focus', '']
+    assert flags_of(table) == [['poor mask', 'good focus'], []]
 
 
 def test_ranks_give_the_interval_of_the_bootstrap(monkeypatch):

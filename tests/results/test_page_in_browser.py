@@ -150,7 +150,9 @@ def test_an_evil_name_is_text(browser, batch, tmp_path):
         entry |= {'image': EVIL, 'target': EVIL, 'notes': [EVIL], 'folder': EVIL}
         entry['verdict'][0] |= {'flag': EVIL, 'text': EVIL}
     failed = [{'image': EVIL, 'reason': EVIL}]
-    text = report_html(images, content['summary'], failed, failed, [EVIL] * len(images))
+    text = report_html(
+        images, {**content['summary'], 'figures': {}}, failed, failed, [EVIL] * len(images)
+    )
     (tmp_path / 'index.html').write_text(text, encoding='utf-8')
     opened = browser.new_page()
     opened.goto((tmp_path / 'index.html').as_uri())
@@ -168,7 +170,7 @@ def test_a_thousand_images(browser, batch, tmp_path):
         {**images[k % 3], 'image': f'image_{k}', 'attribution_ratio': (37 * k) % 1000}
         for k in range(1000)
     ]
-    text = report_html(entries, content['summary'], [], [], ['python'] * 1000)
+    text = report_html(entries, {**content['summary'], 'figures': {}}, [], [], ['python'] * 1000)
     assert len(text) < 20e6
     (tmp_path / 'index.html').write_text(text, encoding='utf-8')
     opened = browser.new_page()
