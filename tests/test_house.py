@@ -24,7 +24,7 @@ igseg.network: identity outputs description score checkpoint recognise factory l
 igseg.engine: trace rewrites crops graph preparation memory precision engine sampler
 igseg.method: targets paths rules integral walk layers method methods choice
 igseg.checks: subject curves checks verdict
-igseg.results: regions figures files finished export page
+igseg.results: regions view sheet figures files finished export page
 igseg.analysis: study tiles job summary
 integrated_gradients run_integrated_gradients
 """
@@ -33,10 +33,10 @@ PICTURES, GRADIENTS = ('data',), ('network', 'engine', 'method')  # the two wing
 
 # What is imported in processes that only draw and write, and before the first question is asked.
 WITHOUT_TORCH = """
-igseg: errors program setting maps explanation statistics
-igseg.data: medical pixels truth masks annotations layouts
+igseg: errors program setting maps explanation preprocessing statistics
+igseg.data: medical pixels truth masks annotations layouts samples
 igseg.checks: verdict
-igseg.results: regions figures
+igseg.results: regions view sheet figures files finished export page
 igseg.analysis: job
 """
 
@@ -45,7 +45,6 @@ LONG_MODULES = {'integrated_gradients'}  # until it is taken apart
 LONG_BODIES = {
     'integrated_gradients.build_parser',
     'integrated_gradients.explain_with',
-    'igseg.results.figures.__init__',
 }
 
 

@@ -78,7 +78,7 @@ CHECKED = Effort(fills=('baseline',), units=('pixel',), points=8, displaced=4, r
 @pytest.mark.parametrize(
     ('scores', 'sane'),
     [([1.0, 0.6, 0.0], True), ([1.0, -0.9, 0.0], True), ([1.0, -1.1, 0.0], False),
-     ([1.0, 2.1, 0.0], False), ([None, None, None], False)],
+     ([1.0, 2.1, 0.0], False), (None, False)],
 )  # fmt: skip
 def test_a_fill_that_drives_the_score_itself_is_not_sane(scores, sane):
     assert stays_between(Curve([0.0, 0.5, 1.0], scores)) == sane

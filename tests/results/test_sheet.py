@@ -43,8 +43,6 @@ def test_the_caption_leaves_the_corner_to_the_trend():
     assert plain.centre == plain.width / 2
     assert cornered.centre == pytest.approx((cornered.width - TREND[0]) / 2)
     lengths = [max(map(len, p.texts.caption.splitlines())) for p in (plain, cornered)]
-        max(map(len, page.texts.caption.splitlines())) for page in (plain, cornered)
-    )
     assert lengths[0] > lengths[1]
     assert cornered.bottom > TREND[1]
 
