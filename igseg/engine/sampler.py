@@ -205,6 +205,6 @@ class PathSampler:
         if rough is None:
             return float('inf')
         off = (rough - exact).sum(dim=0).flatten(1).norm(dim=1)
-        off = off / exact.sum(dim=0).flatten(1).norm(dim=1)
-        deviation = float(off.max())
+        size = exact.sum(dim=0).flatten(1).norm(dim=1)
+        deviation = float(torch.where(off == 0, 0.0, off / size).max())  # a map may be all zero
         return deviation if deviation >= 0 else float('inf')

@@ -1,5 +1,6 @@
 """Reduced precision: checked, chosen where it pays, and left where it overflows."""
 
+import math
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from helpers import relative_error
 from torch import nn
 
-from integrated_gradients import IntegratedGradients
+from integrated_gradients import IntegratedGradients, Target
 
 
 def test_an_outer_autocast_does_not_matter(smooth_network, brain):
@@ -108,3 +109,16 @@ def test_float16_does_not_underflow(smooth_network, brain):
     exact = engine.explain(brain, 'image', num_steps=4)
     half = engine.explain(brain, 'image', num_steps=4, precision='float16')
     assert relative_error(half.attributions, exact.attributions) < 0.01
+
+
+def test_a_target_whose_map_is_zero_leaves_the_others_error_known():
+    """Both maps of it are zero, in float32 and reduced: they do not deviate from each other."""
+    x = torch.ones(1, 3, 8, 8)
+    network = nn.Conv2d(3, 1, 1)
+    none, whole = (Target('t', torch.full((1, 8, 8), weight)) for weight in (0.0, 1 / 64))
+    found = IntegratedGradients(network, 'cpu').explain_targets(
+        x, [none, whole], torch.zeros_like(x), 5, precision='bfloat16'
+    )
+    assert not found[0].attributions.any()
+    assert all(math.isfinite(one.cost.precision_deviation) for one in found)
+    assert found[1].map_error is not None
