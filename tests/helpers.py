@@ -13,6 +13,16 @@ from runs import DEMO_DATA, DEMO_MODEL, ROOT, SMALL, differences, family, tiny_m
 
 import integrated_gradients
 from igseg.analysis.summary import StatisticsFiles, read_table
+from igseg.method.integral import (
+    Enough,
+    Evaluate,
+    PathIntegral,
+    alone,
+    fixed_rule,
+    rounds_of,
+    sum_rule,
+)
+from igseg.method.rules import AnyRule
 from integrated_gradients import Explanation, IntegratedGradients
 
 __all__ = ['DEMO_DATA', 'DEMO_MODEL', 'ROOT', 'SMALL', 'differences', 'family', 'tiny_model',
@@ -20,6 +30,17 @@ __all__ = ['DEMO_DATA', 'DEMO_MODEL', 'ROOT', 'SMALL', 'differences', 'family', 
 
 DEMO_IMAGE = DEMO_DATA / 'test' / 'colin27_axial_079.jpg'
 SIZE = 128  # of the model input in most tests
+
+
+def integrate(
+    evaluate: Evaluate, rule: AnyRule, steps: int, enough: Enough | None = None
+) -> PathIntegral:
+    """The integral of one density over [0, 1]; of the densities of several targets, with nodes that
+    suit all. What explains an image is `integrate_targets`, where each target has its own."""
+    fixed = fixed_rule(rule, steps, enough is not None)
+    if fixed is not None:
+        return sum_rule(evaluate, fixed)
+    return alone(rounds_of(rule, steps, enough), evaluate)
 
 
 def save_image(path: Path, array: np.ndarray) -> Path:

@@ -15,7 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from igseg.engine.trace import Operation, Pads, call_of, inputs_of, pair_of
+from igseg.engine.trace import (
+    Compute,
+    NotExportable,
+    Operation,
+    Pads,
+    Shape,
+    call_of,
+    inputs_of,
+)
 
 aten = torch.ops.aten
 
@@ -26,12 +34,12 @@ Box = tuple[Span, ...]
 MERGE_SLACK = 256  # pixels that two boxes may grow by to become one: an operation costs too
 
 
-def whole(shape: Sequence[int | None] | None) -> Box:
+def whole(shape: Shape | None) -> Box:
     """The box of all of a tensor."""
     return () if shape is None else (None,) * len(shape)
 
 
-def trimmed(box: Box, shape: Sequence[int | None]) -> Box:
+def trimmed(box: Box, shape: Shape) -> Box:
     """A box cut to a tensor; a span over all of an axis becomes None. An axis whose length depends
     on the batch is never cut."""
     return tuple(
@@ -67,7 +75,20 @@ def slices_of(outer: Box, inner: Box) -> tuple[slice, ...]:
     )  # fmt: skip
 
 
-def merged(boxes: Iterable[Box], shape: Sequence[int | None] | None) -> list[Box]:
+def length_of(span: Span, size: int | None) -> int:
+    """Of a span of an axis of that size, which is known where the span is all of it."""
+    if span is not None:
+        return span[1] - span[0]
+    assert size is not None  # an axis whose length depends on the batch is never cut
+    return size
+
+
+def _volume(box: Box, shape: Shape, axes: Sequence[int]) -> int:
+    """The places in a box, along some axes."""
+    return math.prod(length_of(box[axis], shape[axis]) for axis in axes)
+
+
+def merged(boxes: Iterable[Box], shape: Shape | None) -> list[Box]:
     """Boxes that cover the same, of which no two are better computed as one."""
     left = sorted(set(boxes), key=repr)
     if shape is None:
@@ -78,16 +99,15 @@ def merged(boxes: Iterable[Box], shape: Sequence[int | None] | None) -> list[Box
         for a, b in itertools.combinations(left, 2):
             one = trimmed(around(a, b), shape)
             cut = [n for n, (p, q) in enumerate(zip(a, b, strict=True)) if p or q]
-            volume = [math.prod(length_of(box[n], shape[n]) for n in cut) for box in (a, b, one)]
-            if volume[2] <= volume[0] + volume[1] + MERGE_SLACK:
+            apart, together = (
+                _volume(a, shape, cut) + _volume(b, shape, cut),
+                _volume(one, shape, cut),
+            )
+            if together <= apart + MERGE_SLACK:
                 left = [box for box in left if box not in (a, b)] + [one]
                 changed = True
                 break
     return sorted(set(left), key=repr)
-
-
-def length_of(span: Span, size: int) -> int:
-    return size if span is None else span[1] - span[0]
 
 
 # --------------------------------------------------------------------------- rules of propagation
@@ -99,7 +119,7 @@ class Part:
 
     box: Box  # what comes out: at least what was asked for
     needs: tuple[tuple[Operation, Box], ...]  # one for each of `inputs_of`, or for those needed
-    compute: Callable[..., object]  # from their values
+    compute: Compute  # from their values
 
 
 class NoRule(Exception):
@@ -116,7 +136,7 @@ def _needs(operation: Operation, boxes: dict[str, Box]) -> tuple[tuple[Operation
     """The needs of an operation with these boxes of the inputs so named, all of the others."""
     given = {id(operation.arguments[name]): box for name, box in boxes.items()}
     return tuple(
-        (source, trimmed(given[id(source)], source.shape))
+        (source, trimmed(given[id(source)], source.axes))
         if id(source) in given
         else (source, whole(source.shape))
         for source in inputs_of(operation)
@@ -125,18 +145,18 @@ def _needs(operation: Operation, boxes: dict[str, Box]) -> tuple[tuple[Operation
 
 def pointwise(operation: Operation, box: Box) -> Part:
     """Every place of the result from the same place of the inputs; broadcast axes are whole."""
-    needs = []
-    for source in inputs_of(operation):
-        if source.shape is None:
-            needs.append((source, ()))
-            continue
-        spans, sizes = box[len(box) - len(source.shape) :], operation.shape[-len(source.shape) :]
-        if not source.shape:
-            spans, sizes = (), ()
-        same = [None if own != size else span
-                for span, size, own in zip(spans, sizes, source.shape, strict=True)]  # fmt: skip
-        needs.append((source, trimmed(tuple(same), source.shape)))
-    return Part(box, tuple(needs), call_of(operation))
+    needs = tuple((source, _same_place(operation, box, source)) for source in inputs_of(operation))
+    return Part(box, needs, call_of(operation))
+
+
+def _same_place(operation: Operation, box: Box, source: Operation) -> Box:
+    """The box of an input that broadcasts to a box of the result."""
+    if not source.shape:  # a number
+        return ()
+    rank = len(source.shape)
+    axes = zip(box[len(box) - rank :], operation.axes[-rank:], source.shape, strict=True)
+    same = tuple(None if own != size else span for span, size, own in axes)
+    return trimmed(same, source.shape)
 
 
 def prelu(operation: Operation, box: Box) -> Part:
@@ -146,38 +166,48 @@ def prelu(operation: Operation, box: Box) -> Part:
 
 
 def _with_whole(box: Box, axes: Iterable[int]) -> Box:
-    axes = {axis % len(box) for axis in axes}
-    return tuple(None if number in axes else span for number, span in enumerate(box))
+    places = {axis % len(box) for axis in axes}
+    return tuple(None if number in places else span for number, span in enumerate(box))
 
 
-def _window(
-    span: Span, size: int, kernel: int, stride: int, dilation: int, pads: tuple[int, int]
-) -> tuple[Span, tuple[int, int]]:
+@dataclass(frozen=True)
+class Window:
+    """A window that slides along an axis."""
+
+    kernel: int
+    stride: int
+    dilation: int
+    pads: tuple[int, int]  # before and after the axis
+
+
+def _read(span: Span, size: int | None, window: Window) -> tuple[Span, tuple[int, int]]:
     """What a sliding window reads of an axis for a span of its result, and the padding that is
     left: what reaches beyond the tensor's true ends."""
     if span is None:
-        return None, pads
-    start = span[0] * stride - pads[0]
-    stop = (span[1] - 1) * stride - pads[0] + dilation * (kernel - 1) + 1
+        return None, window.pads
+    if size is None:
+        raise NoRule
+    start = span[0] * window.stride - window.pads[0]
+    last = (span[1] - 1) * window.stride - window.pads[0]
+    stop = last + window.dilation * (window.kernel - 1) + 1
     read = (max(start, 0), min(stop, size))
     if read[0] >= read[1]:
         raise NoRule  # padding alone
     return read, (max(-start, 0), max(stop - size, 0))
 
 
-def _windows(
-    box: Box, shape: Sequence[int | None], *how: Sequence[object]
-) -> tuple[list[Span], Pads]:
-    """`_window` of rows and columns. how: kernel, stride, dilation and pads of both."""
-    pairs = [_window(box[2 + n], shape[2 + n], *(one[n] for one in how)) for n in range(2)]
-    return [read for read, _ in pairs], tuple(pads for _, pads in pairs)
+def _reads(box: Box, shape: Shape, windows: Sequence[Window]) -> tuple[tuple[Span, Span], Pads]:
+    """`_read` of the rows and the columns of a box, by the window of each."""
+    rows, above = _read(box[2], shape[2], windows[0])
+    columns, left = _read(box[3], shape[3], windows[1])
+    return (rows, columns), (above, left)
 
 
 def conv2d(operation: Operation, box: Box) -> Part:
     """All channels of the rows and columns under the kernel."""
-    given, how = operation.arguments, operation.arguments['how']
-    reads, pads = _windows(box, given['input'].shape, how.kernel, how.stride, how.dilation,
-                           how.pads)  # fmt: skip
+    how = operation.sliding()
+    sides = zip(how.kernel, how.stride, how.dilation, how.pads, strict=True)
+    reads, pads = _reads(box, operation.tensor('input').axes, [Window(*side) for side in sides])
     needs = _needs(operation, {'input': (None, None, *reads)})
     run = call_of(operation, how=replace(how, pads=pads))
     return Part((None, None, *box[2:]), needs, run)
@@ -186,12 +216,14 @@ def conv2d(operation: Operation, box: Box) -> Part:
 def conv_transpose2d(operation: Operation, box: Box) -> Part:
     """Input i is spread over the results from i * stride - padding on; what is beside the span
     is cut off afterwards."""
-    given, reads, cuts, extra = operation.arguments, [], [], []
+    source, weight = operation.tensor('input'), operation.tensor('weight')
+    reads: list[Span] = []
+    cuts, extra = [], []
     for axis in range(2):
-        span, size = box[2 + axis], given['input'].shape[2 + axis]
-        stride, padding = pair_of(operation, 'stride')[axis], pair_of(operation, 'padding')[axis]
-        reach = pair_of(operation, 'dilation')[axis] * (given['weight'].shape[2 + axis] - 1)
-        a, b = span or (0, operation.shape[2 + axis])
+        span, size = box[2 + axis], source.length(2 + axis)
+        stride, padding = operation.pair('stride')[axis], operation.pair('padding')[axis]
+        reach = operation.pair('dilation')[axis] * (weight.length(2 + axis) - 1)
+        a, b = span or (0, operation.length(2 + axis))
         first = max(0, math.ceil((a + padding - reach) / stride))
         last = min(size - 1, (b - 1 + padding) // stride)
         if first > last:
@@ -208,48 +240,61 @@ def conv_transpose2d(operation: Operation, box: Box) -> Part:
     return Part((None, None, *box[2:]), needs, lambda *values: run(*values)[:, :, cuts[0], cuts[1]])
 
 
-def _pool(operation: Operation, box: Box) -> tuple[list[Span], Pads, tuple[int, int]]:
+@dataclass(frozen=True)
+class Pooling:
+    """What a pooling needs for a box of its result."""
+
+    needs: tuple[tuple[Operation, Box], ...]
+    sides: tuple[int, int, int, int]  # the padding that is left: left, right, above, below
+    stride: list[int]
+
+
+def _pooling(operation: Operation, box: Box) -> Pooling:
     given = operation.arguments
-    if len(operation.shape) != 4:
+    if len(operation.axes) != 4:
         raise NoRule
-    kernel = pair_of(operation, 'kernel_size')
-    stride = pair_of(operation, 'stride') if given.get('stride') else kernel
-    dilation = pair_of(operation, 'dilation') if 'dilation' in given else (1, 1)
-    padding = tuple((p, p) for p in pair_of(operation, 'padding'))
+    kernel = operation.pair('kernel_size')
+    stride = operation.pair('stride') if given.get('stride') else kernel
+    dilation = operation.pair('dilation') if 'dilation' in given else (1, 1)
+    sides = zip(kernel, stride, dilation, operation.pair('padding'), strict=True)
+    windows = [Window(k, s, d, (p, p)) for k, s, d, p in sides]
     # With ceil_mode the last window may reach further out than the padding: every span is counted.
-    ends = zip(box[2:], operation.shape[2:], strict=True)
-    box = (*box[:2], *(span or (0, length) for span, length in ends))
-    reads, pads = _windows(box, given['self'].shape, kernel, stride, dilation, padding)
-    return reads, pads, stride
+    spans = [span or (0, operation.length(2 + axis)) for axis, span in enumerate(box[2:])]
+    reads, ((top, bottom), (left, right)) = _reads(
+        (*box[:2], *spans), operation.tensor('self').axes, windows
+    )
+    needs = _needs(operation, {'self': (*box[:2], *reads)})
+    return Pooling(needs, (left, right, top, bottom), list(stride))
 
 
 def max_pool2d(operation: Operation, box: Box) -> Part:
     """The windows' rows and columns; where padding is left, it is minus infinity."""
-    reads, ((top, bottom), (left, right)), stride = _pool(operation, box)
-    run = call_of(operation, padding=[0, 0], stride=list(stride), ceil_mode=False)
-    sides = (left, right, top, bottom)
+    pooling = _pooling(operation, box)
+    run = call_of(operation, padding=[0, 0], stride=pooling.stride, ceil_mode=False)
+    sides = pooling.sides
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        return run(F.pad(x, sides, value=-math.inf) if any(sides) else x)
+        pooled: torch.Tensor = run(F.pad(x, sides, value=-math.inf) if any(sides) else x)
+        return pooled
 
-    return Part(box, _needs(operation, {'self': (*box[:2], *reads)}), compute)
+    return Part(box, pooling.needs, compute)
 
 
 def avg_pool2d(operation: Operation, box: Box) -> Part:
     """The windows' rows and columns, with the zeros that count."""
-    given = operation.arguments
-    reads, ((top, bottom), (left, right)), stride = _pool(operation, box)
-    sides = (left, right, top, bottom)
+    given, pooling = operation.arguments, _pooling(operation, box)
+    sides = pooling.sides
     if given['ceil_mode'] or given['divisor_override'] is not None:
         raise NoRule
     if any(sides) and not given['count_include_pad']:
         raise NoRule
-    run = call_of(operation, padding=[0, 0], stride=list(stride))
+    run = call_of(operation, padding=[0, 0], stride=pooling.stride)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        return run(F.pad(x, sides) if any(sides) else x)
+        pooled: torch.Tensor = run(F.pad(x, sides) if any(sides) else x)
+        return pooled
 
-    return Part(box, _needs(operation, {'self': (*box[:2], *reads)}), compute)
+    return Part(box, pooling.needs, compute)
 
 
 def resize(operation: Operation, box: Box) -> Part:
@@ -273,24 +318,25 @@ def resize(operation: Operation, box: Box) -> Part:
         return torch.matmul(columns, x).permute(0, 3, 1, 2)
 
     box = (None, None, *box[2:])
-    return Part(box, ((source, trimmed((None, None, *reads), source.shape)),), compute)
+    return Part(box, ((source, trimmed((None, None, *reads), source.axes)),), compute)
 
 
 def _resizing_matrix(operation: Operation, axis: int, dtype: torch.dtype) -> torch.Tensor:
     """The weights (out, in) of an axis, of rows (0) or columns (1)."""
-    given = dict(operation.arguments)
-    source, size = inputs_of(operation)[0], operation.shape[2 + axis]
-    if len(inputs_of(operation)) > 1:
+    given, inputs = dict(operation.arguments), inputs_of(operation)
+    if len(inputs) > 1:
         raise NoRule  # sizes that are computed
     if given.get('output_size') is not None:
-        given['output_size'] = [size, 1]
-    if given.get('scale_factors') is not None:
-        given['scale_factors'] = [given['scale_factors'][axis], 1.0]
+        given['output_size'] = [operation.length(2 + axis), 1]
+    if isinstance(scales := given.get('scale_factors'), list):
+        given['scale_factors'] = [scales[axis], 1.0]
     if 'scales_h' in given:
         given['scales_h'], given['scales_w'] = given[('scales_h', 'scales_w')[axis]], None
-    length = source.shape[2 + axis]
+    length = inputs[0].length(2 + axis)
     given[next(iter(given))] = torch.eye(length, dtype=dtype).view(1, length, length, 1)
-    return operation.target(**given)[0, :, :, 0].T
+    assert operation.target is not None  # it is one that is computed
+    resized: torch.Tensor = operation.target(**given)
+    return resized[0, :, :, 0].T
 
 
 def _columns_used(matrix: torch.Tensor) -> tuple[int, int]:
@@ -301,7 +347,7 @@ def _columns_used(matrix: torch.Tensor) -> tuple[int, int]:
 def upsample_nearest2d(operation: Operation, box: Box) -> Part:
     """By whole numbers: every pixel becomes a block, and whole blocks are computed."""
     source = inputs_of(operation)[0]
-    factors = [operation.shape[axis] / source.shape[axis] for axis in (2, 3)]
+    factors = [operation.length(axis) / source.length(axis) for axis in (2, 3)]
     if not all(factor.is_integer() for factor in factors):
         return resize(operation, box)
     spans = [_blocks(span, int(factor)) for span, factor in zip(box[2:], factors, strict=True)]
@@ -312,7 +358,7 @@ def upsample_nearest2d(operation: Operation, box: Box) -> Part:
     def compute(x: torch.Tensor) -> torch.Tensor:
         return aten.upsample_nearest2d.vec(x, None, scales)
 
-    return Part((*box[:2], *spans), ((source, trimmed(reads, source.shape)),), compute)
+    return Part((*box[:2], *spans), ((source, trimmed(reads, source.axes)),), compute)
 
 
 def _blocks(span: Span, size: int) -> Span:
@@ -322,7 +368,7 @@ def _blocks(span: Span, size: int) -> Span:
 
 def pixel_shuffle(operation: Operation, box: Box) -> Part:
     """Channels become blocks of pixels."""
-    factor = operation.arguments['upscale_factor']
+    factor = operation.number('upscale_factor')
     spans = [_blocks(span, factor) for span in box[-2:]]
     first = (None,) * (len(box) - 2)
     reads = (*first, *(span and (span[0] // factor, span[1] // factor) for span in spans))
@@ -331,7 +377,7 @@ def pixel_shuffle(operation: Operation, box: Box) -> Part:
 
 def pixel_unshuffle(operation: Operation, box: Box) -> Part:
     """Blocks of pixels become channels."""
-    factor = operation.arguments['downscale_factor']
+    factor = operation.number('downscale_factor')
     first = (None,) * (len(box) - 2)
     reads = (*first, *(span and (span[0] * factor, span[1] * factor) for span in box[-2:]))
     return Part((*first, *box[-2:]), _needs(operation, {'self': reads}), call_of(operation))
@@ -339,37 +385,34 @@ def pixel_unshuffle(operation: Operation, box: Box) -> Part:
 
 def cat(operation: Operation, box: Box) -> Part:
     """Those of the tensors that lie in the span, each its part."""
-    axis = operation.arguments.get('dim', 0) % len(box)
-    span, start, needs = box[axis], 0, []
-    for source in operation.arguments['tensors']:
-        if len(source.shape) != len(box):
+    axis = operation.number('dim', 0) % len(box)
+    span, start = box[axis], 0
+    needs: list[tuple[Operation, Box]] = []
+    for source in operation.tensors('tensors'):
+        shape = source.axes
+        if len(shape) != len(box):
             raise NoRule  # an empty tensor, which cat leaves out
-        size = source.shape[axis]
-        if size is None:
-            raise NoRule
+        size = source.length(axis)
         part = span and (max(span[0] - start, 0), min(span[1] - start, size))
         if part is None or part[0] < part[1]:
-            needs.append((source, trimmed((*box[:axis], part, *box[axis + 1 :]), source.shape)))
+            needs.append((source, trimmed((*box[:axis], part, *box[axis + 1 :]), shape)))
         start += size
     return Part(box, tuple(needs), lambda *values: torch.cat(values, dim=axis))
 
 
 def stack(operation: Operation, box: Box) -> Part:
     """The new axis is whole."""
-    axis = operation.arguments.get('dim', 0) % len(box)
+    axis = operation.number('dim', 0) % len(box)
     inner = box[:axis] + box[axis + 1 :]
-    needs = tuple((source, inner) for source in operation.arguments['tensors'])
+    needs = tuple((source, inner) for source in operation.tensors('tensors'))
     return Part(_with_whole(box, [axis]), needs, call_of(operation))
 
 
 def slice_(operation: Operation, box: Box) -> Part:
     """The same places counted from the slice's start."""
-    given, axis = operation.arguments, operation.arguments['dim'] % len(box)
-    source, step = given['self'], given['step']
-    size, length = source.shape[axis], operation.shape[axis]
-    if size is None or length is None or not isinstance(given['start'] or 0, int):
-        raise NoRule
-    start = given['start'] or 0
+    axis = operation.number('dim') % len(box)
+    size, length = operation.tensor('self').length(axis), operation.length(axis)
+    start, step = operation.number('start', 0), operation.number('step')
     start = max(0, start + size if start < 0 else start)
     a, b = box[axis] or (0, length)
     reads = (*box[:axis], (start + a * step, start + (b - 1) * step + 1), *box[axis + 1 :])
@@ -379,62 +422,79 @@ def slice_(operation: Operation, box: Box) -> Part:
 
 def select(operation: Operation, box: Box) -> Part:
     """One place of an axis, which is gone."""
-    source, axis = operation.arguments['self'], operation.arguments['dim']
-    axis, index = axis % len(source.shape), operation.arguments['index']
-    if source.shape[axis] is None or not isinstance(index, int):
-        raise NoRule
-    index %= source.shape[axis]
+    source = operation.tensor('self')
+    axis = operation.number('dim') % len(source.axes)
+    index = operation.number('index') % source.length(axis)
     reads = (*box[:axis], (index, index + 1), *box[axis:])
     return Part(box, _needs(operation, {'self': reads}), call_of(operation, index=0))
+
+
+# How much of a tensor is shown by so much padding, by its mode.
+PADDING_SHOWS: dict[str, Callable[[int], int]] = {
+    'constant': lambda beyond: 0,
+    'reflect': lambda beyond: beyond + 1,
+    'replicate': lambda beyond: 1,
+}
+
+
+@dataclass(frozen=True)
+class Padded:
+    """How a span of a padded axis is computed."""
+
+    read: Span  # of the axis before it is padded
+    left: tuple[int, int]  # the padding that is left, before and after it
+    cut: slice  # what is wanted of the result
+
+
+def _padded(span: tuple[int, int], size: int, first: int, mode: str) -> Padded:
+    """A span of an axis of that size, before which `first` places were put."""
+    (a, b), shown = span, PADDING_SHOWS[mode]
+    left, right = max(first - a, 0), max(b - first - size, 0)
+    low, high = max(a - first, 0), min(b - first, size)
+    high = max(high, shown(left)) if left else high
+    low = min(low, size - shown(right)) if right else low
+    if low >= high:
+        raise NoRule  # padding alone
+    begin = a - first - (low - left)
+    return Padded((low, high), (left, right), slice(begin, begin + b - a))
 
 
 def pad(operation: Operation, box: Box) -> Part:
     """Only what is left of the padding beyond the tensor's true ends; a mirror needs what it
     shows."""
-    given, source = operation.arguments, operation.arguments['self']
-    mode = given.get('mode') or 'constant'
-    if mode not in ('constant', 'reflect', 'replicate'):
+    source, shape = operation.tensor('self'), operation.tensor('self').axes
+    mode = str(operation.arguments.get('mode') or 'constant')
+    filled = operation.arguments.get('value') or 0.0
+    if mode not in PADDING_SHOWS or not isinstance(filled, (int, float)):
         raise NoRule
-    before = [0] * len(box)
-    for number, amount in enumerate(given['pad'][::2], start=1):
+    amounts, before = operation.numbers('pad'), [0] * len(box)
+    for number, amount in enumerate(amounts[::2], start=1):
         before[-number] = amount
-    shown = {'constant': lambda beyond: 0, 'reflect': lambda beyond: beyond + 1,
-             'replicate': lambda beyond: 1}[mode]  # of the tensor, by so much padding  # fmt: skip
-    reads, sides, cuts = [], [], []
-    for span, size, first, length in zip(box, source.shape, before, operation.shape, strict=True):
-        a, b = span or (0, length)
-        if size is None:
-            reads.append(None), sides.append((0, 0)), cuts.append(slice(None))
-            continue
-        left, right = max(first - a, 0), max(b - first - size, 0)
-        low, high = max(a - first, 0), min(b - first, size)
-        high = max(high, shown(left)) if left else high
-        low = min(low, size - shown(right)) if right else low
-        if low >= high:
-            raise NoRule  # padding alone
-        begin = a - first - (low - left)
-        reads.append((low, high)), sides.append((left, right))
-        cuts.append(slice(begin, begin + b - a))
-    amounts = [side for pair in reversed(sides) for side in pair][: len(given['pad'])]
-    value, cuts = given.get('value') or 0.0, tuple(cuts)
+    axes = [
+        _padded(span or (0, length), size, first, mode) if size is not None and length is not None
+        else Padded(None, (0, 0), slice(None))
+        for span, size, first, length in zip(box, shape, before, operation.axes, strict=True)
+    ]  # fmt: skip
+    sides = [side for axis in reversed(axes) for side in axis.left][: len(amounts)]
+    cuts = tuple(axis.cut for axis in axes)
+    value, reads = filled if mode == 'constant' else None, tuple(axis.read for axis in axes)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(x, amounts, mode, value if mode == 'constant' else None)
-        return padded[cuts]
+        return F.pad(x, sides, mode, value)[cuts]
 
-    return Part(box, ((source, trimmed(tuple(reads), source.shape)),), compute)
+    return Part(box, ((source, trimmed(reads, shape)),), compute)
 
 
 def permute(operation: Operation, box: Box) -> Part:
     """The axes in another order."""
-    order = [dim % len(box) for dim in operation.arguments['dims']]
+    order = [dim % len(box) for dim in operation.numbers('dims')]
     reads = tuple(box[order.index(axis)] for axis in range(len(box)))
     return Part(box, _needs(operation, {'self': reads}), call_of(operation))
 
 
 def transpose(operation: Operation, box: Box) -> Part:
     """Two axes change places."""
-    a, b = (operation.arguments[name] % len(box) for name in ('dim0', 'dim1'))
+    a, b = (operation.number(name) % len(box) for name in ('dim0', 'dim1'))
     reads = list(box)
     reads[a], reads[b] = box[b], box[a]
     return Part(box, _needs(operation, {'self': tuple(reads)}), call_of(operation))
@@ -442,33 +502,31 @@ def transpose(operation: Operation, box: Box) -> Part:
 
 def unsqueeze(operation: Operation, box: Box) -> Part:
     """A new axis of length 1."""
-    axis = operation.arguments['dim'] % len(box)
+    axis = operation.number('dim') % len(box)
     reads = box[:axis] + box[axis + 1 :]
     return Part(_with_whole(box, [axis]), _needs(operation, {'self': reads}), call_of(operation))
 
 
 def squeeze(operation: Operation, box: Box) -> Part:
     """Without an axis of length 1."""
-    source, dims = operation.arguments['self'], operation.arguments.get('dim')
-    if dims is None:
+    if operation.arguments.get('dim') is None:
         raise NoRule  # might take an axis that is of length 1 only after cropping
-    rank = len(source.shape)
-    axes = {dim % rank for dim in (dims if isinstance(dims, list) else [dims])}
-    gone = {axis for axis in axes if source.shape[axis] == 1}
+    shape = operation.tensor('self').axes
+    axes = {dim % len(shape) for dim in operation.numbers('dim')}
+    gone = {axis for axis in axes if shape[axis] == 1}
     if gone != axes:
         raise NoRule
     left = iter(box)
-    reads = tuple(None if axis in gone else next(left) for axis in range(rank))
+    reads = tuple(None if axis in gone else next(left) for axis in range(len(shape)))
     return Part(box, _needs(operation, {'self': reads}), call_of(operation))
 
 
 def reduce(operation: Operation, box: Box) -> Part:
     """The axes that are summed up are whole."""
-    source, dims = operation.arguments['self'], operation.arguments.get('dim')
-    if not isinstance(dims, (list, int)) or dims == []:
+    if operation.arguments.get('dim') in (None, []):
         raise NoRule
-    rank = len(source.shape)
-    axes = {dim % rank for dim in (dims if isinstance(dims, list) else [dims])}
+    rank = len(operation.tensor('self').axes)
+    axes = {dim % rank for dim in operation.numbers('dim')}
     if operation.arguments.get('keepdim'):
         reads = _with_whole(box, axes)
     else:
@@ -479,13 +537,13 @@ def reduce(operation: Operation, box: Box) -> Part:
 
 def along_axis(operation: Operation, box: Box) -> Part:
     """A softmax: its axis is whole."""
-    box = _with_whole(box, [operation.arguments['dim']])
+    box = _with_whole(box, [operation.number('dim')])
     return Part(box, _needs(operation, {'self': box}), call_of(operation))
 
 
 def layer_norm(operation: Operation, box: Box) -> Part:
     """The last axes are whole."""
-    count = len(operation.arguments['normalized_shape'])
+    count = len(operation.numbers('normalized_shape'))
     box = _with_whole(box, range(len(box) - count, len(box)))
     return Part(box, _needs(operation, {'input': box}), call_of(operation))
 
@@ -498,12 +556,12 @@ def linear(operation: Operation, box: Box) -> Part:
 
 def expand(operation: Operation, box: Box) -> Part:
     """A broadcast, to as much as is asked for."""
-    source, sizes = operation.arguments['self'], list(operation.arguments['size'])
-    if len(source.shape) != len(box):
+    source, asked = operation.tensor('self'), operation.arguments['size']
+    if len(source.axes) != len(box) or not isinstance(asked, (list, tuple)):
         raise NoRule
-    reads = []
-    for axis, (span, own) in enumerate(zip(box, source.shape, strict=True)):
-        spread = own == 1 and operation.shape[axis] != 1
+    sizes, reads = list(asked), []
+    for axis, (span, own) in enumerate(zip(box, source.axes, strict=True)):
+        spread = own == 1 and operation.axes[axis] != 1
         reads.append(None if spread else span)
         if isinstance(sizes[axis], int):
             sizes[axis] = (length_of(span, sizes[axis]) if spread else -1)  # fmt: skip
@@ -558,5 +616,5 @@ def part_of(operation: Operation, box: Box) -> Part:
         return whole_part(operation)
     try:
         return rule(operation, box)
-    except NoRule:
+    except (NoRule, NotExportable):  # or an argument that is no plain number
         return whole_part(operation)

@@ -1,9 +1,9 @@
 """A network that computes what the original does, in whole or for some boxes of its output.
 
-    operation_graph   the network once, traced by torch.export for any batch of one image size
-    graph_rewrites    everything that makes it faster, as exact rewrites of the graph
-    crop_rules        which box of its inputs each operation needs for a box of its result
-    this module       what is computed for some boxes of the output, in order (`Plan`)
+    trace       the network once, as torch.export sees it, for any batch of one image size
+    rewrites    everything that makes it faster, as exact rewrites of the graph
+    crops       which box of its inputs each operation needs for a box of its result
+    this file   what is computed for some boxes of the output, in order (`Plan`)
 
 *Cropping.* An output pixel depends on a box of every tensor before it. From the output to the
 input, each operation says which box of its inputs it needs. Only these boxes are computed, which is
@@ -17,9 +17,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ from igseg.engine.crops import (
     whole,
 )
 from igseg.engine.rewrites import Kernel, rewrite
-from igseg.engine.trace import Graph, Operation, trace
+from igseg.engine.trace import Compute, Graph, Operation, Shape, trace
 
 # --------------------------------------------------------------------------- crops
 
@@ -79,14 +80,21 @@ def _cut_out(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> tuple[to
     return tuple(x[one] for one in slices)
 
 
+def _cut_out_one(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> torch.Tensor:
+    return _cut_out(slices, x)[0]
+
+
 # --------------------------------------------------------------------------- plans
+
+# What constants are while a plan runs: tensors, and weights of convolutions.
+Constants = Mapping[Operation, torch.Tensor | Kernel]
 
 
 @dataclass(frozen=True)
 class Instruction:
     """A step of a plan. Slots hold the values."""
 
-    compute: Callable[..., object]
+    compute: Compute
     reads: tuple[int, ...]
     writes: tuple[int, ...]  # one, or one for each of several results
     done: tuple[int, ...]  # read here for the last time
@@ -104,11 +112,10 @@ class Plan:
     sizes: tuple[tuple[int, Callable[[int], int]], ...]
     results: tuple[int, ...]  # slots, in the order of the boxes
 
-    def run(
-        self, x: torch.Tensor, constants: dict[Operation, torch.Tensor | Kernel]
-    ) -> list[torch.Tensor]:
+    def run(self, x: torch.Tensor, constants: Constants) -> list[torch.Tensor]:
         """Images (N, C, H, W) -> the boxes of the output, one after the other."""
-        slots: dict[int, object] = {slot: constants[which] for slot, which in self.constants}
+        # Values of any kind: what one operator gives another takes, as the network was traced.
+        slots: dict[int, Any] = {slot: constants[which] for slot, which in self.constants}
         slots.update((slot, int(size(len(x)))) for slot, size in self.sizes)
         if self.image is not None:
             slots[self.image] = x.contiguous(memory_format=torch.channels_last)
@@ -124,16 +131,10 @@ class Plan:
         return [slots[slot] for slot in self.results]
 
 
-def make_plan(graph: Graph, wanted: Sequence[Box]) -> Plan:
-    """What must be computed for some boxes of a graph's output."""
-    parts = _propagated(graph, wanted)
-    return _Planner(graph, parts).plan()
-
-
 def _propagated(graph: Graph, wanted: Sequence[Box]) -> dict[Operation, list[Part]]:
     """The parts of each operation that are needed, from the output to the input."""
     needed: dict[Operation, list[Box]] = defaultdict(list)
-    needed[graph.output] = [trimmed(box, graph.output.shape) for box in wanted]
+    needed[graph.output] = [trimmed(box, graph.output.axes) for box in wanted]
     parts = {}
     for operation in reversed(graph.operations):
         if operation.target is None or operation not in needed:
@@ -152,6 +153,21 @@ def _propagated(graph: Graph, wanted: Sequence[Box]) -> dict[Operation, list[Par
     return parts
 
 
+def _work(operation: Operation, box: Box) -> float:
+    """Floating-point operations of a convolution for a box of its result, for one image."""
+    if operation.kind not in ('conv2d', 'conv_transpose2d'):
+        return 0.0
+    lengths = [length_of(box[axis], operation.length(axis)) for axis in (2, 3)]
+    if operation.kind == 'conv2d':
+        places = float(math.prod(lengths))
+    else:
+        source = operation.tensor('input')
+        shares = [length / operation.length(2 + axis) for axis, length in enumerate(lengths)]
+        places = source.length(2) * source.length(3) * math.prod(shares)
+    weights = (size or 1 for size in operation.tensor('weight').axes)  # those of one image
+    return 2.0 * places * math.prod(weights)
+
+
 class _Planner:
     """Puts parts in order, and finds for each need the slot that holds it."""
 
@@ -160,7 +176,7 @@ class _Planner:
         self.number = itertools.count()
         self.pieces: dict[Operation, list[tuple[Box, int]]] = {}  # what was computed, and where
         self.crops: dict[tuple[int, Box], int] = {}
-        self.steps: list[tuple[Callable[..., object], tuple[int, ...], tuple[int, ...]]] = []
+        self.steps: list[tuple[Compute, tuple[int, ...], tuple[int, ...]]] = []
         self.read_of: dict[Operation, list[Box]] = defaultdict(list)  # boxes that are read
         for found in parts.values():
             for part in found:
@@ -206,10 +222,8 @@ class _Planner:
             writes = tuple(next(self.number) for _ in inner)
             slices = tuple(slices_of(outer, box) for box in inner)
             self.crops.update(((slot, box), at) for box, at in zip(inner, writes, strict=True))
-            cut = partial(_cut_out, slices)
-            if len(writes) == 1:
-                cut = partial(_cut_out_one, slices)
-            self.steps.append((cut, (slot,), writes))
+            cut: Compute = _cut_out_one if len(writes) == 1 else _cut_out
+            self.steps.append((partial(cut, slices), (slot,), writes))
 
     def _piece(self, operation: Operation, box: Box) -> tuple[Box, int]:
         return next(piece for piece in self.pieces[operation] if holds(piece[0], box))
@@ -233,22 +247,10 @@ class _Planner:
         )
 
 
-def _cut_out_one(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> torch.Tensor:
-    return _cut_out(slices, x)[0]
-
-
-def _work(operation: Operation, box: Box) -> float:
-    """Floating-point operations of a convolution for a box of its result, for one image."""
-    if operation.kind not in ('conv2d', 'conv_transpose2d'):
-        return 0.0
-    given = operation.arguments
-    if operation.kind == 'conv2d':
-        places = math.prod(length_of(box[axis], operation.shape[axis]) for axis in (2, 3))
-    else:
-        places = math.prod(given['input'].shape[2:]) * math.prod(
-            length_of(box[axis], operation.shape[axis]) / operation.shape[axis] for axis in (2, 3)
-        )
-    return 2.0 * places * math.prod(given['weight'].shape)
+def make_plan(graph: Graph, wanted: Sequence[Box]) -> Plan:
+    """What must be computed for some boxes of a graph's output."""
+    parts = _propagated(graph, wanted)
+    return _Planner(graph, parts).plan()
 
 
 # --------------------------------------------------------------------------- the network
@@ -265,12 +267,12 @@ class NetworkGraph:
         """network: frozen, in evaluation mode, with one tensor as result. example: (1, C, H, W)."""
         self.graph = trace(network, example)
         self.rewrites = rewrite(self.graph)
-        self._constants: dict[torch.dtype | None, dict[Operation, torch.Tensor | Kernel]] = {}
+        self._constants: dict[torch.dtype | None, Constants] = {}
 
     @property
-    def output_shape(self) -> tuple[int | None, ...]:
+    def output_shape(self) -> Shape:
         """Of the result: (None, K, h, w)."""
-        return self.graph.output.shape
+        return self.graph.output.axes
 
     @cached_property
     def whole(self) -> Plan:
@@ -291,16 +293,16 @@ class NetworkGraph:
         """Free the weights of a type."""
         self._constants.pop(dtype, None)
 
-    def _in(self, dtype: torch.dtype | None) -> dict[Operation, torch.Tensor | Kernel]:
+    def _in(self, dtype: torch.dtype | None) -> Constants:
         """The constants in a type, in the order in which they are computed with."""
         if dtype not in self._constants:
-            found = {
+            tensors = {
                 operation: value.to(dtype) if dtype and value.is_floating_point() else value
                 for operation, value in self.graph.constants.items()
             }
-            kernels = {operation: Kernel(found[operation], *kernel)
+            kernels = {operation: Kernel(tensors[operation], *kernel)
                        for operation, kernel in self.graph.kernels.items()}  # fmt: skip
-            self._constants[dtype] = found | kernels
+            self._constants[dtype] = {**tensors, **kernels}
         return self._constants[dtype]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

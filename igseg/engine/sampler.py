@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from igseg.engine.engine import Crops, GradientEngine
+from igseg.engine.engine import Crops, FiniteFlags, GradientEngine
 from igseg.engine.memory import OutOfMemory, out_of_memory_is_one_error
 from igseg.errors import NonFiniteError, attempt
 from igseg.network.score import Score
@@ -53,6 +53,11 @@ class PathSampler:
     asks at each node for some of the targets. The nodes go through the network in step batches.
     Densities that were computed before they are asked for (at the ends, or to check the precision)
     wait in `_ready`, and each is given out once.
+
+    Whether all is finite is seen at once on a CPU. A GPU would have to be waited for in every step
+    batch; there it is noted, and seen before the last density of a round is given out (a round is
+    one call): who has all densities of a round has finite ones, and NonFiniteError names the first
+    node that has not.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class PathSampler:
         # where one was not asked
         self.overlaps: dict[float, torch.Tensor] = {}  # where there was a whole map
         self._overlap, self._on_steps = overlap, on_steps
+        self._flags = FiniteFlags() if engine.waits else None
         self._ready: dict[tuple[float, int], torch.Tensor] = {}  # (C, H, W) at a node of a target
         self._crops = {self.everyone: at_image.crops or Crops(self.targets)}
         self._see_the_end(at_image)
@@ -91,6 +97,7 @@ class PathSampler:
         the same pass."""
         if density_at_start:
             self._keep([0.0], self.everyone, self._evaluate([0.0], self.everyone, None))
+            self._check()
         self.see_maps((0.0, 1.0))
 
     def see_maps(self, alphas: Sequence[float]) -> None:
@@ -122,8 +129,15 @@ class PathSampler:
                     self.engine.step_batch.halve()
                     continue
                 self._keep(chunk, missing, computed)
+            if number == len(wanted) - 1:
+                self._check()
             self._on_steps(1)
             yield torch.stack([self._ready.pop((alpha, target)) for target in targets])
+
+    def _check(self) -> None:
+        """Raise NonFiniteError for what was noted since it was last asked."""
+        if self._flags is not None:
+            self._flags.check()
 
     def _missing(self, alpha: float, targets: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(target for target in targets if (alpha, target) not in self._ready)
@@ -151,10 +165,13 @@ class PathSampler:
         reduced: torch.dtype | None,
         logged: bool = True,
     ) -> torch.Tensor:
-        """Densities at nodes, (steps, targets, C, H, W). Raises NonFiniteError, naming the node."""
+        """Densities at nodes, (steps, targets, C, H, W). Raises NonFiniteError, which names the
+        node, or notes it for `_check`."""
         points, velocities = self.path.at(self._tensor(alphas))  # (steps, C, H, W)
         crops = self._crops_of(targets)
-        maps, scores, densities = self.engine.look(points, velocities, crops, reduced, alphas)
+        maps, scores, densities = self.engine.look(
+            points, velocities, crops, reduced, alphas, self._flags
+        )
         if logged:
             self._log_scores(alphas, targets, scores)
             if crops.plan is None:
@@ -185,7 +202,8 @@ class PathSampler:
         """Remember scores (nodes, targets)."""
         for alpha, row in zip(alphas, scores, strict=True):
             known = self.scores.setdefault(alpha, row.new_full((len(self.targets),), torch.nan))
-            known[list(targets)] = row
+            for target, score in zip(targets, row, strict=True):  # a GPU waits for a list as index
+                known[target] = score
 
     def check_precision(self, reduced: torch.dtype, nodes: Sequence[float]) -> float:
         """Relative L2 deviation of the map from float32, over nodes that are evaluated in both.
@@ -194,12 +212,15 @@ class PathSampler:
         kept for the integral.
         """
         exact = torch.cat([self._evaluate([node], self.everyone, None) for node in nodes])
+        self._check()
         self._keep(nodes, self.everyone, exact)  # (nodes, targets, C, H, W)
 
         def in_reduced_precision() -> torch.Tensor:
-            return torch.cat(
+            densities = torch.cat(
                 [self._evaluate([node], self.everyone, reduced, logged=False) for node in nodes]
             )
+            self._check()
+            return densities
 
         rough, _ = attempt(in_reduced_precision, NonFiniteError)
         if rough is None:

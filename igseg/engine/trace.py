@@ -8,17 +8,34 @@ import logging
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
-import sympy
 import torch
 from torch import nn
+
+from igseg.engine.private_torch import (
+    Operator,
+    WithoutDefault,
+    arguments_of,
+    expression_of,
+    name_of,
+    same_overload,
+    shares_memory,
+    writes_in_place,
+)
 
 aten = torch.ops.aten
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows, the columns
+
+Shape = tuple[int | None, ...]  # of a tensor; an axis of None depends on the number of images
+
+# What runs for an operation, or for a part of one: from the values of its inputs (tensors, and what
+# else operators take) to its result, of whatever kind.
+Compute = Callable[..., Any]
 
 
 class NotExportable(Exception):
@@ -33,10 +50,74 @@ class Operation:
     """One operation, standing for its result where it is the argument of another."""
 
     kind: str  # the operator's name; 'image', 'constant' or 'size' for what is not computed
-    target: Callable[..., object] | None
+    target: Compute | None
     arguments: dict[str, object]  # by the names of its schema, defaults included
-    shape: tuple[int | None, ...] | None  # None: no tensor; an axis of None depends on the batch
+    shape: Shape | None  # None: no tensor
     module: str = ''  # of the original network, which it comes from
+
+    # Its shape and its arguments, as what a rule or a rewrite takes them for. All of these raise
+    # NotExportable where they are something else, as a number is that follows from the image.
+
+    @property
+    def axes(self) -> Shape:
+        """The shape of the tensor that it is."""
+        if self.shape is None:
+            raise NotExportable(f'the result of {self.kind} is no tensor')
+        return self.shape
+
+    def length(self, axis: int) -> int:
+        """Of an axis that does not depend on the number of images."""
+        length = self.axes[axis]
+        if length is None:
+            raise NotExportable(f'a size of {self.kind} depends on the number of images')
+        return length
+
+    def tensor(self, name: str) -> Operation:
+        """The operation that an argument is the result of."""
+        value = self.arguments[name]
+        if not isinstance(value, Operation):
+            raise NotExportable(f'{name} of {self.kind} is no tensor')
+        return value
+
+    def tensors(self, name: str) -> list[Operation]:
+        """The operations that an argument is the results of."""
+        values = self.arguments[name]
+        if not isinstance(values, (list, tuple)):
+            raise NotExportable(f'{name} of {self.kind} is no list')
+        found = [value for value in values if isinstance(value, Operation)]
+        if len(found) < len(values):
+            raise NotExportable(f'{name} of {self.kind} holds more than tensors')
+        return found
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """An argument that is a whole number; default: where it is missing or None."""
+        value = self.arguments.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int):
+            raise NotExportable(f'{name} of {self.kind} is no plain number')
+        return value
+
+    def numbers(self, name: str) -> list[int]:
+        """An argument that is several whole numbers, or one."""
+        value = self.arguments[name]
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        found = [one for one in values if isinstance(one, int)]
+        if len(found) < len(values):
+            raise NotExportable(f'{name} of {self.kind} is not made of plain numbers')
+        return found
+
+    def pair(self, name: str) -> tuple[int, int]:
+        """An argument for rows and columns, which may be given as one."""
+        values = self.numbers(name)
+        rows, columns = values if len(values) == 2 else 2 * values
+        return rows, columns
+
+    def sliding(self) -> Sliding:
+        """How the kernel of a convolution slides, once that stands in one argument."""
+        how = self.arguments['how']
+        if not isinstance(how, Sliding):
+            raise NotExportable(f'{self.kind} does not say how it slides')
+        return how
 
 
 @dataclass(frozen=True)
@@ -52,7 +133,8 @@ class Sliding:
     @cached_property
     def even(self) -> tuple[int, int]:
         """The padding that both sides have, of rows and columns."""
-        return tuple(max(0, min(side)) for side in self.pads)
+        rows, columns = self.pads
+        return max(0, min(rows)), max(0, min(columns))
 
     @cached_property
     def uneven(self) -> tuple[int, ...]:
@@ -65,9 +147,9 @@ class Sliding:
     @cached_property
     def back(self) -> Sliding:
         """How the flipped kernel slides over the gradient, where the stride is 1."""
-        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
-        pads = tuple((r - a, r - b) for r, (a, b) in zip(reach, self.pads, strict=True))
-        return replace(self, pads=pads)
+        rows, columns = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+        (top, bottom), (left, right) = self.pads
+        return replace(self, pads=((rows - top, rows - bottom), (columns - left, columns - right)))
 
 
 @dataclass
@@ -80,7 +162,7 @@ class Graph:
     constants: dict[Operation, torch.Tensor]
     sizes: dict[Operation, Callable[[int], int]]  # what follows from the number of images
     # Constants that are weights of `convolution`: how they slide, and over maps of which shape.
-    kernels: dict[Operation, tuple[Sliding, tuple[int | None, ...]]] = field(default_factory=dict)
+    kernels: dict[Operation, tuple[Sliding, Shape]] = field(default_factory=dict)
 
     def readers(self) -> dict[Operation, list[Operation]]:
         """Which operations read each; the output has one more reader, itself."""
@@ -113,15 +195,16 @@ class Graph:
 
 def inputs_of(operation: Operation) -> list[Operation]:
     """The operations that are arguments, in the order in which `call_of` takes their values."""
-    found = []
+    found: list[object] = []
     for value in operation.arguments.values():
         found += value if isinstance(value, list) else [value]
     return [value for value in found if isinstance(value, Operation)]
 
 
-def call_of(operation: Operation, **changes: object) -> Callable[..., object]:
+def call_of(operation: Operation, **changes: object) -> Compute:
     """The operation as a function of the values of its inputs; changes: of its other arguments."""
     arguments, target = operation.arguments | changes, operation.target
+    assert target is not None  # it is one that is computed
     names = [name for name, value in arguments.items() if isinstance(value, Operation)]
     if not any(isinstance(one, Operation) for value in arguments.values()
                if isinstance(value, list) for one in value):  # fmt: skip
@@ -140,13 +223,6 @@ def call_of(operation: Operation, **changes: object) -> Callable[..., object]:
         return target(**filled)
 
     return compute
-
-
-def pair_of(operation: Operation, name: str) -> tuple[int, int]:
-    """An argument for rows and columns, which may be given as one."""
-    value = operation.arguments[name]
-    value = list(value) if isinstance(value, (list, tuple)) else [value]
-    return tuple(value) if len(value) == 2 else tuple(2 * value)
 
 
 # --------------------------------------------------------------------------- tracing
@@ -205,7 +281,7 @@ class _Import:
         signature = self.program.graph_signature
         if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
             raise NotExportable('the network changes its buffers or its input')
-        (image,) = signature.user_inputs
+        (image,) = signature.user_inputs  # its name
         for node in self.program.graph.nodes:
             if node.op == 'placeholder':
                 self._add(node, self._source(node, image))
@@ -213,11 +289,12 @@ class _Import:
                 self._call(node)
             elif node.op == 'get_attr':
                 raise NotExportable('parts of the network run under no_grad or autocast')
-        output = next(n for n in self.program.graph.nodes if n.op == 'output').args[0]
-        if len(output) != 1:
+        results = next(n for n in self.program.graph.nodes if n.op == 'output').args[0]
+        if not isinstance(results, (list, tuple)) or len(results) != 1:
             raise NotExportable('the network gives more than one result')
         found = next(o for o in self.made if o.kind == 'image')
-        return Graph(self.made, found, self.operations[output[0]], self.constants, self.sizes)
+        output = self.operations[_node(results[0])]
+        return Graph(self.made, found, output, self.constants, self.sizes)
 
     def _add(self, node: torch.fx.Node, operation: Operation) -> Operation:
         self.operations[node] = operation
@@ -225,7 +302,7 @@ class _Import:
             self.made.append(operation)
         return operation
 
-    def _source(self, node: torch.fx.Node, image: str) -> Operation:
+    def _source(self, node: torch.fx.Node, image: object) -> Operation:
         """The image, or a weight."""
         if node.name == image:
             operation = Operation('image', None, {}, _shape_of(node))
@@ -249,36 +326,38 @@ class _Import:
             return  # an assertion, or what it asserts
         elif target is operator.getitem:
             self._item(node)
-        elif isinstance(target, torch._ops.OpOverload):
-            arguments = _arguments_of(target, *self._operands((node.args, node.kwargs)))
-            self._operate(node, target, arguments)
+        elif isinstance(target, Operator):
+            args = [self._operand(value) for value in node.args]
+            kwargs = {name: self._operand(value) for name, value in node.kwargs.items()}
+            self._operate(node, target, _named(target, args, kwargs))
         else:
             raise NotExportable(f'the network holds {target}, which is no plain operation')
 
     def _size(self, node: torch.fx.Node, value: torch.SymInt) -> None:
-        expression = value.node.expr
+        import sympy  # which torch.export has imported by now
+
+        expression = expression_of(value)
         symbols = sorted(expression.free_symbols, key=str)
         if len(symbols) > 1:
             raise NotExportable('sizes depend on more than the number of images')
         operation = self._add(node, Operation('size', None, {}, None))
         self.sizes[operation] = sympy.lambdify(symbols or [sympy.Symbol('n')], expression)
 
-    def _operands(self, value: object) -> object:
+    def _operand(self, value: object) -> object:
+        """An argument of a call, with operations in place of nodes."""
         if isinstance(value, torch.fx.Node):
             if value not in self.operations:
                 raise NotExportable(f'{value.target} is no plain value')
             return self.operations[value]
         if isinstance(value, (list, tuple)):
-            return [self._operands(one) for one in value]
+            return [self._operand(one) for one in value]
         if isinstance(value, dict):
-            return {name: self._operands(one) for name, one in value.items()}
+            return {name: self._operand(one) for name, one in value.items()}
         return value
 
-    def _operate(
-        self, node: torch.fx.Node, target: torch._ops.OpOverload, arguments: dict[str, object]
-    ) -> None:
-        kind = target._schema.name.split('::')[1]
-        if target._schema.is_mutable:
+    def _operate(self, node: torch.fx.Node, target: Operator, arguments: dict[str, object]) -> None:
+        kind = name_of(target)
+        if writes_in_place(target):
             kind, target, changed = self._out_of_place(kind, target, arguments)
             for other, operation in list(self.operations.items()):
                 if operation is changed:  # from here on, whoever reads it reads the result
@@ -287,29 +366,26 @@ class _Import:
                     )
             return
         operation = self._add(node, _made(node, kind, target, arguments))
-        first = next(iter(inputs_of(operation)), None)
-        returns = target._schema.returns
-        if (returns and returns[0].alias_info) or 'dropout' in kind or kind == 'type_as':
-            self.viewed |= {operation, first}
+        if shares_memory(target) or 'dropout' in kind or kind == 'type_as':
+            self.viewed |= {operation, *inputs_of(operation)[:1]}
 
     def _out_of_place(
-        self, kind: str, target: torch._ops.OpOverload, arguments: dict[str, object]
-    ) -> tuple[str, torch._ops.OpOverload, Operation]:
+        self, kind: str, target: Operator, arguments: dict[str, object]
+    ) -> tuple[str, Operator, Operation]:
         """The operator that gives the result of one which writes it into its first argument."""
         written = next(iter(arguments.values()))
-        packet = getattr(aten, kind.removesuffix('_'), None)
-        same = getattr(packet, target._overloadname, None)
-        plain = kind.endswith('_') and isinstance(written, Operation) and same is not None
-        if not plain or written in self.viewed:
+        same = same_overload(target, kind.removesuffix('_')) if kind.endswith('_') else None
+        if not isinstance(written, Operation) or same is None or written in self.viewed:
             raise _WritesInPlace(f'{kind} changes a tensor in place')
         return kind.removesuffix('_'), same, written
 
     def _item(self, node: torch.fx.Node) -> None:
         """One of an operation's results; parts of a tensor become slices of it."""
-        source, index = node.args
+        source, index = _node(node.args[0]), node.args[1]
+        assert isinstance(index, int)  # of a tuple
         operation = self.operations[source]
         if operation.kind in ('split', 'split_with_sizes', 'chunk'):
-            dim = operation.arguments.get('dim', 0)
+            dim = operation.number('dim', 0)
             sizes = [one.shape[dim] for one in source.meta['val']]
             if any(isinstance(size, torch.SymInt) for size in sizes):
                 raise NotExportable('the batch is split')
@@ -323,39 +399,47 @@ class _Import:
             operation.arguments |= {'training': False, 'cudnn_enabled': False}
             self._add(node, operation)
         else:
-            self._add(node, _made(node, 'getitem', operator.getitem, [operation, index]))
+            arguments = {'values': operation, 'index': index}
+            self._add(node, _made(node, 'getitem', _item_of, arguments))
         self.viewed |= {self.operations[node], operation}
 
 
+def _item_of(values: Sequence[object], index: int) -> object:
+    return values[index]
+
+
+def _node(value: object) -> torch.fx.Node:
+    """A value in an exported program that must be computed."""
+    if not isinstance(value, torch.fx.Node):
+        raise NotExportable('the network gives what does not depend on its input')
+    return value
+
+
 def _made(
-    node: torch.fx.Node, kind: str, target: Callable[..., object], arguments: object
+    node: torch.fx.Node, kind: str, target: Compute, arguments: dict[str, object]
 ) -> Operation:
-    if isinstance(arguments, list):
-        target, arguments = (lambda values, index: values[index]), dict(
-            zip(('values', 'index'), arguments, strict=True)
-        )  # fmt: skip
     stack = node.meta.get('nn_module_stack') or {}
     module = next((path for path, _ in reversed(stack.values())), '')
     return Operation(kind, target, arguments, _shape_of(node), module)
 
 
-def _shape_of(node: torch.fx.Node) -> tuple[int | None, ...] | None:
+def _shape_of(node: torch.fx.Node) -> Shape | None:
     value = node.meta['val']
     if not isinstance(value, torch.Tensor):
         return None
     return tuple(None if isinstance(size, torch.SymInt) else size for size in value.shape)
 
 
-def _arguments_of(
-    target: torch._ops.OpOverload, args: Sequence[object], kwargs: dict[str, object]
+def _named(
+    target: Operator, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, object]:
     """All arguments of a call by their names."""
     found = {}
-    for number, argument in enumerate(target._schema.arguments):
+    for number, (name, default) in enumerate(arguments_of(target)):
         if number < len(args):
-            found[argument.name] = args[number]
-        elif argument.name in kwargs:
-            found[argument.name] = kwargs[argument.name]
-        elif argument.has_default_value():
-            found[argument.name] = argument.default_value
+            found[name] = args[number]
+        elif name in kwargs:
+            found[name] = kwargs[name]
+        elif default is not WithoutDefault:
+            found[name] = default
     return found

@@ -47,9 +47,9 @@ from igseg.method.rules import (
     AnyRule,
     Rule,
     Stratified,
-    _first_rule,
-    _nested_counts,
+    first_rule,
     midpoint_rule,
+    nested_counts,
 )
 
 BISECTED_SHARE = 4  # each round bisects a quarter of the intervals, so that a GPU gets batches
@@ -95,7 +95,7 @@ class MapError:
 
     def count(self, error: IntervalError, sign: int = 1) -> None:
         """Count the error of an interval, or (sign -1) no longer."""
-        if self.variance is None:
+        if self.variance is None or self.refinement is None:
             self.variance, self.refinement = error.variance, error.refinement
         else:
             self.variance = self.variance + error.variance * sign
@@ -103,7 +103,7 @@ class MapError:
 
     def of(self, target: int) -> MapError:
         """That of one of the targets."""
-        if self.variance is None:
+        if self.variance is None or self.refinement is None:
             return self
         rows = slice(target, target + 1)
         return MapError(self.variance[rows], self.refinement[rows])
@@ -111,7 +111,7 @@ class MapError:
     @property
     def uncertainty(self) -> torch.Tensor | None:
         """Estimated error at each place, (targets, C, H, W); None for a single node."""
-        if self.variance is None:
+        if self.variance is None or self.refinement is None:
             return None
         return (self.variance.clamp(min=0) + (self.refinement / 3) ** 2).sqrt()
 
@@ -146,7 +146,8 @@ class PathIntegral:
 
 def norms(maps: torch.Tensor) -> torch.Tensor:
     """L2 norm of each map, (maps, C, H, W) -> (maps,)."""
-    return maps.flatten(1).norm(dim=1)
+    sizes: torch.Tensor = maps.flatten(1).norm(dim=1)
+    return sizes
 
 
 # Whether the integral is good enough, asked between rounds.
@@ -154,104 +155,8 @@ Enough = Callable[[PathIntegral], bool]
 
 
 # A refinement, round by round: gives the nodes of a round, takes the densities there one by one
-# (and gives None between them), returns the integral.
+# (and gives None between them: nothing new is asked), returns the integral.
 Rounds = Generator[np.ndarray | None, torch.Tensor, PathIntegral]
-
-
-def integrate(
-    evaluate: Evaluate, rule: str, steps: int, enough: Enough | None = None
-) -> PathIntegral:
-    """The integral of the density over [0, 1], its estimated error, and the evaluations it took.
-
-    evaluate: nodes -> densities. rule: one of RULE_NAMES. steps: how often the density is
-    evaluated; with `enough` at most, and the rule is refined from few nodes until that is True.
-    Of several targets, the nodes suit all. Raises InputError: a number of steps the rule does not
-    have, a rule that is not nested.
-    """
-    if _is_fixed(rule, steps, enough):
-        return sum_rule(evaluate, _fixed_rule(rule, steps))
-    return _alone(_rounds(rule, steps, enough), evaluate)
-
-
-def integrate_targets(
-    evaluate: EvaluateSome,
-    count: int,
-    rule: AnyRule,
-    steps: int,
-    enough: Callable[[int, PathIntegral], bool] | None = None,
-) -> list[PathIntegral]:
-    """`integrate` for each of `count` targets: with its own nodes, which are those it would get
-    alone, and no longer than it needs; what several ask at one node is asked together.
-
-    enough: told the number of the target.
-    """
-    everyone = tuple(range(count))
-    if _is_fixed(rule, steps, enough):
-        both = sum_rule(
-            lambda nodes: evaluate([(float(node), everyone) for node in nodes]),
-            _fixed_rule(rule, steps),
-        )
-        return [both.of(target) for target in everyone]
-    tests = [enough and partial(enough, target) for target in everyone]
-    return _in_step([_rounds(rule, steps, test) for test in tests], evaluate)
-
-
-def _is_fixed(rule: AnyRule, steps: int, enough: object) -> bool:
-    """Whether all nodes are known beforehand, and their weights too."""
-    if not isinstance(rule, str):
-        return isinstance(rule, Rule)
-    return steps == 1 or enough is None if rule != ADAPTIVE else steps == 1
-
-
-def _fixed_rule(rule: str | Rule, steps: int) -> Rule:
-    if isinstance(rule, Rule):
-        return rule
-    return midpoint_rule(1) if rule == ADAPTIVE else RULES[rule](steps)
-
-
-def _rounds(rule: str | Stratified, steps: int, enough: Enough | None) -> Rounds:
-    if isinstance(rule, Stratified):
-        return stratified_rounds(rule, steps, enough)
-    if rule == ADAPTIVE:
-        return adaptive_rounds(steps, enough)
-    return nested_rounds(rule, steps, enough)
-
-
-def _alone(rounds: Rounds, evaluate: Evaluate) -> PathIntegral:
-    """Give a refinement what it asks for."""
-    nodes = next(rounds)
-    while True:
-        following = None
-        for density in evaluate(nodes):
-            try:
-                following = rounds.send(density)
-            except StopIteration as end:
-                return end.value
-        nodes = following
-
-
-def _in_step(all_rounds: Sequence[Rounds], evaluate: EvaluateSome) -> list[PathIntegral]:
-    """Give refinements of several targets what they ask for: in each round every node once, with
-    the targets that ask there."""
-    results: dict[int, PathIntegral] = {}
-    asked = {target: next(rounds) for target, rounds in enumerate(all_rounds)}
-    while asked:
-        there: dict[float, list[int]] = defaultdict(list)
-        for target, nodes in asked.items():
-            for node in nodes:
-                there[float(node)].append(target)
-        wanted = [(node, tuple(there[node])) for node in sorted(there)]
-        asked = {}
-        for (_, targets), densities in zip(wanted, evaluate(wanted), strict=True):
-            for density, target in zip(densities.split(1), targets, strict=True):
-                try:
-                    # Its own memory: it may be kept when the others' are not.
-                    following = all_rounds[target].send(density.clone())
-                except StopIteration as end:
-                    results[target] = end.value
-                else:
-                    asked |= {} if following is None else {target: following}
-    return [results[target] for target in range(len(all_rounds))]
 
 
 def interval_errors(
@@ -291,7 +196,7 @@ def sum_rule(evaluate: Evaluate, rule: Rule) -> PathIntegral:
     if len(lengths):  # what lies outside the outermost nodes is as uncertain as what is beside it
         lengths[0] += rule.nodes[0]
         lengths[-1] += 1 - rule.nodes[-1]
-    running = None
+    running: PathIntegral | None = None
     recent: list[torch.Tensor] = []  # densities whose intervals are still to be judged
     for number, density in enumerate(evaluate(rule.nodes)):
         part = density * float(rule.weights[number])
@@ -305,13 +210,20 @@ def sum_rule(evaluate: Evaluate, rule: Rule) -> PathIntegral:
             for errors in error_pairs(between, recent):
                 running.count(errors)
             recent = [density]
+    assert running is not None  # every rule has a node
     return running
+
+
+def _known_at(
+    known: dict[float, torch.Tensor], keys: Sequence[float], nodes: np.ndarray
+) -> list[torch.Tensor]:
+    return [known[key] for key in keys]
 
 
 def nested_rounds(rule: str, steps: int, enough: Enough) -> Rounds:
     """Levels of a nested rule, one after the other; all densities are kept between them."""
     known: dict[float, torch.Tensor] = {}
-    for count in _nested_counts(rule, steps):
+    for count in nested_counts(rule, steps):
         level = RULES[rule](count)
         keys = [round(float(node), 12) for node in level.nodes]
         fresh = [row for row, key in enumerate(keys) if key not in known]
@@ -319,7 +231,7 @@ def nested_rounds(rule: str, steps: int, enough: Enough) -> Rounds:
         for row in fresh:
             known[keys[row]] = yield asked
             asked = None
-        by_level = sum_rule(lambda _, keys=keys: (known[key] for key in keys), level)
+        by_level = sum_rule(partial(_known_at, known, keys), level)
         if enough(by_level):
             break
     return by_level
@@ -328,16 +240,17 @@ def nested_rounds(rule: str, steps: int, enough: Enough) -> Rounds:
 def stratified_rounds(rule: Stratified, steps: int, enough: Enough | None = None) -> Rounds:
     """Means over nodes drawn in strata, set after set; what is known of their variance: of each
     attribution, of their sum over the channels, and of the sum of all."""
-    total, moments = 0.0, [0.0, 0.0, 0.0]
+    total = torch.zeros(())
+    moments = [total, total, total]
     for count, nodes in enumerate(rule.sets(steps, enough is not None), start=1):
         asked: np.ndarray | None = nodes
         strata = (len(nodes) + 1) // 2
         for _ in range(strata):
-            pair = []
+            pair: list[torch.Tensor] = []
             for _ in range(min(2, len(nodes))):
                 pair.append((yield asked))
                 asked = None
-            total = total + sum(pair) / (len(pair) * strata)
+            total = total + sum(pair, start=torch.zeros(())) / (len(pair) * strata)
             half = (pair[-1] - pair[0]) / (2 * strata)  # of the difference, of a stratum's share
             parts = half, half.sum(dim=1, keepdim=True), half.flatten(1).double().sum(dim=1)
             moments = [m + part.square() for m, part in zip(moments, parts, strict=True)]
@@ -390,16 +303,16 @@ def intervals_between(
 Priority = Callable[[Interval], torch.Tensor]
 
 
-def integrate_adaptively(
-    evaluate: Evaluate,
-    steps: int,
-    enough: Enough | None = None,
-    priority: Priority = lambda interval: interval.bound,
-) -> PathIntegral:
-    """`adaptive_rounds`; a single step is the midpoint rule."""
-    if steps == 1:
-        return sum_rule(evaluate, _first_rule(steps))
-    return _alone(adaptive_rounds(steps, enough, priority), evaluate)
+def _bisect(running: PathIntegral, cut: Interval, density: torch.Tensor) -> list[Interval]:
+    """Replace an interval's part of the integral and of its error by that of its two halves."""
+    left, right = cut.densities
+    length = cut.right - cut.left
+    running.integral += density * (length / 2) - (left + right) * (length / 4)
+    running.count(cut.errors, -1)
+    halves = intervals_between([cut.left, cut.middle, cut.right], [left, density, right])
+    for _, errors in halves:
+        running.count(errors)
+    return [half for half, _ in halves]
 
 
 def adaptive_rounds(
@@ -411,18 +324,21 @@ def adaptive_rounds(
     enough.
 
     Of several targets the one with the largest relative error decides. What is bisected does not
-    depend on how many steps go through the network at once.
+    depend on how many steps go through the network at once. priority: what is bisected first, which
+    benchmarks/quadrature.py compares with others.
     """
-    first = _first_rule(steps)
-    nodes, densities = first.nodes.tolist(), []
+    first = first_rule(steps)
+    nodes: list[float] = first.nodes.tolist()
+    densities: list[torch.Tensor] = []
     asked: np.ndarray | None = first.nodes
     for _ in nodes:
         densities.append((yield asked))
         asked = None
     weights = zip(densities, first.weights.tolist(), strict=True)
-    running = PathIntegral(sum(density * weight for density, weight in weights), len(nodes))
+    parts = (density * weight for density, weight in weights)
+    running = PathIntegral(sum(parts, start=torch.zeros(())), len(nodes))
     scale = norms(running.integral).clamp(min=torch.finfo(running.integral.dtype).tiny)
-    intervals = []
+    intervals: list[Interval] = []
     for start in range(0, len(nodes) - 1, 2):
         part = slice(start, start + 3)
         for interval, errors in intervals_between(nodes[part], densities[part]):
@@ -443,16 +359,94 @@ def adaptive_rounds(
     return running
 
 
-def _bisect(running: PathIntegral, cut: Interval, density: torch.Tensor) -> list[Interval]:
-    """Replace an interval's part of the integral and of its error by that of its two halves."""
-    left, right = cut.densities
-    length = cut.right - cut.left
-    running.integral += density * (length / 2) - (left + right) * (length / 4)
-    running.count(cut.errors, -1)
-    halves = intervals_between([cut.left, cut.middle, cut.right], [left, density, right])
-    for _, errors in halves:
-        running.count(errors)
-    return [half for half, _ in halves]
+# --------------------------------------------------------------------------- of several targets
+
+
+def fixed_rule(rule: AnyRule, steps: int, refined: bool) -> Rule | None:
+    """The rule by which so many steps are summed where all nodes and weights are known beforehand;
+    None: nodes are chosen on the way. refined: whether it may stop before, when it is enough."""
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, Stratified) or (steps > 1 and (refined or rule == ADAPTIVE)):
+        return None
+    return midpoint_rule(1) if rule == ADAPTIVE else RULES[rule](steps)
+
+
+def rounds_of(rule: AnyRule, steps: int, enough: Enough | None) -> Rounds:
+    """The refinement by a rule that is not fixed."""
+    assert not isinstance(rule, Rule)  # its nodes are known
+    if isinstance(rule, Stratified):
+        return stratified_rounds(rule, steps, enough)
+    if rule == ADAPTIVE:
+        return adaptive_rounds(steps, enough)
+    assert enough is not None  # else it is fixed
+    return nested_rounds(rule, steps, enough)
+
+
+def alone(rounds: Rounds, evaluate: Evaluate) -> PathIntegral:
+    """Give one refinement what it asks for. For tests and benchmarks of the rules: what explains an
+    image is `integrate_targets`."""
+    nodes = next(rounds)
+    while True:
+        following = None
+        assert nodes is not None  # all that was asked for is given
+        for density in evaluate(nodes):
+            try:
+                following = rounds.send(density)
+            except StopIteration as end:
+                result: PathIntegral = end.value
+                return result
+        nodes = following
+
+
+def _in_step(all_rounds: Sequence[Rounds], evaluate: EvaluateSome) -> list[PathIntegral]:
+    """Give refinements of several targets what they ask for: in each round every node once, with
+    the targets that ask there."""
+    results: dict[int, PathIntegral] = {}
+    asked = {target: next(rounds) for target, rounds in enumerate(all_rounds)}
+    while asked:
+        there: dict[float, list[int]] = defaultdict(list)
+        for target, nodes in asked.items():
+            assert nodes is not None  # only those who ask for some are in `asked`
+            for node in nodes:
+                there[float(node)].append(target)
+        wanted = [(node, tuple(there[node])) for node in sorted(there)]
+        asked = {}
+        for (_, targets), densities in zip(wanted, evaluate(wanted), strict=True):
+            for density, target in zip(densities.split(1), targets, strict=True):
+                try:
+                    # Its own memory: it may be kept when the others' are not.
+                    following = all_rounds[target].send(density.clone())
+                except StopIteration as end:
+                    results[target] = end.value
+                else:
+                    asked |= {} if following is None else {target: following}
+    return [results[target] for target in range(len(all_rounds))]
+
+
+def integrate_targets(
+    evaluate: EvaluateSome,
+    count: int,
+    rule: AnyRule,
+    steps: int,
+    enough: Callable[[int, PathIntegral], bool] | None = None,
+) -> list[PathIntegral]:
+    """For each of `count` targets, the integral of its density over [0, 1], its estimated error,
+    and the evaluations it took.
+
+    Each has its own nodes, which are those it would get alone, and no more of them than it needs;
+    what several ask at one node is asked together. steps: how often the density is evaluated; with
+    `enough` at most, and the rule is refined from few nodes until that is True. enough: told the
+    number of the target. Raises InputError: a number of steps the rule does not have, a rule that
+    is not nested.
+    """
+    everyone = tuple(range(count))
+    fixed = fixed_rule(rule, steps, enough is not None)
+    if fixed is not None:
+        both = sum_rule(lambda nodes: evaluate([(float(node), everyone) for node in nodes]), fixed)
+        return [both.of(target) for target in everyone]
+    tests = [enough and partial(enough, target) for target in everyone]
+    return _in_step([rounds_of(rule, steps, test) for test in tests], evaluate)
 
 
 # --------------------------------------------------------------------------- several paths
@@ -465,12 +459,13 @@ class MeanIntegral:
 
     count: int = 0
     evaluations: int = 0  # of the density, on the path that took the most
-    total: torch.Tensor | float = 0.0  # (targets, C, H, W)
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # (targets, C, H, W)
     squares: torch.Tensor | None = None  # (targets, C, H, W): of the uncertainties, their sum
     summed_squares: torch.Tensor | None = None  # (targets, 1, H, W): of the sum over channels
     sum_variance: torch.Tensor | None = None  # (targets,): of the sum of all, where it was drawn
     second: bool = False  # whether second moments are wanted too
-    moments: tuple = (0.0, 0.0, 0.0)  # sums of v^2, of u^2 v, of (u v)^2: value, its uncertainty
+    # Sums of v^2, of u^2 v, of (u v)^2: v is the value, u its uncertainty.
+    moments: tuple[torch.Tensor, ...] = field(default_factory=lambda: (torch.zeros(()),) * 3)
 
     def add(self, one: PathIntegral) -> None:
         """Take in the integral along one more path."""

@@ -9,7 +9,6 @@ alone. The network is the user's own, not a rewritten graph of it: there, layers
 from __future__ import annotations
 
 import contextlib
-import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ MOST_NAMED = 24  # layers in an error
 
 def layers_of(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module]:
     """The layers of a network by name, stages of encoders first, found by running it on x."""
-    given: dict[str, list[weakref.ref]] = defaultdict(list)  # maps of each module
+    given: dict[str, list[weakref.ref[torch.Tensor]]] = defaultdict(list)  # maps of each module
     stages: dict[str, str] = {}  # by the name of the module
 
     def note(name: str, module: nn.Module, inputs: object, output: object) -> None:
@@ -96,6 +95,13 @@ class FromLayer(nn.Module):
         size = x.shape[-2:]
         return enlarged(segmentation_logits(self.model(x), size), size)
 
+    def see(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of an image (1, C, H, W), and what the layer gives of it."""
+        with torch.no_grad(), explained_network(x.shape):
+            logits = self.logits(x)
+        assert self.seen is not None  # by the hook, which is in place
+        return logits, self.seen
+
     def hook(self, module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
         """Stands in for what the layer gives; cloned, since what follows may change it in place."""
         if self.given is None:
@@ -108,30 +114,22 @@ class FromLayer(nn.Module):
 def at_layer(work: Work, name: str, baselines: bool = True) -> Iterator[Work]:
     """The same work at the output of a layer: image and baselines are what the layer gives of
     them. baselines: whether they are needed. The network is left as it was."""
-    model, engine = work.engine.model, copy.copy(work.engine)
-    dtype, of_image = engine.dtype, work.x.dtype
+    model, dtype, of_image = work.engine.model, work.engine.dtype, work.x.dtype
     layer = layer_named(model, work.x.to(dtype), name)
     network = FromLayer(model, layer, work.x.to(dtype))
-    engine.network, engine._reduced = network, {}
-    engine.forward_passes = engine.gradient_evaluations = 0
+    engine, others = work.engine.for_network(network), work.baselines if baselines else ()
     handle = layer.register_forward_hook(network.hook)
     try:
-        activations = []
-        for image in (work.x, *(work.baselines if baselines else ())):
-            engine.forward_passes += 1
-            with torch.no_grad(), explained_network(image.shape):
-                logits = network.logits(image.to(dtype))
-            if not activations:
-                logits_here = logits
-            activations.append(network.seen.to(of_image))
+        logits, activations = network.see(work.x.to(dtype))
+        inside = [activations, *(network.see(one.to(dtype))[1] for one in others)]
+        engine.passes.forward += len(inside)
+        x, *starts = (one.to(of_image) for one in inside)
         targets = tuple(work.at_image.targets)
-        here = AtImage(activations[0], logits_here.to(of_image), targets, None, Crops(targets))
-        yield replace(work, engine=engine, at_image=here, baselines=activations[1:],
+        here = AtImage(x, logits.to(of_image), targets, None, Crops(targets))
+        yield replace(work, engine=engine, at_image=here, baselines=starts,
                       pixels_of_pass=work.pixels)  # fmt: skip
     finally:
         handle.remove()
-        work.engine.forward_passes += engine.forward_passes
-        work.engine.gradient_evaluations += engine.gradient_evaluations
 
 
 def enlarged_sum(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -91,7 +91,8 @@ def _patterson_nodes(extensions: int) -> np.ndarray:
     old nodes' polynomial G as weight, to all of lower degree (Patterson, Math. Comp. 22, 1968).
     """
     if extensions == 0:
-        return np.polynomial.legendre.leggauss(3)[0]
+        first: np.ndarray = np.polynomial.legendre.leggauss(3)[0]
+        return first
     old = _patterson_nodes(extensions - 1)
     n = len(old)
     points, weights = np.polynomial.legendre.leggauss(2 * n + 4)  # exact for G E P_k
@@ -146,26 +147,12 @@ class Stratified:
 AnyRule = str | Rule | Stratified  # a name of RULE_NAMES, or a rule that a method brings along
 
 
-def first_nodes(rule: AnyRule, steps: int, refined: bool) -> np.ndarray:
-    """The nodes that are evaluated whatever is found there: all of a fixed rule's, else the first.
-
-    Raises InputError: a number of steps the rule does not have, a rule that is not nested.
-    """
-    if isinstance(rule, Rule):
-        return rule.nodes
-    if isinstance(rule, Stratified):
-        return next(rule.sets(steps, refined))
-    if rule == ADAPTIVE:
-        return _first_rule(steps).nodes
-    return RULES[rule](_nested_counts(rule, steps)[0] if refined else steps).nodes
-
-
-def _first_rule(steps: int) -> Rule:
+def first_rule(steps: int) -> Rule:
     """What the adaptive rule starts from."""
     return midpoint_rule(1) if steps == 1 else trapezoid_rule(min(FIRST_NODES, steps))
 
 
-def _nested_counts(rule: str, steps: int) -> list[int]:
+def nested_counts(rule: str, steps: int) -> list[int]:
     """The levels of a nested rule up to a number of steps."""
     if rule not in NESTED:
         raise InputError(
@@ -178,3 +165,17 @@ def _nested_counts(rule: str, steps: int) -> list[int]:
             f'the {rule} rule needs at least {NESTED[rule][0]} steps (use a larger max_steps)'
         )
     return counts
+
+
+def first_nodes(rule: AnyRule, steps: int, refined: bool) -> np.ndarray:
+    """The nodes that are evaluated whatever is found there: all of a fixed rule's, else the first.
+
+    Raises InputError: a number of steps the rule does not have, a rule that is not nested.
+    """
+    if isinstance(rule, Rule):
+        return rule.nodes
+    if isinstance(rule, Stratified):
+        return next(rule.sets(steps, refined))
+    if rule == ADAPTIVE:
+        return first_rule(steps).nodes
+    return RULES[rule](nested_counts(rule, steps)[0] if refined else steps).nodes

@@ -22,6 +22,9 @@ HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_p
 
 MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, 'preprocessing'}  # seen to elsewhere
 
+# What `fingerprint` gives: equal while a network stays as it is.
+Fingerprint = tuple[object, ...]
+
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device, PurePath,
          np.generic, slice, range)  # fmt: skip
 
@@ -201,7 +204,7 @@ def _byte_code(code: CodeType) -> Iterator[bytes]:
             yield from _parts(constant, {})
 
 
-def fingerprint(model: nn.Module) -> tuple:
+def fingerprint(model: nn.Module) -> Fingerprint:
     """Changes when the network does: a plain attribute, or a weight, by where it lies, how often
     it was changed in place, and three sums; costs a thousandth of a gradient."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]

@@ -16,7 +16,9 @@ from igseg.network.outputs import enlarged
 class Score(Protocol):
     """A target: one number for every image."""
 
-    scale: float  # by which scores are multiplied on the way back, of the order of the region
+    @property
+    def scale(self) -> float:
+        """By which scores are multiplied on the way back, of the order of the region."""
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, h, w) -> scores (N,)."""

@@ -300,7 +300,7 @@ def test_reduced_precision_runs_whole_where_types_are_not_mixed(x, kind):
         exact, reduced = engine.run(x), engine.run(x, torch.bfloat16)
         assert reduced.dtype == torch.float32
         assert 1e-4 < relative_error(reduced, exact) < 0.03
-        assert engine._reduced[torch.bfloat16] == (kind is decoder)
+        assert engine.runs_reduced[torch.bfloat16] == (kind is decoder)
 
 
 def test_a_network_that_changed_is_prepared_again(brain):

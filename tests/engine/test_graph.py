@@ -281,7 +281,7 @@ def test_boxes_are_those_of_the_whole(name):
 
 def test_a_bad_box_would_be_noticed(monkeypatch):
     """Zero padding where a crop ends, instead of where the map does."""
-    monkeypatch.setattr(crops, '_window', lambda span, size, *how: (span, how[-1]))
+    monkeypatch.setattr(crops, '_read', lambda span, size, window: (span, window.pads))
     with pytest.raises(AssertionError):
         check_everywhere(nn.Conv2d(3, 2, 3, padding=1))
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from helpers import integrate
 from torch import nn
 
-from igseg.method.integral import PathIntegral, integrate, sum_rule
+from igseg.method.integral import PathIntegral, sum_rule
 from igseg.method.rules import ADAPTIVE, FIRST_NODES, NESTED, RULE_NAMES, RULES, first_nodes
 from integrated_gradients import InputError
 

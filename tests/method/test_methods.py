@@ -17,6 +17,7 @@ from helpers import (
     DEMO_IMAGE,
     DEMO_MODEL,
     differences,
+    integrate,
     noise_image,
     relative_error,
     save_image,
@@ -32,7 +33,6 @@ from igseg.data.samples import list_samples
 from igseg.errors import InputError
 from igseg.explanation import GIVEN, NO_BASELINE, Declared
 from igseg.method.choice import METHODS, build_methods, form_of
-from igseg.method.integral import integrate
 from igseg.method.layers import enlarged_sum
 from igseg.method.methods import IntegratedGradientsMethod, guided_step
 from igseg.method.paths import BlurPath, DrawnPath

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from helpers import Function, relative_error
+from helpers import Function, integrate, relative_error
 
 from igseg.engine.engine import Crops, GradientEngine
 from igseg.engine.sampler import AtImage, PathSampler
-from igseg.method.integral import MeanIntegral, integrate
+from igseg.method.integral import MeanIntegral
 from igseg.method.paths import StraightPath, plain_map
 from igseg.method.rules import ADAPTIVE
 from integrated_gradients import Target
