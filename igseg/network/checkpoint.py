@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -63,6 +64,13 @@ class Checkpoint:
     normalisations: dict[int, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     # mean and std that lay beside the weights, by number of channels; none where settings say it
     unused: tuple[str, ...] = ()  # names beside the weights of a network whose names were given
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The stored arguments of the architecture, by name."""
+        options = self.settings.get('options', {})
+        assert isinstance(options, dict)  # else the settings would not have been taken
+        return options
 
 
 def read_checkpoint(
@@ -122,7 +130,8 @@ def _weights_of(
             f'{", ".join(others)} (choose with --weights_key)'
         )
     normalisations = {} if {'mean', 'std'} & settings.keys() else _normalisations(beside[key])
-    state, unused = networks[key], ()
+    state = networks[key]
+    unused: tuple[str, ...] = ()
     if own:
         unused = tuple(name for name in state if name not in own)
         state = {name: value for name, value in state.items() if name in own}
@@ -196,7 +205,8 @@ def _prefixes_of(tensors: Collection[str], own: Collection[str]) -> list[tuple[s
     own = [name for name in own if not name.endswith('num_batches_tracked')]
     outer = ''
     while own:
-        inner, places = {name[len(outer) :] for name in own}, Counter()
+        inner = {name[len(outer) :] for name in own}
+        places: Counter[str] = Counter()
         for name in tensors:
             starts = (0, *(match.end() for match in re.finditer(r'\.', name)))
             places.update(name[:start] for start in starts if name[start:] in inner)
@@ -289,16 +299,17 @@ def _normalisations(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, tup
     for name, std in tensors.items():
         stem = re.fullmatch(r'((?:.*\.)?(?:\w*_)?)std', name)
         mean = tensors.get(f'{stem[1]}mean') if stem else None
-        if mean is None or not 1 <= mean.numel() == std.numel() <= MOST_CHANNELS:
+        if stem is None or mean is None or NOT_OF_PIXELS.search(stem[1]):
             continue
-        if NOT_OF_PIXELS.search(stem[1]):
+        if not 1 <= mean.numel() == std.numel() <= MOST_CHANNELS:
             continue
-        values = [tuple(v.detach().double().flatten().tolist()) for v in (mean, std)]
-        if not all(np.isfinite(v).all() for v in values) or min(values[1]) <= 0:
+        values = {key: tuple(tensor.detach().double().flatten().tolist())
+                  for key, tensor in (('mean', mean), ('std', std))}  # fmt: skip
+        if not all(np.isfinite(v).all() for v in values.values()) or min(values['std']) <= 0:
             continue
-        scale = 255.0 if max(map(abs, values[0] + values[1])) > 1 else 1.0
-        mean, std = (tuple(round(part / scale, 6) for part in v) for v in values)
-        found.setdefault(len(mean), {'mean': mean, 'std': std})
+        scale = 255.0 if max(map(abs, values['mean'] + values['std'])) > 1 else 1.0
+        scaled = {key: tuple(round(part / scale, 6) for part in v) for key, v in values.items()}
+        found.setdefault(mean.numel(), scaled)
     return found
 
 
@@ -343,6 +354,10 @@ class StandIn:
         self.parts = state
 
 
+# What an unpickler may make: a class or a function, under its own name or another.
+Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
+
+
 def _stand_in(name: str, of: Callable[..., object] | None = None) -> type:
     """A class that stands for the class or function of that name in a file.
 
@@ -355,12 +370,17 @@ def _stand_in(name: str, of: Callable[..., object] | None = None) -> type:
 
 def _read_torch_file(path: Path) -> object:
     """torch.load that runs no code: objects in the file become stand-ins that do nothing."""
-    scalar = np._core.multiarray.scalar
-    numbers = [scalar, (scalar, 'numpy.core.multiarray.scalar'), np.dtype, np.dtypes.Float64DType]
-    numbers += [np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType]
+    scalar = np.float64(0).__reduce__()[0]  # the function that a pickled number names
+    numbers: list[Allowed] = [
+        scalar, (scalar, 'numpy.core.multiarray.scalar'), np.dtype, np.dtypes.Float64DType,
+        np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType,
+    ]  # fmt: skip
     stand_ins = {name: _stand_in(name) for name in _objects_in(path, numbers)}
     for _ in range(len(stand_ins) + 1):
-        known = [*numbers, *((stand_in, name) for name, stand_in in stand_ins.items())]
+        known: list[Allowed] = [
+            *numbers,
+            *((stand_in, name) for name, stand_in in stand_ins.items()),
+        ]
         try:
             # The list of what is allowed holds for the whole process: only around this call.
             with torch.serialization.safe_globals(known), warnings.catch_warnings():
@@ -381,7 +401,7 @@ def _read_torch_file(path: Path) -> object:
     raise InputError(_refusal(path, reason, list(stand_ins)))
 
 
-def _objects_in(path: Path, numbers: Sequence[object]) -> list[str]:
+def _objects_in(path: Path, numbers: Sequence[Allowed]) -> list[str]:
     """The names of the classes and functions in a file that are no plain data. Raises InputError
     for more than can be looked at."""
     try:

@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Modul
     with _own_code(f'model factory {factory} cannot be imported'):
         module = _module_of_file(Path(place)) if place.endswith('.py') else _module_of_name(place)
     try:
-        function: Callable[..., object] = reduce(getattr, name.split('.'), module)
+        function: Any = reduce(getattr, name.split('.'), module)
     except AttributeError:
         raise InputError(f'model factory {factory}: there is no "{name}" in {place}') from None
     with _own_code(f'model factory {factory} failed'):
@@ -102,6 +103,7 @@ def _module_of_file(path: Path) -> object:
     path = path.resolve()
     own = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
     spec = importlib.util.spec_from_file_location(own, path)
+    assert spec is not None and spec.loader is not None  # there is a loader of .py files
     module = importlib.util.module_from_spec(spec)
     sys.modules[own] = module  # data classes and pickling look there
     try:

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path, PurePath
 from types import CodeType, ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-ATTRIBUTE = 'network_description'  # of a module that `load_model` made
+# Of a module that `load_model` made; users may set the second themselves.
+ATTRIBUTE, PREPROCESSING = 'network_description', 'preprocessing'
 
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
-MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, 'preprocessing'}  # seen to elsewhere
+MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, PREPROCESSING}  # seen to elsewhere
 
 # What `fingerprint` gives: equal while a network stays as it is.
 Fingerprint = tuple[object, ...]
@@ -82,7 +84,9 @@ class _Inner:
 def _parts(value: object, kept: dict[int, object]) -> Iterator[bytes]:
     """All of a value that may decide what is computed, at any depth; nothing that would hold an
     address, since the digest must be the same in the next process."""
-    waiting = [iter((_Inner(value),))]  # no recursion: code may lead very deep
+    waiting: list[Iterator[bytes | _Inner]] = [
+        iter((_Inner(value),))
+    ]  # no recursion: code may lead very deep
     while waiting:
         piece = next(waiting[-1], None)
         if piece is None:
@@ -175,8 +179,8 @@ def of_library(module: str) -> bool:
     return 'site-packages' in file or 'dist-packages' in file
 
 
-def _function(function: object) -> Iterator[bytes | _Inner]:
-    """What a Python function does: its byte code, its constants, and all that it uses by name."""
+def _function(function: Any) -> Iterator[bytes | _Inner]:
+    """What a function does: its byte code, its constants, and all that it uses by name."""
     bound = getattr(function, '__self__', None)
     function = getattr(function, '__func__', function)
     yield getattr(function, '__qualname__', '').encode()

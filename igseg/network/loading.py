@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
@@ -23,7 +24,7 @@ from igseg.errors import InputError, one_line
 from igseg.network.checkpoint import Checkpoint, read_checkpoint
 from igseg.network.description import NetworkDescription, accepted_sizes, input_channels
 from igseg.network.factory import build_network, load_weights, tried_channels
-from igseg.network.identity import ATTRIBUTE, file_digest, network_digest
+from igseg.network.identity import ATTRIBUTE, PREPROCESSING, file_digest, network_digest
 from igseg.network.outputs import EXCLUSIVE, FOREGROUND, LOGITS, MULTILABEL, OUTPUT_KINDS
 from igseg.network.recognise import NO_OPTIONS, defaults_of, head_weight, recognise
 from igseg.preprocessing import (
@@ -130,7 +131,7 @@ def _smp_network(
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
     classes = _count_classes(state, path)
     _stored_preprocessing(stored, path)  # makes sense; used once the channels are known
-    asked, options = options, {**stored.get('options', {}), **options}
+    asked, options = options, {**checkpoint.options, **options}
     if activation := options.pop('activation', None):
         notes.append('its last activation is left out: what is explained is the logit before it')
         if activation == 'sigmoid' and classes > 1:
@@ -139,17 +140,27 @@ def _smp_network(
                 'its activation is a sigmoid of each class, so its labels are independent (say '
                 'otherwise with --output_kind exclusive)'
             )
-    architecture = architecture or stored.get('architecture')
-    encoder = encoder or stored.get('encoder')
+    architecture = architecture or _stored_name(stored, 'architecture')
+    encoder = encoder or _stored_name(stored, 'encoder')
     with _explained_mismatch(path):
         found = recognise(state, path, create_model, architecture, encoder, options)
         _check_options(asked, found.architecture, found.encoder)
         model = create_model(found.architecture, found.encoder, classes, found.in_channels,
                              **found.options)  # fmt: skip
         model.load_state_dict(found.state)
-    source = {'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes,
-              'channels': found.in_channels}  # fmt: skip
+    source: dict[str, object] = {
+        'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes,
+        'channels': found.in_channels,
+    }  # fmt: skip
     return model.float().eval(), checkpoint, source, [*notes, *found.notes]
+
+
+def _stored_name(stored: Mapping[str, object], key: str) -> str | None:
+    """The architecture or the encoder that a checkpoint names, if it does. Raises InputError."""
+    name = stored.get(key) or None
+    if name is not None and not isinstance(name, str):
+        raise InputError(f'"{str(name)[:50]}" is no name of an {key}')
+    return name
 
 
 def _check_options(options: Mapping[str, object], architecture: str, encoder: str) -> None:
@@ -177,7 +188,7 @@ def _network_of_factory(
         notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
     file = Path(factory.rpartition(':')[0])  # a module by name is seen in the network itself
     digest = file_digest(file) if file.suffix == '.py' else None
-    source = {'model_factory': factory, 'model_factory_sha256': digest}
+    source: dict[str, object] = {'model_factory': factory, 'model_factory_sha256': digest}
     if weights_key == OF_THE_FACTORY:
         source['weights_key'] = weights_key
     return model, checkpoint, source, notes
@@ -192,7 +203,7 @@ def described(
 ) -> torch.nn.Module:
     """The module with its `network_description` and `preprocessing`, from what the checkpoint
     stores and what the network says of itself. Raises InputError."""
-    own_channels = source.get('channels') or input_channels(model)
+    own_channels = _number_in(source, 'channels') or input_channels(model)
     channels = own_channels or tried_channels(model) or 3
     stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
     preprocessing = _stored_preprocessing({**stored, **beside}, path)
@@ -212,13 +223,13 @@ def described(
     multiple, fixed = accepted_sizes(model)
     if fixed:
         preprocessing = replace(preprocessing, image_size=checked_size(fixed))
-    known, left_out = _stored_outputs(stored, source.get('classes'))
+    outputs, left_out = _stored_outputs(stored, _number_in(source, 'classes'))
     notes += left_out
-    description = NetworkDescription(
+    description = replace(
+        outputs,
         channels=own_channels,  # what a factory's network ran with is no promise
         size_multiple=multiple,
         fixed_size=fixed,
-        **known,
         gives=LOGITS if 'architecture' in source else None,  # whose activation was left out
         preprocessing=preprocessing,
         weights_sha256=network_digest(model),
@@ -226,34 +237,44 @@ def described(
         notes=tuple(notes),
     )
     setattr(model, ATTRIBUTE, description)
-    model.preprocessing = preprocessing
+    setattr(model, PREPROCESSING, preprocessing)
     return model
+
+
+def _number_in(source: Mapping[str, object], name: str) -> int | None:
+    """A number of what a network is made from, if it is known."""
+    number = source.get(name)
+    return number if isinstance(number, int) else None
 
 
 def _stored_outputs(
     stored: Mapping[str, object], classes: int | None
-) -> tuple[dict[str, object], list[str]]:
-    """What a checkpoint's settings say of the outputs, as far as that makes sense; and what of it
-    was left out, in sentences."""
+) -> tuple[NetworkDescription, list[str]]:
+    """What a checkpoint's settings say of the outputs, as far as that makes sense, in a description
+    that says no more; and what of it was left out, in sentences."""
     usual = classes and (FOREGROUND if classes == 1 else EXCLUSIVE)
+    outputs, left_out = NetworkDescription(output_kind=usual or None), []
     kind, background = stored.get('output_kind'), stored.get('background_class', 0)
-    names = stored.get('class_names') or ()
-    sound = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    fits = {
-        'output_kind': kind is None or (kind in OUTPUT_KINDS and classes != 1),
-        'background_class': background is None
-        or (isinstance(background, int) and 0 <= background < (classes or MAX_CLASSES)),
-        'class_names': sound and (not names or len(names) == (classes or len(names))),
-    }
-    known = {
-        'output_kind': kind if kind and fits['output_kind'] else usual,
-        'background': background if fits['background_class'] else 0,
-        'class_names': tuple(names) if fits['class_names'] else (),
-    }
-    return known, [
+    if isinstance(kind, str) and kind in OUTPUT_KINDS and classes != 1:
+        outputs = replace(outputs, output_kind=kind)
+    elif kind is not None:
+        left_out.append('output_kind')
+    if background is None or (
+        isinstance(background, int) and 0 <= background < (classes or MAX_CLASSES)
+    ):
+        outputs = replace(outputs, background=background)
+    else:
+        left_out.append('background_class')
+    given = stored.get('class_names') or ()
+    listed = given if isinstance(given, (list, tuple)) else [given]
+    names = tuple(name for name in listed if isinstance(name, str))
+    if listed is given and len(names) == len(listed) in (0, classes or len(listed)):
+        outputs = replace(outputs, class_names=names)
+    else:
+        left_out.append('class_names')
+    return outputs, [
         f'the stored {name} {str(stored[name])[:50]!r} makes no sense here and was left out'
-        for name, fine in fits.items()
-        if not fine
+        for name in left_out
     ]
 
 
@@ -272,7 +293,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
     return options
 
 
-def _stored_preprocessing(stored: dict, path: Path) -> Preprocessing:
+def _stored_preprocessing(stored: Mapping[str, Any], path: Path) -> Preprocessing:
     """The preprocessing that a checkpoint's settings ask for. Raises InputError."""
     try:
         size = stored.get('image_size') or DEFAULT_IMAGE_SIZE

@@ -16,11 +16,12 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
@@ -354,11 +355,12 @@ def _same(one: object, other: object) -> bool:
 
 
 @cache
-def encoder_index() -> dict:
+def encoder_index() -> dict[str, Any]:
     """The index: `loose`, sets of names that do not count; `encoders`, key -> depth -> lists of
     names, those that compute the same together. Empty where the file is missing."""
     try:
-        return json.loads(gzip.decompress(INDEX.read_bytes()))
+        index: dict[str, Any] = json.loads(gzip.decompress(INDEX.read_bytes()))
+        return index
     except (OSError, ValueError, EOFError):
         return {'versions': {}, 'loose': [], 'encoders': {}}
 
@@ -426,13 +428,15 @@ class _Outlines:
     ) -> None:
         self.state, self.build, self.decoder, self.options = state, build, decoder, options
         self.shapes, self.numbers = tensor_shapes(state), numbers_in(state)
-        self.classes = int(head_weight(state).shape[0])
+        head = head_weight(state)
+        assert head is not None  # without one there is no decoder
+        self.classes = int(head.shape[0])
 
     def fit(self, names: Collection[str], named: bool) -> Recognised | None:
         """The network with an encoder, by the first of its names that exists. named: by the user
         or the checkpoint; InputError is raised where it cannot be built."""
         problems: list[InputError] = []
-        depths = self.decoder.depths
+        depths: Sequence[object] = self.decoder.depths
         if 'encoder_depth' in self.options:
             depths = (self.options['encoder_depth'],)
         changed: list[Recognised] = []  # of another image size than the encoder's usual one
@@ -465,9 +469,10 @@ class _Outlines:
                 options = {**options, **_vit_options(outline, found, self.shapes)}
             elif found.keys() != self.shapes.keys():
                 return None
-            channels = self._channels(encoder, options)
-            if channels is None:
+            own = self._channels(encoder, options)
+            if own is None:
                 return None
+            channels = own
             outline = self._outline(encoder, channels, options)
             if tensor_shapes(outline.state_dict()) != self.shapes:
                 return None
@@ -527,11 +532,12 @@ def _vit_options(outline: torch.nn.Module, own: Shapes, shapes: Shapes) -> dict[
     table = f'{ENCODER}model.pos_embed'
     if len(shapes.get(table, ())) == 3 and shapes[table] != own.get(table):
         tokens = shapes[table][1]
-        prefix = getattr(outline.encoder, '_num_prefix_tokens', 0)
+        encoder: Any = outline.encoder  # of smp, around a vision transformer of timm
+        prefix = getattr(encoder, '_num_prefix_tokens', 0)
         side = next((math.isqrt(n) for n in (tokens - prefix, tokens)
                      if n > 0 and math.isqrt(n) ** 2 == n), 0)  # fmt: skip
         if side:
-            options['img_size'] = side * int(outline.encoder.output_stride)
+            options['img_size'] = side * int(encoder.output_stride)
     return options
 
 
