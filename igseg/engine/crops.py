@@ -143,12 +143,6 @@ def _needs(operation: Operation, boxes: dict[str, Box]) -> tuple[tuple[Operation
     )
 
 
-def pointwise(operation: Operation, box: Box) -> Part:
-    """Every place of the result from the same place of the inputs; broadcast axes are whole."""
-    needs = tuple((source, _same_place(operation, box, source)) for source in inputs_of(operation))
-    return Part(box, needs, call_of(operation))
-
-
 def _same_place(operation: Operation, box: Box, source: Operation) -> Box:
     """The box of an input that broadcasts to a box of the result."""
     if not source.shape:  # a number
@@ -159,15 +153,21 @@ def _same_place(operation: Operation, box: Box, source: Operation) -> Box:
     return trimmed(same, source.shape)
 
 
-def prelu(operation: Operation, box: Box) -> Part:
-    """A slope for each channel, whose axis is whole."""
-    box = _with_whole(box, [1])
-    return Part(box, _needs(operation, {'self': box}), call_of(operation))
+def pointwise(operation: Operation, box: Box) -> Part:
+    """Every place of the result from the same place of the inputs; broadcast axes are whole."""
+    needs = tuple((source, _same_place(operation, box, source)) for source in inputs_of(operation))
+    return Part(box, needs, call_of(operation))
 
 
 def _with_whole(box: Box, axes: Iterable[int]) -> Box:
     places = {axis % len(box) for axis in axes}
     return tuple(None if number in places else span for number, span in enumerate(box))
+
+
+def prelu(operation: Operation, box: Box) -> Part:
+    """A slope for each channel, whose axis is whole."""
+    box = _with_whole(box, [1])
+    return Part(box, _needs(operation, {'self': box}), call_of(operation))
 
 
 @dataclass(frozen=True)
@@ -297,6 +297,29 @@ def avg_pool2d(operation: Operation, box: Box) -> Part:
     return Part(box, pooling.needs, compute)
 
 
+def _resizing_matrix(operation: Operation, axis: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weights (out, in) of an axis, of rows (0) or columns (1)."""
+    given, inputs = dict(operation.arguments), inputs_of(operation)
+    if len(inputs) > 1:
+        raise NoRule  # sizes that are computed
+    if given.get('output_size') is not None:
+        given['output_size'] = [operation.length(2 + axis), 1]
+    if isinstance(scales := given.get('scale_factors'), list):
+        given['scale_factors'] = [scales[axis], 1.0]
+    if 'scales_h' in given:
+        given['scales_h'], given['scales_w'] = given[('scales_h', 'scales_w')[axis]], None
+    length = inputs[0].length(2 + axis)
+    given[next(iter(given))] = torch.eye(length, dtype=dtype).view(1, length, length, 1)
+    assert operation.target is not None  # it is one that is computed
+    resized: torch.Tensor = operation.target(**given)
+    return resized[0, :, :, 0].T
+
+
+def _columns_used(matrix: torch.Tensor) -> tuple[int, int]:
+    used = (matrix != 0).any(dim=0).nonzero().flatten().tolist()
+    return used[0], used[-1] + 1
+
+
 def resize(operation: Operation, box: Box) -> Part:
     """Resizing is linear along each axis: a matrix, read off the resized identity, so that
     coordinates, clamping at the borders and `align_corners` are those of the whole map."""
@@ -321,27 +344,9 @@ def resize(operation: Operation, box: Box) -> Part:
     return Part(box, ((source, trimmed((None, None, *reads), source.axes)),), compute)
 
 
-def _resizing_matrix(operation: Operation, axis: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weights (out, in) of an axis, of rows (0) or columns (1)."""
-    given, inputs = dict(operation.arguments), inputs_of(operation)
-    if len(inputs) > 1:
-        raise NoRule  # sizes that are computed
-    if given.get('output_size') is not None:
-        given['output_size'] = [operation.length(2 + axis), 1]
-    if isinstance(scales := given.get('scale_factors'), list):
-        given['scale_factors'] = [scales[axis], 1.0]
-    if 'scales_h' in given:
-        given['scales_h'], given['scales_w'] = given[('scales_h', 'scales_w')[axis]], None
-    length = inputs[0].length(2 + axis)
-    given[next(iter(given))] = torch.eye(length, dtype=dtype).view(1, length, length, 1)
-    assert operation.target is not None  # it is one that is computed
-    resized: torch.Tensor = operation.target(**given)
-    return resized[0, :, :, 0].T
-
-
-def _columns_used(matrix: torch.Tensor) -> tuple[int, int]:
-    used = (matrix != 0).any(dim=0).nonzero().flatten().tolist()
-    return used[0], used[-1] + 1
+def _blocks(span: Span, size: int) -> Span:
+    """A span widened to whole blocks."""
+    return span and (span[0] // size * size, -(-span[1] // size) * size)
 
 
 def upsample_nearest2d(operation: Operation, box: Box) -> Part:
@@ -359,11 +364,6 @@ def upsample_nearest2d(operation: Operation, box: Box) -> Part:
         return aten.upsample_nearest2d.vec(x, None, scales)
 
     return Part((*box[:2], *spans), ((source, trimmed(reads, source.axes)),), compute)
-
-
-def _blocks(span: Span, size: int) -> Span:
-    """A span widened to whole blocks."""
-    return span and (span[0] // size * size, -(-span[1] // size) * size)
 
 
 def pixel_shuffle(operation: Operation, box: Box) -> Part:

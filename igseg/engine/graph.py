@@ -42,6 +42,11 @@ from igseg.engine.trace import Compute, Graph, Operation, Shape, trace
 # --------------------------------------------------------------------------- crops
 
 
+def _layout_of(x: torch.Tensor) -> torch.memory_format:
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last or x.ndim == 4 else torch.contiguous_format
+
+
 class _CutOut(torch.autograd.Function):
     """All crops of a tensor that are read; their gradients are added into one map, in place."""
 
@@ -69,11 +74,6 @@ class _CutOut(torch.autograd.Function):
         return total, None
 
 
-def _layout_of(x: torch.Tensor) -> torch.memory_format:
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last or x.ndim == 4 else torch.contiguous_format
-
-
 def _cut_out(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if torch.is_grad_enabled() and x.requires_grad:
         return _CutOut.apply(x, slices)
@@ -85,6 +85,7 @@ def _cut_out_one(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> torc
 
 
 # --------------------------------------------------------------------------- plans
+
 
 # What constants are while a plan runs: tensors, and weights of convolutions.
 Constants = Mapping[Operation, torch.Tensor | Kernel]

@@ -10,7 +10,12 @@ from torch import nn
 PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
 
 
-# --------------------------------------------------------------------------- reduced precision
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (x86: AVX-512 or AMX; ARM)."""
+    if not hasattr(torch.cpu, 'get_capabilities'):  # torch before 2.10
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16'))
 
 
 def reduced_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -26,14 +31,6 @@ def reduced_dtype(precision: str, device: torch.device) -> torch.dtype | None:
             native = device.type == 'cpu' and cpu_has_bfloat16()
         return torch.bfloat16 if native else None
     return None if precision == 'float32' else getattr(torch, precision)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (x86: AVX-512 or AMX; ARM)."""
-    if not hasattr(torch.cpu, 'get_capabilities'):  # torch before 2.10
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16'))
 
 
 def reduced_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -43,6 +43,95 @@ class LogitMap(nn.Module):
 Network = Callable[[torch.Tensor], object]
 
 
+# --------------------------------------------------------------------------- equivalence
+
+
+def relative_difference(other: torch.Tensor, expected: torch.Tensor) -> float:
+    """L2 norm of the difference, relative to the expected; 0 where both are zero."""
+    difference, size = float((other - expected).norm()), float(expected.norm())
+    return difference / size if size else (0.0 if difference == 0 else float('inf'))
+
+
+def measure_deviation(
+    original: Network, network: Network, example: torch.Tensor
+) -> tuple[float, float]:
+    """Relative L2 difference between two networks of the logits, and of the gradient of their
+    sum of squares, in which strong logits weigh most."""
+    results = []
+    for one in (original, network):
+        x = example.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            size = x.shape[-2:]
+            logits = enlarged(segmentation_logits(one(x), size), size)
+            (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
+        results.append((logits.detach(), gradient))
+    (logits, gradient), (other_logits, other_gradient) = results
+    return relative_difference(other_logits, logits), relative_difference(other_gradient, gradient)
+
+
+# --------------------------------------------------------------------------- the user's network
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    # Parameters made in inference mode take no part in gradients anyway.
+    wants = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
+    try:
+        model.eval()
+        for parameter, _ in wants:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in wants:
+            parameter.requires_grad_(requires_grad)
+
+
+# --------------------------------------------------------------------------- what runs instead
+
+
+def _middle(x: torch.Tensor, side: int) -> torch.Tensor:
+    """The middle of images (N, C, H, W), of at most that side."""
+    (top, height), (left, width) = (
+        ((size - min(size, side)) // 2, min(size, side)) for size in x.shape[-2:]
+    )
+    return x[..., top : top + height, left : left + width]
+
+
+def _same_in_double_precision(
+    model: nn.Module, x: torch.Tensor, logits: float, gradient: float
+) -> bool:
+    """Whether original and graph agree where rounding cannot excuse a difference.
+
+    In single precision it can: it alone may push a ReLU over its kink, most of all where an image
+    is flat. Where that explains what was found on an image x, since the logits agree and the
+    gradient is not far off, a part of the image shows it, in a fraction of time and memory.
+    logits, gradient: how far they deviated in single precision.
+    """
+    likely = logits <= EQUIVALENCE_TOLERANCE and gradient <= ROUNDED_GRADIENT
+    for part in [_middle(x, ARBITER_SIDE), x] if likely else [x]:
+        try:
+            double, part = copy.deepcopy(model).double(), part.double()
+            exact = measure_deviation(double, NetworkGraph(LogitMap(double), part), part)
+        except Exception:  # a network that takes no other size, cannot be copied, has its own types
+            continue
+        return max(exact) <= EXACT_TOLERANCE
+    return False
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A private copy that computes what the network does, channels_last; where it cannot be
+    copied, the network itself."""
+    try:
+        network = copy.deepcopy(model).eval().requires_grad_(False)
+        return network.to(memory_format=torch.channels_last)
+    except Exception:  # any module must run; one that resists is left alone
+        return model
+
+
 def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Preparation]:
     """A network's graph, rewritten and compared with the original. Where there is none, a private
     copy as it is; where that deviates, the original.
@@ -70,89 +159,3 @@ def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Pre
         padded=rewrites.padded, no_graph=reason,
     )  # fmt: skip
     return model if fell_back else network, preparation
-
-
-def _same_in_double_precision(
-    model: nn.Module, x: torch.Tensor, logits: float, gradient: float
-) -> bool:
-    """Whether original and graph agree where rounding cannot excuse a difference.
-
-    In single precision it can: it alone may push a ReLU over its kink, most of all where an image
-    is flat. Where that explains what was found on an image x, since the logits agree and the
-    gradient is not far off, a part of the image shows it, in a fraction of time and memory.
-    logits, gradient: how far they deviated in single precision.
-    """
-    likely = logits <= EQUIVALENCE_TOLERANCE and gradient <= ROUNDED_GRADIENT
-    for part in [_middle(x, ARBITER_SIDE), x] if likely else [x]:
-        try:
-            double, part = copy.deepcopy(model).double(), part.double()
-            exact = measure_deviation(double, NetworkGraph(LogitMap(double), part), part)
-        except Exception:  # a network that takes no other size, cannot be copied, has its own types
-            continue
-        return max(exact) <= EXACT_TOLERANCE
-    return False
-
-
-def _middle(x: torch.Tensor, side: int) -> torch.Tensor:
-    """The middle of images (N, C, H, W), of at most that side."""
-    (top, height), (left, width) = (
-        ((size - min(size, side)) // 2, min(size, side)) for size in x.shape[-2:]
-    )
-    return x[..., top : top + height, left : left + width]
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A private copy that computes what the network does, channels_last; where it cannot be
-    copied, the network itself."""
-    try:
-        network = copy.deepcopy(model).eval().requires_grad_(False)
-        return network.to(memory_format=torch.channels_last)
-    except Exception:  # any module must run; one that resists is left alone
-        return model
-
-
-# --------------------------------------------------------------------------- equivalence
-
-
-def measure_deviation(
-    original: Network, network: Network, example: torch.Tensor
-) -> tuple[float, float]:
-    """Relative L2 difference between two networks of the logits, and of the gradient of their
-    sum of squares, in which strong logits weigh most."""
-    results = []
-    for one in (original, network):
-        x = example.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            size = x.shape[-2:]
-            logits = enlarged(segmentation_logits(one(x), size), size)
-            (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
-        results.append((logits.detach(), gradient))
-    (logits, gradient), (other_logits, other_gradient) = results
-    return relative_difference(other_logits, logits), relative_difference(other_gradient, gradient)
-
-
-def relative_difference(other: torch.Tensor, expected: torch.Tensor) -> float:
-    """L2 norm of the difference, relative to the expected; 0 where both are zero."""
-    difference, size = float((other - expected).norm()), float(expected.norm())
-    return difference / size if size else (0.0 if difference == 0 else float('inf'))
-
-
-# --------------------------------------------------------------------------- the engine
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    # Parameters made in inference mode take no part in gradients anyway.
-    wants = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
-    try:
-        model.eval()
-        for parameter, _ in wants:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in wants:
-            parameter.requires_grad_(requires_grad)

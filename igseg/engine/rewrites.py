@@ -85,24 +85,6 @@ def _convolve(
     return F.conv2d(x, weight, bias, how.stride, how.even, how.dilation, how.groups)
 
 
-class _Convolution(torch.autograd.Function):
-    """A convolution with fixed weights: its input need not be kept, and with stride 1 its gradient
-    is a convolution too, since forward kernels are faster than backward ones."""
-
-    @staticmethod
-    def forward(ctx, x, kernel, flipped, bias, how):
-        ctx.fixed = kernel.weight, flipped, how, x.shape
-        return _convolve(x, kernel, bias, how)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        weight, flipped, how, shape = ctx.fixed
-        gradient = gradient.to(weight.dtype)
-        if flipped is not None:
-            return _convolve(gradient, flipped, None, how.back), None, None, None, None
-        return _strided_gradient(gradient, weight, shape, how), None, None, None, None
-
-
 def _strided_gradient(
     gradient: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], how: Sliding
 ) -> torch.Tensor:
@@ -125,6 +107,24 @@ def _strided_gradient(
         [True, False, False],
     )[0]  # fmt: skip
     return result[:, :, top : height - bottom, left : width - right]
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution with fixed weights: its input need not be kept, and with stride 1 its gradient
+    is a convolution too, since forward kernels are faster than backward ones."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, flipped, bias, how):
+        ctx.fixed = kernel.weight, flipped, how, x.shape
+        return _convolve(x, kernel, bias, how)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, flipped, how, shape = ctx.fixed
+        gradient = gradient.to(weight.dtype)
+        if flipped is not None:
+            return _convolve(gradient, flipped, None, how.back), None, None, None, None
+        return _strided_gradient(gradient, weight, shape, how), None, None, None, None
 
 
 def convolution(
@@ -192,6 +192,21 @@ def compute_constants(graph: Graph) -> None:
             graph.constants[operation] = value
 
 
+def _copied(self: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+    """What `aten.copy` gives: one tensor with the type and the shape of another."""
+    return src.to(self.dtype).expand(self.shape)
+
+
+def _takes_all(operation: Operation) -> bool:
+    """Whether a slice leaves nothing out."""
+    start, end = operation.arguments['start'], operation.arguments['end']
+    size = operation.tensor('self').axes[operation.number('dim')]
+    if not isinstance(start or 0, int) or not isinstance(end, int | None):
+        return False
+    beyond = end is None or end >= (sys.maxsize if size is None else size)
+    return not start and beyond and operation.arguments['step'] == 1
+
+
 def leave_out_identities(graph: Graph) -> None:
     """Dropout does nothing in evaluation, and a copy has no use where nothing writes."""
     for operation in list(graph.operations):
@@ -208,19 +223,22 @@ def leave_out_identities(graph: Graph) -> None:
             )
 
 
-def _copied(self: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> torch.Tensor:
-    """What `aten.copy` gives: one tensor with the type and the shape of another."""
-    return src.to(self.dtype).expand(self.shape)
+def _kernel_of(convolution: Operation) -> tuple[int, int]:
+    """Rows and columns of the kernel of a convolution."""
+    weight = convolution.tensor('weight')
+    return weight.length(2), weight.length(3)
 
 
-def _takes_all(operation: Operation) -> bool:
-    """Whether a slice leaves nothing out."""
-    start, end = operation.arguments['start'], operation.arguments['end']
-    size = operation.tensor('self').axes[operation.number('dim')]
-    if not isinstance(start or 0, int) or not isinstance(end, int | None):
-        return False
-    beyond = end is None or end >= (sys.maxsize if size is None else size)
-    return not start and beyond and operation.arguments['step'] == 1
+def _pads_of(convolution: Operation) -> Pads:
+    """The padding of a convolution before and after the rows, the columns."""
+    padding = convolution.arguments['padding']
+    if padding == 'same':
+        kernel = _kernel_of(convolution)
+        reach = [d * (k - 1) for d, k in zip(convolution.pair('dilation'), kernel, strict=True)]
+        rows, columns = ((r // 2, r - r // 2) for r in reach)
+        return rows, columns
+    above, left = (0, 0) if padding == 'valid' else convolution.pair('padding')
+    return (above, above), (left, left)
 
 
 def name_the_sliding(graph: Graph) -> None:
@@ -238,49 +256,6 @@ def name_the_sliding(graph: Graph) -> None:
             for name in ('stride', 'padding', 'dilation', 'groups'):
                 del operation.arguments[name]
             operation.arguments['how'] = how
-
-
-def _pads_of(convolution: Operation) -> Pads:
-    """The padding of a convolution before and after the rows, the columns."""
-    padding = convolution.arguments['padding']
-    if padding == 'same':
-        kernel = _kernel_of(convolution)
-        reach = [d * (k - 1) for d, k in zip(convolution.pair('dilation'), kernel, strict=True)]
-        rows, columns = ((r // 2, r - r // 2) for r in reach)
-        return rows, columns
-    above, left = (0, 0) if padding == 'valid' else convolution.pair('padding')
-    return (above, above), (left, left)
-
-
-def _kernel_of(convolution: Operation) -> tuple[int, int]:
-    """Rows and columns of the kernel of a convolution."""
-    weight = convolution.tensor('weight')
-    return weight.length(2), weight.length(3)
-
-
-def fold_batch_norms(graph: Graph) -> int:
-    """A batch norm with fixed statistics that alone reads a convolution becomes part of its
-    weights; another becomes a product and a sum. Returns how many were folded."""
-    folded, readers = 0, graph.readers()
-    for norm in [o for o in graph.operations if o.kind == 'batch_norm']:
-        given = norm.arguments
-        if given['training'] or given['running_mean'] is None or len(norm.axes) != 4:
-            continue
-        scale, shift = _scale_and_shift(graph, norm)
-        source = norm.tensor('input')
-        axis = {'conv2d': 0, 'conv_transpose2d': 1}.get(source.kind)
-        single = len(readers[source]) == 1 and (axis == 0 or source.arguments.get('groups') == 1)
-        if axis is not None and single and source.tensor('weight') in graph.constants:
-            fold(graph, source, axis, scale, shift)
-            graph.replace(norm, source)
-            readers[source] = readers[norm]
-            folded += 1
-        else:
-            like = graph.constants[norm.tensor('running_mean')]
-            factor, offset = (graph.constant(v.view(1, -1, 1, 1).to(like)) for v in (scale, shift))
-            norm.kind, norm.target = 'addcmul', aten.addcmul.default
-            norm.arguments = {'self': offset, 'tensor1': source, 'tensor2': factor}
-    return folded
 
 
 def _scale_and_shift(graph: Graph, norm: Operation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,6 +290,45 @@ def fold(
     convolution.arguments['bias'] = graph.constant(shift.to(like))
 
 
+def fold_batch_norms(graph: Graph) -> int:
+    """A batch norm with fixed statistics that alone reads a convolution becomes part of its
+    weights; another becomes a product and a sum. Returns how many were folded."""
+    folded, readers = 0, graph.readers()
+    for norm in [o for o in graph.operations if o.kind == 'batch_norm']:
+        given = norm.arguments
+        if given['training'] or given['running_mean'] is None or len(norm.axes) != 4:
+            continue
+        scale, shift = _scale_and_shift(graph, norm)
+        source = norm.tensor('input')
+        axis = {'conv2d': 0, 'conv_transpose2d': 1}.get(source.kind)
+        single = len(readers[source]) == 1 and (axis == 0 or source.arguments.get('groups') == 1)
+        if axis is not None and single and source.tensor('weight') in graph.constants:
+            fold(graph, source, axis, scale, shift)
+            graph.replace(norm, source)
+            readers[source] = readers[norm]
+            folded += 1
+        else:
+            like = graph.constants[norm.tensor('running_mean')]
+            factor, offset = (graph.constant(v.view(1, -1, 1, 1).to(like)) for v in (scale, shift))
+            norm.kind, norm.target = 'addcmul', aten.addcmul.default
+            norm.arguments = {'self': offset, 'tensor1': source, 'tensor2': factor}
+    return folded
+
+
+def _zeros_around(padding: Operation) -> tuple[int, int, int, int] | None:
+    """The zeros that a padding puts on the left, on the right, above and below a map; None where
+    it does something else."""
+    given, sides = padding.arguments, padding.arguments['pad']
+    zeros = given.get('mode', 'constant') == 'constant' and not (given.get('value') or 0)
+    if not zeros or not isinstance(sides, (list, tuple)):
+        return None
+    amounts = [side for side in sides if isinstance(side, int) and side >= 0]
+    if len(amounts) < len(sides) or len(amounts) > 4 or len(padding.axes) != 4:
+        return None
+    left, right, top, bottom = (*amounts, 0, 0, 0, 0)[:4]
+    return left, right, top, bottom
+
+
 def fold_padding(graph: Graph) -> int:
     """Zeros that are put around a tensor before a convolution become its padding, also where they
     differ from side to side. Returns how many paddings are gone."""
@@ -337,20 +351,6 @@ def fold_padding(graph: Graph) -> int:
     return gone
 
 
-def _zeros_around(padding: Operation) -> tuple[int, int, int, int] | None:
-    """The zeros that a padding puts on the left, on the right, above and below a map; None where
-    it does something else."""
-    given, sides = padding.arguments, padding.arguments['pad']
-    zeros = given.get('mode', 'constant') == 'constant' and not (given.get('value') or 0)
-    if not zeros or not isinstance(sides, (list, tuple)):
-        return None
-    amounts = [side for side in sides if isinstance(side, int) and side >= 0]
-    if len(amounts) < len(sides) or len(amounts) > 4 or len(padding.axes) != 4:
-        return None
-    left, right, top, bottom = (*amounts, 0, 0, 0, 0)[:4]
-    return left, right, top, bottom
-
-
 def average_to_a_pixel(graph: Graph) -> None:
     """Averages over all of a map get a gradient that is never written out as a map."""
     for operation in graph.operations:
@@ -365,20 +365,16 @@ def average_to_a_pixel(graph: Graph) -> None:
             operation.arguments = {'x': given['self']}
 
 
-def use_own_convolutions(graph: Graph) -> int:
-    """Convolutions with fixed weights run as `convolution`, those of a single pixel as products of
-    matrices. Returns how many of them get their gradient as a forward convolution."""
-    transposed = 0
-    for operation in [o for o in graph.operations if o.kind == 'conv2d']:
-        how = operation.sliding()
-        if operation.tensor('weight') not in graph.constants or len(operation.axes) != 4:
-            operation.target = convolution_with_computed_weight
-        elif _is_of_a_pixel(operation, how):
-            operation.kind, operation.target = 'pixel_linear', pixel_linear
-            del operation.arguments['how']
-        else:
-            transposed += _use_own(graph, operation, how)
-    return transposed
+def flipped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """The weights (O, I / groups, h, w) -> (I, O / groups, h, w) with which a stride-1 convolution
+    gives the gradient of the one that has these."""
+    outputs, inputs, height, width = weight.shape
+    grouped = weight.view(groups, outputs // groups, inputs, height, width).transpose(1, 2)
+    return grouped.reshape(groups * inputs, outputs // groups, height, width).flip(2, 3)
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def _use_own(graph: Graph, operation: Operation, how: Sliding) -> bool:
@@ -403,16 +399,20 @@ def _is_of_a_pixel(operation: Operation, how: Sliding) -> bool:
     return how.groups == 1 and all(shape == (1, 1) for shape in shapes)
 
 
-def flipped(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """The weights (O, I / groups, h, w) -> (I, O / groups, h, w) with which a stride-1 convolution
-    gives the gradient of the one that has these."""
-    outputs, inputs, height, width = weight.shape
-    grouped = weight.view(groups, outputs // groups, inputs, height, width).transpose(1, 2)
-    return grouped.reshape(groups * inputs, outputs // groups, height, width).flip(2, 3)
-
-
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
+def use_own_convolutions(graph: Graph) -> int:
+    """Convolutions with fixed weights run as `convolution`, those of a single pixel as products of
+    matrices. Returns how many of them get their gradient as a forward convolution."""
+    transposed = 0
+    for operation in [o for o in graph.operations if o.kind == 'conv2d']:
+        how = operation.sliding()
+        if operation.tensor('weight') not in graph.constants or len(operation.axes) != 4:
+            operation.target = convolution_with_computed_weight
+        elif _is_of_a_pixel(operation, how):
+            operation.kind, operation.target = 'pixel_linear', pixel_linear
+            del operation.arguments['how']
+        else:
+            transposed += _use_own(graph, operation, how)
+    return transposed
 
 
 def rewrite(graph: Graph) -> Rewrites:

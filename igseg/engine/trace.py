@@ -45,6 +45,38 @@ class NotExportable(Exception):
 # --------------------------------------------------------------------------- the graph
 
 
+@dataclass(frozen=True)
+class Sliding:
+    """How a kernel slides over a map."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    pads: Pads  # negative ones cut off
+    dilation: tuple[int, int]
+    groups: int
+
+    @cached_property
+    def even(self) -> tuple[int, int]:
+        """The padding that both sides have, of rows and columns."""
+        rows, columns = self.pads
+        return max(0, min(rows)), max(0, min(columns))
+
+    @cached_property
+    def uneven(self) -> tuple[int, ...]:
+        """The rest, as `F.pad` takes it; empty where there is none."""
+        (top, bottom), (left, right) = self.pads
+        rows, columns = self.even
+        extra = (left - columns, right - columns, top - rows, bottom - rows)
+        return extra if any(extra) else ()
+
+    @cached_property
+    def back(self) -> Sliding:
+        """How the flipped kernel slides over the gradient, where the stride is 1."""
+        rows, columns = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+        (top, bottom), (left, right) = self.pads
+        return replace(self, pads=((rows - top, rows - bottom), (columns - left, columns - right)))
+
+
 @dataclass(eq=False)
 class Operation:
     """One operation, standing for its result where it is the argument of another."""
@@ -120,36 +152,12 @@ class Operation:
         return how
 
 
-@dataclass(frozen=True)
-class Sliding:
-    """How a kernel slides over a map."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    pads: Pads  # negative ones cut off
-    dilation: tuple[int, int]
-    groups: int
-
-    @cached_property
-    def even(self) -> tuple[int, int]:
-        """The padding that both sides have, of rows and columns."""
-        rows, columns = self.pads
-        return max(0, min(rows)), max(0, min(columns))
-
-    @cached_property
-    def uneven(self) -> tuple[int, ...]:
-        """The rest, as `F.pad` takes it; empty where there is none."""
-        (top, bottom), (left, right) = self.pads
-        rows, columns = self.even
-        extra = (left - columns, right - columns, top - rows, bottom - rows)
-        return extra if any(extra) else ()
-
-    @cached_property
-    def back(self) -> Sliding:
-        """How the flipped kernel slides over the gradient, where the stride is 1."""
-        rows, columns = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
-        (top, bottom), (left, right) = self.pads
-        return replace(self, pads=((rows - top, rows - bottom), (columns - left, columns - right)))
+def inputs_of(operation: Operation) -> list[Operation]:
+    """The operations that are arguments, in the order in which `call_of` takes their values."""
+    found: list[object] = []
+    for value in operation.arguments.values():
+        found += value if isinstance(value, list) else [value]
+    return [value for value in found if isinstance(value, Operation)]
 
 
 @dataclass
@@ -193,14 +201,6 @@ class Graph:
         self.operations.remove(old)
 
 
-def inputs_of(operation: Operation) -> list[Operation]:
-    """The operations that are arguments, in the order in which `call_of` takes their values."""
-    found: list[object] = []
-    for value in operation.arguments.values():
-        found += value if isinstance(value, list) else [value]
-    return [value for value in found if isinstance(value, Operation)]
-
-
 def call_of(operation: Operation, **changes: object) -> Compute:
     """The operation as a function of the values of its inputs; changes: of its other arguments."""
     arguments, target = operation.arguments | changes, operation.target
@@ -228,27 +228,6 @@ def call_of(operation: Operation, **changes: object) -> Compute:
 # --------------------------------------------------------------------------- tracing
 
 
-def trace(network: nn.Module, example: torch.Tensor) -> Graph:
-    """The graph of a network whose result is one tensor, for batches of images like the example.
-
-    example: (N, C, H, W). Raises NotExportable, with the reason.
-    """
-    try:
-        with _silence(), torch.enable_grad():
-            pair = example[:1].detach().repeat(2, 1, 1, 1)  # a batch of 1 would be taken for fixed
-            batch = {0: torch.export.Dim('batch', min=1)}
-            program = torch.export.export(network, (pair,), dynamic_shapes=(batch,), strict=False)
-            try:
-                return _Import(program).graph()
-            except _WritesInPlace:
-                return _Import(program.run_decompositions({})).graph()
-    except (NotExportable, _WritesInPlace) as error:
-        raise NotExportable(str(error)) from error
-    except Exception as error:  # whatever stands in the network's forward
-        first = next(iter(str(error).strip().splitlines()), '')
-        raise NotExportable(f'{type(error).__name__}: {first[:200]}') from error
-
-
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """What tracing says of a network that it cannot take is said in one sentence instead."""
@@ -264,6 +243,47 @@ def _silence() -> Iterator[None]:
 
 class _WritesInPlace(Exception):
     """A tensor is changed of which there are views."""
+
+
+def _item_of(values: Sequence[object], index: int) -> object:
+    return values[index]
+
+
+def _node(value: object) -> torch.fx.Node:
+    """A value in an exported program that must be computed."""
+    if not isinstance(value, torch.fx.Node):
+        raise NotExportable('the network gives what does not depend on its input')
+    return value
+
+
+def _shape_of(node: torch.fx.Node) -> Shape | None:
+    value = node.meta['val']
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(None if isinstance(size, torch.SymInt) else size for size in value.shape)
+
+
+def _made(
+    node: torch.fx.Node, kind: str, target: Compute, arguments: dict[str, object]
+) -> Operation:
+    stack = node.meta.get('nn_module_stack') or {}
+    module = next((path for path, _ in reversed(stack.values())), '')
+    return Operation(kind, target, arguments, _shape_of(node), module)
+
+
+def _named(
+    target: Operator, args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    """All arguments of a call by their names."""
+    found = {}
+    for number, (name, default) in enumerate(arguments_of(target)):
+        if number < len(args):
+            found[name] = args[number]
+        elif name in kwargs:
+            found[name] = kwargs[name]
+        elif default is not WithoutDefault:
+            found[name] = default
+    return found
 
 
 class _Import:
@@ -404,42 +424,22 @@ class _Import:
         self.viewed |= {self.operations[node], operation}
 
 
-def _item_of(values: Sequence[object], index: int) -> object:
-    return values[index]
+def trace(network: nn.Module, example: torch.Tensor) -> Graph:
+    """The graph of a network whose result is one tensor, for batches of images like the example.
 
-
-def _node(value: object) -> torch.fx.Node:
-    """A value in an exported program that must be computed."""
-    if not isinstance(value, torch.fx.Node):
-        raise NotExportable('the network gives what does not depend on its input')
-    return value
-
-
-def _made(
-    node: torch.fx.Node, kind: str, target: Compute, arguments: dict[str, object]
-) -> Operation:
-    stack = node.meta.get('nn_module_stack') or {}
-    module = next((path for path, _ in reversed(stack.values())), '')
-    return Operation(kind, target, arguments, _shape_of(node), module)
-
-
-def _shape_of(node: torch.fx.Node) -> Shape | None:
-    value = node.meta['val']
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(None if isinstance(size, torch.SymInt) else size for size in value.shape)
-
-
-def _named(
-    target: Operator, args: Sequence[object], kwargs: Mapping[str, object]
-) -> dict[str, object]:
-    """All arguments of a call by their names."""
-    found = {}
-    for number, (name, default) in enumerate(arguments_of(target)):
-        if number < len(args):
-            found[name] = args[number]
-        elif name in kwargs:
-            found[name] = kwargs[name]
-        elif default is not WithoutDefault:
-            found[name] = default
-    return found
+    example: (N, C, H, W). Raises NotExportable, with the reason.
+    """
+    try:
+        with _silence(), torch.enable_grad():
+            pair = example[:1].detach().repeat(2, 1, 1, 1)  # a batch of 1 would be taken for fixed
+            batch = {0: torch.export.Dim('batch', min=1)}
+            program = torch.export.export(network, (pair,), dynamic_shapes=(batch,), strict=False)
+            try:
+                return _Import(program).graph()
+            except _WritesInPlace:
+                return _Import(program.run_decompositions({})).graph()
+    except (NotExportable, _WritesInPlace) as error:
+        raise NotExportable(str(error)) from error
+    except Exception as error:  # whatever stands in the network's forward
+        first = next(iter(str(error).strip().splitlines()), '')
+        raise NotExportable(f'{type(error).__name__}: {first[:200]}') from error

@@ -54,17 +54,14 @@ from igseg.method.rules import (
 
 BISECTED_SHARE = 4  # each round bisects a quarter of the intervals, so that a GPU gets batches
 
-
 # Intervals that may still be bisected hold the densities at their ends: at most so many, and so
 # many bytes. The least promising are left as they are.
 MAX_OPEN_INTERVALS = 128
 
 MAX_OPEN_BYTES = 256 * 2**20
 
-
 # alphas -> the densities there, (targets, C, H, W), one after the other
 Evaluate = Callable[[np.ndarray], Iterable[torch.Tensor]]
-
 
 # alphas, each with the targets asked there -> their densities, one alpha after the other
 EvaluateSome = Callable[[Sequence[tuple[float, tuple[int, ...]]]], Iterable[torch.Tensor]]
@@ -116,6 +113,12 @@ class MapError:
         return (self.variance.clamp(min=0) + (self.refinement / 3) ** 2).sqrt()
 
 
+def norms(maps: torch.Tensor) -> torch.Tensor:
+    """L2 norm of each map, (maps, C, H, W) -> (maps,)."""
+    sizes: torch.Tensor = maps.flatten(1).norm(dim=1)
+    return sizes
+
+
 @dataclass
 class PathIntegral:
     """A running integral of the density: the attributions, and what is known of their error."""
@@ -144,15 +147,8 @@ class PathIntegral:
         return None if uncertainty is None else norms(uncertainty) / norms(self.integral)
 
 
-def norms(maps: torch.Tensor) -> torch.Tensor:
-    """L2 norm of each map, (maps, C, H, W) -> (maps,)."""
-    sizes: torch.Tensor = maps.flatten(1).norm(dim=1)
-    return sizes
-
-
 # Whether the integral is good enough, asked between rounds.
 Enough = Callable[[PathIntegral], bool]
-
 
 # A refinement, round by round: gives the nodes of a round, takes the densities there one by one
 # (and gives None between them: nothing new is asked), returns the integral.

@@ -59,6 +59,23 @@ class DrawnPath:
         return starts + alphas.view(-1, 1, 1, 1) * change, change
 
 
+def cosines(side: int, like: torch.Tensor) -> torch.Tensor:
+    """The orthonormal cosine transform (DCT-II) of that many values, a matrix (side, side)."""
+    n = torch.arange(side, device=like.device, dtype=torch.float64)
+    basis = torch.cos(torch.pi / side * (n + 0.5) * n[:, None]) * (2 / side) ** 0.5
+    basis[0] /= 2**0.5
+    return basis.to(like.dtype)
+
+
+def _squared_frequencies(image: torch.Tensor) -> torch.Tensor:
+    """Of each coefficient of an image's cosine transform, (H, W), in radians a pixel."""
+    down, across = (
+        torch.arange(side, device=image.device, dtype=image.dtype) * torch.pi / side
+        for side in image.shape[-2:]
+    )
+    return down[:, None] ** 2 + across**2
+
+
 @dataclass(frozen=True)
 class BlurPath:
     """From the most blurred image to the image, through Gaussian scale space (Xu, Venugopalan,
@@ -84,23 +101,6 @@ class BlurPath:
         points = down.T @ blurred @ across
         points[alphas == 1] = self.image  # exactly, not to rounding
         return points, down.T @ change @ across
-
-
-def cosines(side: int, like: torch.Tensor) -> torch.Tensor:
-    """The orthonormal cosine transform (DCT-II) of that many values, a matrix (side, side)."""
-    n = torch.arange(side, device=like.device, dtype=torch.float64)
-    basis = torch.cos(torch.pi / side * (n + 0.5) * n[:, None]) * (2 / side) ** 0.5
-    basis[0] /= 2**0.5
-    return basis.to(like.dtype)
-
-
-def _squared_frequencies(image: torch.Tensor) -> torch.Tensor:
-    """Of each coefficient of an image's cosine transform, (H, W), in radians a pixel."""
-    down, across = (
-        torch.arange(side, device=image.device, dtype=image.dtype) * torch.pi / side
-        for side in image.shape[-2:]
-    )
-    return down[:, None] ** 2 + across**2
 
 
 @dataclass(frozen=True)

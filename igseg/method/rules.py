@@ -36,6 +36,11 @@ def midpoint_rule(steps: int) -> Rule:
     return Rule('midpoint', nodes, np.full(steps, 1 / steps), degree=1)
 
 
+def _at_least_two(steps: int, name: str) -> None:
+    if steps < 2:
+        raise InputError(f'the {name} rule needs at least 2 steps (use num_steps 2 or more)')
+
+
 def trapezoid_rule(steps: int) -> Rule:
     """Equal cells, evaluated at their ends; the two outermost nodes count half."""
     _at_least_two(steps, 'trapezoid')
@@ -50,6 +55,12 @@ def gauss_legendre_rule(steps: int) -> Rule:
     return Rule('gauss-legendre', (nodes + 1) / 2, weights / 2, degree=2 * steps - 1)
 
 
+def _interpolatory_weights(nodes: np.ndarray) -> np.ndarray:
+    """Weights on nodes of [-1, 1], sum 1, that integrate Legendre polynomials P_0 .. P_(n-1)."""
+    basis = np.polynomial.legendre.legvander(nodes, len(nodes) - 1)  # (n, n)
+    return np.linalg.solve(basis.T, np.eye(len(nodes))[0])
+
+
 def clenshaw_curtis_rule(steps: int) -> Rule:
     """Chebyshev points, both ends included; 2^k + 1 of them are nested."""
     _at_least_two(steps, 'clenshaw-curtis')
@@ -57,30 +68,6 @@ def clenshaw_curtis_rule(steps: int) -> Rule:
     nodes[(steps - 1) // 2 : (steps + 1) // 2] *= steps % 2 == 0  # the centre is exactly 0
     degree = steps - 1 if steps % 2 == 0 else steps
     return Rule('clenshaw-curtis', (nodes + 1) / 2, _interpolatory_weights(nodes), degree)
-
-
-def gauss_kronrod_rule(steps: int) -> Rule:
-    """Gauss-Legendre with 3 nodes, extended by Kronrod and Patterson to 7, 15, 31, 63."""
-    counts = NESTED['gauss-kronrod']
-    if steps not in counts:
-        raise InputError(
-            f'the gauss-kronrod rule has {", ".join(map(str, counts))} steps, not {steps} '
-            '(use one of these for num_steps)'
-        )
-    nodes = _patterson_nodes(counts.index(steps))
-    degree = 5 if steps == 3 else (3 * steps + 1) // 2
-    return Rule('gauss-kronrod', (nodes + 1) / 2, _interpolatory_weights(nodes), degree)
-
-
-def _at_least_two(steps: int, name: str) -> None:
-    if steps < 2:
-        raise InputError(f'the {name} rule needs at least 2 steps (use num_steps 2 or more)')
-
-
-def _interpolatory_weights(nodes: np.ndarray) -> np.ndarray:
-    """Weights on nodes of [-1, 1], sum 1, that integrate Legendre polynomials P_0 .. P_(n-1)."""
-    basis = np.polynomial.legendre.legvander(nodes, len(nodes) - 1)  # (n, n)
-    return np.linalg.solve(basis.T, np.eye(len(nodes))[0])
 
 
 @cache
@@ -105,6 +92,28 @@ def _patterson_nodes(extensions: int) -> np.ndarray:
     return (both - both[::-1]) / 2  # exactly symmetric
 
 
+# Numbers of steps whose nodes contain those of the one before.
+NESTED: dict[str, tuple[int, ...]] = {
+    'midpoint': tuple(3**k for k in range(1, 9)),
+    'trapezoid': tuple(2**k + 1 for k in range(1, 14)),
+    'clenshaw-curtis': tuple(2**k + 1 for k in range(1, 11)),
+    'gauss-kronrod': (3, 7, 15, 31, 63),
+}
+
+
+def gauss_kronrod_rule(steps: int) -> Rule:
+    """Gauss-Legendre with 3 nodes, extended by Kronrod and Patterson to 7, 15, 31, 63."""
+    counts = NESTED['gauss-kronrod']
+    if steps not in counts:
+        raise InputError(
+            f'the gauss-kronrod rule has {", ".join(map(str, counts))} steps, not {steps} '
+            '(use one of these for num_steps)'
+        )
+    nodes = _patterson_nodes(counts.index(steps))
+    degree = 5 if steps == 3 else (3 * steps + 1) // 2
+    return Rule('gauss-kronrod', (nodes + 1) / 2, _interpolatory_weights(nodes), degree)
+
+
 RULES: dict[str, Callable[[int], Rule]] = {
     'midpoint': midpoint_rule,
     'trapezoid': trapezoid_rule,
@@ -114,15 +123,6 @@ RULES: dict[str, Callable[[int], Rule]] = {
 }
 
 RULE_NAMES = (ADAPTIVE, *RULES)
-
-
-# Numbers of steps whose nodes contain those of the one before.
-NESTED: dict[str, tuple[int, ...]] = {
-    'midpoint': tuple(3**k for k in range(1, 9)),
-    'trapezoid': tuple(2**k + 1 for k in range(1, 14)),
-    'clenshaw-curtis': tuple(2**k + 1 for k in range(1, 11)),
-    'gauss-kronrod': (3, 7, 15, 31, 63),
-}
 
 
 @dataclass(frozen=True)

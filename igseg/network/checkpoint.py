@@ -73,21 +73,130 @@ class Checkpoint:
         return options
 
 
-def read_checkpoint(
-    path: Path, weights_key: str | None = None, names: Collection[str] = ()
-) -> Checkpoint:
-    """The weights in a checkpoint file or a folder of `save_pretrained`.
+# --------------------------------------------------------------------------- files
 
-    weights_key: which of several. names: of the network's tensors, where it is known; without
-    them, what has the names of an encoder-decoder is looked for. Raises InputError.
+
+def _check_kind(path: Path) -> None:
+    """Refuse files of other frameworks, and a zip file that grows when it is unpacked, which
+    torch.save never writes."""
+    kind = FOREIGN.get(path.suffix.lower())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception:  # no zip file, or damaged: torch.load says so
+        entries = []
+    if any(entry.filename.endswith('constants.pkl') for entry in entries):
+        kind = 'a TorchScript file'
+    if kind:
+        raise InputError(
+            f'{path} is {kind} (save the weights of the PyTorch model: {SAVE_WEIGHTS})'
+        )
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > INFLATION * path.stat().st_size:
+        raise InputError(
+            f'{path} was refused: it would grow to {unpacked / 2**20:,.0f} MiB when unpacked '
+            f'(save only the weights: {SAVE_WEIGHTS})'
+        )
+
+
+# What an unpickler may make: a class or a function, under its own name or another.
+Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
+
+
+class StandIn:
+    """Takes the place of an object in a file: takes anything, does nothing, keeps its parts."""
+
+    parts: object = None
+
+    def __new__(cls, *arguments: object, **named: object) -> StandIn:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: object, **named: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.parts = state
+
+
+def _stand_in(name: str, of: Callable[..., object] | None = None) -> type:
+    """A class that stands for the class or function of that name in a file.
+
+    of: what is made instead of a stand-in, where the unpickler insists on it (dict or list).
     """
-    if path.is_dir():
-        return _read_folder(path, weights_key, names)
-    if not path.is_file():
-        raise InputError(f'model file not found: {path} (check --model_path)')
-    if path.stat().st_size == 0:
-        raise InputError(f'model file is empty (0 bytes): {path} (copy or save it again)')
-    return _weights_of(_read_file(path), path, weights_key, names)
+    if of is None:
+        return type(name, (StandIn,), {'__module__': 'file'})
+    return type(name, (), {'__module__': 'file', '__new__': lambda cls, *a, **k: of()})
+
+
+def _objects_in(path: Path, numbers: Sequence[Allowed]) -> list[str]:
+    """The names of the classes and functions in a file that are no plain data. Raises InputError
+    for more than can be looked at."""
+    try:
+        with torch.serialization.safe_globals(list(numbers)):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an old file, or a damaged one: what is wrong is said when it is loaded
+        return []
+    if len(names) > MOST_OBJECTS:
+        raise InputError(
+            f'{path} was refused: it holds {len(names)} kinds of pickled Python objects '
+            f'(save only the weights: {SAVE_WEIGHTS})'
+        )
+    return sorted(names)
+
+
+def _refusal(path: Path, reason: str, names: Sequence[str]) -> str:
+    """The sentence for a file that the unpickler refuses."""
+    blocked = re.search(r'GLOBAL (\S+) whose module \S+ is blocked', reason)
+    listed = [blocked[1]] if blocked else list(names)
+    objects = zipfile.is_zipfile(path) or 'GLOBAL' in reason or 'weights_only' in reason.lower()
+    if not objects:
+        return f'{path} is no PyTorch checkpoint or is damaged (copy it again)'
+    named = f' ({", ".join(listed[:5])}{", …" if len(listed) > 5 else ""})' if listed else ''
+    return (
+        f'{path} was refused: it holds pickled Python objects{named}, which could run code. Where '
+        'you trust it, save only the weights: c = torch.load(path, weights_only=False); '
+        "torch.save(c['state_dict'], new_path)"
+    )
+
+
+def _read_torch_file(path: Path) -> object:
+    """torch.load that runs no code: objects in the file become stand-ins that do nothing."""
+    scalar = np.float64(0).__reduce__()[0]  # the function that a pickled number names
+    numbers: list[Allowed] = [
+        scalar, (scalar, 'numpy.core.multiarray.scalar'), np.dtype, np.dtypes.Float64DType,
+        np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType,
+    ]  # fmt: skip
+    stand_ins = {name: _stand_in(name) for name in _objects_in(path, numbers)}
+    for _ in range(len(stand_ins) + 1):
+        known: list[Allowed] = [
+            *numbers,
+            *((stand_in, name) for name, stand_in in stand_ins.items()),
+        ]
+        try:
+            # The list of what is allowed holds for the whole process: only around this call.
+            with torch.serialization.safe_globals(known), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of pickle protocols; the error says enough
+                return torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error)
+        except Exception as error:  # torch.load and the unpickler raise all kinds on damaged files
+            raise InputError(
+                f'{path} is no PyTorch checkpoint or is damaged: {one_line(error, 120)} '
+                '(copy or save it again)'
+            ) from None
+        wanted = re.search(r"(SETITEM|append).* got <class 'file\.(.*)'>", reason)
+        if not wanted or wanted[2] not in stand_ins:
+            break
+        kind = OrderedDict if wanted[1] == 'SETITEM' else list
+        stand_ins[wanted[2]] = _stand_in(wanted[2], kind)
+    raise InputError(_refusal(path, reason, list(stand_ins)))
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:  # the library raises its own, unexported error class
+        raise InputError(f'{path} is no safetensors file or is damaged: {error}') from None
 
 
 def _read_file(path: Path) -> object:
@@ -98,44 +207,92 @@ def _read_file(path: Path) -> object:
     return _read_torch_file(path)
 
 
+def is_plain_tensor(value: object) -> bool:
+    """Whether a value is a tensor that holds all its numbers."""
+    return (
+        torch.is_tensor(value)
+        and value.layout == torch.strided
+        and value.device.type == 'cpu'
+        and not value.is_quantized
+    )
+
+
+# --------------------------------------------------------------------------- what is stored beside
+
+
+def _named_in(hyperparameters: object) -> dict[str, object]:
+    """Architecture and encoder, where hyperparameters (of Lightning) name ones that exist."""
+    if not isinstance(hyperparameters, dict):
+        return {}
+    settings: dict[str, object] = {}
+    for key, value in hyperparameters.items():
+        name = value.lower() if isinstance(value, str) else ''
+        if (
+            key in ('arch', 'architecture', 'model_name')
+            and name in smp.MODEL_ARCHITECTURES_MAPPING
+        ):
+            settings['architecture'] = name
+        elif key in ('encoder', 'encoder_name', 'backbone') and (
+            value in smp.encoders.get_encoder_names() or name.startswith('tu-')
+        ):
+            settings['encoder'] = value
+    return settings
+
+
+def _stored_settings(content: object) -> dict[str, object]:
+    """The settings that we store with a checkpoint, else what hyperparameters name."""
+    if not isinstance(content, dict):
+        return {}
+    settings = content.get('settings')
+    if isinstance(settings, dict):
+        options = settings.get('options', {})
+        names = (settings.get('architecture'), settings.get('encoder'))
+        plain = isinstance(options, dict) and all(isinstance(name, str) for name in options)
+        if plain and all(isinstance(name, str | None) for name in names):
+            return dict(settings)
+    return _named_in(content.get('hyper_parameters'))
+
+
+def _normalisations(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, tuple[float, ...]]]:
+    """Means and standard deviations that lie as buffers beside the network's weights, for pixels
+    from 0 to 1, by how many channels they are for."""
+    found: dict[int, dict[str, tuple[float, ...]]] = {}
+    for name, std in tensors.items():
+        stem = re.fullmatch(r'((?:.*\.)?(?:\w*_)?)std', name)
+        mean = tensors.get(f'{stem[1]}mean') if stem else None
+        if stem is None or mean is None or NOT_OF_PIXELS.search(stem[1]):
+            continue
+        if not 1 <= mean.numel() == std.numel() <= MOST_CHANNELS:
+            continue
+        values = {key: tuple(tensor.detach().double().flatten().tolist())
+                  for key, tensor in (('mean', mean), ('std', std))}  # fmt: skip
+        if not all(np.isfinite(v).all() for v in values.values()) or min(values['std']) <= 0:
+            continue
+        scale = 255.0 if max(map(abs, values['mean'] + values['std'])) > 1 else 1.0
+        scaled = {key: tuple(round(part / scale, 6) for part in v) for key, v in values.items()}
+        found.setdefault(mean.numel(), scaled)
+    return found
+
+
 # --------------------------------------------------------------------------- finding the weights
 
 
-def _weights_of(
-    content: object, path: Path, weights_key: str | None, own: Collection[str] = ()
-) -> Checkpoint:
-    """The network's weights, wherever in the content they lie. own: the names of its tensors,
-    where they are known."""
-    networks: dict[str, dict[str, torch.Tensor]] = {}
-    beside: dict[str, dict[str, torch.Tensor]] = {}  # the tensors that each lay among
-    names: list[str] = []
-    for place, tensors in _groups_of_tensors(content):
-        names = [*names, *tensors][:5]
-        for prefix, outer in _prefixes_of(tensors, own) if own else _prefixes(tensors):
-            label = '.'.join((*place, prefix)).strip('.')
-            state = {
-                outer + k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)
-            }
-            if not any(_same_tensors(state, other) for other in networks.values()):
-                networks[label], beside[label] = state, tensors
-    if not networks:
-        raise InputError(_nothing_found(content, path, names, own))
-    key = _choose(list(networks), weights_key, path)
-    others = tuple(label for label in networks if label != key)
-    settings = _stored_settings(content)
-    notes = []
-    if others:
-        notes.append(
-            f'the weights under "{key}" are used; others lie under '
-            f'{", ".join(others)} (choose with --weights_key)'
-        )
-    normalisations = {} if {'mean', 'std'} & settings.keys() else _normalisations(beside[key])
-    state = networks[key]
-    unused: tuple[str, ...] = ()
-    if own:
-        unused = tuple(name for name in state if name not in own)
-        state = {name: value for name, value in state.items() if name in own}
-    return Checkpoint(state, settings, key, others, tuple(notes), normalisations, unused)
+def _may_hold_more(value: object) -> bool:
+    return isinstance(value, (dict, list, tuple, StandIn))
+
+
+def _tensors_of_module(
+    parts: dict, prefix: str, above: set[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state dict of a pickled module, from what it was made of."""
+    for group in ('_parameters', '_buffers'):
+        for name, value in (parts.get(group) or {}).items():
+            if is_plain_tensor(value):
+                yield f'{prefix}{name}', value.detach()
+    for name, module in (parts.get('_modules') or {}).items():
+        inner = module.parts if isinstance(module, StandIn) else module
+        if isinstance(inner, dict) and id(inner) not in above:
+            yield from _tensors_of_module(inner, f'{prefix}{name}.', above | {id(inner)})
 
 
 def _groups_of_tensors(
@@ -161,34 +318,6 @@ def _groups_of_tensors(
             waiting += [((*place, str(k)), v) for k, v in parts.items() if _may_hold_more(v)]
         elif isinstance(parts, (list, tuple)):
             waiting += [((*place, str(k)), v) for k, v in enumerate(parts) if _may_hold_more(v)]
-
-
-def _may_hold_more(value: object) -> bool:
-    return isinstance(value, (dict, list, tuple, StandIn))
-
-
-def _tensors_of_module(
-    parts: dict, prefix: str, above: set[int]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state dict of a pickled module, from what it was made of."""
-    for group in ('_parameters', '_buffers'):
-        for name, value in (parts.get(group) or {}).items():
-            if is_plain_tensor(value):
-                yield f'{prefix}{name}', value.detach()
-    for name, module in (parts.get('_modules') or {}).items():
-        inner = module.parts if isinstance(module, StandIn) else module
-        if isinstance(inner, dict) and id(inner) not in above:
-            yield from _tensors_of_module(inner, f'{prefix}{name}.', above | {id(inner)})
-
-
-def is_plain_tensor(value: object) -> bool:
-    """Whether a value is a tensor that holds all its numbers."""
-    return (
-        torch.is_tensor(value)
-        and value.layout == torch.strided
-        and value.device.type == 'cpu'
-        and not value.is_quantized
-    )
 
 
 def _prefixes(tensors: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
@@ -256,211 +385,44 @@ def _nothing_found(content: object, path: Path, names: Sequence[str], own: Colle
     return f'{path} holds no state dict ({there}; save it with {SAVE_WEIGHTS})'
 
 
-# --------------------------------------------------------------------------- what is stored beside
-
-
-def _stored_settings(content: object) -> dict[str, object]:
-    """The settings that we store with a checkpoint, else what hyperparameters name."""
-    if not isinstance(content, dict):
-        return {}
-    settings = content.get('settings')
-    if isinstance(settings, dict):
-        options = settings.get('options', {})
-        names = (settings.get('architecture'), settings.get('encoder'))
-        plain = isinstance(options, dict) and all(isinstance(name, str) for name in options)
-        if plain and all(isinstance(name, str | None) for name in names):
-            return dict(settings)
-    return _named_in(content.get('hyper_parameters'))
-
-
-def _named_in(hyperparameters: object) -> dict[str, object]:
-    """Architecture and encoder, where hyperparameters (of Lightning) name ones that exist."""
-    if not isinstance(hyperparameters, dict):
-        return {}
-    settings: dict[str, object] = {}
-    for key, value in hyperparameters.items():
-        name = value.lower() if isinstance(value, str) else ''
-        if (
-            key in ('arch', 'architecture', 'model_name')
-            and name in smp.MODEL_ARCHITECTURES_MAPPING
-        ):
-            settings['architecture'] = name
-        elif key in ('encoder', 'encoder_name', 'backbone') and (
-            value in smp.encoders.get_encoder_names() or name.startswith('tu-')
-        ):
-            settings['encoder'] = value
-    return settings
-
-
-def _normalisations(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, tuple[float, ...]]]:
-    """Means and standard deviations that lie as buffers beside the network's weights, for pixels
-    from 0 to 1, by how many channels they are for."""
-    found: dict[int, dict[str, tuple[float, ...]]] = {}
-    for name, std in tensors.items():
-        stem = re.fullmatch(r'((?:.*\.)?(?:\w*_)?)std', name)
-        mean = tensors.get(f'{stem[1]}mean') if stem else None
-        if stem is None or mean is None or NOT_OF_PIXELS.search(stem[1]):
-            continue
-        if not 1 <= mean.numel() == std.numel() <= MOST_CHANNELS:
-            continue
-        values = {key: tuple(tensor.detach().double().flatten().tolist())
-                  for key, tensor in (('mean', mean), ('std', std))}  # fmt: skip
-        if not all(np.isfinite(v).all() for v in values.values()) or min(values['std']) <= 0:
-            continue
-        scale = 255.0 if max(map(abs, values['mean'] + values['std'])) > 1 else 1.0
-        scaled = {key: tuple(round(part / scale, 6) for part in v) for key, v in values.items()}
-        found.setdefault(mean.numel(), scaled)
-    return found
-
-
-# --------------------------------------------------------------------------- files and folders
-
-
-def _check_kind(path: Path) -> None:
-    """Refuse files of other frameworks, and a zip file that grows when it is unpacked, which
-    torch.save never writes."""
-    kind = FOREIGN.get(path.suffix.lower())
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except Exception:  # no zip file, or damaged: torch.load says so
-        entries = []
-    if any(entry.filename.endswith('constants.pkl') for entry in entries):
-        kind = 'a TorchScript file'
-    if kind:
-        raise InputError(
-            f'{path} is {kind} (save the weights of the PyTorch model: {SAVE_WEIGHTS})'
+def _weights_of(
+    content: object, path: Path, weights_key: str | None, own: Collection[str] = ()
+) -> Checkpoint:
+    """The network's weights, wherever in the content they lie. own: the names of its tensors,
+    where they are known."""
+    networks: dict[str, dict[str, torch.Tensor]] = {}
+    beside: dict[str, dict[str, torch.Tensor]] = {}  # the tensors that each lay among
+    names: list[str] = []
+    for place, tensors in _groups_of_tensors(content):
+        names = [*names, *tensors][:5]
+        for prefix, outer in _prefixes_of(tensors, own) if own else _prefixes(tensors):
+            label = '.'.join((*place, prefix)).strip('.')
+            state = {
+                outer + k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)
+            }
+            if not any(_same_tensors(state, other) for other in networks.values()):
+                networks[label], beside[label] = state, tensors
+    if not networks:
+        raise InputError(_nothing_found(content, path, names, own))
+    key = _choose(list(networks), weights_key, path)
+    others = tuple(label for label in networks if label != key)
+    settings = _stored_settings(content)
+    notes = []
+    if others:
+        notes.append(
+            f'the weights under "{key}" are used; others lie under '
+            f'{", ".join(others)} (choose with --weights_key)'
         )
-    unpacked = sum(entry.file_size for entry in entries)
-    if unpacked > INFLATION * path.stat().st_size:
-        raise InputError(
-            f'{path} was refused: it would grow to {unpacked / 2**20:,.0f} MiB when unpacked '
-            f'(save only the weights: {SAVE_WEIGHTS})'
-        )
+    normalisations = {} if {'mean', 'std'} & settings.keys() else _normalisations(beside[key])
+    state = networks[key]
+    unused: tuple[str, ...] = ()
+    if own:
+        unused = tuple(name for name in state if name not in own)
+        state = {name: value for name, value in state.items() if name in own}
+    return Checkpoint(state, settings, key, others, tuple(notes), normalisations, unused)
 
 
-class StandIn:
-    """Takes the place of an object in a file: takes anything, does nothing, keeps its parts."""
-
-    parts: object = None
-
-    def __new__(cls, *arguments: object, **named: object) -> StandIn:
-        return super().__new__(cls)
-
-    def __init__(self, *arguments: object, **named: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        self.parts = state
-
-
-# What an unpickler may make: a class or a function, under its own name or another.
-Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
-
-
-def _stand_in(name: str, of: Callable[..., object] | None = None) -> type:
-    """A class that stands for the class or function of that name in a file.
-
-    of: what is made instead of a stand-in, where the unpickler insists on it (dict or list).
-    """
-    if of is None:
-        return type(name, (StandIn,), {'__module__': 'file'})
-    return type(name, (), {'__module__': 'file', '__new__': lambda cls, *a, **k: of()})
-
-
-def _read_torch_file(path: Path) -> object:
-    """torch.load that runs no code: objects in the file become stand-ins that do nothing."""
-    scalar = np.float64(0).__reduce__()[0]  # the function that a pickled number names
-    numbers: list[Allowed] = [
-        scalar, (scalar, 'numpy.core.multiarray.scalar'), np.dtype, np.dtypes.Float64DType,
-        np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType,
-    ]  # fmt: skip
-    stand_ins = {name: _stand_in(name) for name in _objects_in(path, numbers)}
-    for _ in range(len(stand_ins) + 1):
-        known: list[Allowed] = [
-            *numbers,
-            *((stand_in, name) for name, stand_in in stand_ins.items()),
-        ]
-        try:
-            # The list of what is allowed holds for the whole process: only around this call.
-            with torch.serialization.safe_globals(known), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # of pickle protocols; the error says enough
-                return torch.load(path, map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error)
-        except Exception as error:  # torch.load and the unpickler raise all kinds on damaged files
-            raise InputError(
-                f'{path} is no PyTorch checkpoint or is damaged: {one_line(error, 120)} '
-                '(copy or save it again)'
-            ) from None
-        wanted = re.search(r"(SETITEM|append).* got <class 'file\.(.*)'>", reason)
-        if not wanted or wanted[2] not in stand_ins:
-            break
-        kind = OrderedDict if wanted[1] == 'SETITEM' else list
-        stand_ins[wanted[2]] = _stand_in(wanted[2], kind)
-    raise InputError(_refusal(path, reason, list(stand_ins)))
-
-
-def _objects_in(path: Path, numbers: Sequence[Allowed]) -> list[str]:
-    """The names of the classes and functions in a file that are no plain data. Raises InputError
-    for more than can be looked at."""
-    try:
-        with torch.serialization.safe_globals(list(numbers)):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # an old file, or a damaged one: what is wrong is said when it is loaded
-        return []
-    if len(names) > MOST_OBJECTS:
-        raise InputError(
-            f'{path} was refused: it holds {len(names)} kinds of pickled Python objects '
-            f'(save only the weights: {SAVE_WEIGHTS})'
-        )
-    return sorted(names)
-
-
-def _refusal(path: Path, reason: str, names: Sequence[str]) -> str:
-    """The sentence for a file that the unpickler refuses."""
-    blocked = re.search(r'GLOBAL (\S+) whose module \S+ is blocked', reason)
-    listed = [blocked[1]] if blocked else list(names)
-    objects = zipfile.is_zipfile(path) or 'GLOBAL' in reason or 'weights_only' in reason.lower()
-    if not objects:
-        return f'{path} is no PyTorch checkpoint or is damaged (copy it again)'
-    named = f' ({", ".join(listed[:5])}{", …" if len(listed) > 5 else ""})' if listed else ''
-    return (
-        f'{path} was refused: it holds pickled Python objects{named}, which could run code. Where '
-        'you trust it, save only the weights: c = torch.load(path, weights_only=False); '
-        "torch.save(c['state_dict'], new_path)"
-    )
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:  # the library raises its own, unexported error class
-        raise InputError(f'{path} is no safetensors file or is damaged: {error}') from None
-
-
-def _read_folder(folder: Path, weights_key: str | None, own: Collection[str]) -> Checkpoint:
-    """A folder of `model.save_pretrained`, or another that holds a file of weights by its usual
-    name (accelerate)."""
-    config_path = folder / 'config.json'
-    weights_path = next((folder / n for n in WEIGHTS_FILES if (folder / n).is_file()), None)
-    if weights_path is None:
-        raise InputError(
-            f'{folder} holds neither {" nor ".join(WEIGHTS_FILES)} '
-            '(give the checkpoint file, or a folder that model.save_pretrained wrote)'
-        )
-    of_smp = config_path.is_file() and not own  # else the factory says what the network is
-    settings = _pretrained_settings(config_path) if of_smp else {}
-    checkpoint = _weights_of(_read_file(weights_path), weights_path, weights_key, own)
-    notes, normalisations = checkpoint.notes, checkpoint.normalisations
-    if (folder / TRANSFORM_FILE).is_file():
-        transforms = _saved_transforms(folder / TRANSFORM_FILE)
-        settings |= transforms
-        said = ', '.join(f'{key} {value}' for key, value in transforms.items())
-        notes += (f'from {TRANSFORM_FILE}: {said or "nothing that is known here"}',)
-        normalisations = {} if 'mean' in transforms else normalisations
-    return replace(checkpoint, settings={**checkpoint.settings, **settings}, notes=notes,
-                   normalisations=normalisations)  # fmt: skip
+# --------------------------------------------------------------------------- a checkpoint
 
 
 def _pretrained_settings(config_path: Path) -> dict[str, object]:
@@ -506,3 +468,44 @@ def _saved_transforms(path: Path) -> dict[str, object]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f'{path} cannot be read: {one_line(error)} (save it again)') from None
     return settings
+
+
+def _read_folder(folder: Path, weights_key: str | None, own: Collection[str]) -> Checkpoint:
+    """A folder of `model.save_pretrained`, or another that holds a file of weights by its usual
+    name (accelerate)."""
+    config_path = folder / 'config.json'
+    weights_path = next((folder / n for n in WEIGHTS_FILES if (folder / n).is_file()), None)
+    if weights_path is None:
+        raise InputError(
+            f'{folder} holds neither {" nor ".join(WEIGHTS_FILES)} '
+            '(give the checkpoint file, or a folder that model.save_pretrained wrote)'
+        )
+    of_smp = config_path.is_file() and not own  # else the factory says what the network is
+    settings = _pretrained_settings(config_path) if of_smp else {}
+    checkpoint = _weights_of(_read_file(weights_path), weights_path, weights_key, own)
+    notes, normalisations = checkpoint.notes, checkpoint.normalisations
+    if (folder / TRANSFORM_FILE).is_file():
+        transforms = _saved_transforms(folder / TRANSFORM_FILE)
+        settings |= transforms
+        said = ', '.join(f'{key} {value}' for key, value in transforms.items())
+        notes += (f'from {TRANSFORM_FILE}: {said or "nothing that is known here"}',)
+        normalisations = {} if 'mean' in transforms else normalisations
+    return replace(checkpoint, settings={**checkpoint.settings, **settings}, notes=notes,
+                   normalisations=normalisations)  # fmt: skip
+
+
+def read_checkpoint(
+    path: Path, weights_key: str | None = None, names: Collection[str] = ()
+) -> Checkpoint:
+    """The weights in a checkpoint file or a folder of `save_pretrained`.
+
+    weights_key: which of several. names: of the network's tensors, where it is known; without
+    them, what has the names of an encoder-decoder is looked for. Raises InputError.
+    """
+    if path.is_dir():
+        return _read_folder(path, weights_key, names)
+    if not path.is_file():
+        raise InputError(f'model file not found: {path} (check --model_path)')
+    if path.stat().st_size == 0:
+        raise InputError(f'model file is empty (0 bytes): {path} (copy or save it again)')
+    return _weights_of(_read_file(path), path, weights_key, names)

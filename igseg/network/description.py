@@ -154,46 +154,10 @@ class NetworkDescription:
         return {**self.source, **own}
 
 
-def describe_network(
-    model: torch.nn.Module, preprocessing: Preprocessing | None = None
-) -> NetworkDescription:
-    """The description of any module, as it is now; all its weights are read for it.
-
-    preprocessing: what it was trained with; None: what `load_model` found, else what the user set
-    as `model.preprocessing`, else ImageNet's.
-    """
-    known = known_description(model)
-    return replace(
-        known,
-        preprocessing=preprocessing or known.preprocessing,
-        weights_sha256=network_digest(model),
-    )
-
-
-def known_description(model: torch.nn.Module) -> NetworkDescription:
-    """The description of any module but for its digest, which may be none or an earlier one:
-    at once, without reading the weights."""
-    known = getattr(model, ATTRIBUTE, None)
-    if known is None:
-        multiple, fixed = accepted_sizes(model)
-        known = NetworkDescription(input_channels(model), multiple, fixed)
-    own = getattr(model, 'preprocessing', None) or known.preprocessing
-    return replace(known, preprocessing=own)
-
-
 def input_channels(model: torch.nn.Module) -> int | None:
     """The channels that a network says it takes; None where it does not: then any is tried."""
     own = getattr(getattr(model, 'encoder', None), '_in_channels', None)  # of smp's encoders
     return own if isinstance(own, int) and own > 0 else None
-
-
-def likely_channels(model: torch.nn.Module) -> int:
-    """The channels of the pictures that a network takes: those it says, else those of its first
-    convolution, else 3."""
-    convolutions = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    first = next((convolution.in_channels for convolution in convolutions), 3)
-    known = getattr(model, ATTRIBUTE, None)
-    return input_channels(model) or (known.preprocessing.channels if known else first)
 
 
 def accepted_sizes(model: torch.nn.Module) -> tuple[int, tuple[int, int] | None]:
@@ -210,3 +174,39 @@ def accepted_sizes(model: torch.nn.Module) -> tuple[int, tuple[int, int] | None]
     if not getattr(model, 'requires_divisible_input_shape', False):
         return 1, fixed
     return int(getattr(encoder, 'output_stride', 1)), fixed
+
+
+def known_description(model: torch.nn.Module) -> NetworkDescription:
+    """The description of any module but for its digest, which may be none or an earlier one:
+    at once, without reading the weights."""
+    known = getattr(model, ATTRIBUTE, None)
+    if known is None:
+        multiple, fixed = accepted_sizes(model)
+        known = NetworkDescription(input_channels(model), multiple, fixed)
+    own = getattr(model, 'preprocessing', None) or known.preprocessing
+    return replace(known, preprocessing=own)
+
+
+def describe_network(
+    model: torch.nn.Module, preprocessing: Preprocessing | None = None
+) -> NetworkDescription:
+    """The description of any module, as it is now; all its weights are read for it.
+
+    preprocessing: what it was trained with; None: what `load_model` found, else what the user set
+    as `model.preprocessing`, else ImageNet's.
+    """
+    known = known_description(model)
+    return replace(
+        known,
+        preprocessing=preprocessing or known.preprocessing,
+        weights_sha256=network_digest(model),
+    )
+
+
+def likely_channels(model: torch.nn.Module) -> int:
+    """The channels of the pictures that a network takes: those it says, else those of its first
+    convolution, else 3."""
+    convolutions = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    first = next((convolution.in_channels for convolution in convolutions), 3)
+    known = getattr(model, ATTRIBUTE, None)
+    return input_channels(model) or (known.preprocessing.channels if known else first)

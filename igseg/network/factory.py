@@ -26,6 +26,70 @@ PROBED_SIDES = (64, 224, 256)  # pixels, of inputs on which a network is tried
 NAMED = 3  # tensors in a sentence
 
 
+@contextlib.contextmanager
+def _own_code(said: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f'{said}: {type(error).__name__}: {one_line(error)}') from None
+
+
+def _file_of(name: str) -> Path:
+    """Where a loaded module comes from; the empty path where it has no file."""
+    return Path(getattr(sys.modules.get(name), '__file__', None) or '').resolve()
+
+
+def _is_hidden(name: str, folder: Path) -> bool:
+    """Whether a loaded module stands in the way of one of the same name in a folder. Libraries do
+    not: what is installed goes before, as it did when the network was trained."""
+    top = name.partition('.')[0]
+    there = (folder / f'{top}.py').is_file() or (folder / top / '__init__.py').is_file()
+    return there and not of_library(top) and folder not in _file_of(top).parents
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """The modules of a folder can be imported inside, also those that are named like one of ours
+    or like one beside another factory, which stand under their names again afterwards."""
+    hidden = {name: module for name, module in sys.modules.items() if _is_hidden(name, folder)}
+    for name in hidden:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+        sys.modules.update(hidden)
+
+
+def _module_of_file(path: Path) -> object:
+    if not path.is_file():
+        raise InputError(f'model factory not found: {path} (check --model_factory)')
+    path = path.resolve()
+    own = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
+    spec = importlib.util.spec_from_file_location(own, path)
+    assert spec is not None and spec.loader is not None  # there is a loader of .py files
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[own] = module  # data classes and pickling look there
+    try:
+        with _importable(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[own]
+        raise
+    return module
+
+
+def _module_of_name(name: str) -> object:
+    with _importable(Path.cwd().resolve()):
+        return importlib.import_module(name)
+
+
 def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Module:
     """The module that a factory gives: FILE.py:FUNCTION or package.module:function, a function or a
     class. options: its keyword arguments. Raises InputError for whatever goes wrong in it."""
@@ -56,68 +120,8 @@ def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Modul
     return network.float().eval()
 
 
-@contextlib.contextmanager
-def _own_code(said: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise InputError(f'{said}: {type(error).__name__}: {one_line(error)}') from None
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """The modules of a folder can be imported inside, also those that are named like one of ours
-    or like one beside another factory, which stand under their names again afterwards."""
-    hidden = {name: module for name, module in sys.modules.items() if _is_hidden(name, folder)}
-    for name in hidden:
-        del sys.modules[name]
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))
-        sys.modules.update(hidden)
-
-
-def _is_hidden(name: str, folder: Path) -> bool:
-    """Whether a loaded module stands in the way of one of the same name in a folder. Libraries do
-    not: what is installed goes before, as it did when the network was trained."""
-    top = name.partition('.')[0]
-    there = (folder / f'{top}.py').is_file() or (folder / top / '__init__.py').is_file()
-    return there and not of_library(top) and folder not in _file_of(top).parents
-
-
-def _file_of(name: str) -> Path:
-    """Where a loaded module comes from; the empty path where it has no file."""
-    return Path(getattr(sys.modules.get(name), '__file__', None) or '').resolve()
-
-
-def _module_of_file(path: Path) -> object:
-    if not path.is_file():
-        raise InputError(f'model factory not found: {path} (check --model_factory)')
-    path = path.resolve()
-    own = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
-    spec = importlib.util.spec_from_file_location(own, path)
-    assert spec is not None and spec.loader is not None  # there is a loader of .py files
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[own] = module  # data classes and pickling look there
-    try:
-        with _importable(path.parent):
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[own]
-        raise
-    return module
-
-
-def _module_of_name(name: str) -> object:
-    with _importable(Path.cwd().resolve()):
-        return importlib.import_module(name)
+def _some(names: list[str] | tuple[str, ...]) -> str:
+    return ', '.join(names[:NAMED]) + (', …' if len(names) > NAMED else '')
 
 
 def load_weights(network: torch.nn.Module, checkpoint: Checkpoint, path: Path) -> list[str]:
@@ -143,10 +147,6 @@ def load_weights(network: torch.nn.Module, checkpoint: Checkpoint, path: Path) -
         return []
     count = len(checkpoint.unused)
     return [f'{count} tensors beside the weights are not used ({_some(checkpoint.unused)})']
-
-
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    return ', '.join(names[:NAMED]) + (', …' if len(names) > NAMED else '')
 
 
 def runs_at(network: torch.nn.Module, channels: int, size: tuple[int, int]) -> bool:

@@ -31,43 +31,6 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.d
          np.generic, slice, range)  # fmt: skip
 
 
-# --------------------------------------------------------------------------- identity
-
-
-def network_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of that by which two modules compute different things, as far as it can be seen:
-    weights and buffers, and all of `structure_digest`."""
-    digest = hashlib.sha256(structure_digest(model).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(name.encode())
-        for part in _tensor(tensor):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def structure_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a network without its weights: the tree of modules, their attributes and hooks,
-    and the code of their classes and of what that code uses, but for what libraries hold."""
-    digest = hashlib.sha256()
-    kept: dict[int, object] = {}  # what was seen; kept, so that no id is used twice
-    for name, module in model.named_modules():
-        digest.update(name.encode())
-        for value in (type(module), *_attributes(module)):
-            for part in _parts(value, kept):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def plain_attributes(model: torch.nn.Module) -> tuple:
-    """The numbers and texts among the attributes of a network's modules; quickly."""
-    return tuple(
-        value
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if isinstance(value, PLAIN) and key not in MODULE_PARTS
-    )
-
-
 def _attributes(module: torch.nn.Module) -> tuple[dict, dict]:
     """What belongs to a module itself: its attributes, and the hooks that change what it gives."""
     own = {key: value for key, value in vars(module).items() if key not in MODULE_PARTS}
@@ -81,20 +44,73 @@ class _Inner:
     value: object
 
 
-def _parts(value: object, kept: dict[int, object]) -> Iterator[bytes]:
-    """All of a value that may decide what is computed, at any depth; nothing that would hold an
-    address, since the digest must be the same in the next process."""
-    waiting: list[Iterator[bytes | _Inner]] = [
-        iter((_Inner(value),))
-    ]  # no recursion: code may lead very deep
-    while waiting:
-        piece = next(waiting[-1], None)
-        if piece is None:
-            waiting.pop()
-        elif isinstance(piece, _Inner):
-            waiting.append(_pieces(piece.value, kept))
+def _unordered(value: object) -> str:
+    """What stands for a part of a set, whose order is another in every process."""
+    known = isinstance(value, (*PLAIN, tuple)) or value is None
+    return repr(value) if known else getattr(value, '__qualname__', type(value).__qualname__)
+
+
+def _tensor(value: torch.Tensor) -> Iterator[bytes]:
+    """A tensor's type, shape and numbers, as far as it has any."""
+    try:
+        yield f'{value.dtype} {tuple(value.shape)} {value.layout}'.encode()
+        dense = value.detach().cpu().to_dense() if value.is_sparse else value.detach().cpu()
+        numbers = dense.resolve_conj().resolve_neg().contiguous().flatten()
+        yield numbers.view(torch.uint8).numpy().tobytes()
+    except (RuntimeError, TypeError, NotImplementedError, ValueError):  # meta, nested, not yet made
+        return
+
+
+@cache
+def of_library(module: str) -> bool:
+    """Whether a module is of an installed library or of Python: its name stands for its code."""
+    package = module.partition('.')[0]
+    if package in ('builtins', *sys.stdlib_module_names):
+        return package != '__main__'
+    file = str(getattr(sys.modules.get(package), '__file__', None) or '')
+    return 'site-packages' in file or 'dist-packages' in file
+
+
+def _class(kind: type) -> Iterator[bytes | _Inner]:
+    """The name of a class, and, where it is no library's, its code and its attributes."""
+    for base in kind.__mro__:
+        yield f'{base.__module__}.{base.__qualname__}'.encode()
+        if not of_library(base.__module__):
+            own = {k: v for k, v in vars(base).items() if not k.startswith('__') or callable(v)}
+            for name, value in own.items():
+                value = getattr(value, '__func__', getattr(value, 'fget', value))
+                if isinstance(value, (*PLAIN, list, tuple, dict)) or hasattr(value, '__code__'):
+                    yield name.encode()
+                    yield _Inner(value)
+
+
+def _byte_code(code: CodeType) -> Iterator[bytes]:
+    yield code.co_code + ' '.join(code.co_names).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function inside
+            yield from _byte_code(constant)
         else:
-            yield piece
+            yield from _parts(constant, {})
+
+
+def _function(function: Any) -> Iterator[bytes | _Inner]:
+    """What a function does: its byte code, its constants, and all that it uses by name."""
+    bound = getattr(function, '__self__', None)
+    function = getattr(function, '__func__', function)
+    yield getattr(function, '__qualname__', '').encode()
+    code = getattr(function, '__code__', None)
+    if not isinstance(code, CodeType) or of_library(str(function.__module__)):
+        return
+    yield from _byte_code(code)
+    yield _Inner((function.__defaults__, function.__kwdefaults__))
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            yield _Inner(cell.cell_contents)
+    for name in code.co_names:
+        if name in function.__globals__:
+            yield _Inner(function.__globals__[name])
+    if bound is not None and not isinstance(bound, (torch.nn.Module, type, ModuleType)):
+        yield _Inner(bound)
 
 
 def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
@@ -139,73 +155,54 @@ def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
             yield _Inner(getattr(value, '__dict__', None))
 
 
-def _unordered(value: object) -> str:
-    """What stands for a part of a set, whose order is another in every process."""
-    known = isinstance(value, (*PLAIN, tuple)) or value is None
-    return repr(value) if known else getattr(value, '__qualname__', type(value).__qualname__)
-
-
-def _tensor(value: torch.Tensor) -> Iterator[bytes]:
-    """A tensor's type, shape and numbers, as far as it has any."""
-    try:
-        yield f'{value.dtype} {tuple(value.shape)} {value.layout}'.encode()
-        dense = value.detach().cpu().to_dense() if value.is_sparse else value.detach().cpu()
-        numbers = dense.resolve_conj().resolve_neg().contiguous().flatten()
-        yield numbers.view(torch.uint8).numpy().tobytes()
-    except (RuntimeError, TypeError, NotImplementedError, ValueError):  # meta, nested, not yet made
-        return
-
-
-def _class(kind: type) -> Iterator[bytes | _Inner]:
-    """The name of a class, and, where it is no library's, its code and its attributes."""
-    for base in kind.__mro__:
-        yield f'{base.__module__}.{base.__qualname__}'.encode()
-        if not of_library(base.__module__):
-            own = {k: v for k, v in vars(base).items() if not k.startswith('__') or callable(v)}
-            for name, value in own.items():
-                value = getattr(value, '__func__', getattr(value, 'fget', value))
-                if isinstance(value, (*PLAIN, list, tuple, dict)) or hasattr(value, '__code__'):
-                    yield name.encode()
-                    yield _Inner(value)
-
-
-@cache
-def of_library(module: str) -> bool:
-    """Whether a module is of an installed library or of Python: its name stands for its code."""
-    package = module.partition('.')[0]
-    if package in ('builtins', *sys.stdlib_module_names):
-        return package != '__main__'
-    file = str(getattr(sys.modules.get(package), '__file__', None) or '')
-    return 'site-packages' in file or 'dist-packages' in file
-
-
-def _function(function: Any) -> Iterator[bytes | _Inner]:
-    """What a function does: its byte code, its constants, and all that it uses by name."""
-    bound = getattr(function, '__self__', None)
-    function = getattr(function, '__func__', function)
-    yield getattr(function, '__qualname__', '').encode()
-    code = getattr(function, '__code__', None)
-    if not isinstance(code, CodeType) or of_library(str(function.__module__)):
-        return
-    yield from _byte_code(code)
-    yield _Inner((function.__defaults__, function.__kwdefaults__))
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # not filled yet
-            yield _Inner(cell.cell_contents)
-    for name in code.co_names:
-        if name in function.__globals__:
-            yield _Inner(function.__globals__[name])
-    if bound is not None and not isinstance(bound, (torch.nn.Module, type, ModuleType)):
-        yield _Inner(bound)
-
-
-def _byte_code(code: CodeType) -> Iterator[bytes]:
-    yield code.co_code + ' '.join(code.co_names).encode()
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):  # a function inside
-            yield from _byte_code(constant)
+def _parts(value: object, kept: dict[int, object]) -> Iterator[bytes]:
+    """All of a value that may decide what is computed, at any depth; nothing that would hold an
+    address, since the digest must be the same in the next process."""
+    waiting: list[Iterator[bytes | _Inner]] = [
+        iter((_Inner(value),))
+    ]  # no recursion: code may lead very deep
+    while waiting:
+        piece = next(waiting[-1], None)
+        if piece is None:
+            waiting.pop()
+        elif isinstance(piece, _Inner):
+            waiting.append(_pieces(piece.value, kept))
         else:
-            yield from _parts(constant, {})
+            yield piece
+
+
+def structure_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a network without its weights: the tree of modules, their attributes and hooks,
+    and the code of their classes and of what that code uses, but for what libraries hold."""
+    digest = hashlib.sha256()
+    kept: dict[int, object] = {}  # what was seen; kept, so that no id is used twice
+    for name, module in model.named_modules():
+        digest.update(name.encode())
+        for value in (type(module), *_attributes(module)):
+            for part in _parts(value, kept):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def plain_attributes(model: torch.nn.Module) -> tuple:
+    """The numbers and texts among the attributes of a network's modules; quickly."""
+    return tuple(
+        value
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, PLAIN) and key not in MODULE_PARTS
+    )
+
+
+def network_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of that by which two modules compute different things, as far as it can be seen:
+    weights and buffers, and all of `structure_digest`."""
+    digest = hashlib.sha256(structure_digest(model).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(name.encode())
+        for part in _tensor(tensor):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:

@@ -69,90 +69,8 @@ def resolve_device(name: str | torch.device = 'auto') -> torch.device:
     return device
 
 
-def load_model(
-    model_path: str | Path,
-    device: str | torch.device = 'auto',
-    encoder: str | None = None,
-    architecture: str | None = None,
-    weights_key: str | None = None,
-    model_options: Mapping[str, object] | None = None,
-    model_factory: str | None = None,
-) -> torch.nn.Module:
-    """Load a checkpoint of segmentation-models-pytorch, or of a network that the user's own code
-    builds, for inference.
-
-    Finds the weights wherever in the file they lie, under any prefix, beside whatever else;
-    `.safetensors`; folders of `save_pretrained`. No code in the file is ever run. `encoder` and
-    `architecture` win over settings stored in the checkpoint; what neither says is read off the
-    names and shapes of the weights: encoder, architecture, numbers of input channels and classes,
-    settings of the decoder. weights_key: which of several networks in the file. model_options:
-    further arguments of the architecture, for what leaves no trace in the weights
-    (`network_guess.LEAVES_NO_TRACE`); they win over those stored. model_factory: FILE.py:FUNCTION
-    or package.module:function, which is called with the model_options and gives the network.
-
-    The model comes back in evaluation mode, float32, on the device, with one attribute added,
-    `network_description` (a NetworkDescription, whose `notes` say what was decided); its
-    preprocessing is also `model.preprocessing`.
-
-    Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
-    """
-    path, device = Path(model_path), resolve_device(device)
-    if model_factory is None:
-        built = _smp_network(path, weights_key, architecture, encoder, dict(model_options or {}))
-    elif architecture or encoder:
-        raise InputError('a model factory goes without --architecture and --encoder')
-    else:
-        built = _network_of_factory(path, weights_key, model_factory, dict(model_options or {}))
-    model, checkpoint, source, notes = built
-    source = {
-        'model_path': str(path),
-        'model_sha256': file_digest(path),
-        **source,
-        **({'weights_key': checkpoint.key} if checkpoint.others else {}),
-        **({'model_options': dict(model_options)} if model_options else {}),
-    }
-    return described(model, checkpoint, source, notes, path).to(device)
-
-
 # A network with its weights; the checkpoint, what the network is made from, and what was decided.
 Built = tuple[torch.nn.Module, Checkpoint, dict[str, object], list[str]]
-
-
-def _smp_network(
-    path: Path,
-    weights_key: str | None,
-    architecture: str | None,
-    encoder: str | None,
-    options: dict[str, object],
-) -> Built:
-    """The network of segmentation-models-pytorch in a checkpoint."""
-    checkpoint = read_checkpoint(path, weights_key)
-    stored, notes = checkpoint.settings, list(checkpoint.notes)
-    state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
-    classes = _count_classes(state, path)
-    _stored_preprocessing(stored, path)  # makes sense; used once the channels are known
-    asked, options = options, {**checkpoint.options, **options}
-    if activation := options.pop('activation', None):
-        notes.append('its last activation is left out: what is explained is the logit before it')
-        if activation == 'sigmoid' and classes > 1:
-            checkpoint = replace(checkpoint, settings={'output_kind': MULTILABEL, **stored})
-            notes.append(
-                'its activation is a sigmoid of each class, so its labels are independent (say '
-                'otherwise with --output_kind exclusive)'
-            )
-    architecture = architecture or _stored_name(stored, 'architecture')
-    encoder = encoder or _stored_name(stored, 'encoder')
-    with _explained_mismatch(path):
-        found = recognise(state, path, create_model, architecture, encoder, options)
-        _check_options(asked, found.architecture, found.encoder)
-        model = create_model(found.architecture, found.encoder, classes, found.in_channels,
-                             **found.options)  # fmt: skip
-        model.load_state_dict(found.state)
-    source: dict[str, object] = {
-        'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes,
-        'channels': found.in_channels,
-    }  # fmt: skip
-    return model.float().eval(), checkpoint, source, [*notes, *found.notes]
 
 
 def _stored_name(stored: Mapping[str, object], key: str) -> str | None:
@@ -173,124 +91,6 @@ def _check_options(options: Mapping[str, object], architecture: str, encoder: st
             close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
             hint = f'; did you mean {close[0]}?' if close else ''
             raise InputError(f'{architecture} has no option "{name}"{hint}')
-
-
-def _network_of_factory(
-    path: Path, weights_key: str | None, factory: str, options: dict[str, object]
-) -> Built:
-    """The network that the user's own code builds, with its weights from a checkpoint."""
-    model = build_network(factory, options)
-    if weights_key == OF_THE_FACTORY:
-        checkpoint = Checkpoint({}, key=weights_key, notes=("the weights are the factory's own",))
-        notes = [*checkpoint.notes]
-    else:
-        checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
-        notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
-    file = Path(factory.rpartition(':')[0])  # a module by name is seen in the network itself
-    digest = file_digest(file) if file.suffix == '.py' else None
-    source: dict[str, object] = {'model_factory': factory, 'model_factory_sha256': digest}
-    if weights_key == OF_THE_FACTORY:
-        source['weights_key'] = weights_key
-    return model, checkpoint, source, notes
-
-
-def described(
-    model: torch.nn.Module,
-    checkpoint: Checkpoint,
-    source: dict[str, object],
-    notes: Sequence[str],
-    path: Path,
-) -> torch.nn.Module:
-    """The module with its `network_description` and `preprocessing`, from what the checkpoint
-    stores and what the network says of itself. Raises InputError."""
-    own_channels = _number_in(source, 'channels') or input_channels(model)
-    channels = own_channels or tried_channels(model) or 3
-    stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
-    preprocessing = _stored_preprocessing({**stored, **beside}, path)
-    notes = [*notes]
-    if beside:
-        said = ', '.join(f'{name} {values}' for name, values in beside.items())
-        notes.append(f'stored beside the weights, so used: {said}')
-    if preprocessing.channels != channels:
-        preprocessing = preprocessing.for_channels(channels)
-        notes.append(
-            f'the network takes {channels} channel{"s" if channels > 1 else ""}, for which there '
-            'is no usual mean and std: pixels are given as they are, from 0 to 1 (say otherwise '
-            'with --mean and --std)'
-        )
-    if channels == 1:
-        notes.append('the network takes one channel: pictures are read as grey')
-    multiple, fixed = accepted_sizes(model)
-    if fixed:
-        preprocessing = replace(preprocessing, image_size=checked_size(fixed))
-    outputs, left_out = _stored_outputs(stored, _number_in(source, 'classes'))
-    notes += left_out
-    description = replace(
-        outputs,
-        channels=own_channels,  # what a factory's network ran with is no promise
-        size_multiple=multiple,
-        fixed_size=fixed,
-        gives=LOGITS if 'architecture' in source else None,  # whose activation was left out
-        preprocessing=preprocessing,
-        weights_sha256=network_digest(model),
-        source=source,
-        notes=tuple(notes),
-    )
-    setattr(model, ATTRIBUTE, description)
-    setattr(model, PREPROCESSING, preprocessing)
-    return model
-
-
-def _number_in(source: Mapping[str, object], name: str) -> int | None:
-    """A number of what a network is made from, if it is known."""
-    number = source.get(name)
-    return number if isinstance(number, int) else None
-
-
-def _stored_outputs(
-    stored: Mapping[str, object], classes: int | None
-) -> tuple[NetworkDescription, list[str]]:
-    """What a checkpoint's settings say of the outputs, as far as that makes sense, in a description
-    that says no more; and what of it was left out, in sentences."""
-    usual = classes and (FOREGROUND if classes == 1 else EXCLUSIVE)
-    outputs, left_out = NetworkDescription(output_kind=usual or None), []
-    kind, background = stored.get('output_kind'), stored.get('background_class', 0)
-    if isinstance(kind, str) and kind in OUTPUT_KINDS and classes != 1:
-        outputs = replace(outputs, output_kind=kind)
-    elif kind is not None:
-        left_out.append('output_kind')
-    if background is None or (
-        isinstance(background, int) and 0 <= background < (classes or MAX_CLASSES)
-    ):
-        outputs = replace(outputs, background=background)
-    else:
-        left_out.append('background_class')
-    given = stored.get('class_names') or ()
-    listed = given if isinstance(given, (list, tuple)) else [given]
-    names = tuple(name for name in listed if isinstance(name, str))
-    if listed is given and len(names) == len(listed) in (0, classes or len(listed)):
-        outputs = replace(outputs, class_names=names)
-    else:
-        left_out.append('class_names')
-    return outputs, [
-        f'the stored {name} {str(stored[name])[:50]!r} makes no sense here and was left out'
-        for name in left_out
-    ]
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, object]:
-    """Arguments of an architecture, each given as NAME=VALUE; values as Python writes them, or
-    text. Raises InputError."""
-    options: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition('=')
-        if not equals or not name.isidentifier():
-            raise InputError(f'model option "{pair}" is not of the form NAME=VALUE')
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            options[name] = value
-    return options
 
 
 def _stored_preprocessing(stored: Mapping[str, Any], path: Path) -> Preprocessing:
@@ -368,3 +168,203 @@ def _explained_mismatch(path: Path) -> Iterator[None]:
             f'{path} does not fit the network that its settings and the names of its weights ask '
             f'for: {one_line(error)} (save the model with save_pretrained, which records them)'
         ) from None
+
+
+def _smp_network(
+    path: Path,
+    weights_key: str | None,
+    architecture: str | None,
+    encoder: str | None,
+    options: dict[str, object],
+) -> Built:
+    """The network of segmentation-models-pytorch in a checkpoint."""
+    checkpoint = read_checkpoint(path, weights_key)
+    stored, notes = checkpoint.settings, list(checkpoint.notes)
+    state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
+    classes = _count_classes(state, path)
+    _stored_preprocessing(stored, path)  # makes sense; used once the channels are known
+    asked, options = options, {**checkpoint.options, **options}
+    if activation := options.pop('activation', None):
+        notes.append('its last activation is left out: what is explained is the logit before it')
+        if activation == 'sigmoid' and classes > 1:
+            checkpoint = replace(checkpoint, settings={'output_kind': MULTILABEL, **stored})
+            notes.append(
+                'its activation is a sigmoid of each class, so its labels are independent (say '
+                'otherwise with --output_kind exclusive)'
+            )
+    architecture = architecture or _stored_name(stored, 'architecture')
+    encoder = encoder or _stored_name(stored, 'encoder')
+    with _explained_mismatch(path):
+        found = recognise(state, path, create_model, architecture, encoder, options)
+        _check_options(asked, found.architecture, found.encoder)
+        model = create_model(found.architecture, found.encoder, classes, found.in_channels,
+                             **found.options)  # fmt: skip
+        model.load_state_dict(found.state)
+    source: dict[str, object] = {
+        'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes,
+        'channels': found.in_channels,
+    }  # fmt: skip
+    return model.float().eval(), checkpoint, source, [*notes, *found.notes]
+
+
+def _network_of_factory(
+    path: Path, weights_key: str | None, factory: str, options: dict[str, object]
+) -> Built:
+    """The network that the user's own code builds, with its weights from a checkpoint."""
+    model = build_network(factory, options)
+    if weights_key == OF_THE_FACTORY:
+        checkpoint = Checkpoint({}, key=weights_key, notes=("the weights are the factory's own",))
+        notes = [*checkpoint.notes]
+    else:
+        checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
+        notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
+    file = Path(factory.rpartition(':')[0])  # a module by name is seen in the network itself
+    digest = file_digest(file) if file.suffix == '.py' else None
+    source: dict[str, object] = {'model_factory': factory, 'model_factory_sha256': digest}
+    if weights_key == OF_THE_FACTORY:
+        source['weights_key'] = weights_key
+    return model, checkpoint, source, notes
+
+
+def _number_in(source: Mapping[str, object], name: str) -> int | None:
+    """A number of what a network is made from, if it is known."""
+    number = source.get(name)
+    return number if isinstance(number, int) else None
+
+
+def _stored_outputs(
+    stored: Mapping[str, object], classes: int | None
+) -> tuple[NetworkDescription, list[str]]:
+    """What a checkpoint's settings say of the outputs, as far as that makes sense, in a description
+    that says no more; and what of it was left out, in sentences."""
+    usual = classes and (FOREGROUND if classes == 1 else EXCLUSIVE)
+    outputs, left_out = NetworkDescription(output_kind=usual or None), []
+    kind, background = stored.get('output_kind'), stored.get('background_class', 0)
+    if isinstance(kind, str) and kind in OUTPUT_KINDS and classes != 1:
+        outputs = replace(outputs, output_kind=kind)
+    elif kind is not None:
+        left_out.append('output_kind')
+    if background is None or (
+        isinstance(background, int) and 0 <= background < (classes or MAX_CLASSES)
+    ):
+        outputs = replace(outputs, background=background)
+    else:
+        left_out.append('background_class')
+    given = stored.get('class_names') or ()
+    listed = given if isinstance(given, (list, tuple)) else [given]
+    names = tuple(name for name in listed if isinstance(name, str))
+    if listed is given and len(names) == len(listed) in (0, classes or len(listed)):
+        outputs = replace(outputs, class_names=names)
+    else:
+        left_out.append('class_names')
+    return outputs, [
+        f'the stored {name} {str(stored[name])[:50]!r} makes no sense here and was left out'
+        for name in left_out
+    ]
+
+
+def described(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    source: dict[str, object],
+    notes: Sequence[str],
+    path: Path,
+) -> torch.nn.Module:
+    """The module with its `network_description` and `preprocessing`, from what the checkpoint
+    stores and what the network says of itself. Raises InputError."""
+    own_channels = _number_in(source, 'channels') or input_channels(model)
+    channels = own_channels or tried_channels(model) or 3
+    stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
+    preprocessing = _stored_preprocessing({**stored, **beside}, path)
+    notes = [*notes]
+    if beside:
+        said = ', '.join(f'{name} {values}' for name, values in beside.items())
+        notes.append(f'stored beside the weights, so used: {said}')
+    if preprocessing.channels != channels:
+        preprocessing = preprocessing.for_channels(channels)
+        notes.append(
+            f'the network takes {channels} channel{"s" if channels > 1 else ""}, for which there '
+            'is no usual mean and std: pixels are given as they are, from 0 to 1 (say otherwise '
+            'with --mean and --std)'
+        )
+    if channels == 1:
+        notes.append('the network takes one channel: pictures are read as grey')
+    multiple, fixed = accepted_sizes(model)
+    if fixed:
+        preprocessing = replace(preprocessing, image_size=checked_size(fixed))
+    outputs, left_out = _stored_outputs(stored, _number_in(source, 'classes'))
+    notes += left_out
+    description = replace(
+        outputs,
+        channels=own_channels,  # what a factory's network ran with is no promise
+        size_multiple=multiple,
+        fixed_size=fixed,
+        gives=LOGITS if 'architecture' in source else None,  # whose activation was left out
+        preprocessing=preprocessing,
+        weights_sha256=network_digest(model),
+        source=source,
+        notes=tuple(notes),
+    )
+    setattr(model, ATTRIBUTE, description)
+    setattr(model, PREPROCESSING, preprocessing)
+    return model
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, object]:
+    """Arguments of an architecture, each given as NAME=VALUE; values as Python writes them, or
+    text. Raises InputError."""
+    options: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition('=')
+        if not equals or not name.isidentifier():
+            raise InputError(f'model option "{pair}" is not of the form NAME=VALUE')
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            options[name] = value
+    return options
+
+
+def load_model(
+    model_path: str | Path,
+    device: str | torch.device = 'auto',
+    encoder: str | None = None,
+    architecture: str | None = None,
+    weights_key: str | None = None,
+    model_options: Mapping[str, object] | None = None,
+    model_factory: str | None = None,
+) -> torch.nn.Module:
+    """Load a checkpoint of segmentation-models-pytorch, or of a network that the user's own code
+    builds, for inference.
+
+    Finds the weights wherever in the file they lie, under any prefix, beside whatever else;
+    `.safetensors`; folders of `save_pretrained`. No code in the file is ever run. `encoder` and
+    `architecture` win over settings stored in the checkpoint; what neither says is read off the
+    names and shapes of the weights: encoder, architecture, numbers of input channels and classes,
+    settings of the decoder. weights_key: which of several networks in the file. model_options:
+    further arguments of the architecture, for what leaves no trace in the weights
+    (`network_guess.LEAVES_NO_TRACE`); they win over those stored. model_factory: FILE.py:FUNCTION
+    or package.module:function, which is called with the model_options and gives the network.
+
+    The model comes back in evaluation mode, float32, on the device, with one attribute added,
+    `network_description` (a NetworkDescription, whose `notes` say what was decided); its
+    preprocessing is also `model.preprocessing`.
+
+    Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
+    """
+    path, device = Path(model_path), resolve_device(device)
+    if model_factory is None:
+        built = _smp_network(path, weights_key, architecture, encoder, dict(model_options or {}))
+    elif architecture or encoder:
+        raise InputError('a model factory goes without --architecture and --encoder')
+    else:
+        built = _network_of_factory(path, weights_key, model_factory, dict(model_options or {}))
+    model, checkpoint, source, notes = built
+    source = {
+        'model_path': str(path),
+        'model_sha256': file_digest(path),
+        **source,
+        **({'weights_key': checkpoint.key} if checkpoint.others else {}),
+        **({'model_options': dict(model_options)} if model_options else {}),
+    }
+    return described(model, checkpoint, source, notes, path).to(device)

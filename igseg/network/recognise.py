@@ -45,7 +45,6 @@ NO_OPTIONS = (  # arguments that are read off the weights, or given otherwise
     'aux_params',
 )  # fmt: skip
 
-
 # Arguments that no tensor's name or shape shows and that change what is computed: where they are
 # not smp's defaults, only a setting (--model_option) tells. Beside them: `activation` (left out, as
 # the logit is explained), the settings of a norm (its epsilon; a norm in place looks like a batch
@@ -107,53 +106,6 @@ class _Decoder:
     depths: tuple[int, ...]  # that the encoder may have, the likeliest first
 
 
-def recognise(
-    state: dict[str, torch.Tensor],
-    path: Path,
-    build: Build,
-    architecture: str | None = None,
-    encoder: str | None = None,
-    options: Mapping[str, object] | None = None,
-) -> Recognised:
-    """The network that a state dict (prefix removed, no classification head) belongs to.
-
-    build: `create_model`. architecture, encoder, options: what is known already; it is kept.
-    Raises InputError: nothing fits; an encoder that cannot be built; several encoders fit that
-    compute different things.
-    """
-    options = {k: v for k, v in (options or {}).items() if k not in NO_OPTIONS}
-    if architecture is not None:
-        check_choice('architecture', architecture, tuple(smp.MODEL_ARCHITECTURES_MAPPING))
-    for spelling in _spellings(state):
-        found = _recognise(spelling, path, build, architecture, encoder, options)
-        if found:
-            return found
-    raise InputError(_nothing_fits(state, path, build, architecture, encoder, options))
-
-
-def _recognise(
-    state: dict[str, torch.Tensor],
-    path: Path,
-    build: Build,
-    architecture: str | None,
-    encoder: str | None,
-    options: dict[str, object],
-) -> Recognised | None:
-    """The network whose tensors have these names; None where there is none."""
-    decoder = read_decoder(state)
-    if decoder is None or architecture not in (None, decoder.architecture):
-        return None
-    outlines = _Outlines(state, build, decoder, options)
-    kinds = [(encoder,)] if encoder else _known_encoders(state, decoder)
-    fits = [fit for names in kinds if (fit := outlines.fit(names, encoder is not None))]
-    fits = [fit for fit in fits if 'img_size' not in fit.options] or fits
-    if len(fits) > 1:
-        raise InputError(_ambiguous(path, [fit.encoder for fit in fits]))
-    if not fits:
-        return None
-    return replace(fits[0], notes=_notes(fits[0], decoder, architecture, encoder, options))
-
-
 # --------------------------------------------------------------------------- names and shapes
 
 
@@ -213,24 +165,21 @@ def _spellings(state: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tenso
 # --------------------------------------------------------------------------- decoders
 
 
-def read_decoder(state: Mapping[str, torch.Tensor]) -> _Decoder | None:
-    """The architecture whose decoder has such names, and its settings as the shapes show them;
-    None for a decoder of another kind."""
-    shapes, head = tensor_shapes(state, DECODER), head_weight(state)
-    architecture = next((name for name, mark in MARKS.items() if mark in shapes), None)
-    if architecture is None or head is None:
-        return None
-    try:
-        options = _READERS[architecture](shapes, head.shape[1])
-    except (KeyError, IndexError):  # a name that should be there, or a dimension
-        return None
-    depths = options.pop('encoder_depth', DEPTHS)
-    depths = depths if isinstance(depths, tuple) else (depths,)
-    usual = defaults_of(architecture)
-    depths = tuple(sorted(depths, key=lambda depth: depth != usual['encoder_depth']))
-    options = {name: value for name, value in options.items() if name in usual}  # of this version
-    shown = {name: value for name, value in options.items() if not _same(value, usual[name])}
-    return _Decoder(architecture, shown, depths)
+def _firsts(shapes: Shapes, pattern: str) -> tuple[int, ...]:
+    """The output channels of the tensors that the pattern names with 0, 1, 2, …"""
+    found: list[int] = []
+    while (name := pattern.format(len(found))) in shapes:
+        found.append(shapes[name][0])
+    return tuple(found)
+
+
+def _norm(shapes: Shapes, block: str) -> object:
+    """The normalisation after a convolution, as smp's argument of it."""
+    if f'{block}.1.running_mean' in shapes:
+        return 'batchnorm'
+    if f'{block}.1.weight' in shapes:  # a layer norm's are the same, but smp's takes no images
+        return {'type': 'instancenorm', 'affine': True}
+    return 'identity'
 
 
 def _read_unet(shapes: Shapes, _: int) -> dict[str, object]:
@@ -321,23 +270,6 @@ _READERS: dict[str, Callable[[Shapes, int], dict[str, object]]] = {
 }  # fmt: skip
 
 
-def _firsts(shapes: Shapes, pattern: str) -> tuple[int, ...]:
-    """The output channels of the tensors that the pattern names with 0, 1, 2, …"""
-    found: list[int] = []
-    while (name := pattern.format(len(found))) in shapes:
-        found.append(shapes[name][0])
-    return tuple(found)
-
-
-def _norm(shapes: Shapes, block: str) -> object:
-    """The normalisation after a convolution, as smp's argument of it."""
-    if f'{block}.1.running_mean' in shapes:
-        return 'batchnorm'
-    if f'{block}.1.weight' in shapes:  # a layer norm's are the same, but smp's takes no images
-        return {'type': 'instancenorm', 'affine': True}
-    return 'identity'
-
-
 @cache
 def defaults_of(architecture: str) -> dict[str, object]:
     """The arguments of an architecture, and what they are where nothing is said."""
@@ -349,6 +281,26 @@ def _same(one: object, other: object) -> bool:
     """Whether two values of an argument are equal; lists and tuples are."""
     plain = [tuple(v) if isinstance(v, (list, tuple)) else v for v in (one, other)]
     return plain[0] == plain[1]
+
+
+def read_decoder(state: Mapping[str, torch.Tensor]) -> _Decoder | None:
+    """The architecture whose decoder has such names, and its settings as the shapes show them;
+    None for a decoder of another kind."""
+    shapes, head = tensor_shapes(state, DECODER), head_weight(state)
+    architecture = next((name for name, mark in MARKS.items() if mark in shapes), None)
+    if architecture is None or head is None:
+        return None
+    try:
+        options = _READERS[architecture](shapes, head.shape[1])
+    except (KeyError, IndexError):  # a name that should be there, or a dimension
+        return None
+    depths = options.pop('encoder_depth', DEPTHS)
+    depths = depths if isinstance(depths, tuple) else (depths,)
+    usual = defaults_of(architecture)
+    depths = tuple(sorted(depths, key=lambda depth: depth != usual['encoder_depth']))
+    options = {name: value for name, value in options.items() if name in usual}  # of this version
+    shown = {name: value for name, value in options.items() if not _same(value, usual[name])}
+    return _Decoder(architecture, shown, depths)
 
 
 # --------------------------------------------------------------------------- encoders
@@ -370,29 +322,9 @@ def index_is_current() -> bool:
     return encoder_index()['versions'] == {'smp': smp.__version__, 'timm': timm.__version__}
 
 
-def _known_encoders(state: Mapping[str, torch.Tensor], decoder: _Decoder) -> list[tuple[str, ...]]:
-    """The names of encoders that have such tensors, those that compute the same together."""
-    shapes = tensor_shapes(state, ENCODER)
-    depths = [VIT] if decoder.architecture == 'dpt' else [str(d) for d in decoder.depths]
-    found: dict[tuple[str, ...], None] = {}
-    for loose in encoder_index()['loose']:
-        if any(name in shapes for name in loose):
-            entry = encoder_index()['encoders'].get(index_key(shapes, loose), {})
-            found |= {tuple(names): None for depth in depths for names in entry.get(depth, ())}
-    if not found and not index_is_current():
-        found = {(name,): None for name in smp.encoders.get_encoder_names() if _alike(name, shapes)}
-    return list(found)
-
-
-def _alike(name: str, shapes: Shapes) -> bool:
-    """Whether one of smp's own encoders has such tensors, whatever the number of channels."""
-    encoder = skeleton(lambda: smp.encoders.get_encoder(name, weights=None))
-    own = tensor_shapes(encoder.state_dict()) if encoder is not None else {}
-    return own.keys() == shapes.keys() and all(
-        own[k][:1] + own[k][2:] == shapes[k][:1] + shapes[k][2:] and (
-            own[k] == shapes[k] or own[k][1] == 3)
-        for k in own
-    )  # fmt: skip
+def _needs_memory(error: Exception) -> bool:
+    """Whether what failed reads numbers while it is built, which outlines do not have."""
+    return re.search(r'\bmeta\b', str(error)) is not None
 
 
 def skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
@@ -408,12 +340,53 @@ def skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
     return None
 
 
-def _needs_memory(error: Exception) -> bool:
-    """Whether what failed reads numbers while it is built, which outlines do not have."""
-    return re.search(r'\bmeta\b', str(error)) is not None
+def _alike(name: str, shapes: Shapes) -> bool:
+    """Whether one of smp's own encoders has such tensors, whatever the number of channels."""
+    encoder = skeleton(lambda: smp.encoders.get_encoder(name, weights=None))
+    own = tensor_shapes(encoder.state_dict()) if encoder is not None else {}
+    return own.keys() == shapes.keys() and all(
+        own[k][:1] + own[k][2:] == shapes[k][:1] + shapes[k][2:] and (
+            own[k] == shapes[k] or own[k][1] == 3)
+        for k in own
+    )  # fmt: skip
+
+
+def _known_encoders(state: Mapping[str, torch.Tensor], decoder: _Decoder) -> list[tuple[str, ...]]:
+    """The names of encoders that have such tensors, those that compute the same together."""
+    shapes = tensor_shapes(state, ENCODER)
+    depths = [VIT] if decoder.architecture == 'dpt' else [str(d) for d in decoder.depths]
+    found: dict[tuple[str, ...], None] = {}
+    for loose in encoder_index()['loose']:
+        if any(name in shapes for name in loose):
+            entry = encoder_index()['encoders'].get(index_key(shapes, loose), {})
+            found |= {tuple(names): None for depth in depths for names in entry.get(depth, ())}
+    if not found and not index_is_current():
+        found = {(name,): None for name in smp.encoders.get_encoder_names() if _alike(name, shapes)}
+    return list(found)
 
 
 # --------------------------------------------------------------------------- what is built fits
+
+
+def _vit_options(outline: torch.nn.Module, own: Shapes, shapes: Shapes) -> dict[str, object]:
+    """The image size and the number of classes that a vision transformer was made for, where they
+    are not its usual ones: its table of positions and its classifier depend on them."""
+    options: dict[str, object] = {}
+    heads = [k for k in {*own, *shapes} if re.fullmatch(r'encoder\.model\.head\S*\.weight', k)]
+    heads = [k for k in heads if len(own.get(k, shapes.get(k, ()))) == 2]
+    for name in heads:
+        if shapes.get(name) != own.get(name):
+            options['num_classes'] = shapes[name][0] if name in shapes else 0
+    table = f'{ENCODER}model.pos_embed'
+    if len(shapes.get(table, ())) == 3 and shapes[table] != own.get(table):
+        tokens = shapes[table][1]
+        encoder: Any = outline.encoder  # of smp, around a vision transformer of timm
+        prefix = getattr(encoder, '_num_prefix_tokens', 0)
+        side = next((math.isqrt(n) for n in (tokens - prefix, tokens)
+                     if n > 0 and math.isqrt(n) ** 2 == n), 0)  # fmt: skip
+        if side:
+            options['img_size'] = side * int(encoder.output_stride)
+    return options
 
 
 class _Outlines:
@@ -520,27 +493,6 @@ class _Outlines:
             raise InputError('the model that the checkpoint asks for is much larger than its file')
 
 
-def _vit_options(outline: torch.nn.Module, own: Shapes, shapes: Shapes) -> dict[str, object]:
-    """The image size and the number of classes that a vision transformer was made for, where they
-    are not its usual ones: its table of positions and its classifier depend on them."""
-    options: dict[str, object] = {}
-    heads = [k for k in {*own, *shapes} if re.fullmatch(r'encoder\.model\.head\S*\.weight', k)]
-    heads = [k for k in heads if len(own.get(k, shapes.get(k, ()))) == 2]
-    for name in heads:
-        if shapes.get(name) != own.get(name):
-            options['num_classes'] = shapes[name][0] if name in shapes else 0
-    table = f'{ENCODER}model.pos_embed'
-    if len(shapes.get(table, ())) == 3 and shapes[table] != own.get(table):
-        tokens = shapes[table][1]
-        encoder: Any = outline.encoder  # of smp, around a vision transformer of timm
-        prefix = getattr(encoder, '_num_prefix_tokens', 0)
-        side = next((math.isqrt(n) for n in (tokens - prefix, tokens)
-                     if n > 0 and math.isqrt(n) ** 2 == n), 0)  # fmt: skip
-        if side:
-            options['img_size'] = side * int(encoder.output_stride)
-    return options
-
-
 # --------------------------------------------------------------------------- sentences
 
 
@@ -583,26 +535,51 @@ def _ambiguous(path: Path, encoders: list[str]) -> str:
     )
 
 
-def _nothing_fits(
+def _setting(name: str, value: object) -> str:
+    """An argument as the command line takes it."""
+    return f'{name}={" ".join(repr(value).split())[:60]}'
+
+
+def _unknown(state: dict[str, torch.Tensor]) -> str:
+    """What is known of a network that nothing fits, and what to do."""
+    decoder = next(filter(None, map(read_decoder, _spellings(state))), None)
+    if decoder is None:
+        first = next((name for name in state if name.startswith(DECODER)), 'none')
+        return (
+            'no architecture of segmentation-models-pytorch has such a decoder (its first tensor: '
+            f'{first[:60]}; make the network with code of your own and --model_factory)'
+        )
+    return (
+        f'it has the decoder of {decoder.architecture}, but an encoder that was not recognised, or '
+        'settings that no shape shows (name it with --encoder, them with --model_option, or make '
+        'the network with code of your own and --model_factory)'
+    )
+
+
+# --------------------------------------------------------------------------- which network it is
+
+
+def _recognise(
     state: dict[str, torch.Tensor],
     path: Path,
     build: Build,
     architecture: str | None,
     encoder: str | None,
     options: dict[str, object],
-) -> str:
-    """The sentence for weights that do not belong to what was asked for, or to nothing known."""
-    parts = [architecture or 'any architecture', *([f'encoder {encoder}'] if encoder else [])]
-    parts += [_setting(name, value) for name, value in options.items()]
-    asked = bool(architecture or encoder or options)
-    like = _look_alike(state, path, build, options) if asked else ''
-    said = f'does not fit {" with ".join(parts)}' if asked else 'was not recognised'
-    return f'{path} {said}: {like or _unknown(state)}'
-
-
-def _setting(name: str, value: object) -> str:
-    """An argument as the command line takes it."""
-    return f'{name}={" ".join(repr(value).split())[:60]}'
+) -> Recognised | None:
+    """The network whose tensors have these names; None where there is none."""
+    decoder = read_decoder(state)
+    if decoder is None or architecture not in (None, decoder.architecture):
+        return None
+    outlines = _Outlines(state, build, decoder, options)
+    kinds = [(encoder,)] if encoder else _known_encoders(state, decoder)
+    fits = [fit for names in kinds if (fit := outlines.fit(names, encoder is not None))]
+    fits = [fit for fit in fits if 'img_size' not in fit.options] or fits
+    if len(fits) > 1:
+        raise InputError(_ambiguous(path, [fit.encoder for fit in fits]))
+    if not fits:
+        return None
+    return replace(fits[0], notes=_notes(fits[0], decoder, architecture, encoder, options))
 
 
 def _look_alike(
@@ -629,17 +606,42 @@ def _look_alike(
     return ''
 
 
-def _unknown(state: dict[str, torch.Tensor]) -> str:
-    """What is known of a network that nothing fits, and what to do."""
-    decoder = next(filter(None, map(read_decoder, _spellings(state))), None)
-    if decoder is None:
-        first = next((name for name in state if name.startswith(DECODER)), 'none')
-        return (
-            'no architecture of segmentation-models-pytorch has such a decoder (its first tensor: '
-            f'{first[:60]}; make the network with code of your own and --model_factory)'
-        )
-    return (
-        f'it has the decoder of {decoder.architecture}, but an encoder that was not recognised, or '
-        'settings that no shape shows (name it with --encoder, them with --model_option, or make '
-        'the network with code of your own and --model_factory)'
-    )
+def _nothing_fits(
+    state: dict[str, torch.Tensor],
+    path: Path,
+    build: Build,
+    architecture: str | None,
+    encoder: str | None,
+    options: dict[str, object],
+) -> str:
+    """The sentence for weights that do not belong to what was asked for, or to nothing known."""
+    parts = [architecture or 'any architecture', *([f'encoder {encoder}'] if encoder else [])]
+    parts += [_setting(name, value) for name, value in options.items()]
+    asked = bool(architecture or encoder or options)
+    like = _look_alike(state, path, build, options) if asked else ''
+    said = f'does not fit {" with ".join(parts)}' if asked else 'was not recognised'
+    return f'{path} {said}: {like or _unknown(state)}'
+
+
+def recognise(
+    state: dict[str, torch.Tensor],
+    path: Path,
+    build: Build,
+    architecture: str | None = None,
+    encoder: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Recognised:
+    """The network that a state dict (prefix removed, no classification head) belongs to.
+
+    build: `create_model`. architecture, encoder, options: what is known already; it is kept.
+    Raises InputError: nothing fits; an encoder that cannot be built; several encoders fit that
+    compute different things.
+    """
+    options = {k: v for k, v in (options or {}).items() if k not in NO_OPTIONS}
+    if architecture is not None:
+        check_choice('architecture', architecture, tuple(smp.MODEL_ARCHITECTURES_MAPPING))
+    for spelling in _spellings(state):
+        found = _recognise(spelling, path, build, architecture, encoder, options)
+        if found:
+            return found
+    raise InputError(_nothing_fits(state, path, build, architecture, encoder, options))
