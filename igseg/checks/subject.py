@@ -5,7 +5,7 @@ work they may do; and what they give back, an `Evaluation`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -282,13 +282,15 @@ def subject_of(
 ) -> Subject:
     """What is checked of an explanation. Arguments: see `evaluate_explanation`."""
     x = ig.check_input(input_tensor)  # (1, C, H, W)
+    objective = explanation.objective
+    target = replace(objective, weights=objective.weights.to(x.device))  # where it is asked often
     declared = explanation.method
     kinds = COMPARED_BASELINES if declared.baseline == GIVEN else ()
     content = None if placement is None else placement.content(x.shape[-2:])
     return Subject(
         attributions=explanation.attributions.cpu().numpy(),
         network=ig.engine.model,
-        target=explanation.objective,
+        target=target,
         x=x,
         baseline=ig.preprocessing.normalise(explanation.baseline_pixels).to(x),
         preprocessing=ig.preprocessing,

@@ -1,4 +1,5 @@
-"""How many interpolation steps go through the network at once, and what happens without memory."""
+"""How many interpolation steps go through the network at once; and what is said where memory does
+not suffice, or where the network fails on its input."""
 
 from __future__ import annotations
 

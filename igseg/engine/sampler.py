@@ -25,7 +25,9 @@ class AttributionPath(Protocol):
     at many places also has `starts`, (n, C, H, W): F at its start is the mean over them.
     """
 
-    image: torch.Tensor  # (1, C, H, W): where it ends
+    @property
+    def image(self) -> torch.Tensor:
+        """Where it ends, (1, C, H, W)."""
 
     def at(self, alphas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alphas (steps,) -> points (steps, C, H, W), and the velocities there, of that shape or

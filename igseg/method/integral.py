@@ -8,7 +8,7 @@ Integrated Gradients is the integral over alpha in [0, 1] of the *density*
 
 A *rule* says at which nodes the density is evaluated and with which weights it is summed:
 
-    fixed     nodes and weights known beforehand (`RULES`)
+    fixed     nodes and weights known beforehand (`RULES` in igseg/method/rules.py)
     nested    the same, refined level by level until the error is small; nothing is computed twice
     adaptive  intervals bisected where the density changes most, summed by the trapezoid rule
     drawn     nodes at random, two in each of equal strata (`Stratified`), for densities that are

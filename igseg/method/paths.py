@@ -1,4 +1,4 @@
-"""Integrated Gradients: where the gradient is asked, and what is summed.
+"""Paths from a baseline to an image: where the gradient is asked, and what is summed.
 
 For a network f (logit map), a target score F (one number made of f), an image x and a baseline x',
 
@@ -10,9 +10,9 @@ is the *density*, gradient times velocity:
 
     dF(gamma(alpha)) / dx_i * dgamma_i / dalpha
 
-`plain_map` is the method in ten lines, without an engine: the reference that tests compare with. In
-the engine a path class says where to ask (points, and velocities there), `path_integral` how to
-sum, and `gradient_engine.PathSampler` stands between them.
+A path class says where to ask (points, and velocities there), `igseg.method.integral` how to sum,
+and `igseg.engine.sampler.PathSampler` stands between them. `plain_map` is the method in ten lines,
+without an engine: the reference that tests compare with.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class DrawnPath:
 def cosines(side: int, like: torch.Tensor) -> torch.Tensor:
     """The orthonormal cosine transform (DCT-II) of that many values, a matrix (side, side)."""
     n = torch.arange(side, device=like.device, dtype=torch.float64)
-    basis = torch.cos(torch.pi / side * (n + 0.5) * n[:, None]) * (2 / side) ** 0.5
+    waves: torch.Tensor = torch.pi / side * (n + 0.5) * n[:, None]
+    basis = torch.cos(waves) * (2 / side) ** 0.5
     basis[0] /= 2**0.5
     return basis.to(like.dtype)
 
@@ -73,7 +74,8 @@ def _squared_frequencies(image: torch.Tensor) -> torch.Tensor:
         torch.arange(side, device=image.device, dtype=image.dtype) * torch.pi / side
         for side in image.shape[-2:]
     )
-    return down[:, None] ** 2 + across**2
+    squares: torch.Tensor = down[:, None] ** 2 + across**2
+    return squares
 
 
 @dataclass(frozen=True)

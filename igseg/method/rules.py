@@ -1,4 +1,5 @@
-"""Quadrature rules: at which nodes of [0, 1] the density is evaluated, with which weights."""
+"""Quadrature rules: at which nodes of [0, 1] the density is evaluated, with which weights; those
+with fixed nodes in `RULES`, and the adaptive and the drawn ones as far as they begin."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def _patterson_nodes(extensions: int) -> np.ndarray:
     coefficients = np.append(np.linalg.solve(products[:, :-1], -products[:, -1]), 1.0)
     new = np.polynomial.legendre.legroots(coefficients).real
     both = np.sort(np.concatenate([old, new]))
-    return (both - both[::-1]) / 2  # exactly symmetric
+    symmetric: np.ndarray = (both - both[::-1]) / 2  # exactly
+    return symmetric
 
 
 # Numbers of steps whose nodes contain those of the one before.

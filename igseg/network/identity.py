@@ -1,4 +1,5 @@
-"""Which network this is: digests of its weights, its structure and its code, and of files."""
+"""Which network this is: digests of its weights, its structure and its code, and of files; and a
+fingerprint, by which a change within one process is noticed at once."""
 
 from __future__ import annotations
 

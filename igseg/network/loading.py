@@ -1,8 +1,9 @@
 """Building a segmentation-models-pytorch network for the weights in a checkpoint, and choosing a
 device.
 
-`checkpoint_reading` finds the weights. Architecture and encoder are those asked for, else those
-stored with the weights, else those that `network_guess` reads off the weights' names and shapes.
+`igseg.network.checkpoint` finds the weights. Architecture and encoder are those asked for, else
+those stored with the weights, else those that `igseg.network.recognise` reads off the weights'
+names and shapes.
 """
 
 from __future__ import annotations
@@ -343,7 +344,7 @@ def load_model(
     names and shapes of the weights: encoder, architecture, numbers of input channels and classes,
     settings of the decoder. weights_key: which of several networks in the file. model_options:
     further arguments of the architecture, for what leaves no trace in the weights
-    (`network_guess.LEAVES_NO_TRACE`); they win over those stored. model_factory: FILE.py:FUNCTION
+    (`recognise.LEAVES_NO_TRACE`); they win over those stored. model_factory: FILE.py:FUNCTION
     or package.module:function, which is called with the model_options and gives the network.
 
     The model comes back in evaluation mode, float32, on the device, with one attribute added,

@@ -1,4 +1,5 @@
-"""What a network gives: the logit map in its output, and the logits that probabilities are of."""
+"""What a network gives: the one logit map in its output that is explained, at the size that is
+asked for; and the logits, where it gives probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""F, the one number of a segmentation that is explained: what all scores have, and `Target`."""
+"""F, the one number of a segmentation that is explained: what the engine asks of every score, and
+`Target`, the mean over a region that users name. Which regions there are, igseg.method knows."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from igseg.engine.engine import Crops, GradientEngine, boxes_of, parts_of
 from igseg.engine.graph import NetworkGraph
 from igseg.engine.preparation import prepared_copy
 from igseg.method.walk import mask_nodes
+from igseg.network.identity import fingerprint
 from igseg.network.score import Target
 from integrated_gradients import IntegratedGradients
 
@@ -315,3 +316,30 @@ def test_a_network_that_changed_is_prepared_again(brain):
     network[2].weight.data.mul_(2)  # in place, and past autograd's version counter
     after = engine.explain(brain, 'image', num_steps=2)
     assert relative_error(after.attributions, 2 * before.attributions) < 1e-4
+
+
+def test_the_fingerprint_is_not_computed_again_where_the_caller_knows_it(monkeypatch, x):
+    network = decoder()
+    engine, known = engine_of(network), fingerprint(network)
+    again = 'igseg.engine.engine.fingerprint'
+    monkeypatch.setattr(again, lambda model: pytest.fail('computed again'))
+    with engine.running(x, known):
+        graph = engine.network
+    with engine.running(x, known):
+        assert engine.network is graph
+    with engine.running(x, (*known, 'changed')):
+        assert engine.network is not graph
+
+
+def test_an_engine_for_another_network_counts_into_its_own(x):
+    engine = engine_of(decoder())
+    with engine.running(x):
+        graph, before = engine.network, engine.forward_passes
+        other = engine.for_network(nn.Conv2d(3, 1, 1).double().requires_grad_(False))
+        assert other.step_batch is engine.step_batch
+        target = square(0, 0, 64)
+        other.look(torch.cat([x, x]), x, other.crops([target]))
+        assert engine.network is graph
+        assert engine.forward_passes - before == 2 and engine.gradient_evaluations == 2
+        assert engine.run(x).shape == (1, 1, 64, 64)
+    assert other.forward_passes == engine.forward_passes == before + 3
