@@ -62,8 +62,7 @@ class DrawnPath:
 def cosines(side: int, like: torch.Tensor) -> torch.Tensor:
     """The orthonormal cosine transform (DCT-II) of that many values, a matrix (side, side)."""
     n = torch.arange(side, device=like.device, dtype=torch.float64)
-    waves: torch.Tensor = torch.pi / side * (n + 0.5) * n[:, None]
-    basis = torch.cos(waves) * (2 / side) ** 0.5
+    basis: torch.Tensor = torch.cos(torch.pi / side * (n + 0.5) * n[:, None]) * (2 / side) ** 0.5
     basis[0] /= 2**0.5
     return basis.to(like.dtype)
 
