@@ -21,7 +21,7 @@ igseg
 igseg: errors program setting maps explanation preprocessing statistics
 igseg.data: medical pixels truth masks annotations layouts samples
 igseg.network: identity outputs description score checkpoint recognise factory loading
-igseg.engine: trace rewrites crops graph preparation memory precision engine sampler
+igseg.engine: private_torch trace rewrites crops graph preparation memory precision engine sampler
 igseg.method: targets paths rules integral walk layers method methods choice
 igseg.checks: subject curves checks verdict
 igseg.results: regions view sheet figures files finished export page
