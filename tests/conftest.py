@@ -31,8 +31,9 @@ def preprocessing(demo_model) -> Preprocessing:
     return Preprocessing(SIZE, 'stretch', own.mean, own.std)
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def ig(demo_model, preprocessing) -> IntegratedGradients:
+    """One for all tests of a file, which leave it as it was: it prepares the network once."""
     return IntegratedGradients(demo_model, 'cpu', preprocessing)
 
 

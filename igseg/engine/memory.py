@@ -35,7 +35,7 @@ class StepBatch:
         self.size = fixed or 1
         self._fixed = fixed is not None
         self._chosen: dict[object, int] = {}  # what was found for a shape
-        self._measuring = False
+        self.measuring = False  # whether the size is still being looked for
         self._times: list[float] = []  # seconds a step at the current size
         self._best, self._best_size = float('inf'), 1
 
@@ -44,11 +44,11 @@ class StepBatch:
         self._key = (pixels, precision)
         if self._fixed:
             return
-        self._measuring = self._key not in self._chosen
+        self.measuring = self._key not in self._chosen
         self.size = self._chosen.get(self._key, 1)
         self._limit = min(MAX_STEP_BATCH, max(1, CPU_STEP_BATCH_PIXELS // pixels))
         self._times, self._best, self._best_size = [], float('inf'), self.size
-        if self.device.type == 'cuda' and self._measuring:
+        if self.device.type == 'cuda' and self.measuring:
             self._limit = MAX_STEP_BATCH
             self._idle_bytes = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -56,7 +56,7 @@ class StepBatch:
     @contextlib.contextmanager
     def timed(self, count: int) -> Iterator[None]:
         """Around a chunk of `count` steps; a GPU is waited for only while measuring."""
-        if not self._measuring or count < self.size:
+        if not self.measuring or count < self.size:
             yield
             return
         self._wait()
@@ -99,7 +99,7 @@ class StepBatch:
             torch.cuda.empty_cache()
 
     def _settle(self) -> None:
-        self._measuring = False
+        self.measuring = False
         self._chosen[self._key] = self.size
 
     def _wait(self) -> None:

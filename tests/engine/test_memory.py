@@ -4,6 +4,7 @@ import contextlib
 import gc
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -26,14 +27,20 @@ def x():
     return torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope='module')
+def of_batch(exact_ig):
+    """The same explainer with another step batch; each prepares the network once."""
+
+    @cache
+    def made(size: int) -> IntegratedGradients:
+        return IntegratedGradients(exact_ig.model, 'cpu', exact_ig.preprocessing, size)
+
+    return made
+
+
 @pytest.mark.parametrize('steps, batch', [(8, 4), (9, 4), (11, 4), (1, 4), (8, 8), (8, 9), (7, 1)])
-def test_step_batch_changes_nothing(exact_ig, brain_detail, steps, batch):
-    one, many = (
-        IntegratedGradients(exact_ig.model, 'cpu', exact_ig.preprocessing, size).explain(
-            brain_detail, num_steps=steps
-        )
-        for size in (1, batch)
-    )
+def test_step_batch_changes_nothing(of_batch, brain_detail, steps, batch):
+    one, many = (of_batch(size).explain(brain_detail, num_steps=steps) for size in (1, batch))
     assert one.gradient_evaluations == many.gradient_evaluations == steps
     assert relative_error(many.attributions, one.attributions) < 1e-6
 
@@ -155,20 +162,20 @@ def test_the_step_batch_grows_while_that_saves_time_and_is_remembered(seconds, s
     for _ in range(8):
         slow_start = 10.0  # the first pass of a size is not judged
         for wait in (slow_start, seconds.get(batch.size, 1.0)):
-            if batch._measuring:
+            if batch.measuring:
                 batch.judge(wait)
     assert batch.size == settled
     batch.start(32 * 32)
     assert batch.size == 1  # another size of image is measured on its own
     batch.start(64 * 64)
-    assert batch.size == settled and not batch._measuring
+    assert batch.size == settled and not batch.measuring
 
 
 def test_the_step_batch_of_large_images_is_not_tried_on_a_cpu():
     batch = StepBatch(torch.device('cpu'))
     batch.start(640 * 640)
     batch.judge(1.0)
-    assert batch.size == 1 and not batch._measuring
+    assert batch.size == 1 and not batch.measuring
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_steps():
