@@ -230,3 +230,5 @@ class Found:
     reduced: torch.dtype | None = None  # precision; None: the network's own
     deviation: float | None = None  # of the map from float32, where reduced
     fine: torch.Tensor | None = None  # (c, h, w): in their own resolution, where that is another
+    score: float | None = None  # F at the image, where it is not that of the whole logit map
+    tiles: Tiles | None = None  # None: in one piece

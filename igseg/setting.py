@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, SupportsIndex, TypeVar, cast
 
 from igseg.errors import InputError, check_choice
@@ -26,6 +27,16 @@ class Setting:
     metavar: str | None = None
     default_text: str = '%(default)s'  # in the help
     instead_of: str = ''  # another setting; only one of the two may be given
+    required: bool = False
+    describes: bool = False  # it changes what is told of an explanation, not the explanation
+
+    @property
+    def help(self) -> str:
+        """Its line in --help."""
+        if not self.meaning:
+            return f'default: {self.default_text}'
+        default = f' (default: {self.default_text})' if self.default_text else ''
+        return self.meaning.replace('%', '%%') + default
 
     def checked(self, name: str, value: object) -> object:
         """The value, numbers as Python's own. Raises InputError for one that makes no sense."""
@@ -67,3 +78,17 @@ Value = TypeVar('Value')
 def setting(default: Value, group: str, meaning: str, **known: Any) -> Value:
     """A field of a data class of settings with what is known of it; see `Setting`."""
     return field(default=default, metadata={'setting': Setting(group, meaning, **known)})
+
+
+def resolved(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function or class that a row of a table names as text, 'package.module:name'.
+
+    Rows are plain data so that help and checks of settings need not import what they name. A
+    function itself, as in a notebook, is taken as it is.
+    """
+    if callable(function):
+        return function
+    module, _, name = function.partition(':')
+    found = getattr(import_module(module), name)
+    assert callable(found), function
+    return found

@@ -79,13 +79,12 @@ def test_every_method_stands_in_the_table_as_it_declares_itself(name):
 def method_row(name: str) -> str:
     """The row of a method in the table of REFERENCE."""
     kind = METHODS[name]
-    declared = kind().declares
+    declared = kind.declared
     promises = [f'sum: {declared.completeness or "n/a"}']
     promises += ['tolerance'] if declared.quadrature else []
     promises += [f'baseline: {declared.baseline}']
     options = options_text(kind).partition(' has ')[2]
-    said = ' '.join(kind.__doc__.split())  # a row is one line
-    cells = (f'`{form_of(name)}`', said, ', '.join(promises), options, kind.source)
+    cells = (f'`{form_of(name)}`', kind.meaning, ', '.join(promises), options, kind.source)
     return f'| {" | ".join(cells)} |'
 
 

@@ -13,13 +13,14 @@ import torch
 from helpers import noise_image, save_image, tiny_model
 
 import integrated_gradients
+from igseg.analysis.study import Study
 from igseg.checks.verdict import Thresholds
 from igseg.data.samples import Sample
 from igseg.errors import EmptyTargetError, InputError, attempt
 from igseg.preprocessing import IMAGENET_MEAN, Preprocessing
 from igseg.results.finished import resume_key
+from igseg.settings import OF_AN_EXPLANATION
 from integrated_gradients import (
-    OPTIONS,
     IntegratedGradients,
     Settings,
     Target,
@@ -188,10 +189,10 @@ def test_flags_must_be_written_in_full(capsys):
 def test_an_option_that_explains_nothing_is_refused():
     ig = IntegratedGradients(torch.nn.Conv2d(3, 1, 1), 'cpu')
     x = torch.ones(3, 8, 8)
-    for name in ('image_size', 'evaluate', 'steps'):
+    for name in ('image_size', 'evaluate', 'steps', 'segments', 'gap_tolerance'):
         with pytest.raises(TypeError, match=name):
             ig.explain(x, 'image', **{name: None})
-    assert OPTIONS.isdisjoint({'image_size', 'evaluate', 'thresholds'})
+    assert {'image_size', 'evaluate', 'thresholds'}.isdisjoint(OF_AN_EXPLANATION)
 
 
 def test_the_order_of_precedence_of_preprocessing():
@@ -288,11 +289,11 @@ def test_a_baseline_file_counts_by_its_content(tmp_path):
     ig = IntegratedGradients(model, 'cpu')
     path = save_image(tmp_path / 'healthy.png', noise_image())
     settings = Settings(baseline=str(path))
-    records = [integrated_gradients.settings_record(ig, settings)]
+    records = [Study.of(ig, settings).record]
     save_image(path, noise_image(seed=1))
-    records.append(integrated_gradients.settings_record(ig, settings))
+    records.append(Study.of(ig, settings).record)
     assert records[0]['baseline_sha256'] != records[1]['baseline_sha256']
-    assert 'baseline_sha256' not in integrated_gradients.settings_record(ig, Settings())
+    assert 'baseline_sha256' not in Study.of(ig, Settings()).record
 
 
 @pytest.mark.parametrize('damage', [

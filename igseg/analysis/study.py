@@ -1,78 +1,188 @@
-"""Other images that an image is compared with: those of its dataset, or of a folder.
-
-Methods that draw their baselines from data (expected gradients) take some of them, evenly spaced,
-and never the image itself, nor a copy of it.
-"""
+"""Settings taken apart, once for a run: here they end, and each stage gets the part it needs."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from igseg.data.pixels import Reading, crop_image
-from igseg.data.samples import Sample, choose_samples
-from igseg.errors import InputError, attempt
-from igseg.preprocessing import Preprocessing
+from igseg.analysis.image import Explainer, read_baseline, size_taken
+from igseg.analysis.references import ReferenceImages, references_of
+from igseg.checks.verdict import Thresholds
+from igseg.data.pixels import Reading
+from igseg.data.samples import Sample
+from igseg.data.truth import LabelMap, TruthReading, read_label_map
+from igseg.method.choice import AUTO, BASELINES, Question, kind_of
+from igseg.method.method import Method, build_method
+from igseg.method.rules import Integration
+from igseg.network.description import NetworkDescription
+from igseg.network.kinds import EXCLUSIVE
+from igseg.preprocessing import sides
+from igseg.results.finished import Naming
+from igseg.settings import Settings
+
+# --------------------------------------------------------------------------- files beside images
 
 
-class ReferenceImages:
-    """Samples of which others are compared with; each is read once."""
+class BaselineFile:
+    """The picture of a baseline, from a file; read once for each number of channels."""
 
-    def __init__(self, samples: Sequence[Sample], reading: Reading) -> None:
-        self.samples, self.reading = list(samples), reading
-        self.unreadable: list[str] = []  # why some of them are left out
-        self._read: dict[str, np.ndarray | None] = {}  # pixels (H, W, C) by name; None: unreadable
+    def __init__(self, path: str, reading: Reading) -> None:
+        self.path, self._reading = path, reading
+        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self._read: dict[int, np.ndarray | None] = {}
 
-    def chosen(self, count: int) -> list[Sample]:
-        """So many, evenly spaced, and one more in the place of the image itself."""
-        return choose_samples(self.samples, count + 1)
+    def picture(self, channels: int) -> np.ndarray | None:
+        """(h, w, C), 0-255. Raises InputError where it cannot be read."""
+        if channels not in self._read:
+            self._read[channels] = read_baseline(self.path, channels, self._reading)
+        return self._read[channels]
 
-    def sha256(self, count: int) -> str:
-        """Of the files that may be drawn from; one that cannot be read counts as empty."""
-        digest = hashlib.sha256()
-        for sample in self.chosen(count):
-            content, _ = attempt(sample.image_path.read_bytes, OSError)
-            digest.update(hashlib.sha256(content or b'').digest())
-        return digest.hexdigest()
 
-    def tensors(self, fit: Preprocessing, x: torch.Tensor, count: int) -> torch.Tensor:
-        """At most `count` images other than x (1, C, H, W), as the network takes them: (n, C, H,
-        W). Raises InputError where there is none."""
-        found = []
-        for sample in self.chosen(count):
-            image = self._pixels(sample, fit.channels)
-            if image is None:
-                continue
-            own = fit.of_image(image)
-            other = own.normalise(own.resize_image(image)).to(x)
-            if other.shape == x.shape and not torch.equal(other, x):
-                found.append(other)
-        if not found:
-            said = (
-                f'no other image to compare with can be used: {self.unreadable[0]}'
-                if self.unreadable
-                else 'there is no other image to compare with'
-            )
-            raise InputError(f'{said} (name a folder with --reference_dir)')
-        return torch.cat(found[:count])
+@dataclass(frozen=True)
+class SideFiles:
+    """The files beside model and images that settings name, read once for a run."""
 
-    def _pixels(self, sample: Sample, channels: int) -> np.ndarray | None:
-        """Of a sample, cut like the image that is explained, where it is large enough; None where
-        it cannot be read."""
-        if sample.name not in self._read:
-            loaded, why = attempt(partial(sample.load, channels, self.reading), InputError, OSError)
-            if loaded is None:
-                self.unreadable.append(why)
-                self._read[sample.name] = None
-                return None
-            pixels = loaded.pixels
-            with contextlib.suppress(InputError):
-                pixels = crop_image(pixels, self.reading.crop, sample.name)
-            pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-            self._read[sample.name] = pixels
-        return self._read[sample.name]
+    labels: LabelMap | None  # what the values of masks stand for
+    baseline: BaselineFile | None
+    references: ReferenceImages  # other images, for methods that compare with such
+
+    @classmethod
+    def of(cls, settings: Settings, samples: Sequence[Sample] = ()) -> SideFiles:
+        """samples: the other images of the dataset. Raises InputError."""
+        labels = None if settings.label_map is None else read_label_map(settings.label_map)
+        known = settings.baseline in BASELINES or settings.baseline == AUTO
+        baseline = None if known else BaselineFile(settings.baseline, settings.reading)
+        return cls(labels, baseline, references_of(settings, samples))
+
+
+# --------------------------------------------------------------------------- the study
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is the same for all images of a run, each part for the stage that needs it."""
+
+    explainer: Explainer
+    settings: dict[str, Any]  # as they were asked for, for the summary
+    files: SideFiles
+    reading: Reading  # of images
+    label_map: str | None  # the file of the label map
+    ignore_label: int | None  # of masks
+    tile: tuple[int, int] | None  # (height, width); None: the image in one piece
+    overlap: int | None  # of tiles
+    question: Question
+    integration: Integration
+    methods: tuple[Method, ...]
+    effort: str | None  # of the checks; None: none are made
+    thresholds: Thresholds  # of the verdict
+    segments: str | None  # whether regions are ranked
+    record: dict[str, Any]  # the settings as they took effect, and the network's identity
+
+    @classmethod
+    def of(
+        cls,
+        explainer: Explainer,
+        settings: Settings,
+        samples: Sequence[Sample] = (),
+        files: SideFiles | None = None,
+    ) -> Study:
+        """samples: the other images of the dataset. files: where they were read already. Raises
+        InputError."""
+        files = SideFiles.of(settings, samples) if files is None else files
+        network, known = explainer.known.look_again(), explainer.known
+        tile = settings.tile
+        if tile is not None:
+            tile = sides(size_taken(known.model, network, known.preprocessing.channels, tile))
+        methods = tuple(map(build_method, settings.methods))
+        return cls(
+            explainer=explainer,
+            settings=settings.record(),
+            files=files,
+            reading=settings.reading,
+            label_map=settings.label_map,
+            ignore_label=settings.ignore_label,
+            tile=tile,
+            overlap=settings.overlap,
+            question=replace(settings.question, skip_empty=True),
+            integration=settings.integration,
+            methods=methods,
+            effort=settings.evaluate,
+            thresholds=settings.thresholds,
+            segments=settings.segments,
+            record=_record(explainer, settings, files, methods),
+        )
+
+    @property
+    def network(self) -> NetworkDescription:
+        """What the network is taken for."""
+        return self.explainer.known.under(self.question.meaning)
+
+    @property
+    def channels(self) -> int:
+        """How many channels images are read with."""
+        return self.explainer.known.preprocessing.channels
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The methods as on the command line."""
+        return tuple(method.name for method in self.methods)
+
+    def question_for(self, channels: int) -> Question:
+        """The question that is asked of images of C channels."""
+        baseline = self.files.baseline
+        image = None if baseline is None else baseline.picture(channels)
+        return replace(self.question, baseline_image=image)
+
+    def naming(self, name: str) -> Naming:
+        """How the folders of an image are named."""
+        targets = self.question.targets
+        several = len(targets) > 1 or kind_of(targets[0]).several
+        return Naming(name, several, self.method_names)
+
+    @property
+    def possible_first_targets(self) -> tuple[str, ...]:
+        """The targets of which one is explained first, in whatever image."""
+        targets = self.question.targets
+        return (*(kind_of(target).first or target for target in targets), 'image')
+
+    @cached_property
+    def truth_reading(self) -> TruthReading:
+        """What is known when ground truths are read."""
+        said = TruthReading(
+            label_map=self.files.labels, ignore_label=self.ignore_label, pixels=self.reading
+        )
+        count = self.explainer.known.logit_maps()
+        if count is None:
+            return said
+        kind = self.network.kind(torch.empty(count, 1, 1))
+        if kind == EXCLUSIVE:
+            return replace(said, numbers=count, background=self.network.background)
+        return replace(said, numbers=count + 1, one_class=count == 1)
+
+
+def _record(
+    explainer: Explainer, settings: Settings, files: SideFiles, methods: Sequence[Method]
+) -> dict[str, Any]:
+    """All settings as they took effect and the network's identity, for statistics and resume."""
+    known = explainer.known
+    record = {
+        **settings.record(),
+        **asdict(known.preprocessing),
+        **known.under(settings.question.meaning, seen=False).record(),
+        'device': str(explainer.device),
+    }
+    counts = [method.references for method in methods if method.references]
+    if counts:
+        record['references_sha256'] = files.references.sha256(max(counts))
+    if files.labels is not None:
+        record['label_map_sha256'] = files.labels.sha256
+    if files.baseline is not None:
+        record['baseline_sha256'] = files.baseline.sha256
+    return record

@@ -10,12 +10,13 @@ over a region R, a sum over tiles:
 
 So the map of the picture is the sum of the tiles' maps, each weighted by its tile's share;
 where tiles overlap, their attributions add up. Score and baseline score are the same sums, and
-completeness holds for them. Nothing here knows a network.
+completeness holds for them.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +24,21 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from igseg.analysis.image import Explained, Explainer, ModelInput
+from igseg.data.samples import over_image
 from igseg.errors import InputError
-from igseg.explanation import Cost, Cropping, Explanation, Tiles, Trend
+from igseg.explanation import Cost, Cropping, Explanation, Found, Tiles, Trend
+from igseg.method.baselines import Against, baseline_pictures, best_baseline
+from igseg.method.choice import AUTO, Question
+from igseg.method.method import Method, explanations_of
+from igseg.method.rules import Integration
+from igseg.method.targets import Seen
+from igseg.method.walk import mask_overlap
+from igseg.network.outputs import enlarged
 from igseg.network.score import Target
+from igseg.preprocessing import Placement, Preprocessing
 
 MOST_TILES = 100_000  # of a picture
 
@@ -187,10 +199,6 @@ class Mosaic:
         error = math.sqrt(self._error) / size if size else math.nan
         return error if math.isfinite(error) else None
 
-    @property
-    def attribution_sum(self) -> float:
-        return float(self.attributions.double().sum())
-
     def trend(self, on_baseline: float) -> Trend:
         """F along the path, where every tile has a node. on_baseline: the overlap of the
         prediction on the baseline with that on the image; between the ends it is not known."""
@@ -198,12 +206,21 @@ class Mosaic:
         ends = {0.0: on_baseline, 1.0: 1.0}
         return Trend(alphas, tuple(self._scores[a] for a in alphas), tuple(map(ends.get, alphas)))
 
-    @property
-    def tiles(self) -> Tiles:
-        """Which tiles there are, for the statistics."""
+    def found(self, on_baseline: float) -> Found:
+        """What was found in all tiles together. on_baseline: see `trend`."""
         height, width = self._tiling.tile
-        return Tiles(len(self._tiling.tiles), self.explained, (height, width),
-                     self._tiling.overlap)  # fmt: skip
+        every, overlap = len(self._tiling.tiles), self._tiling.overlap
+        return Found(
+            self.attributions,
+            self.steps,
+            self.trend(on_baseline),
+            start_score=self.baseline_score,
+            map_error=self.map_error,
+            uncertainty=self.uncertainty,
+            total=float(self.attributions.double().sum()),
+            score=self.score,
+            tiles=Tiles(every, self.explained, (height, width), overlap),
+        )
 
 
 def _error_of(part: Explanation, size: float) -> float:
@@ -241,3 +258,174 @@ def _cropping_of(parts: Sequence[Cropping]) -> Cropping:
         gradient_deviation=max(gradients, default=None),
         fell_back=any(one.fell_back for one in parts),
     )
+
+
+# --------------------------------------------------------------------------- a picture in tiles
+
+
+@dataclass(frozen=True)
+class TiledInput:
+    """A picture and its truth, which the network takes tile by tile, in the picture's pixels."""
+
+    image: np.ndarray  # (H, W, C), 0-255
+    preprocessing: Preprocessing  # of each tile
+    truth: np.ndarray | None  # (H, W) labels
+    placement: Placement  # in itself
+    tiling: Tiling
+
+    @classmethod
+    def of(
+        cls,
+        preprocessing: Preprocessing,
+        image: np.ndarray,
+        truth: np.ndarray | None,
+        tile: tuple[int, int],
+        overlap: int | None,
+        origin: tuple[int, int] = (0, 0),
+    ) -> TiledInput:
+        """See `ModelInput.of`. tile: (height, width). overlap: None: a quarter of the tile."""
+        image = image[:, :, None] if image.ndim == 2 else image
+        size = (image.shape[0], image.shape[1])
+        overlap = min(tile) // DEFAULT_OVERLAP if overlap is None else overlap
+        whole = replace(preprocessing, image_size=size, resize='stretch').of_image(image)
+        return cls(
+            image,
+            replace(whole, image_size=tile),
+            None if truth is None else over_image(truth, size),
+            Placement(size, 0, 0, *size, origin),
+            Tiling(size, tile, overlap),
+        )
+
+    def input_of(self, picture: np.ndarray, tile: Tile) -> torch.Tensor:
+        """What the network takes, (1, C, h, w), of a tile of the image or of a baseline."""
+        return self.preprocessing.normalise(self.tiling.cut(picture, tile))
+
+    @property
+    def example(self) -> torch.Tensor:
+        """What the network may be prepared on: a tile that shows something, if any does."""
+        return self.input_of(self.image, self.tiling.middle)
+
+    def padding_note(self) -> tuple[str, ...]:
+        """Whether the picture is smaller than a tile, in words."""
+        (height, width), tile = self.tiling.size, self.tiling.tile
+        if height >= tile[0] and width >= tile[1]:
+            return ()
+        return (
+            f'the image of {width}×{height} is smaller than a tile of {tile[1]}×{tile[0]}: it was '
+            'padded black',
+        )
+
+    def holding(self, targets: Sequence[Target]) -> list[Tile]:
+        """The tiles to which pixels of the targets belong."""
+        held = torch.stack([target.region for target in targets]).any(dim=0)
+        return [t for t in self.tiling.tiles if bool(held[t.own_rows, t.own_columns].any())]
+
+
+def explain_tiles(
+    explainer: Explainer,
+    given: TiledInput,
+    question: Question,
+    integration: Integration,
+    method: Method,
+    progress: bool = False,
+) -> list[Explained]:
+    """For each target the explanation of the whole picture, and the truth of its class."""
+    started = time.perf_counter()
+    _, notes = explainer.see(given.example, question.meaning)
+    notes += given.padding_note()
+    engine, network = explainer.engine, explainer.known.under(question.meaning)
+    before = engine.forward_passes, engine.gradient_evaluations
+    logits = picture_logits(explainer, given, given.image, given.tiling.tiles, progress)
+    seen = Seen.of(network, logits, question, given.truth, given.placement)  # (1, K, H, W)
+    against = _against(explainer, given, seen, question)
+    mosaics = _mosaics(explainer, given, seen, question, integration, method, against, progress)
+    on_baseline = picture_logits(explainer, given, against.pixels, given.tiling.tiles)
+    overlap = mask_overlap(network.foreground(seen.masks), network, question.threshold, on_baseline)
+    cost = cost_of(
+        [cost for mosaic in mosaics for cost in mosaic.costs],
+        engine.gradient_evaluations - before[1],
+        engine.forward_passes - before[0],
+        time.perf_counter() - started,
+    )
+    output_note = (engine.output_note,) if engine.output_note else ()
+    common = {
+        'notes': (*notes, *against.notes, *output_note, *seen.notes()),
+        'difference': against.difference(None),
+    }
+    found = [mosaic.found(float(overlap[0])) for mosaic in mosaics]
+    explanations = explanations_of(
+        method, question, integration, seen, against, found, cost, common
+    )
+    if given.truth is None:
+        return [(one, None) for one in explanations]
+    return [(one, one.objective.explained(given.truth)) for one in explanations]
+
+
+def picture_logits(
+    explainer: Explainer,
+    given: TiledInput,
+    picture: np.ndarray,
+    tiles: Sequence[Tile],
+    progress: bool = False,
+) -> torch.Tensor:
+    """The network's logits (1, K, H, W) on a picture, put together from tiles; 0 beside them. Each
+    pixel's come from the tile that it belongs to."""
+    engine, known, tiling = explainer.engine, explainer.known, given.tiling
+    whole: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    with engine.running(known.checked(given.example)), torch.no_grad():
+        for tile in tqdm(tiles, 'prediction', unit='tile', leave=False, disable=not progress):
+            x = given.input_of(picture, tile)
+            if last is None or not torch.equal(x, last):  # of one colour many are alike
+                logits, last = enlarged(engine.run(known.checked(x)), tiling.tile).cpu(), x
+            if whole is None:
+                whole = torch.zeros((1, logits.shape[1], *tiling.size))
+            whole[..., tile.own_rows, tile.own_columns] = logits[(..., *tile.own)].float()
+    assert whole is not None  # a picture has a tile
+    return whole
+
+
+def _against(explainer: Explainer, given: TiledInput, seen: Seen, question: Question) -> Against:
+    """The baselines of the whole picture: each tile gets its part. Their tensors are left out."""
+    image, notes, kind = given.image.astype(np.float32), (), question.baseline
+    fit = given.preprocessing
+
+    def on_baseline(kind: str) -> tuple[np.ndarray, torch.Tensor]:
+        (pixels,) = baseline_pictures(question, kind, image, fit)
+        return pixels, picture_logits(explainer, given, pixels, given.holding(seen.targets))
+
+    if kind == AUTO:
+        kind, *notes = best_baseline(image, seen, question.threshold, None, on_baseline)
+    pictures = baseline_pictures(question, kind, image, fit)
+    return Against(kind, image, pictures, (*notes,))
+
+
+def _mosaics(
+    explainer: Explainer,
+    given: TiledInput,
+    seen: Seen,
+    question: Question,
+    integration: Integration,
+    method: Method,
+    against: Against,
+    progress: bool,
+) -> list[Mosaic]:
+    """The map of each target. Targets that share a tile share its forward passes."""
+    mosaics = [Mosaic(given.tiling, given.image.shape[2]) for _ in seen.targets]
+    tiles = tqdm(given.holding(seen.targets), 'attributions', unit='tile', leave=False,
+                 disable=not progress)  # fmt: skip
+    for tile in tiles:
+        parts = [given.tiling.part_of(target, tile) for target in seen.targets]
+        own = [part for _, part in parts if part is not None]
+        asked = replace(
+            question,
+            targets=[replace(one, weights=one.weights.to(explainer.device)) for one in own],
+            baseline='tensor',
+            baselines=[given.input_of(one, tile)[0] for one in against.pictures],
+        )
+        here = ModelInput(given.input_of(given.image, tile), given.preprocessing)
+        left = iter(explainer.explain_with(here, asked, integration, method))
+        for mosaic, (share, part) in zip(mosaics, parts, strict=True):
+            if part is not None:
+                mosaic.add(tile, share, next(left))
+    return mosaics

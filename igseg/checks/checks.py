@@ -60,7 +60,7 @@ from igseg.maps import (
     similarity,
     top_overlap,
 )
-from igseg.preprocessing import Placement
+from igseg.preprocessing import Placement, Preprocessing
 from igseg.statistics import METRICS
 
 BROAD = 0.02  # of the longer side: sigma of the blur that leaves a map's broad features
@@ -378,17 +378,19 @@ def evaluate_explanation(
     placement: Placement | None = None,
     seed: int = 0,
     progress: bool = False,
+    preprocessing: Preprocessing | None = None,
 ) -> dict:
     """Check how far an explanation can be trusted.
 
     input_tensor: what was explained. effort: a key of EFFORTS. truth: (h, w) bool, for
-    localisation. placement: for the padding check. Returns, ready for the statistics, the figures
+    localisation. placement: for the padding check. preprocessing: that made the input; by default
+    the explainer's. Returns, ready for the statistics, the figures
     of METRICS (None where one does not apply) and under `evaluation` what they were taken from.
     """
     if effort not in EFFORTS:
         raise InputError(f'unknown evaluate "{effort}" (choose from {", ".join(EFFORTS)})')
     started = time.perf_counter()
-    subject = subject_of(ig, input_tensor, explanation, truth, placement, seed)
+    subject = subject_of(ig, input_tensor, explanation, truth, placement, seed, preprocessing)
     with ig.engine.running(subject.x):
         result = evaluate(subject, effort, seed, progress)
     details = {'effort': effort, 'seconds': time.perf_counter() - started, **result.details}

@@ -17,6 +17,9 @@ from tqdm import tqdm
 from igseg.engine.engine import Crops, GradientEngine
 from igseg.explanation import GIVEN, Explanation
 from igseg.maps import contrast
+from igseg.method.baselines import baseline_pictures
+from igseg.method.choice import Question
+from igseg.network.known import Known
 from igseg.network.outputs import segmentation_logits
 from igseg.network.score import Score
 from igseg.preprocessing import Placement, Preprocessing, strong_blur
@@ -257,19 +260,13 @@ class LogitsOfTarget:
 
 
 class Explainer(Protocol):
-    """What is asked of `IntegratedGradients`."""
+    """What is asked here of the user's `IntegratedGradients`."""
 
-    model: nn.Module
-    engine: GradientEngine
-    preprocessing: Preprocessing
+    known: Known
 
-    def check_input(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The input as (1, C, H, W) on the network's device."""
-
-    def baseline_images(
-        self, kind: str, x: torch.Tensor, draws: int = 1, seed: int = 0
-    ) -> list[np.ndarray]:
-        """The baselines of a kind for an input, as images (H, W, C), 0-255."""
+    @property
+    def engine(self) -> GradientEngine:
+        """What computes gradients of the network."""
 
 
 def subject_of(
@@ -279,9 +276,12 @@ def subject_of(
     truth: np.ndarray | None = None,
     placement: Placement | None = None,
     seed: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> Subject:
     """What is checked of an explanation. Arguments: see `evaluate_explanation`."""
-    x = ig.check_input(input_tensor)  # (1, C, H, W)
+    x = ig.known.checked(input_tensor)  # (1, C, H, W)
+    fit, question = preprocessing or ig.known.preprocessing, Question(seed=seed)
+    image = fit.to_pixels(x)
     objective = explanation.objective
     target = replace(objective, weights=objective.weights.to(x.device))  # where it is asked often
     declared = explanation.method
@@ -292,14 +292,14 @@ def subject_of(
         network=ig.engine.model,
         target=target,
         x=x,
-        baseline=ig.preprocessing.normalise(explanation.baseline_pixels).to(x),
-        preprocessing=ig.preprocessing,
+        baseline=fit.normalise(explanation.baseline_pixels).to(x),
+        preprocessing=fit,
         region=explanation.region.numpy(),
         prediction=explanation.predicted_mask.numpy(),
         truth=truth,
         counted=explanation.counted,
         content=content,
-        others={kind: ig.baseline_images(kind, x, seed=seed)[0] for kind in kinds},
+        others={kind: baseline_pictures(question, kind, image, fit)[0] for kind in kinds},
         batch=ig.engine.step_batch.size,
         run=LogitsOfTarget(ig.engine, explanation),
         method=explanation.again,

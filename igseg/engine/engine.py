@@ -26,20 +26,26 @@ from torch import nn
 
 from igseg.engine.crops import Box, slices_of
 from igseg.engine.graph import NetworkGraph, Plan
-from igseg.engine.memory import StepBatch, explained_memory, explained_network
+from igseg.engine.memory import StepBatch
 from igseg.engine.precision import reduced_copy
 from igseg.engine.preparation import (
     EQUIVALENCE_TOLERANCE,
     EXACT_TOLERANCE,
     Network,
-    frozen,
     prepared_copy,
     relative_difference,
 )
 from igseg.errors import NonFiniteError, attempt
 from igseg.explanation import Cropping, Preparation
 from igseg.network.identity import Fingerprint, fingerprint
-from igseg.network.outputs import choice_among, segmentation_logits
+from igseg.network.outputs import (
+    choice_among,
+    explained_memory,
+    explained_network,
+    frozen,
+    segmentation_logits,
+    weights_dtype,
+)
 from igseg.network.score import Score, Target
 
 CHECKED_NODES = (0.25, 0.5)  # evaluated in float32 too, where precision is reduced
@@ -202,8 +208,7 @@ class GradientEngine:
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the network's weights."""
-        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-        return next(floating, torch.float32)
+        return weights_dtype(self.model)
 
     @property
     def waits(self) -> bool:

@@ -6,11 +6,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-
-from igseg.errors import InputError
 
 MAX_STEP_BATCH = 64  # beyond this a GPU gains nothing, and the allocator suffers
 
@@ -107,34 +105,6 @@ class StepBatch:
             torch.cuda.synchronize(self.device)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: CUDA's, MPS's, or the CPU allocator's."""
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError)
-        and (
-            'out of memory' in text
-            or "can't allocate memory" in text
-            or 'not enough memory' in text
-        )
-    )
-
-
-class OutOfMemory(Exception):
-    """Memory does not suffice, whichever library noticed."""
-
-
-@contextlib.contextmanager
-def out_of_memory_is_one_error() -> Iterator[None]:
-    """Turn every way of running out of memory into OutOfMemory."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(str(error)) from None
-
-
 def peak_memory(device: torch.device) -> int | None:
     """Peak memory so far in bytes: of the GPU's tensors, else of this process; None if unknown."""
     if device.type == 'cuda':
@@ -145,39 +115,3 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024
-
-
-@contextlib.contextmanager
-def explained_memory(device: torch.device) -> Iterator[None]:
-    """Turn running out of memory into one sentence, an InputError."""
-    try:
-        with out_of_memory_is_one_error():
-            yield
-    except OutOfMemory:
-        raise InputError(
-            f'not enough memory on {device} for the gradient of one image '
-            '(use a smaller image size, or device cpu)'
-        ) from None
-
-
-@contextlib.contextmanager
-def explained_network(shape: Sequence[int]) -> Iterator[None]:
-    """Around the network only: turn whatever it raises on an input of that shape into one
-    sentence, an InputError; but for running out of memory, after which less may be tried."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        text = next(iter(str(error).strip().splitlines()), '')
-        if 'does not require grad' in text:
-            raise InputError(
-                'the network gives no gradient at its input (take torch.no_grad, detach or argmax '
-                'out of its forward)'
-            ) from error
-        raise InputError(
-            f'the network cannot be run on an input of shape {tuple(shape)}: '
-            f'{type(error).__name__}: {text[:300]} (are size and channels those of its training?)'
-        ) from error

@@ -7,8 +7,6 @@ import copy
 import torch
 from torch import nn
 
-PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
-
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 products (x86: AVX-512 or AMX; ARM)."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,7 +14,7 @@ from igseg.engine.rewrites import Rewrites
 from igseg.engine.trace import NotExportable
 from igseg.errors import InputError, attempt
 from igseg.explanation import Preparation
-from igseg.network.outputs import enlarged, segmentation_logits
+from igseg.network.outputs import enlarged, frozen, segmentation_logits
 
 EQUIVALENCE_TOLERANCE = 1e-4  # relative L2; beyond this the copy is not used
 
@@ -70,24 +69,6 @@ def measure_deviation(
 
 
 # --------------------------------------------------------------------------- the user's network
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    # Parameters made in inference mode take no part in gradients anyway.
-    wants = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
-    try:
-        model.eval()
-        for parameter, _ in wants:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in wants:
-            parameter.requires_grad_(requires_grad)
 
 
 # --------------------------------------------------------------------------- what runs instead

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from igseg.engine.engine import Crops, FiniteFlags, GradientEngine
-from igseg.engine.memory import OutOfMemory, out_of_memory_is_one_error
 from igseg.errors import NonFiniteError, attempt
+from igseg.network.outputs import OutOfMemory, out_of_memory_is_one_error
 from igseg.network.score import Score
 
 

@@ -1,42 +1,262 @@
-"""The table of methods, and the methods and options that users name."""
+"""What users may ask for: the tables of targets, baselines and methods, as plain data.
+
+A row says how a thing is written, what it means, which options it has, and, as text, which function
+or class makes it. So `--help` and the checks of settings need neither torch nor any network. A new
+target, baseline or method is one row here and the function or class that the row names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from igseg.errors import InputError
-from igseg.method.method import Method, options_of
-from igseg.method.methods import (
-    BlurMethod,
-    ExpectedMethod,
-    GradCamMethod,
-    GradientMethod,
-    GuidedMethod,
-    IdgiMethod,
-    InputTimesGradient,
-    IntegratedGradientsMethod,
-    LayerMethod,
-    OcclusionMethod,
-    SmoothMethod,
+from igseg.errors import InputError, check_choice
+from igseg.explanation import (
+    BY_CONSTRUCTION,
+    IN_EXPECTATION,
+    NO_BASELINE,
+    OWN,
+    Declared,
 )
-from igseg.setting import Setting
+from igseg.network.kinds import Meaning
+from igseg.setting import Setting, resolved
 
-# --------------------------------------------------------------------------- the table
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
-METHODS: dict[str, type[Method]] = {
-    'ig': IntegratedGradientsMethod,
-    'expected': ExpectedMethod,
-    'smooth': SmoothMethod,
-    'blur': BlurMethod,
-    'guided': GuidedMethod,
-    'idgi': IdgiMethod,
-    'layer': LayerMethod,
-    'gradient': GradientMethod,
-    'input_x_gradient': InputTimesGradient,
-    'gradcam': GradCamMethod,
-    'occlusion': OcclusionMethod,
-}
+Made = str | Callable[..., Any]  # what makes a thing: 'package.module:name', or the function itself
+
+# --------------------------------------------------------------------------- targets
+
+
+@dataclass(frozen=True)
+class TargetKind:
+    """A row of the table of targets: one target, or a name that stands for several."""
+
+    form: str  # how the user writes it
+    meaning: str  # in --help
+    made_by: Made  # (TargetContext, what stands behind the colon) -> Target; of a name that stands
+    # for several: (TargetContext) -> their names
+    argument: str = ''  # what may stand behind the colon, a regular expression
+    first: str = ''  # of a name that stands for several: the one there is in every image
+
+    @property
+    def several(self) -> bool:
+        """Whether the name stands for several targets."""
+        return bool(self.first)
+
+
+TARGETS: dict[str, TargetKind] = {
+    'predicted': TargetKind(
+        'predicted',
+        'the predicted mask: pixels above the threshold (several classes: not background)',
+        'igseg.method.targets:predicted_target'),
+    'object': TargetKind(
+        'object:K', 'the K-th largest connected part of the predicted mask of a class, from 1',
+        'igseg.method.targets:object_target', argument=r'0*[1-9]\d*'),
+    'each-object': TargetKind(
+        'each-object', 'every connected part of the predicted mask: object:1, object:2, …',
+        'igseg.method.targets:each_object', first='object:1'),
+    'truth': TargetKind('truth', 'the ground-truth mask', 'igseg.method.targets:truth_target'),
+    'false-positive': TargetKind(
+        'false-positive', 'predicted, but not so in the ground truth: why did it see this?',
+        'igseg.method.targets:false_positive_target'),
+    'false-negative': TargetKind(
+        'false-negative', 'in the ground truth, but not so predicted: why did it miss this?',
+        'igseg.method.targets:false_negative_target'),
+    'image': TargetKind(
+        'image', 'every pixel (independent labels: of every label)',
+        'igseg.method.targets:image_target'),
+    'pixel': TargetKind(
+        'pixel:X,Y', 'one output pixel, X to the right and Y down from 0,0 in the original image',
+        'igseg.method.targets:pixel_target', argument=r'-?\d+,-?\d+'),
+    'class': TargetKind(
+        'class:K', 'pixels of class K, on the logit of K (models with several classes)',
+        'igseg.method.targets:class_target', argument=r'\d+'),
+}  # fmt: skip
+
+
+def kind_of(spec: str) -> TargetKind:
+    """The row of TARGETS of a target as the user wrote it. Raises InputError."""
+    kind, _, argument = spec.partition(':')
+    check_choice('target', kind, TARGETS)
+    if (':' in TARGETS[kind].form) != bool(argument):
+        raise InputError(f'target "{spec}" is not of the form {TARGETS[kind].form}')
+    return TARGETS[kind]
+
+
+def check_form(spec: str) -> None:
+    """Raise InputError for a target that no image can have, before anything is computed."""
+    kind, argument = kind_of(spec), spec.partition(':')[2]
+    if argument and not re.fullmatch(kind.argument, argument):
+        raise InputError(f'target "{spec}" is not of the form {kind.form} ({kind.meaning})')
+
+
+# --------------------------------------------------------------------------- baselines
+
+
+@dataclass(frozen=True)
+class BaselineKind:
+    """A row of the table of baselines."""
+
+    meaning: str  # in --help
+    made_by: Made  # (pixels (H, W, C) float32 0-255, generator) -> the same shape and range
+    drawn: bool = False  # whether the attributions are averaged over several draws
+
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The baseline of an image, (H, W, C) float32, 0-255."""
+        baseline: np.ndarray = resolved(self.made_by)(pixels, rng)
+        return baseline
+
+
+BASELINES: dict[str, BaselineKind] = {
+    'zero': BaselineKind(
+        'a black image (after normalisation that is not a zero tensor)',
+        'igseg.method.baselines:zero_baseline'),
+    'random': BaselineKind(
+        'uniform noise, seeded; the attributions are averaged over several draws',
+        'igseg.method.baselines:random_baseline', drawn=True),
+    'blur': BaselineKind(
+        'the image under a Gaussian blur of 5 % of its longer side',
+        'igseg.method.baselines:blur_baseline'),
+    'mean': BaselineKind(
+        "the image's mean colour everywhere", 'igseg.method.baselines:mean_baseline'),
+    'white': BaselineKind('a white image', 'igseg.method.baselines:white_baseline'),
+}  # fmt: skip
+
+AUTO = 'auto'  # a baseline: chosen for each image from CANDIDATES
+CANDIDATES = ('mean', 'blur', 'zero', 'white')
+
+
+def check_baseline(kind: str) -> None:
+    """Raise InputError for what is neither a key of BASELINES, `auto` nor a file."""
+    known = (*BASELINES, AUTO)
+    if not isinstance(kind, str) or (kind not in known and not Path(kind).is_file()):
+        raise InputError(
+            f'unknown baseline "{kind}" (choose from {", ".join(known)}, or give the path '
+            'of an image file)'
+        )
+
+
+# --------------------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method."""
+
+    default: float | str | None
+    reads: type  # what its text is read as
+    known: Setting
+
+
+def option(
+    default: float | str | None, meaning: str, reads: type | None = None, **known: Any
+) -> Option:
+    """An option and what is known of it; see `Setting`. reads: by default the default's type."""
+    return Option(default, reads or type(default), Setting('option', meaning, **known))
+
+
+@dataclass(frozen=True)
+class MethodKind:
+    """A row of the table of methods."""
+
+    declared: Declared  # what it promises; its options may take some of it back
+    meaning: str  # in --help
+    source: str  # paper, equation
+    made_by: Made  # its class, a `Method`
+    options: Mapping[str, Option] = field(default_factory=dict)
+    layer_of: bool = False  # whether a layer is named with it
+    multiplies: bool = False  # whether --no_multiply goes with it
+
+
+METHODS: dict[str, MethodKind] = {
+    'ig': MethodKind(
+        Declared('ig'),
+        'gradients along the straight line from the baseline, times image minus baseline',
+        'Sundararajan, Taly, Yan 2017, eq. 1',
+        'igseg.method.methods:IntegratedGradientsMethod', multiplies=True),
+    'expected': MethodKind(
+        Declared('expected', IN_EXPECTATION, baseline=OWN, settles_early=False),
+        'ig from other images, drawn anew for every step: what sets this image apart from them',
+        'Erion et al. 2021, eq. 3',
+        'igseg.method.methods:ExpectedMethod',
+        {'references': option(16, 'other images at most, evenly spaced', least=1, most=1000)}),
+    'smooth': MethodKind(
+        Declared('smooth'),
+        'ig of noisy copies of the image: their mean, mean square or variance',
+        'Smilkov et al. 2017, section 3, on ig',
+        'igseg.method.methods:SmoothMethod',
+        {'samples': option(8, 'noisy copies, num_steps each', least=1, most=1000),
+         'noise': option(0.1, "standard deviation, by the image's range", above=0),
+         'kind': option('mean', 'what is taken of them', choices=('mean', 'square', 'variance'))},
+        multiplies=True),
+    'blur': MethodKind(
+        Declared('blur', baseline=OWN, settles_early=False),
+        'gradients while the image comes into focus, from a strong blur of it to itself',
+        'Xu, Venugopalan, Sundararajan 2020, eq. 5',
+        'igseg.method.methods:BlurMethod',
+        {'sigma': option(0.2, 'of the strongest blur, by the longer side', above=0)}),
+    'guided': MethodKind(
+        Declared('guided', quadrature=False, sequential=True),
+        'ig on a path that moves the inputs with the least gradient first, near the straight line',
+        'Kapishnikov et al. 2021, alg. 1',
+        'igseg.method.methods:GuidedMethod',
+        {'fraction': option(0.25, 'of the inputs that move together', above=0, below=1),
+         'max_dist': option(0.02, 'from the straight line at most, in alpha', above=0)}),
+    'idgi': MethodKind(
+        Declared('idgi', BY_CONSTRUCTION, quadrature=False),
+        "each step's change of the score, shared out by the squares of its gradient",
+        'Yang, Wang, Bilgic 2023, alg. 1',
+        'igseg.method.methods:IdgiMethod'),
+    'layer': MethodKind(
+        Declared('layer', channels=False),
+        'ig at the output of a layer, whose values go from those of the baseline to those of the '
+        'image while all beside it sees the image; enlarged to the image, its sum kept',
+        'Sundararajan, Taly, Yan 2017, at a layer',
+        'igseg.method.methods:LayerMethod', layer_of=True),
+    'gradient': MethodKind(
+        Declared('gradient', None, quadrature=False, baseline=NO_BASELINE),
+        'the gradient at the image',
+        'Simonyan, Vedaldi, Zisserman 2013, section 3',
+        'igseg.method.methods:GradientMethod'),
+    'input_x_gradient': MethodKind(
+        Declared('input_x_gradient', None, quadrature=False),
+        'the gradient at the image, times image minus baseline: ig as if all were linear',
+        'Shrikumar et al. 2016, section 2, from a baseline',
+        'igseg.method.methods:InputTimesGradient'),
+    'gradcam': MethodKind(
+        Declared('gradcam', None, quadrature=False, baseline=NO_BASELINE, channels=False,
+                 signed=False),
+        'what a layer gives, its channels weighted by their mean gradient, where that is positive',
+        'Selvaraju et al. 2017, eq. 1 and 2; of a region: Vinogradova et al. 2020, eq. 1',
+        'igseg.method.methods:GradCamMethod', layer_of=True),
+    'occlusion': MethodKind(
+        Declared('occlusion', None, quadrature=False, channels=False),
+        'how much the score falls where a square of the baseline is laid over the image; every '
+        'pixel has the mean of the squares over it',
+        'Zeiler, Fergus 2014, section 4.2',
+        'igseg.method.methods:OcclusionMethod',
+        {'window': option(None, 'side of the square, in pixels of the model input', int, least=1,
+                          default_text='an eighth of the longer side'),
+         'stride': option(None, 'from one to the next', int, least=1,
+                          default_text='half the window')}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """A method as a user asked for it."""
+
+    name: str  # as on the command line
+    kind: MethodKind
+    layer: str  # empty where none is named with it
+    options: tuple[tuple[str, Any], ...]  # names and values of all that it has
+    multiply: bool = True  # by image minus baseline, where that is a question
 
 
 def form_of(name: str) -> str:
@@ -44,23 +264,32 @@ def form_of(name: str) -> str:
     return f'{name}:NAME' if METHODS[name].layer_of else name
 
 
-def build_methods(
+def chosen_methods(
     wanted: Sequence[str], given: Sequence[str], multiply: bool = True
-) -> tuple[Method, ...]:
+) -> tuple[MethodChoice, ...]:
     """The methods of these names, with options that were given as NAME=VALUE. An option goes to
     every method that has it. Raises InputError."""
     pairs = [text.partition('=') for text in given]
-    kinds = [_kind_of(name) for name in wanted]
-    known = set().union(*map(options_of, kinds))
+    kinds = {name: _kind_of(name) for name in wanted}
+    known = {name for kind in kinds.values() for name in kind.options}
     for name, equals, _ in pairs:
         if name not in known or not equals:
             said = f'unknown option "{name}"' if equals else f'option "{name}" lacks its =VALUE'
-            raise InputError(f'{said} ({"; ".join(map(options_text, kinds))})')
-    return tuple(_build(name, pairs, multiply) for name in wanted)
+            raise InputError(f'{said} ({"; ".join(map(options_text, kinds.values()))})')
+    if not multiply:
+        for name, kind in kinds.items():
+            if not kind.multiplies:
+                can = ', '.join(n for n, k in METHODS.items() if k.multiplies)
+                raise InputError(f'--no_multiply goes with {can}, not with {name.split(":")[0]}')
+    texts = {name: text for name, _, text in pairs}
+    return tuple(
+        MethodChoice(name, kind, name.partition(':')[2], _values(kind, texts), multiply)
+        for name, kind in kinds.items()
+    )
 
 
-def _kind_of(wanted: str) -> type[Method]:
-    """The class of a method. Raises InputError for an unknown one, or another form of it."""
+def _kind_of(wanted: str) -> MethodKind:
+    """The row of a method. Raises InputError for an unknown one, or another form of it."""
     name, colon, layer = wanted.partition(':')
     if name not in METHODS:
         forms = ', '.join(map(form_of, METHODS))
@@ -71,44 +300,31 @@ def _kind_of(wanted: str) -> type[Method]:
     return kind
 
 
-def _build(wanted: str, pairs: Sequence[tuple[str, str, str]], multiply: bool) -> Method:
-    kind, (name, _, layer) = _kind_of(wanted), wanted.partition(':')
-    own = {} if not layer else {'layer': layer}
-    if not multiply:
-        if 'multiply' not in {f.name for f in fields(kind)}:
-            can = [n for n, k in METHODS.items() if 'multiply' in {f.name for f in fields(k)}]
-            raise InputError(f'--no_multiply goes with {", ".join(can)}, not with {name}')
-        own['multiply'] = False
-    for option_name, _, text in pairs:
-        if option_name in options_of(kind):
-            own[option_name] = _value_of(kind, option_name, text)
-    return kind(**own)
+def _values(kind: MethodKind, texts: Mapping[str, str]) -> tuple[tuple[str, Any], ...]:
+    """The values of all options of a method, from texts where some were given. Raises
+    InputError."""
+    values = {name: one.default for name, one in kind.options.items()}
+    for name, one in kind.options.items():
+        if name not in texts:
+            continue
+        try:
+            values[name] = one.known.checked(name, one.reads(texts[name]))
+        except ValueError as error:  # an InputError is one
+            no_number = f'{name} is no number: "{texts[name]}"'
+            reason = str(error) if isinstance(error, InputError) else no_number
+            raise InputError(f'{reason} ({options_text(kind)})') from None
+    return tuple(values.items())
 
 
-def _value_of(kind: type[Method], name: str, text: str) -> object:
-    """An option's value from its text. Raises InputError."""
-    (one,) = (f for f in fields(kind) if f.name == name)
-    readers = {'int': int, 'float': float}
-    try:
-        value = readers.get(one.type.partition(' ')[0], str)(text)
-        return options_of(kind)[name].checked(name, value)
-    except ValueError as error:  # an InputError is one
-        reason = str(error) if isinstance(error, InputError) else f'{name} is no number: "{text}"'
-        raise InputError(f'{reason} ({options_text(kind)})') from None
-
-
-def options_text(kind: type[Method]) -> str:
+def options_text(kind: MethodKind) -> str:
     """The options of a method with their defaults, in words."""
-    (name,) = (key for key, value in METHODS.items() if value is kind)
-    defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
-    said = ', '.join(f'{key}={default_text(known, defaults[key])}'
-                     for key, known in options_of(kind).items())  # fmt: skip
-    return f'{name} has {said or "no options"}'
+    said = ', '.join(f'{name}={default_text(one)}' for name, one in kind.options.items())
+    return f'{kind.declared.name} has {said or "no options"}'
 
 
-def default_text(known: Setting, default: object) -> str:
+def default_text(one: Option) -> str:
     """The default of an option."""
-    return known.default_text if default is None else str(default)
+    return one.known.default_text if one.default is None else str(one.default)
 
 
 def option_texts(given: object) -> tuple[str, ...]:
@@ -124,4 +340,29 @@ def option_texts(given: object) -> tuple[str, ...]:
 
 def methods_text() -> str:
     """All methods, each with its line, for --help."""
-    return '; '.join(f'{form_of(name)}: {kind.__doc__}' for name, kind in METHODS.items())
+    return '; '.join(f'{form_of(name)}: {kind.meaning}' for name, kind in METHODS.items())
+
+
+# --------------------------------------------------------------------------- the question
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the network: F, and what the image is compared with.
+
+    Texts are as users write them. `ig.explain_targets` also takes targets as `Target` objects or
+    masks (h, w) bool, and baselines as tensors (1, C, H, W) of which the mean is taken.
+    """
+
+    targets: Sequence[Any] = ('predicted',)  # texts, Target objects or masks
+    score: str = 'logit'  # what is averaged over the target: the logit, or the probability
+    threshold: float = 0.5  # probability above which a pixel is predicted
+    min_object_area: int = 1  # output pixels; smaller objects are no targets
+    skip_empty: bool = False  # leave out empty targets, unless all are empty
+    on_empty: str = 'skip'  # 'image': explain the whole image where all targets are empty
+    baseline: str = 'zero'  # a key of BASELINES, AUTO, or the name of what `baselines` are
+    baselines: Sequence[torch.Tensor] = ()  # given ones, (1, C, H, W) each
+    baseline_image: np.ndarray | None = None  # (H, W, C): of the file that `baseline` names
+    baseline_draws: int = 4  # of drawn baselines
+    seed: int = 0  # of drawn baselines, and of methods that draw
+    meaning: Meaning = field(default_factory=Meaning)  # what the user says of the network's outputs

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from igseg.engine.engine import Crops
-from igseg.engine.memory import explained_network
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
 from igseg.method.walk import Work
-from igseg.network.outputs import enlarged, segmentation_logits
+from igseg.network.outputs import enlarged, explained_network, segmentation_logits
 
 MOST_NAMED = 24  # layers in an error
 

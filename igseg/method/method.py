@@ -1,38 +1,35 @@
-"""What a method of attribution is."""
+"""What a method of attribution is, and what becomes of what it finds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from igseg.engine.sampler import AttributionPath
-from igseg.explanation import Declared, Found
+from igseg.explanation import GIVEN, NO_BASELINE, Cost, Declared, Explanation, Found
+from igseg.method.baselines import Against
+from igseg.method.choice import MethodChoice, Question, chosen_methods
 from igseg.method.paths import UnitVelocity
-from igseg.method.rules import ADAPTIVE, AnyRule
-from igseg.method.walk import PlainSettings, Work, plain_work
-from igseg.setting import Setting
-
-
-def option(default: object, meaning: str, **known: object):
-    """A field of a method that is one of its options; see `Setting`."""
-    return field(default=default, metadata={'setting': Setting('option', meaning, **known)})
-
+from igseg.method.rules import ADAPTIVE, AnyRule, Integration
+from igseg.method.targets import Seen, beside_truth
+from igseg.method.walk import Work, in_precision, plain_work
+from igseg.setting import resolved
 
 # --------------------------------------------------------------------------- what a method is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method of attribution; the docstring of each is its line in --help."""
+    """A method of attribution. Its row in METHODS says what it promises and which options it has;
+    those are fields of the class."""
 
-    source: ClassVar[str]  # paper, equation
-    declared: ClassVar[Declared]
-    layer_of: ClassVar[bool] = False  # whether a layer is named with it
+    declared: Declared  # of its row
     references: ClassVar[int] = 0  # of other images that it compares with, at most
     counts: ClassVar[str] = 'interpolation steps'  # what its progress is told in
 
@@ -46,19 +43,14 @@ class Method:
         """As on the command line."""
         return self.declares.name
 
-    @property
-    def option_names(self) -> tuple[str, ...]:
-        """Its options."""
-        return tuple(options_of(type(self)))
-
     def rule(self, seed: int) -> AnyRule | None:
-        """By which it integrates, if not by the rule of the settings."""
+        """By which it integrates, if not by the rule that was asked for."""
         return None
 
-    def rule_name(self, of_settings: str) -> str:
+    def rule_name(self, asked: str) -> str:
         """The name of the rule by which it integrates."""
         own = self.rule(0)
-        return of_settings if own is None else own.name
+        return asked if own is None else own.name
 
     def baseline(self, work: Work) -> tuple[str, torch.Tensor] | None:
         """Name and image (1, C, H, W) of a baseline of its own; None: it has none."""
@@ -90,12 +82,12 @@ class Method:
         midpoint steps; the last five arguments are those of `plain_map`. network: may have the
         module that it is, as `module`."""
         module = getattr(network, 'module', network)
-        settings = PlainSettings(steps, seed)
-        work = plain_work(network, module, x, baseline, target, settings, references)
+        few = Integration('midpoint', steps, seed=seed)
+        work = plain_work(network, module, x, baseline, target, few, references)
         return self.explain(work)[0].attributions.cpu().numpy()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PathMethod(Method):
     """A method that integrates along paths."""
 
@@ -106,10 +98,10 @@ class PathMethod(Method):
     def explain(self, work: Work) -> list[Found]:
         """See `Method`."""
         complete = self.declares.completeness is not None
-        return work.walk(self.paths(work), self.rule(work.settings.seed), complete).found()
+        return work.walk(self.paths(work), self.rule(work.integration.seed), complete).found()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Multiplied(PathMethod):
     """A method whose gradients are multiplied by image minus baseline, unless that is not wanted:
     then they are their mean, and sum to nothing in particular."""
@@ -123,10 +115,10 @@ class Multiplied(PathMethod):
 
     def steps_in_all(self, work: Work) -> int | None:
         """See `Method`."""
-        own_nodes = len(work.at_image.targets) > 1 and work.settings.rule == ADAPTIVE
-        if work.settings.tolerance is not None or own_nodes:  # each target has nodes of its own
+        own_nodes = len(work.at_image.targets) > 1 and work.integration.rule == ADAPTIVE
+        if work.integration.tolerance is not None or own_nodes:  # each target has nodes of its own
             return None
-        return work.settings.steps * len(work.baselines) * self._copies
+        return work.integration.steps * len(work.baselines) * self._copies
 
     @property
     def _copies(self) -> int:
@@ -137,6 +129,85 @@ class Multiplied(PathMethod):
         return path if self.multiply else UnitVelocity(path)
 
 
-def options_of(method: type[Method]) -> dict[str, Setting]:
-    """What is known of each option of a method, by its name."""
-    return {f.name: f.metadata['setting'] for f in fields(method) if f.metadata}
+def build_method(choice: MethodChoice) -> Method:
+    """The method that a user chose, with its options."""
+    values = {**dict(choice.options), 'declared': choice.kind.declared}
+    if choice.layer:
+        values['layer'] = choice.layer
+    if choice.kind.multiplies:
+        values['multiply'] = choice.multiply
+    built: Method = resolved(choice.kind.made_by)(**values)
+    return built
+
+
+def build_methods(
+    wanted: Sequence[str], given: Sequence[str] = (), multiply: bool = True
+) -> tuple[Method, ...]:
+    """The methods of these names, with options NAME=VALUE; see `chosen_methods`."""
+    return tuple(map(build_method, chosen_methods(wanted, given, multiply)))
+
+
+# --------------------------------------------------------------------------- what comes of it
+
+
+def found_by(method: Method, work: Work, progress: bool) -> tuple[list[Found], str | None]:
+    """What a method finds, in the precision that was asked for, or why that was not possible."""
+    with tqdm(total=method.steps_in_all(work), unit='', leave=False, disable=not progress,
+              desc=f'{method.name}, {method.counts}') as bar:  # fmt: skip
+
+        def found_in(precision: str) -> list[Found]:
+            integration = replace(work.integration, precision=precision)
+            return method.explain(replace(work, integration=integration, on_steps=bar.update))
+
+        # Where no error of the map is estimated, reduced precision could not be judged.
+        wanted = work.integration.precision if method.declares.quadrature else 'float32'
+        return in_precision(found_in, wanted)
+
+
+def explanations_of(
+    method: Method,
+    question: Question,
+    integration: Integration,
+    seen: Seen,
+    against: Against,
+    found: Sequence[Found],
+    cost: Cost,
+    common: Mapping[str, Any],
+) -> list[Explanation]:
+    """What was found of each target as an explanation. common: fields that all of them share."""
+    declared, network, beside = method.declares, seen.network, beside_truth(seen)
+    explanations = []
+    for target, one in zip(seen.targets, found, strict=True):
+        mask, prediction = network.explained(seen.logits, seen.masks, target.label)
+        total = float(one.attributions.cpu().double().sum()) if one.total is None else one.total
+        explanations.append(
+            Explanation(
+                attributions=one.attributions,
+                uncertainty=one.uncertainty,
+                prediction=prediction.cpu(),
+                predicted_mask=mask.cpu(),
+                region=target.region.cpu(),
+                baseline_pixels=against.pixels,
+                target=target.name,
+                objective=replace(target, weights=target.weights.cpu()),
+                baseline=None if declared.baseline == NO_BASELINE else against.name,
+                rule=method.rule_name(integration.rule) if declared.quadrature else None,
+                steps=one.evaluations,
+                score=float(target(seen.logits)) if one.score is None else one.score,
+                baseline_score=one.start_score,
+                attribution_sum=total,
+                map_error=one.map_error,
+                tolerance=integration.tolerance,
+                trend=one.trend,
+                cost=cost,
+                draws=len(against.pictures) if declared.baseline == GIVEN else 1,
+                method=declared,
+                end_score=one.end_score,
+                sum_error=one.total_error,
+                fine=one.fine,
+                tiles=one.tiles,
+                **beside,
+                **common,
+            )
+        )
+    return explanations

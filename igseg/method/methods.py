@@ -1,8 +1,9 @@
 """The methods of attribution: Integrated Gradients, its family, and the field's yardsticks.
 
-A method is one class, its options the fields of the class, and one row of METHODS. It declares
-what it promises (see `Declared`: completeness, a quadrature, a baseline, …), which is all that
-statistics, figures, checks and resume ask of it, and turns `Work` (an image, its targets, its
+A method is one class and the row of METHODS (in `choice`) that names it. The row declares what it
+promises (see `Declared`: completeness, a quadrature, a baseline, …), which is all that statistics,
+figures, checks and resume ask of it, and its options, which are the fields of the class. The class
+turns `Work` (an image, its targets, its
 baselines, an engine) into what it found of each target. Most only name paths: the integral along
 them, its error, precision, batches and memory are `Work.walk`'s.
 """
@@ -21,17 +22,13 @@ from torch import nn
 from igseg.engine.sampler import AttributionPath, PathSampler
 from igseg.errors import InputError
 from igseg.explanation import (
-    BY_CONSTRUCTION,
-    IN_EXPECTATION,
-    NO_BASELINE,
     NOTHING_SEEN,
-    OWN,
     Declared,
     Found,
     Trend,
 )
 from igseg.method.layers import at_layer, enlarged_sum, layer_named
-from igseg.method.method import Method, Multiplied, PathMethod, option
+from igseg.method.method import Method, Multiplied, PathMethod
 from igseg.method.paths import BlurPath, DrawnPath, StraightPath, UnitVelocity
 from igseg.method.rules import AnyRule, Rule, Stratified
 from igseg.method.walk import Work, trend_of
@@ -42,12 +39,9 @@ AT_IMAGE = Rule('at the image', np.ones(1), np.ones(1), degree=0)  # no integral
 # --------------------------------------------------------------------------- integrals along paths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IntegratedGradientsMethod(Multiplied):
-    """gradients along the straight line from the baseline, times image minus baseline"""
-
-    source = 'Sundararajan, Taly, Yan 2017, eq. 1'
-    declared = Declared('ig')
+    """`ig`: Sundararajan, Taly, Yan 2017, eq. 1."""
 
     def paths(self, work: Work) -> Iterator[AttributionPath]:
         """One from each baseline."""
@@ -55,16 +49,13 @@ class IntegratedGradientsMethod(Multiplied):
             yield self._along(StraightPath(baseline, work.x))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SmoothMethod(Multiplied):
-    """ig of noisy copies of the image: their mean, mean square or variance"""
+    """`smooth`: Smilkov et al. 2017, section 3, on ig."""
 
-    source = 'Smilkov et al. 2017, section 3, on ig'
-    declared = Declared('smooth')
-
-    samples: int = option(8, 'noisy copies, num_steps each', least=1, most=1000)
-    noise: float = option(0.1, "standard deviation, by the image's range", above=0)
-    kind: str = option('mean', 'what is taken of them', choices=('mean', 'square', 'variance'))
+    samples: int
+    noise: float
+    kind: str
 
     @property
     def declares(self) -> Declared:
@@ -80,7 +71,7 @@ class SmoothMethod(Multiplied):
     def paths(self, work: Work) -> Iterator[AttributionPath]:
         """From each baseline to each copy."""
         spread = self.noise * float(work.x.max() - work.x.min())
-        generator = torch.Generator().manual_seed(work.settings.seed)
+        generator = torch.Generator().manual_seed(work.integration.seed)
         for _ in range(self.samples):
             noise = torch.randn(work.x.shape, generator=generator).to(work.x)
             for baseline in work.baselines:
@@ -99,14 +90,11 @@ class SmoothMethod(Multiplied):
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpectedMethod(PathMethod):
-    """ig from other images, drawn anew for every step: what sets this image apart from them"""
+    """`expected`: Erion et al. 2021, eq. 3."""
 
-    source = 'Erion et al. 2021, eq. 3'
-    declared = Declared('expected', IN_EXPECTATION, baseline=OWN, settles_early=False)
-
-    references: int = option(16, 'other images at most, evenly spaced', least=1, most=1000)
+    references: int
 
     def rule(self, seed: int) -> AnyRule:
         """Steps at random, two in each of equal strata, which tell the standard error."""
@@ -114,7 +102,7 @@ class ExpectedMethod(PathMethod):
 
     def steps_in_all(self, work: Work) -> int | None:
         """See `Method`."""
-        return None if work.settings.tolerance is not None else work.settings.steps
+        return None if work.integration.tolerance is not None else work.integration.steps
 
     def baseline(self, work: Work) -> tuple[str, torch.Tensor]:
         """The mean of the other images."""
@@ -124,21 +112,18 @@ class ExpectedMethod(PathMethod):
 
     def paths(self, work: Work) -> Iterator[AttributionPath]:
         """One, which starts anywhere."""
-        yield DrawnPath(work.references, work.x, work.settings.seed)
+        yield DrawnPath(work.references, work.x, work.integration.seed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlurMethod(PathMethod):
-    """gradients while the image comes into focus, from a strong blur of it to itself"""
+    """`blur`: Xu, Venugopalan, Sundararajan 2020, eq. 5."""
 
-    source = 'Xu, Venugopalan, Sundararajan 2020, eq. 5'
-    declared = Declared('blur', baseline=OWN, settles_early=False)
-
-    sigma: float = option(0.2, 'of the strongest blur, by the longer side', above=0)
+    sigma: float
 
     def steps_in_all(self, work: Work) -> int | None:
         """See `Method`."""
-        return None if work.settings.tolerance is not None else work.settings.steps
+        return None if work.integration.tolerance is not None else work.integration.steps
 
     def baseline(self, work: Work) -> tuple[str, torch.Tensor]:
         """The most blurred image."""
@@ -153,20 +138,17 @@ class BlurMethod(PathMethod):
 # --------------------------------------------------------------------------- steps of their own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IdgiMethod(Method):
-    """each step's change of the score, shared out by the squares of its gradient"""
-
-    source = 'Yang, Wang, Bilgic 2023, alg. 1'
-    declared = Declared('idgi', BY_CONSTRUCTION, quadrature=False)
+    """`idgi`: Yang, Wang, Bilgic 2023, alg. 1."""
 
     def steps_in_all(self, work: Work) -> int | None:
         """See `Method`."""
-        return work.settings.steps * len(work.baselines)
+        return work.integration.steps * len(work.baselines)
 
     def explain(self, work: Work) -> list[Found]:
         """See `Method`; the sum is F(x) - F(x'), since the changes of the steps are."""
-        steps, total, starts, first = work.settings.steps, 0.0, [], None
+        steps, total, starts, first = work.integration.steps, 0.0, [], None
         nodes = np.arange(steps) / steps
         for baseline in work.baselines:
             sampler = work.sampler(UnitVelocity(StraightPath(baseline, work.x)))
@@ -195,20 +177,17 @@ def _rise(sampler: PathSampler, start: float, end: float) -> torch.Tensor:
     return (sampler.scores[end] - sampler.scores[start]).view(-1, 1, 1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GuidedMethod(Method):
-    """ig on a path that moves the inputs with the least gradient first, near the straight line"""
+    """`guided`: Kapishnikov et al. 2021, alg. 1."""
 
-    source = 'Kapishnikov et al. 2021, alg. 1'
-    declared = Declared('guided', quadrature=False, sequential=True)
-
-    fraction: float = option(0.25, 'of the inputs that move together', above=0, below=1)
-    max_dist: float = option(0.02, 'from the straight line at most, in alpha', above=0)
+    fraction: float
+    max_dist: float
 
     def steps_in_all(self, work: Work) -> int | None:
         """See `Method`."""
         paths = len(work.baselines) * len(work.at_image.targets)
-        return (work.settings.steps + 1) * paths
+        return (work.integration.steps + 1) * paths
 
     def explain(self, work: Work) -> list[Found]:
         """See `Method`; each target has a path of its own."""
@@ -216,18 +195,18 @@ class GuidedMethod(Method):
         for number in range(len(work.at_image.targets)):
             walks = [self._walk(work, baseline, number) for baseline in work.baselines]
             maps, scores = [walk[0] for walk in walks], [walk[1] for walk in walks]
-            alphas = tuple(k / work.settings.steps for k in range(work.settings.steps + 1))
+            alphas = tuple(k / work.integration.steps for k in range(work.integration.steps + 1))
             trend = Trend(alphas, tuple(scores[0]), (None,) * len(alphas))
             start = float(np.mean([one[0] for one in scores]))
             mean = torch.stack(maps).mean(dim=0)
-            found.append(Found(mean.to(work.x), work.settings.steps, trend, start))
+            found.append(Found(mean.to(work.x), work.integration.steps, trend, start))
         return found
 
     def _walk(
         self, work: Work, baseline: torch.Tensor, target: int
     ) -> tuple[torch.Tensor, list[float]]:
         """The map (C, H, W) of one path, and F at every step of it and at its end."""
-        steps, change = work.settings.steps, work.x - baseline
+        steps, change = work.integration.steps, work.x - baseline
         exact = torch.float32 if change.device.type == 'mps' else torch.float64
         change = change.to(exact)
         progress = torch.zeros_like(change)  # of each input from 0, baseline, to 1, image
@@ -286,16 +265,11 @@ def guided_step(
 # --------------------------------------------------------------------------- inside the network
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerMethod(Method):
-    """ig at the output of a layer, whose values go from those of the baseline to those of the image
-    while all beside it sees the image; enlarged to the image, its sum kept"""
+    """`layer`: Sundararajan, Taly, Yan 2017, at a layer."""
 
-    source = 'Sundararajan, Taly, Yan 2017, at a layer'
-    declared = Declared('layer', channels=False)
-    layer_of = True
-
-    layer: str = ''
+    layer: str
 
     @property
     def declares(self) -> Declared:
@@ -326,13 +300,10 @@ def _at_size(found: Found, size: Sequence[int]) -> Found:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradCamMethod(LayerMethod):
-    """what a layer gives, its channels weighted by their mean gradient, where that is positive"""
+    """`gradcam`: Selvaraju et al. 2017, eq. 1 and 2; of a region: Vinogradova et al. 2020."""
 
-    source = 'Selvaraju et al. 2017, eq. 1 and 2; of a region: Vinogradova et al. 2020, eq. 1'
-    declared = Declared('gradcam', None, quadrature=False, baseline=NO_BASELINE, channels=False,
-                        signed=False)  # fmt: skip
     counts = 'gradients'
 
     def explain(self, work: Work) -> list[Found]:
@@ -352,12 +323,10 @@ class GradCamMethod(LayerMethod):
 # --------------------------------------------------------------------------- yardsticks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradientMethod(PathMethod):
-    """the gradient at the image"""
+    """`gradient`: Simonyan, Vedaldi, Zisserman 2013, section 3."""
 
-    source = 'Simonyan, Vedaldi, Zisserman 2013, section 3'
-    declared = Declared('gradient', None, quadrature=False, baseline=NO_BASELINE)
     counts = 'gradients'
 
     def steps_in_all(self, work: Work) -> int:
@@ -378,12 +347,10 @@ class GradientMethod(PathMethod):
         return [replace(one, **nowhere) for one in super().explain(work)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InputTimesGradient(PathMethod):
-    """the gradient at the image, times image minus baseline: ig as if all were linear"""
+    """`input_x_gradient`: Shrikumar et al. 2016, section 2, from a baseline."""
 
-    source = 'Shrikumar et al. 2016, section 2, from a baseline'
-    declared = Declared('input_x_gradient', None, quadrature=False)
     counts = 'gradients'
 
     def steps_in_all(self, work: Work) -> int:
@@ -400,19 +367,14 @@ class InputTimesGradient(PathMethod):
             yield StraightPath(baseline, work.x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OcclusionMethod(Method):
-    """how much the score falls where a square of the baseline is laid over the image; every pixel
-    has the mean of the squares over it"""
+    """`occlusion`: Zeiler, Fergus 2014, section 4.2."""
 
-    source = 'Zeiler, Fergus 2014, section 4.2'
-    declared = Declared('occlusion', None, quadrature=False, channels=False)
     counts = 'squares'
 
-    window: int | None = option(None, 'side of the square, in pixels of the model input', least=1,
-                                default_text='an eighth of the longer side')  # fmt: skip
-    stride: int | None = option(None, 'from one to the next', least=1,
-                                default_text='half the window')  # fmt: skip
+    window: int | None
+    stride: int | None
 
     def windows(self, size: Sequence[int]) -> list[tuple[slice, slice]]:
         """All squares on an image (H, W), row by row; the last ones end at its border. Raises

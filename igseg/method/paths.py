@@ -10,22 +10,18 @@ is the *density*, gradient times velocity:
 
     dF(gamma(alpha)) / dx_i * dgamma_i / dalpha
 
-A path class says where to ask (points, and velocities there), `igseg.method.integral` how to sum,
-and `igseg.engine.sampler.PathSampler` stands between them. `plain_map` is the method in ten lines,
-without an engine: the reference that tests compare with.
+`plain_map`, in the user's module, is the method in ten lines. Here a path class says where to ask
+(points, and velocities there), `integral` how to sum; between them stands `PathSampler` (engine).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from igseg.engine.sampler import AttributionPath
-from igseg.network.outputs import segmentation_logits
-from igseg.network.score import Score
 
 
 @dataclass(frozen=True)
@@ -119,24 +115,3 @@ class UnitVelocity:
     def at(self, alphas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AttributionPath`."""
         return self.path.at(alphas)[0], torch.ones_like(self.image)
-
-
-def plain_map(
-    network: Callable[[torch.Tensor], object],
-    x: torch.Tensor,
-    baseline: torch.Tensor,
-    target: Score,
-    steps: int,
-) -> np.ndarray:
-    """Integrated Gradients by the midpoint rule, and nothing else; (C, H, W) float, in units of F.
-
-    network: images (N, C, H, W) -> logits (N, K, h, w), see `segmentation_logits`. x, baseline:
-    (1, C, H, W). target: F. steps: how many gradients.
-    """
-    total = torch.zeros_like(x)
-    for step in range(steps):
-        point = torch.lerp(baseline, x, (step + 0.5) / steps).detach().requires_grad_()
-        with torch.enable_grad():
-            score = target(segmentation_logits(network(point), x.shape[-2:])).sum()
-            total += torch.autograd.grad(score, point)[0]
-    return (total * (x - baseline) / steps)[0].cpu().numpy()

@@ -12,10 +12,23 @@ import numpy as np
 from igseg.errors import InputError
 
 ADAPTIVE = 'adaptive'
+PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')  # that gradients are computed in
 
 FIRST_NODES = 5  # of the adaptive rule: both ends and three between
 
 DRAWN_AT_ONCE = 16  # nodes that are drawn between two questions whether it is enough
+
+
+@dataclass(frozen=True)
+class Integration:
+    """How integrals along paths are computed."""
+
+    rule: str = ADAPTIVE  # one of RULE_NAMES
+    steps: int = 50  # interpolation steps for each baseline; with a tolerance at most
+    tolerance: float | None = None  # of map error and completeness gap; None: all steps are taken
+    precision: str = 'float32'  # one of PRECISIONS
+    precision_tolerance: float = 0.03  # relative L2 deviation of the map that `auto` accepts
+    seed: int = 0  # of methods that draw
 
 
 # --------------------------------------------------------------------------- rules

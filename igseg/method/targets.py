@@ -1,14 +1,14 @@
 """Targets: the one number of a segmentation that is explained.
 
-Everything hangs on choosing it well and saying so. `TARGETS` holds what a user may ask for; a row
-is one function from the network's answer on the original image to a `Target`, or one that says
-which targets a name stands for.
+Everything hangs on choosing it well and saying so. `TARGETS` (in `choice`) holds what a user may
+ask for; here stands what its rows name: functions from the network's answer on the original image
+to a `Target`, or to the names of targets that a name stands for. Beside them, what the ground truth
+says of the network's answer.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -16,11 +16,15 @@ import cv2
 import numpy as np
 import torch
 
-from igseg.errors import EmptyTargetError, InputError, attempt, check_choice
+from igseg.errors import EmptyTargetError, InputError, attempt
+from igseg.explanation import LabelScores
+from igseg.maps import label_scores
+from igseg.method.choice import Question, kind_of
 from igseg.network.description import NetworkDescription
-from igseg.network.outputs import MULTILABEL
+from igseg.network.kinds import EXCLUSIVE, MULTILABEL
 from igseg.network.score import ANY_NETWORK, Target
 from igseg.preprocessing import Placement
+from igseg.setting import resolved
 
 MOST_OBJECTS = 250  # of an image: each has maps of its own in memory, and a folder
 
@@ -111,17 +115,17 @@ class TargetContext:
         return self.mean_of(masks.scatter_(0, channels[None], region[None]), label)
 
 
-# --------------------------------------------------------------------------- the table
+# --------------------------------------------------------------------------- what rows name
 #
-# Builders of targets: (context, what stands behind the colon) -> Target; the docstring is the
-# target's line in --help.
+# Builders of targets, which the rows of TARGETS name: (context, what stands behind the colon) ->
+# Target.
 def predicted_target(context: TargetContext, argument: str) -> Target:
-    """the predicted mask: pixels above the threshold (several classes: not background)"""
+    """The mean over the predicted mask."""
     return context.mean_of(context.network.without_background(context.counted))
 
 
 def object_target(context: TargetContext, argument: str) -> Target:
-    """the K-th largest connected part of the predicted mask of a class, from 1"""
+    """The mean over one connected part of the predicted mask."""
     if not argument.isdecimal() or int(argument) < 1:
         raise InputError(f'target "object:{argument}": K must be a whole number from 1')
     if int(argument) > len(context.objects):
@@ -135,40 +139,40 @@ def object_target(context: TargetContext, argument: str) -> Target:
 
 
 def each_object(context: TargetContext) -> list[str]:
-    """every connected part of the predicted mask: object:1, object:2, …"""
+    """The names of all objects; of the first one also where there is none."""
     return [f'object:{k + 1}' for k in range(max(1, len(context.objects)))]
 
 
 def truth_target(context: TargetContext, argument: str) -> Target:
-    """the ground-truth mask"""
+    """The mean over the ground-truth mask."""
     truth = context.known_truth('truth')
     context.check_truth()
     return context.mean_of(context.network.without_background(truth))
 
 
 def false_positive_target(context: TargetContext, argument: str) -> Target:
-    """predicted, but not so in the ground truth: why did it see this?"""
+    """The mean over what was predicted and is not so."""
     truth = context.known_truth('false-positive')
     wrong = context.counted & ~truth
     return context.mean_of(context.network.without_background(wrong))
 
 
 def false_negative_target(context: TargetContext, argument: str) -> Target:
-    """in the ground truth, but not so predicted: why did it miss this?"""
+    """The mean over what is so and was not predicted."""
     truth = context.known_truth('false-negative')
     context.check_truth()
     return context.mean_of(context.network.without_background(truth) & ~context.masks)
 
 
 def image_target(context: TargetContext, argument: str) -> Target:
-    """every pixel (independent labels: of every label)"""
+    """The mean over every pixel."""
     if context.network.kind(context.masks) == MULTILABEL:
         return context.mean_of(torch.ones_like(context.masks))
     return context.mean_over(torch.ones_like(context.labels, dtype=torch.bool), context.labels)
 
 
 def pixel_target(context: TargetContext, argument: str) -> Target:
-    """one output pixel, X to the right and Y down from 0,0 in the original image"""
+    """One output pixel."""
     try:
         x, y = (int(part) for part in argument.split(','))
     except ValueError:
@@ -187,7 +191,7 @@ def pixel_target(context: TargetContext, argument: str) -> Target:
 
 
 def class_target(context: TargetContext, argument: str) -> Target:
-    """pixels of class K, on the logit of K (models with several classes)"""
+    """The mean of one class's logit over the pixels of that class."""
     classes = len(context.logits)
     if classes == 1:
         raise InputError(f'target "class:{argument}": the model has one class (use predicted)')
@@ -199,51 +203,7 @@ def class_target(context: TargetContext, argument: str) -> Target:
     return context.mean_of(masks, label)
 
 
-@dataclass(frozen=True)
-class TargetKind:
-    """A row of the table of targets: one target, or a name that stands for several."""
-
-    form: str  # how the user writes it
-    build: Callable[[TargetContext, str], Target] | None = None
-    expand: Callable[[TargetContext], list[str]] | None = None  # what it stands for
-    first: str = ''  # of these, the one there is in every image
-    argument: str = ''  # what may stand behind the colon, a regular expression
-
-    @property
-    def meaning(self) -> str:
-        return ' '.join((self.build or self.expand).__doc__.split())
-
-
-TARGETS: dict[str, TargetKind] = {
-    'predicted': TargetKind('predicted', predicted_target),
-    'object': TargetKind('object:K', object_target, argument=r'0*[1-9]\d*'),
-    'each-object': TargetKind('each-object', expand=each_object, first='object:1'),
-    'truth': TargetKind('truth', truth_target),
-    'false-positive': TargetKind('false-positive', false_positive_target),
-    'false-negative': TargetKind('false-negative', false_negative_target),
-    'image': TargetKind('image', image_target),
-    'pixel': TargetKind('pixel:X,Y', pixel_target, argument=r'-?\d+,-?\d+'),
-    'class': TargetKind('class:K', class_target, argument=r'\d+'),
-}
-
-
 # --------------------------------------------------------------------------- from what users write
-
-
-def kind_of(spec: str) -> TargetKind:
-    """The row of TARGETS of a target as the user wrote it. Raises InputError."""
-    kind, _, argument = spec.partition(':')
-    check_choice('target', kind, TARGETS)
-    if (':' in TARGETS[kind].form) != bool(argument):
-        raise InputError(f'target "{spec}" is not of the form {TARGETS[kind].form}')
-    return TARGETS[kind]
-
-
-def check_form(spec: str) -> None:
-    """Raise InputError for a target that no image can have, before anything is computed."""
-    kind, argument = kind_of(spec), spec.partition(':')[2]
-    if argument and not re.fullmatch(kind.argument, argument):
-        raise InputError(f'target "{spec}" is not of the form {kind.form} ({kind.meaning})')
 
 
 def build_target(spec: str, context: TargetContext, score: str = 'logit') -> Target:
@@ -252,9 +212,9 @@ def build_target(spec: str, context: TargetContext, score: str = 'logit') -> Tar
     Raises InputError for a wrong spec, EmptyTargetError where its region holds no pixel.
     """
     kind = kind_of(spec)
-    if kind.build is None:
+    if kind.several:
         raise InputError(f'target "{spec}" stands for several (use {kind.first})')
-    target = kind.build(context, spec.partition(':')[2])
+    target: Target = resolved(kind.made_by)(context, spec.partition(':')[2])
     if not target.weights.any():
         ignored = context.truth is not None and bool((context.truth < 0).any())
         counts = ' that counts in its ground truth' if ignored else ''
@@ -282,29 +242,115 @@ def as_target(form: str | Target | torch.Tensor, score: str, context: TargetCont
     return replace(context.mean_over(region, context.labels), score=score)
 
 
-def build_targets(
-    forms: Sequence[str | Target | torch.Tensor],
-    score: str,
-    context: TargetContext,
-    skip_empty: bool,
-    on_empty: str,
-) -> list[Target]:
+def build_targets(question: Question, context: TargetContext) -> list[Target]:
     """The targets that were asked for, in whichever form, those that stand for several expanded.
-
-    skip_empty: leave out empty ones, unless all are. on_empty: 'image' explains the whole image
-    where all are empty. Raises EmptyTargetError.
-    """
+    Raises InputError, EmptyTargetError."""
     expanded: list[str | Target | torch.Tensor] = []
-    for form in forms:
-        expand = kind_of(form).expand if isinstance(form, str) else None
-        expanded += expand(context) if expand else [form]
-    targets, last_empty = [], None
+    for form in question.targets:
+        several = isinstance(form, str) and kind_of(form).several
+        expanded += resolved(kind_of(form).made_by)(context) if several else [form]
+    targets: list[Target] = []
+    last_empty = None
     for form in expanded:
-        target, empty = attempt(partial(as_target, form, score, context), EmptyTargetError)
+        build = partial(as_target, form, question.score, context)
+        target, empty = attempt(build, EmptyTargetError)
         last_empty = empty or last_empty
         targets += [] if target is None else [target]
-    if not targets and on_empty == 'image':
-        return [build_target('image', context, score)]
-    if last_empty and not (targets and skip_empty):
+    if not targets and question.on_empty == 'image':
+        return [build_target('image', context, question.score)]
+    if last_empty and not (targets and question.skip_empty):
         raise EmptyTargetError(last_empty)
     return targets
+
+
+# --------------------------------------------------------------------------- what is seen
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the network says of the image itself, and the targets: fixed before a path is walked."""
+
+    network: NetworkDescription  # as it is taken for
+    logits: torch.Tensor  # (1, K, h, w)
+    masks: torch.Tensor  # (K, h, w) bool: the predicted pixels of every label
+    targets: Sequence[Target]
+    numbers: torch.Tensor | None  # (h, w) int64: of the ground-truth mask; None: it is unknown
+
+    @classmethod
+    def of(
+        cls,
+        network: NetworkDescription,
+        logits: torch.Tensor,
+        question: Question,
+        truth: np.ndarray | None,
+        placement: Placement | None,
+    ) -> Seen:
+        """logits: (1, K, h, w), of the image. truth: (h, w) class labels. Raises InputError,
+        EmptyTargetError."""
+        if not len(question.targets):
+            raise InputError('no target is given (use predicted)')
+        numbers = None if truth is None else torch.as_tensor(truth).long().to(logits.device)
+        masks = network.predicted(logits[0], question.threshold)
+        if numbers is not None and numbers.shape != masks.shape[-2:]:
+            raise InputError(
+                f'truth has shape {tuple(numbers.shape)}, the prediction {tuple(masks.shape[-2:])}'
+            )
+        context = TargetContext(
+            logits[0], masks, numbers, placement, network, question.min_object_area
+        )
+        return cls(network, logits, masks, build_targets(question, context), numbers)
+
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the ground truth."""
+        if self.numbers is None:
+            return ()
+        return unknown_numbers(self.network, self.masks, self.numbers)
+
+
+# --------------------------------------------------------------------------- beside the truth
+
+
+def unknown_numbers(
+    network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor
+) -> tuple[str, ...]:
+    """A sentence on numbers of a ground-truth mask (h, w) for which a network has no class."""
+    first = 1 if network.kind(masks) == MULTILABEL else 0
+    there = torch.unique(numbers).tolist()
+    unknown = [n for n in there if n >= len(masks) + first] if len(masks) > 1 else []
+    if not unknown:
+        return ()
+    return (
+        f'the ground truth holds {", ".join(map(str, unknown[:5]))}, for which the network has no '
+        f'class ({first} to {len(masks) + first - 1}): such pixels count as wrong',
+    )
+
+
+def beside_truth(seen: Seen) -> dict[str, object]:
+    """What an explanation holds of the ground truth."""
+    numbers = seen.numbers
+    if numbers is None:
+        return {'label_scores': None, 'counted': None}
+    ignored = bool((numbers < 0).any())
+    return {
+        'label_scores': scores_of_labels(seen.network, seen.masks, numbers),
+        'counted': (numbers >= 0).cpu().numpy() if ignored else None,
+    }
+
+
+def scores_of_labels(
+    network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor
+) -> LabelScores | None:
+    """How well each label was predicted; None for one class. masks: (K, h, w) bool, those
+    predicted. numbers: (h, w), of the ground-truth mask."""
+    if len(masks) == 1:
+        return None
+    kind = network.kind(masks)
+    counted = numbers >= 0
+    masks, truth = masks[:, counted], network.drawn(numbers, masks)[:, counted]  # (K, pixels)
+    if not counted.any():
+        return None
+    exclusive = kind == EXCLUSIVE
+    right = (masks & truth).any(dim=0) if exclusive else masks == truth
+    background = network.background if exclusive else None
+    scores = label_scores(masks.cpu().numpy(), truth.cpu().numpy())
+    return LabelScores(scores, background, float(right.cpu().double().mean()))

@@ -13,21 +13,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from igseg.engine.engine import CHECKED_NODES, Crops, GradientEngine
-from igseg.engine.memory import OutOfMemory, out_of_memory_is_one_error
 from igseg.engine.precision import reduced_dtype
 from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
 from igseg.errors import NonFiniteError, attempt
 from igseg.explanation import Found, Trend, completeness_gap
 from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
-from igseg.method.rules import AnyRule, first_nodes
+from igseg.method.rules import AnyRule, Integration, first_nodes
 from igseg.network.description import NetworkDescription
-from igseg.network.outputs import enlarged
+from igseg.network.outputs import OutOfMemory, enlarged, out_of_memory_is_one_error
 
 MASK_SHARE = 0.05  # of a path's work, at most, goes into whole maps between its ends
 
@@ -36,20 +35,6 @@ FORWARD_SHARE = 0.4  # of a gradient's work that its forward pass is, about
 MOST_MASKS = 3
 
 Result = TypeVar('Result')
-
-
-class WalkSettings(Protocol):
-    """What is asked of the settings."""
-
-    rule: str
-    tolerance: float | None
-    precision: str
-    precision_tolerance: float
-    seed: int
-
-    @property
-    def steps(self) -> int:
-        """Interpolation steps for each baseline; with a tolerance at most."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +98,7 @@ class Work:
     engine: GradientEngine
     at_image: AtImage
     baselines: Sequence[torch.Tensor]  # (1, C, H, W) each
-    settings: WalkSettings
+    integration: Integration
     overlap: Callable[[torch.Tensor], torch.Tensor]  # logits (N, K, h, w) -> (N,), of the mask
     references: torch.Tensor | None = None  # (n, C, H, W): other images
     on_steps: Callable[[int], object] = lambda count: None  # told how many were done
@@ -146,12 +131,12 @@ class Work:
     ) -> Walk:
         """Integrate along paths, one after the other, and average.
 
-        rule: by default that of the settings. complete: whether the sums should be the changes of
+        rule: by default that of `integration`. complete: whether the sums should be the changes of
         the scores, which a tolerance then asks for. second: see `MeanIntegral`.
         """
-        settings, rule = self.settings, self.settings.rule if rule is None else rule
-        refined = settings.tolerance is not None
-        nodes = first_nodes(rule, settings.steps, refined)
+        wanted, rule = self.integration, self.integration.rule if rule is None else rule
+        refined = wanted.tolerance is not None
+        nodes = first_nodes(rule, wanted.steps, refined)
         means = [MeanIntegral(second=second) for _ in self.at_image.targets]
         first, starts, ends, at_image = None, [], [], self.at_image
         reduced, deviation = None, 0.0
@@ -163,15 +148,15 @@ class Work:
             if first is None:
                 first = sampler
                 share = at_image.crops.cropping.computed_share if at_image.crops else 1.0
-                planned = len(nodes) if refined else settings.steps
+                planned = len(nodes) if refined else wanted.steps
                 sampler.see_maps(mask_nodes(nodes, planned, share))
                 reduced, deviation = self._choose_precision(sampler, nodes)
                 self.engine.step_batch.start(self.pixels, reduced)
             sampler.reduced = reduced
             rounding = deviation if reduced else 0.0
-            enough = partial(exact_enough, settings.tolerance, rounding, complete, sampler)
+            enough = partial(exact_enough, wanted.tolerance, rounding, complete, sampler)
             integrals = integrate_targets(
-                sampler.some, len(means), rule, settings.steps, enough if refined else None
+                sampler.some, len(means), rule, wanted.steps, enough if refined else None
             )
             for mean, integral in zip(means, integrals, strict=True):
                 mean.add(integral)
@@ -191,14 +176,14 @@ class Work:
     ) -> tuple[torch.dtype | None, float]:
         """The reduced type, where it is wanted and, under `auto`, accurate enough; and the map's
         deviation from float32 in it. nodes: those that are evaluated whatever is found."""
-        settings = self.settings
-        reduced = reduced_dtype(settings.precision, self.engine.device)
+        wanted = self.integration
+        reduced = reduced_dtype(wanted.precision, self.engine.device)
         if reduced is None or self.engine.dtype != torch.float32:
             return None, 0.0
         near = {int(np.abs(nodes - alpha).argmin()) for alpha in CHECKED_NODES}
         deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(near)])
-        limit = min(settings.precision_tolerance, (settings.tolerance or 1.0) / 2)
-        refused = settings.precision == 'auto' and deviation > limit
+        limit = min(wanted.precision_tolerance, (wanted.tolerance or 1.0) / 2)
+        refused = wanted.precision == 'auto' and deviation > limit
         return None if refused else reduced, deviation
 
     def crops_of(self, target: int) -> Crops:
@@ -244,25 +229,13 @@ class Work:
             yield from found
 
 
-@dataclass(frozen=True)
-class PlainSettings:
-    """Of a map that is made for a check: so many midpoints, in the network's own precision."""
-
-    steps: int
-    seed: int = 0
-    rule: str = 'midpoint'
-    tolerance: float | None = None
-    precision: str = 'float32'
-    precision_tolerance: float = 0.0
-
-
 def plain_work(
     network: Callable[[torch.Tensor], torch.Tensor],
     module: torch.nn.Module,
     x: torch.Tensor,
     baseline: torch.Tensor,
     target: Callable[[torch.Tensor], torch.Tensor],
-    settings: WalkSettings,
+    integration: Integration,
     references: torch.Tensor | None = None,
 ) -> Work:
     """The work of making the map of one target with a network as it is, without a graph of it.
@@ -274,7 +247,7 @@ def plain_work(
     with torch.no_grad():
         logits = enlarged(engine.run(x), x.shape[-2:])
     at_image = AtImage(x, logits, (target,), None)
-    return Work(engine, at_image, [baseline], settings, _no_overlap, references)
+    return Work(engine, at_image, [baseline], integration, _no_overlap, references)
 
 
 def _no_overlap(logits: torch.Tensor) -> torch.Tensor:

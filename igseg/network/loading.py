@@ -14,7 +14,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,14 @@ from igseg.network.checkpoint import Checkpoint, read_checkpoint
 from igseg.network.description import NetworkDescription, accepted_sizes, input_channels
 from igseg.network.factory import build_network, load_weights, tried_channels
 from igseg.network.identity import ATTRIBUTE, PREPROCESSING, file_digest, network_digest
-from igseg.network.outputs import EXCLUSIVE, FOREGROUND, LOGITS, MULTILABEL, OUTPUT_KINDS
+from igseg.network.kinds import (
+    ARCHITECTURES,
+    EXCLUSIVE,
+    FOREGROUND,
+    LOGITS,
+    MULTILABEL,
+    OUTPUT_KINDS,
+)
 from igseg.network.recognise import NO_OPTIONS, defaults_of, head_weight, recognise
 from igseg.preprocessing import (
     CHANNEL_ORDERS,
@@ -38,8 +45,6 @@ from igseg.preprocessing import (
     Preprocessing,
     checked_size,
 )
-
-ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
 
 MAX_CLASSES = 256  # labels are bytes
 
@@ -324,6 +329,19 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             options[name] = value
     return options
+
+
+@dataclass(frozen=True)
+class NetworkSource:
+    """Where a network comes from: the arguments of `load_model`."""
+
+    model_path: str | Path
+    device: str | torch.device = 'auto'
+    encoder: str | None = None
+    architecture: str | None = None
+    weights_key: str | None = None
+    model_options: Mapping[str, object] | None = None
+    model_factory: str | None = None
 
 
 def load_model(

@@ -1,24 +1,19 @@
-"""What a network gives: the one logit map in its output that is explained, at the size that is
-asked for; and the logits, where it gives probabilities."""
+"""What a network gives: the logit map in its output, and the logits that probabilities are of.
+
+And how a user's network is asked: unchanged afterwards, and with one sentence where it cannot.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from igseg.errors import InputError
-
-FOREGROUND = 'foreground'  # one logit map: the probability of the one class is its sigmoid
-
-EXCLUSIVE = 'exclusive'  # several: a softmax over classes, of which one may be background
-
-MULTILABEL = 'multilabel'  # several: labels independent of each other, a sigmoid each
-
-OUTPUT_KINDS = (FOREGROUND, EXCLUSIVE, MULTILABEL)
-
-LOGITS, PROBABILITIES = 'logits', 'probabilities'  # what a network gives
+from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
 
 LEAST_PROBABILITY = 1e-7  # below it, and above one minus it, a probability's logit stays the same
 
@@ -109,7 +104,9 @@ def probability_kind(network: torch.nn.Module, x: torch.Tensor) -> str | None:
     seen = []
     with torch.no_grad():
         for probe in (x, -x, 10 * x, 10 * noise):
-            maps = segmentation_logits(network(probe), x.shape[-2:]).float()
+            with explained_network(x.shape):
+                output = network(probe)
+            maps = segmentation_logits(output, x.shape[-2:]).float()
             if not bool(((maps >= -1e-6) & (maps <= 1 + 1e-6)).all()):  # also where not finite
                 return None
             seen.append(maps)
@@ -120,3 +117,94 @@ def probability_kind(network: torch.nn.Module, x: torch.Tensor) -> str | None:
         return FOREGROUND
     to_one = bool(((maps.sum(dim=1) - 1).abs() < 1e-3).all())
     return EXCLUSIVE if to_one else MULTILABEL
+
+
+# --------------------------------------------------------------------------- asking a network
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    # Parameters made in inference mode take no part in gradients anyway.
+    wants = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
+    try:
+        model.eval()
+        for parameter, _ in wants:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in wants:
+            parameter.requires_grad_(requires_grad)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: CUDA's, MPS's, or the CPU allocator's."""
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and (
+            'out of memory' in text
+            or "can't allocate memory" in text
+            or 'not enough memory' in text
+        )
+    )
+
+
+class OutOfMemory(Exception):
+    """Memory does not suffice, whichever library noticed."""
+
+
+@contextlib.contextmanager
+def out_of_memory_is_one_error() -> Iterator[None]:
+    """Turn every way of running out of memory into OutOfMemory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error)) from None
+
+
+@contextlib.contextmanager
+def explained_memory(device: torch.device) -> Iterator[None]:
+    """Turn running out of memory into one sentence, an InputError."""
+    try:
+        with out_of_memory_is_one_error():
+            yield
+    except OutOfMemory:
+        raise InputError(
+            f'not enough memory on {device} for the gradient of one image '
+            '(use a smaller image size, or device cpu)'
+        ) from None
+
+
+@contextlib.contextmanager
+def explained_network(shape: Sequence[int]) -> Iterator[None]:
+    """Around the network only: turn whatever it raises on an input of that shape into one
+    sentence, an InputError; but for running out of memory, after which less may be tried."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        text = next(iter(str(error).strip().splitlines()), '')
+        if 'does not require grad' in text:
+            raise InputError(
+                'the network gives no gradient at its input (take torch.no_grad, detach or argmax '
+                'out of its forward)'
+            ) from error
+        raise InputError(
+            f'the network cannot be run on an input of shape {tuple(shape)}: '
+            f'{type(error).__name__}: {text[:300]} (are size and channels those of its training?)'
+        ) from error
+
+
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The precision of a network's weights."""
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floating, torch.float32)

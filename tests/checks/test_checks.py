@@ -25,9 +25,8 @@ from igseg.checks.checks import evaluate, redraw, strongest_square
 from igseg.checks.subject import COMPARED_BASELINES, EFFORTS, Subject
 from igseg.checks.verdict import findings
 from igseg.maps import FAR, infidelity, max_sensitivity, rank_correlation, signed_distance
-from igseg.method.paths import plain_map
 from igseg.statistics import METRICS
-from integrated_gradients import IntegratedGradients, Target, evaluate_explanation
+from integrated_gradients import IntegratedGradients, Target, evaluate_explanation, plain_map
 
 SMALL = replace(EFFORTS['full'], points=8, patches=20, noisy=2, map_steps=4, baselines=0)
 

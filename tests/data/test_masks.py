@@ -14,7 +14,7 @@ from igseg.data.masks import MaskFile, MaskSet, read_mask
 from igseg.data.samples import list_samples, single_sample
 from igseg.data.truth import IGNORED, TruthReading, read_label_map
 from igseg.errors import EmptyTargetError, InputError
-from igseg.method.targets import TargetContext, build_target
+from igseg.method.targets import TargetContext, build_target, scores_of_labels
 from igseg.network.description import NetworkDescription
 from igseg.preprocessing import Preprocessing
 from integrated_gradients import IntegratedGradients, Settings, explain_image
@@ -291,11 +291,11 @@ def test_the_ignore_label_of_several_classes():
     network = NetworkDescription()
     assert not network.drawn(numbers, masks)[:, 0, 3].any()
     assert not network.drawn_objects(numbers, masks)[0, 3]
-    scores = integrated_gradients.scores_of_labels(network, masks, numbers)
+    scores = scores_of_labels(network, masks, numbers)
     assert scores.pixel_accuracy == pytest.approx(1 / 3)
     assert scores.scores[2]['iou'] == pytest.approx(1 / 3)
     nothing = torch.full((1, 4), -1)
-    assert integrated_gradients.scores_of_labels(network, masks, nothing) is None
+    assert scores_of_labels(network, masks, nothing) is None
 
 
 def test_an_image_whose_truth_does_not_count_anywhere_has_no_scores():

@@ -12,7 +12,8 @@ import torch
 from helpers import ROOT, explain, relative_error
 from torch import nn
 
-from igseg.engine.memory import StepBatch, is_out_of_memory
+from igseg.engine.memory import StepBatch
+from igseg.network.outputs import is_out_of_memory
 from integrated_gradients import (
     EmptyTargetError,
     InputError,

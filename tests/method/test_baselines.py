@@ -146,7 +146,8 @@ def test_a_target_is_judged_by_its_own_region():
 
 def test_letterbox_padding_counts_in_no_contrast():
     ig = finder(False)
-    ig.preprocessing = replace(ig.preprocessing, resize='letterbox')
+    letterboxed = replace(ig.preprocessing, resize='letterbox')
+    ig = IntegratedGradients(ig.model, 'cpu', letterboxed)
     wide = np.concatenate([discs(False), discs(False)[:, ::-1]], axis=1)
     padded = np.zeros((128, 128, 3), np.uint8)
     padded[32:96] = wide

@@ -25,18 +25,20 @@ from helpers import (
 from torch import nn
 
 import integrated_gradients
-from igseg.analysis.study import ReferenceImages
+from igseg.analysis.image import ModelInput
+from igseg.analysis.references import ReferenceImages
 from igseg.checks.checks import evaluate
 from igseg.checks.subject import subject_of
 from igseg.data.pixels import Reading
 from igseg.data.samples import list_samples
 from igseg.errors import InputError
 from igseg.explanation import GIVEN, NO_BASELINE, Declared
-from igseg.method.choice import METHODS, build_methods, form_of
+from igseg.method.choice import METHODS, MethodKind, Question, form_of
 from igseg.method.layers import enlarged_sum
+from igseg.method.method import build_methods
 from igseg.method.methods import IntegratedGradientsMethod, guided_step
 from igseg.method.paths import BlurPath, DrawnPath
-from igseg.method.rules import Stratified
+from igseg.method.rules import Integration, Stratified
 from igseg.preprocessing import Preprocessing
 from igseg.results.figures import methods_figure
 from igseg.results.files import load_view
@@ -427,17 +429,15 @@ def test_the_checks_make_the_methods_own_map(method, images, others, small):
 
 
 def test_adding_a_method_is_one_class_and_one_row(images, monkeypatch):
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class Twice(IntegratedGradientsMethod):
         """ig, twice"""
-
-        source = 'here'
-        declared = Declared('twice', None)
 
         def explain(self, work):
             return super().explain(work)
 
-    monkeypatch.setitem(METHODS, 'twice', Twice)
+    row = MethodKind(Declared('twice', None), 'ig, twice', 'here', Twice)
+    monkeypatch.setitem(METHODS, 'twice', row)
     found = explain(explainer(SQUARES), *images, 'twice', num_steps=3)
     assert found.method.name == 'twice' and found.completeness_gap is None
 
@@ -640,32 +640,32 @@ def test_an_unreadable_reference_image_is_left_out_and_said(tmp_path):
         save_image(tmp_path / f'{number}.png', noise_image(8, 8, number))
     (tmp_path / 'broken.png').write_bytes(b'no picture')
     ig = explainer(SQUARES)
-    ig.reference_images = ReferenceImages(list_samples(tmp_path), Reading())
+    others = ReferenceImages(list_samples(tmp_path), Reading())
     x = ig.preprocessing.normalise(noise_image(8, 8, 9).astype(np.float32))
-    (found,) = ig.explain_with(Settings(method='expected', target='image', num_steps=8), x)
+    given = ModelInput(x, ig.preprocessing)
+    asked, (method,) = Question(('image',)), build_methods(['expected'])
+    (found,) = ig.explain_with(given, asked, Integration(steps=8), method, others)
     (note,) = [note for note in found.notes if 'left out of the reference images' in note]
     assert 'broken.png' in note and found.baseline.startswith('3 other')
-    assert len(ig.reference_images.sha256(16)) == 64
+    assert len(others.sha256(16)) == 64
 
 
 def test_reference_images_none_of_which_can_be_read_are_named(tmp_path, images):
     for name in ('one.png', 'two.png'):
         (tmp_path / name).write_bytes(b'no picture')
-    settings = Settings(method='expected', target='image', reference_dir=tmp_path)
     with pytest.raises(InputError, match=r'no other image to compare with can be used: .*one.png'):
-        explainer(SQUARES).explain_with(settings, images[0])
+        explainer(SQUARES).explain(images[0], 'image', method='expected', reference_dir=tmp_path)
 
 
 def test_an_empty_folder_of_reference_images_is_named_with_its_flag(tmp_path, images):
-    settings = Settings(method='expected', target='image', reference_dir=tmp_path)
     with pytest.raises(InputError, match='--reference_dir: .*' + tmp_path.name):
-        explainer(SQUARES).explain_with(settings, images[0])
+        explainer(SQUARES).explain(images[0], 'image', method='expected', reference_dir=tmp_path)
 
 
 def test_a_layer_that_is_not_there_is_told_before_the_network_is_prepared(images):
     ig = explainer(SQUARES)
     with pytest.raises(InputError, match='unknown layer "nothing"'):
-        ig.explain_with(Settings(method='layer:nothing', target='image'), images[0])
+        ig.explain(images[0], 'image', method='layer:nothing')
     assert ig.engine.network is None
 
 
@@ -711,7 +711,7 @@ def test_an_option_goes_to_every_method_that_has_it():
     smooth, guided = build_methods(['smooth', 'guided'], ['samples=3', 'fraction=0.5'])
     assert (smooth.samples, guided.fraction) == (3, 0.5)
     settings = Settings(method='smooth guided', method_option='samples=3 fraction=0.5')
-    assert settings.of_method('guided').method_option == ('fraction=0.5',)
+    assert dict(settings.methods[1].options) == {'fraction': 0.5, 'max_dist': 0.02}
     assert settings.record()['method'] == 'smooth guided'
 
 
@@ -799,4 +799,4 @@ def test_a_tolerance_that_a_method_cannot_keep_to_is_status_2(capsys):
 
 def test_a_window_larger_than_the_image_is_refused():
     with pytest.raises(InputError, match='larger than the input of 8×6'):
-        METHODS['occlusion'](window=9).windows((6, 8))
+        build_methods(['occlusion'], ['window=9'])[0].windows((6, 8))

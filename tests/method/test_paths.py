@@ -12,9 +12,9 @@ from helpers import Function, integrate, relative_error
 from igseg.engine.engine import Crops, GradientEngine
 from igseg.engine.sampler import AtImage, PathSampler
 from igseg.method.integral import MeanIntegral
-from igseg.method.paths import StraightPath, plain_map
+from igseg.method.paths import StraightPath
 from igseg.method.rules import ADAPTIVE
-from integrated_gradients import Target
+from integrated_gradients import Target, build_baselines, plain_map
 
 
 @pytest.fixture
@@ -61,8 +61,9 @@ def test_the_reference_in_closed_form(images):
 def test_the_engine_computes_what_the_reference_does(exact_ig, brain_detail, baseline_type):
     ours = exact_ig.explain(brain_detail, 'predicted', baseline_type, 7, 'midpoint')
     x = brain_detail.double()
-    (image,) = exact_ig.baseline_images(baseline_type, x)
-    baseline = exact_ig.preprocessing.normalise(image).double()
+    fit = exact_ig.preprocessing
+    (image,) = build_baselines(baseline_type, fit.to_pixels(x), fit)
+    baseline = fit.normalise(image).double()
     plain = plain_map(exact_ig.model, x, baseline, ours.objective, 7)
     assert relative_error(ours.attributions, torch.from_numpy(plain)) < 1e-6
 

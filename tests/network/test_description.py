@@ -9,8 +9,8 @@ from helpers import DEMO_MODEL
 from torch import nn
 
 from igseg.network.description import NetworkDescription, describe_network
+from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
 from igseg.network.loading import create_model
-from igseg.network.outputs import EXCLUSIVE, FOREGROUND, MULTILABEL
 from integrated_gradients import InputError, IntegratedGradients, Preprocessing, load_model
 
 

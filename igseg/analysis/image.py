@@ -1,0 +1,243 @@
+"""From an image in pixel space to the input of a network, with all that is needed to go back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from igseg.analysis.references import ReferenceImages
+from igseg.data.pixels import Reading, read_image
+from igseg.engine.engine import GradientEngine
+from igseg.errors import InputError
+from igseg.explanation import Explanation
+from igseg.method.baselines import baseline_pictures
+from igseg.method.choice import AUTO, BASELINES, Question, check_baseline
+from igseg.method.method import Method
+from igseg.method.rules import Integration
+from igseg.network.description import NetworkDescription, known_description, likely_channels
+from igseg.network.factory import runs_at
+from igseg.network.kinds import Meaning
+from igseg.network.known import Known
+from igseg.network.loading import NetworkSource, load_model
+from igseg.preprocessing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OF_EACH_IMAGE,
+    ImageSize,
+    Placement,
+    Preprocessing,
+    sides,
+    size_text,
+)
+from igseg.settings import PIXEL_RANGES, Settings
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """An image and its truth as the network takes them, and the preprocessing that made them."""
+
+    x: torch.Tensor  # (1, C, H, W)
+    preprocessing: Preprocessing
+    truth: np.ndarray | None = None  # (H, W) labels; below 0: pixels that do not count
+    placement: Placement | None = None  # of the image in the input; None: it is the input
+
+    @classmethod
+    def of(
+        cls,
+        preprocessing: Preprocessing,
+        image: np.ndarray,
+        truth: np.ndarray | None,
+        origin: tuple[int, int] = (0, 0),
+        nothing: int = 0,
+    ) -> ModelInput:
+        """image: (H0, W0, C), or (H0, W0) of one channel. truth: (H0, W0) labels; below 0: pixels
+        that do not count. origin: (x, y) of the image in a larger one that it was cut from.
+        nothing: the label of letterbox padding."""
+        image = image[:, :, None] if image.ndim == 2 else image
+        if image.shape[2] != preprocessing.channels:
+            raise InputError(
+                f'the image has {image.shape[2]} channels, but the network takes '
+                f'{preprocessing.channels} (read it with read_image(path, channels))'
+            )
+        return cls(
+            preprocessing.normalise(preprocessing.resize_image(image)),
+            preprocessing,
+            None if truth is None else preprocessing.resize_mask(truth, nothing),
+            replace(preprocessing.place(image.shape[:2]), origin=origin),
+        )
+
+    @property
+    def example(self) -> torch.Tensor:
+        """What the network may be prepared on."""
+        return self.x
+
+
+class Explainer(Protocol):
+    """What is asked here of the user's `IntegratedGradients`."""
+
+    device: torch.device
+    known: Known
+
+    @property
+    def engine(self) -> GradientEngine:
+        """What computes gradients of the network."""
+
+    def see(
+        self, input_tensor: torch.Tensor, meaning: Meaning
+    ) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """Look at the network again, and at what it gives for an input (1, C, H, W)."""
+
+    def prepare(self, input_tensor: torch.Tensor, meaning: Meaning) -> None:
+        """Prepare the network on an input (1, C, H, W)."""
+
+    def explain_with(
+        self,
+        given: ModelInput,
+        question: Question,
+        integration: Integration,
+        method: Method,
+        references: ReferenceImages | torch.Tensor | None = None,
+        progress: bool = False,
+    ) -> list[Explanation]:
+        """An explanation of each target."""
+
+
+# An explanation, and the pixels (H, W) bool that truly are of the explained class, if known.
+Explained = tuple[Explanation, np.ndarray | None]
+
+
+def explain_by_all(
+    explainer: Explainer,
+    given: ModelInput,
+    question: Question,
+    integration: Integration,
+    methods: Sequence[Method],
+    references: ReferenceImages | torch.Tensor | None = None,
+    progress: bool = False,
+) -> list[Explained]:
+    """For each target, and each method, the explanation and the truth of its class."""
+    by_method = [
+        explainer.explain_with(given, question, integration, method, references, progress)
+        for method in methods
+    ]
+    explanations = [one for of_target in zip(*by_method, strict=True) for one in of_target]
+    if given.truth is None:
+        return [(one, None) for one in explanations]
+    return [(one, one.objective.explained(given.truth)) for one in explanations]
+
+
+# --------------------------------------------------------------------------- preprocessing
+
+
+def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preprocessing:
+    """How images become input of this model: by the settings, else as stored with the checkpoint,
+    else by default (640, stretched, ImageNet's mean and std).
+
+    The image size is rounded up to one that the network takes.
+    """
+    network = known_description(model)
+    channels = network.channels or likely_channels(model)
+    own = network.preprocessing.for_channels(channels)  # as it was found at loading
+    scale = PIXEL_RANGES[settings.pixel_range]
+    as_they_are = (0.0,) * channels, (1.0 / scale,) * channels
+    mean, std = own.mean, own.std
+    if settings.normalize == 'imagenet':
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    elif settings.normalize != 'auto' or settings.pixel_range != '0-1':
+        mean, std = as_they_are
+    of_each = settings.normalize if settings.normalize in OF_EACH_IMAGE else None
+    if of_each and (settings.mean or settings.std or settings.pixel_range != '0-1'):
+        raise InputError(
+            f'--normalize {of_each} takes its numbers from each image, so it goes without --mean, '
+            '--std and --pixel_range'
+        )
+    alone = (settings.mean is None) != (settings.std is None)
+    if alone and (mean, std) == (IMAGENET_MEAN, IMAGENET_STD):
+        raise InputError("--mean and --std go together (the other would be ImageNet's)")
+    mean = mean if settings.mean is None else tuple(value / scale for value in settings.mean)
+    std = std if settings.std is None else tuple(value / scale for value in settings.std)
+    if settings.mean is not None and max(map(abs, mean)) > 1:
+        raise InputError(
+            f'mean {settings.mean} cannot be of pixels from 0 to {scale:g} (with --pixel_range '
+            '0-255 it is of pixels up to 255)'
+        )
+    if network.channels is None and settings.mean is not None:  # then the user says it
+        channels = len(mean)
+    if not len(mean) == len(std) == channels:
+        raise InputError(
+            f'the network takes {channels} channel{"s" if channels > 1 else ""}, but mean has '
+            f'{len(mean)} numbers and std {len(std)} (give {channels} each with --mean and --std)'
+        )
+    wanted = settings.tile or settings.image_size or own.image_size
+    size = size_taken(model, network, channels, wanted)
+    resize = 'stretch' if settings.tile else settings.resize or own.resize
+    order = settings.channel_order or own.channel_order
+    if order != 'rgb' and channels != 3:
+        raise InputError(f'channel_order {order} needs 3 channels; the network takes {channels}')
+    return Preprocessing(size, resize, mean, std, order, of_each)
+
+
+def size_taken(
+    model: torch.nn.Module, network: NetworkDescription, channels: int, wanted: ImageSize
+) -> ImageSize:
+    """The input size of a network from `wanted` on."""
+    size = network.accepted_size(wanted)
+    if size != wanted and 'model_factory' in network.source:  # which says nothing of sizes
+        return wanted if runs_at(model, channels, sides(wanted)) else size
+    return size
+
+
+def open_network(
+    source: NetworkSource, settings: Settings
+) -> tuple[torch.nn.Module, Preprocessing]:
+    """A checkpoint's network, and how images become its input under these settings; what was
+    decided is said. Raises InputError."""
+    model = load_model(**vars(source))
+    network = known_description(model)
+    for note in network.notes:
+        print(f'note: {note}', file=sys.stderr)
+    preprocessing = input_preprocessing(model, settings)
+    asked, what = settings.tile or settings.image_size, 'tile' if settings.tile else 'image size'
+    if asked is not None and sides(asked) != sides(preprocessing.image_size):
+        wanted, size = size_text(asked), size_text(preprocessing.image_size)
+        why = f'takes multiples of {network.step}'
+        if network.fixed_size:
+            why = f'takes only {size_text(network.fixed_size)}'
+        print(f'note: {what} {wanted}: the network {why}, using {size}', file=sys.stderr)
+    return model, preprocessing
+
+
+# --------------------------------------------------------------------------- baselines
+
+
+def read_baseline(kind: str, channels: int, reading: Reading) -> np.ndarray | None:
+    """The picture (h, w, C) of a baseline's file; None for a kind that no file is read for. Raises
+    InputError for an unknown kind or an unreadable file."""
+    check_baseline(kind)
+    known = kind in BASELINES or kind == AUTO
+    return None if known else read_image(kind, channels, reading)
+
+
+def build_baselines(
+    kind: str,
+    pixels: np.ndarray,
+    preprocessing: Preprocessing,
+    draws: int = 4,
+    seed: int = 0,
+    reading: Reading | None = None,
+) -> list[np.ndarray]:
+    """The baselines of that kind for an image: several draws for `random`, one for the others.
+
+    kind: a key of BASELINES, or the path of an image file (fitted to the image).
+    pixels: (H, W, C) float32, 0-255. reading: how a file is read (window, frame).
+    Returns arrays of the same shape and range. Raises InputError for an unknown kind or an
+    unreadable file.
+    """
+    image = read_baseline(kind, pixels.shape[2], reading or Reading())
+    question = Question(baseline=kind, baseline_image=image, baseline_draws=draws, seed=seed)
+    return baseline_pictures(question, kind, pixels, preprocessing)

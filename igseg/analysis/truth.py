@@ -1,0 +1,63 @@
+"""The ground truth of an image: what counts in it, and the names of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from igseg.analysis.study import Study
+from igseg.data.truth import IGNORED, VOID
+from igseg.errors import InputError
+from igseg.explanation import Explanation
+from igseg.network.kinds import MULTILABEL
+
+
+def counted_truth(
+    study: Study, truth: np.ndarray | None
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """A truth (H, W) from the caller, its ignore label below 0: that of the settings, else 255
+    beside the numbers of classes; and what is to be said of it."""
+    if truth is None or truth.dtype.kind not in 'ui':
+        return truth, ()
+    value, notes = study.ignore_label, ()
+    if value is None:
+        values = set(np.unique(truth).tolist())
+        known = (VOID in values and study.truth_reading.numbers) or 0
+        if known > VOID:
+            return truth, ()
+        if max(values - {VOID}, default=0) not in range(1, known):
+            return truth, ()
+        value, notes = VOID, (
+            f'the truth holds {VOID} beside class numbers: taken as "ignore", which counts in no '
+            'score and no target',
+        )  # fmt: skip
+    return np.where(truth == value, np.int16(IGNORED), truth.astype(np.int16)), notes
+
+
+def names_of_labels(
+    study: Study, explanation: Explanation, of_dataset: Mapping[int, str]
+) -> list[str]:
+    """The names of all labels of a network: those of the settings, else of the checkpoint, else of
+    the dataset, else their numbers. Raises InputError where there are too few or too many."""
+    masks = explanation.objective.weights
+    names = study.network.class_names
+    if names and len(names) != len(masks):
+        raise InputError(
+            f'class_names gives {len(names)} names, but the network has {len(masks)} classes '
+            '(name all in order, the background too)'
+        )
+    first = 1 if explanation.objective.network.kind(masks) == MULTILABEL else 0
+    if not names and len(set(of_dataset.values())) == len(of_dataset):
+        names = tuple(of_dataset.get(k + first, str(k)) for k in range(len(masks)))
+    named = list(names or map(str, range(len(masks))))
+    labels = study.files.labels
+    for number, own in (labels.names if labels else {}).items():  # which win over all others
+        if 0 <= number - first < len(named):
+            named[number - first] = own
+    if len(set(named)) < len(named):
+        raise InputError(
+            f'the label map {study.label_map} gives a class the name of another one '
+            '(name all classes in it)'
+        )
+    return named

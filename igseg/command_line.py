@@ -1,0 +1,268 @@
+"""The command line: argv -> a `Request`, and what is printed of results.
+
+Flags, their help and their defaults are the rows of `Request` and of `Settings`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from igseg.analysis.sample import Output, say_warnings
+from igseg.analysis.summary import BatchResult
+from igseg.checks.subject import evaluation_cost
+from igseg.checks.verdict import parse_thresholds, statistics_text
+from igseg.data.layouts import DataSource, layouts_text
+from igseg.data.samples import Sample, list_samples
+from igseg.errors import InputError, attempt
+from igseg.network.kinds import ARCHITECTURES
+from igseg.network.loading import NetworkSource, parse_options
+from igseg.program import MAIN, name_of
+from igseg.results.export import EXPORTS
+from igseg.results.files import FIGURES
+from igseg.setting import Setting, setting
+from igseg.settings import ATTRIBUTION, CHECKING, MODEL, PREPROCESSING, Settings
+
+WHAT = 'what to explain'
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for; the rows are its flags beside those of `Settings`."""
+
+    # fmt: off
+    mode: str = setting('single', WHAT, '', choices=('single', 'batch'), default_text='single')
+    image_path: Path | None = setting(None, WHAT, 'single: the image', default_text='')
+    mask_path: Path | None = setting(None, WHAT, 'single: its ground-truth mask',
+        default_text='the one beside it in its dataset')
+    data_dir: Path = setting(Path('Dataset_no_preprocessing'), WHAT, 'batch: the dataset folder')
+    split: str | None = setting(None, WHAT, 'batch: its subfolder',
+        default_text='test, else valid, val, the folder itself')
+    images_dir: Path | None = setting(None, WHAT,
+        'the images, where the dataset lies in no known way', metavar='DIR',
+        default_text='by looking')
+    masks_dir: Path | None = setting(None, WHAT, 'their masks', metavar='DIR',
+        default_text='by looking')
+    mask_suffix: str | None = setting(None, WHAT,
+        "by which a mask's name differs from its image's, for example _lesion", metavar='ENDING',
+        default_text='none, or one of the usual ones')
+    mask_prefix: str | None = setting(None, WHAT,
+        "by which a mask's name begins before its image's, for example seg_", metavar='START',
+        default_text='none, or mask_')
+    mask_name: str | None = setting(None, WHAT,
+        "how masks are named where the image's name changes; * stands for what is the same, "
+        "for example '*_training=*_manual1'", metavar='IMAGE=MASK',
+        default_text='by --mask_suffix and --mask_prefix')
+    num_samples: int | None = setting(10, WHAT, 'batch: how many images, evenly spaced',
+        metavar='N|all')  # None: all
+    output_dir: Path = setting(Path('integrated_gradients_results'), WHAT, '')
+    figures: str = setting('all', WHAT,
+        'of each image; png: the two figures; all: also the pictures that the page shows; '
+        'they can be drawn later without computing anything again', choices=tuple(FIGURES))
+    export: str | None = setting(None, WHAT,
+        "also write each map in the image's own geometry: original resolution, float32, what "
+        'was not explained NaN; slices of a volume together', choices=tuple(EXPORTS),
+        default_text='off')
+    overwrite: bool = setting(False, WHAT, 'compute images again that are finished',
+        default_text='off')
+    model_path: Path | None = setting(None, MODEL,
+        'checkpoint: .pth, .safetensors, or a folder of save_pretrained', required=True,
+        default_text='')
+    encoder: str | None = setting(None, MODEL, 'an smp encoder',
+        default_text="the checkpoint's, else read off the weights")
+    architecture: str | None = setting(None, MODEL, '', choices=ARCHITECTURES,
+        default_text="the checkpoint's, else read off the weights")
+    weights_key: str | None = setting(None, MODEL,
+        'which of several networks in the checkpoint; factory: the weights that a '
+        '--model_factory has loaded itself', metavar='KEY',
+        default_text='the first that is no average')
+    model_option: tuple[str, ...] | None = setting(None, MODEL,
+        'of the architecture, where it leaves no trace in the weights, for example '
+        'encoder_output_stride=8; with --model_factory, its arguments', metavar='NAME=VALUE',
+        default_text="the checkpoint's, else smp's")
+    model_factory: str | None = setting(None, MODEL,
+        'code of your own that builds the network, or package.module:function; called with '
+        'the --model_option values', metavar='FILE.py:FUNCTION', default_text='a network of smp')
+    device: str = setting('auto', MODEL, 'auto, cuda, mps or cpu')
+    # fmt: on
+    settings: Settings = field(default_factory=Settings)
+
+    def network(self, device: str | None = None) -> NetworkSource:
+        """The network that was named; device: instead of the one that was asked for."""
+        assert self.model_path is not None  # the flag is required
+        options = parse_options(self.model_option or ())
+        return NetworkSource(
+            self.model_path, device or self.device, self.encoder, self.architecture,
+            self.weights_key, options or None, self.model_factory,
+        )  # fmt: skip
+
+    @property
+    def data(self) -> DataSource:
+        """The dataset that was named."""
+        return DataSource(self.data_dir, self.split, self.images_dir, self.masks_dir,
+                          self.mask_suffix, self.mask_prefix, self.mask_name)  # fmt: skip
+
+    @property
+    def output(self) -> Output:
+        """Where results go. Raises InputError."""
+        return Output(self.output_dir, self.figures, self.overwrite, self.export)
+
+
+# --------------------------------------------------------------------------- the parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'error: {message} (see {self.prog} --help)\n')
+
+
+def _whole_number(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'"{text}" is not a whole number of at least 1')
+    return int(text)
+
+
+def _count_or_all(text: str) -> int | None:
+    return None if text == 'all' else _whole_number(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, from the rows of `Request` and `Settings`."""
+    parser = _Parser(
+        prog=name_of(MAIN),
+        description='Integrated Gradients for segmentation models: why did it draw this mask?',
+        epilog=f'Datasets that are told apart by looking: {layouts_text()}. '
+        'Exit status: 0 done, 1 some images of a batch failed or its summary could not be '
+        'written, 2 bad input, 130 Ctrl-C, 143 SIGTERM.',
+        allow_abbrev=False,  # --step 50 would silently mean --step_batch 50
+    )
+    rows = [row for row in (*fields(Request), *fields(Settings)) if 'setting' in row.metadata]
+    for name in (WHAT, MODEL, PREPROCESSING, ATTRIBUTION, CHECKING):
+        _add_flags(
+            parser.add_argument_group(name),
+            [row for row in rows if row.metadata['setting'].group == name],
+        )
+    return parser
+
+
+def _add_flags(group: argparse._ArgumentGroup, rows: Sequence[Field[Any]]) -> None:
+    """The flags of a group, in the order of their rows."""
+    known = {row.name: row.metadata['setting'] for row in rows}
+    rivals = {one.instead_of for one in known.values()}
+    either = None
+    for row in rows:
+        if row.name in rivals:
+            either = group.add_mutually_exclusive_group()
+        alone = either is None or not (row.name in rivals or known[row.name].instead_of)
+        (group if alone else either).add_argument(f'--{row.name}', **_flag_of(row))
+        if row.name == 'target':
+            group.add_argument('--each_object', action='store_true',
+                               help='the same as --target each-object (default: off)')  # fmt: skip
+
+
+READERS = {'int': int, 'float': float, 'Path': Path}
+
+
+def _flag_of(row: Field[Any]) -> dict[str, Any]:
+    """How argparse reads a flag."""
+    known: Setting = row.metadata['setting']
+    flag: dict[str, Any] = {'help': known.help}
+    if row.type == 'bool':
+        return flag | {'action': 'store_true'}
+    flag |= {'default': row.default, 'choices': known.choices, 'metavar': known.metavar}
+    if known.required:
+        flag['required'] = True
+    if row.name in ('mean', 'std'):
+        return flag | {'nargs': '+', 'type': float}
+    if row.name in ('class_names', 'model_option'):
+        return flag | {'nargs': '+'}
+    if row.name in ('target', 'thresholds', 'method', 'method_option'):
+        default = known.default_text if row.name in ('target', 'method') else None
+        return flag | {'nargs': '+', 'default': default}
+    if row.name == 'num_samples':
+        return flag | {'type': _count_or_all}
+    if known.least == 1:
+        return flag | {'type': _whole_number}
+    return flag | {'type': READERS.get(str(row.type).partition(' ')[0], str)}
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """The settings that the parsed flags ask for. Raises InputError where they make no sense."""
+    if args.each_object and args.target != 'predicted':
+        raise InputError('--each_object goes without --target')
+    given = {name: value for name, value in vars(args).items() if name in Settings.table()}
+    given['target'] = 'each-object' if args.each_object else args.target
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    given['thresholds'] = parse_thresholds(args.thresholds or ())
+    given['method_option'] = given['method_option'] or ()
+    return Settings(**given)
+
+
+def request_from(args: argparse.Namespace) -> Request:
+    """What the parsed flags ask for. Raises InputError where they make no sense."""
+    rows = {row.name for row in fields(Request)} - {'settings'}
+    given = {name: value for name, value in vars(args).items() if name in rows}
+    return Request(**given, settings=settings_from(args))
+
+
+def parse(argv: Sequence[str] | None = None) -> Request:
+    """What a command line asks for. Raises InputError; SystemExit for a flag that is none."""
+    return request_from(build_parser().parse_args(argv))
+
+
+# --------------------------------------------------------------------------- what is said
+
+
+def say_cost(settings: Settings) -> None:
+    """Tell what checks will cost, where some are wanted, before anything is computed."""
+    if settings.evaluate:
+        print(evaluation_cost(settings.evaluate), file=sys.stderr)
+
+
+def around(sample: Sample) -> list[Sample]:
+    """The images in the folder of a sample."""
+    found, _ = attempt(partial(list_samples, sample.image_path.parent), InputError)
+    return found or [sample]
+
+
+def say_result(by_target: Sequence[dict[str, Any]], output: Output, maps: Sequence[Path]) -> None:
+    """The statistics of one image; what the user must not miss on stderr."""
+    for statistics in by_target:
+        print(statistics_text(statistics))
+        for finding in statistics['verdict']:
+            print(f'  {finding["flag"]}: {finding["text"]}')
+        print(f'Files in {output.folder / statistics["folder"]}')
+        for path in maps:
+            print(f'Map in {path}')
+        say_warnings(statistics)
+
+
+def say_summary(result: BatchResult, output: Output) -> int:
+    """The summary of a batch; what the user must not miss on stderr. The exit status."""
+    counts = result.summary
+    print(
+        f'{counts["images"]} images explained, {counts["skipped"]} skipped (empty target), '
+        f'{counts["failed"]} failed'
+    )
+    for key, value in counts.items():
+        if key.startswith('median_') and value is not None:
+            interval = counts[key.replace('median_', 'interval_')]
+            between = ' (95 %: {:.4g} to {:.4g})'.format(*interval) if interval else ''
+            print(f'  {key.replace("_", " "):32}{value:.4g}{between}')
+    for line in counts['findings']:
+        print(f'  {line}')
+    if counts['suspicion']:
+        print(f'WARNING: {counts["suspicion"]}', file=sys.stderr)
+    if result.unwritten:
+        print(f'error: {result.unwritten}', file=sys.stderr)
+    else:
+        print(f'Open {output.folder / "index.html"}')
+    return 1 if result.failed or result.unwritten else 0

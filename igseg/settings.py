@@ -1,0 +1,379 @@
+"""The settings of an explanation: one table, of which flags, help, checks and records are made.
+
+A setting is one row: a field of `Settings` with its default, its meaning and its check. Nothing is
+read from a file here, and neither torch nor a network is needed. What travels on from here are
+parts: the `Question`, the `Integration`, the methods, the way files are read.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+from igseg.checks.subject import EFFORTS
+from igseg.checks.verdict import Thresholds
+from igseg.data.pixels import Reading
+from igseg.errors import InputError
+from igseg.method.choice import (
+    AUTO,
+    BASELINES,
+    CANDIDATES,
+    METHODS,
+    TARGETS,
+    MethodChoice,
+    Question,
+    check_baseline,
+    check_form,
+    chosen_methods,
+    methods_text,
+    option_texts,
+    options_text,
+)
+from igseg.method.rules import ADAPTIVE, PRECISIONS, RULE_NAMES, Integration, first_nodes
+from igseg.network.kinds import LOGITS, OUTPUT_KINDS, PROBABILITIES, Meaning
+from igseg.preprocessing import (
+    CHANNEL_ORDERS,
+    DEFAULT_IMAGE_SIZE,
+    NORMALIZE_MODES,
+    OF_EACH_IMAGE,
+    RESIZE_MODES,
+    ImageSize,
+    checked_size,
+    sides,
+)
+from igseg.setting import Setting, setting
+
+SCORES = ('logit', 'probability')
+ON_EMPTY = ('skip', 'image')
+MOST_STEPS = 100_000
+PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
+OUTPUTS = ('auto', LOGITS, PROBABILITIES)
+AGAINST_TILES = {  # settings, and why they go without --tile
+    'crop': 'it explains a part of the image in one piece',
+    'image_size': 'tiles go into the network at their own size',
+    'resize': 'tiles are not resized',
+    'evaluate': 'the checks are of images in one piece (check a part of the image with --crop)',
+}
+
+MODEL, PREPROCESSING, ATTRIBUTION, CHECKING = 'model', 'preprocessing', 'attribution', 'checks'
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the numbers of an explanation; one object for CLI, API, notebook.
+
+    `target` may be given as text, several separated by spaces. Raises InputError where a value
+    makes no sense.
+    """
+
+    # fmt: off
+    step_batch: int | None = setting(None, MODEL, 'interpolation steps computed at once',
+        least=1, metavar='N', default_text='the fastest that fits')
+    output_kind: str | None = setting(None, MODEL,
+        'what several logit maps mean: exclusive classes (softmax), or independent labels '
+        '(multilabel: a sigmoid each, no background)', choices=OUTPUT_KINDS,
+        default_text="the checkpoint's, else exclusive")
+    background_class: str | int | None = setting(None, MODEL,
+        'of exclusive classes, the one that is no object', metavar='K|none',
+        default_text="the checkpoint's, else 0")
+    outputs: str = setting('auto', MODEL,
+        'what the network gives; auto: probabilities where all lie in 0-1 on any input',
+        choices=OUTPUTS)
+    class_names: tuple[str, ...] | None = setting(None, MODEL,
+        'of all labels, in order, for the figures of each class', metavar='NAME',
+        default_text="the checkpoint's, else the dataset's")
+    image_size: ImageSize | str | None = setting(None, PREPROCESSING,
+        'of the model input, a side or HEIGHTxWIDTH, rounded up to multiples that the network '
+        'takes', metavar='PIXELS', default_text=f"the checkpoint's, else {DEFAULT_IMAGE_SIZE}")
+    resize: str | None = setting(None, PREPROCESSING,
+        'letterbox keeps the aspect ratio, pads black', choices=RESIZE_MODES,
+        default_text="the checkpoint's, else stretch")
+    normalize: str = setting('auto', PREPROCESSING,
+        "auto: the checkpoint's mean and std, else ImageNet's; none: 0-1 as it is; minmax: each "
+        'image from its least value, 0, to its largest, 1; zscore: each image minus its mean, by '
+        'its standard deviation', choices=NORMALIZE_MODES)
+    mean: tuple[float, ...] | None = setting(None, PREPROCESSING,
+        'of each channel in training, instead of --normalize', metavar='M',
+        default_text='by --normalize')
+    std: tuple[float, ...] | None = setting(None, PREPROCESSING,
+        'the same: standard deviation', metavar='S', default_text='by --normalize')
+    channel_order: str | None = setting(None, PREPROCESSING,
+        'of the colours that the network was given; --mean and --std are in this order',
+        choices=CHANNEL_ORDERS, default_text="the checkpoint's, else rgb")
+    pixel_range: str = setting('0-1', PREPROCESSING,
+        'of the pixels that the network was given, and of --mean and --std', choices=PIXEL_RANGES)
+    window: str | None = setting(None, PREPROCESSING,
+        "values of the image's file that become black and white, LOW:HIGH (with =, where LOW is "
+        'negative); auto: the 0.5th and 99.5th percentile of the image; dicom: what the file asks '
+        'for', metavar='LOW:HIGH|auto|dicom',
+        default_text="0-255, 0-65535 or 0-1, as the file holds; DICOM: the file's")
+    frame: int | None = setting(None, PREPROCESSING,
+        'of a file with several frames or pages, from 0', least=0, metavar='N',
+        default_text='the first')
+    slice: str | None = setting(None, PREPROCESSING,
+        'of a volume (NIfTI), AXIS:INDEX, from 0; batch: AXIS alone for every slice along it',
+        metavar='AXIS[:INDEX]', default_text='the middle of axis 2; batch: every slice along it')
+    crop: tuple[int, ...] | str | None = setting(None, PREPROCESSING,
+        'explain only this part of the image, in its pixels', metavar='X,Y,WIDTH,HEIGHT',
+        default_text='all of it')
+    tile: ImageSize | str | None = setting(None, PREPROCESSING,
+        'explain the image in its own pixels, in tiles of this side (or HEIGHTxWIDTH) that the '
+        'network takes as they are, and put their maps together', metavar='SIZE',
+        default_text='off: the whole image, resized', instead_of='crop')
+    overlap: int | None = setting(None, PREPROCESSING,
+        'with --tile: pixels that neighbouring tiles share at least', least=0, metavar='N',
+        default_text='a quarter of the tile')
+    max_pixels: int | None = setting(None, PREPROCESSING,
+        'images of more pixels are refused', least=1, metavar='N', default_text='89478485')
+    label_map: str | None = setting(None, PREPROCESSING,
+        'text file, what the values or colours of masks (or the categories of annotations) stand '
+        'for: in each line VALUE = CLASS, NAME; VALUE a number, R,G,B or #rrggbb; CLASS a number '
+        'or ignore', metavar='FILE', default_text='by the set of the values')
+    ignore_label: int | None = setting(None, PREPROCESSING,
+        'value of the masks whose pixels count in no score and no target', metavar='VALUE',
+        default_text='255 beside small numbers')
+    target: tuple[str, ...] = setting(('predicted',), ATTRIBUTION, 'one or several; '
+        + '; '.join(f'{kind.form}: {kind.meaning}' for kind in TARGETS.values()),
+        metavar='TARGET', default_text='predicted')  # several share their forward passes
+    method: tuple[str, ...] = setting(('ig',), ATTRIBUTION, 'how; one or several; '
+        + methods_text(), metavar='METHOD', default_text='ig')
+    method_option: tuple[str, ...] = setting((), ATTRIBUTION, 'of the methods: '
+        + '; '.join(options_text(kind) for kind in METHODS.values()), metavar='NAME=VALUE',
+        default_text='as said')
+    segments: str | None = setting(None, ATTRIBUTION,
+        'rank regions of the image by the attribution they carry; xrai: by segments of its '
+        'colours at several scales', choices=('xrai',), default_text='off',
+        describes=True)
+    reference_dir: str | None = setting(None, ATTRIBUTION,
+        'method expected: the folder of the other images', metavar='DIR',
+        default_text='the others of the dataset')
+    no_multiply: bool = setting(False, ATTRIBUTION,
+        'the mean gradient, not multiplied by image minus baseline', default_text='off')
+    score: str = setting('logit', ATTRIBUTION, 'what is averaged over the target', choices=SCORES)
+    threshold: float = setting(0.5, ATTRIBUTION, 'probability above which a pixel is predicted',
+        above=0, below=1)
+    min_object_area: int = setting(1, ATTRIBUTION,
+        'objects of fewer output pixels are no targets', least=1, metavar='PIXELS')
+    on_empty: str = setting('skip', ATTRIBUTION,
+        'empty target: skip it, or explain the whole image', choices=ON_EMPTY)
+    baseline: str = setting('zero', ATTRIBUTION, 'the image to compare with; '
+        + '; '.join(f'{name}: {kind.meaning}' for name, kind in BASELINES.items())
+        + '; auto: of '  + ', '.join(CANDIDATES) + ' the one that hides the target least'
+        + '; or an image file', metavar='|'.join((*BASELINES, AUTO, 'FILE')))
+    baseline_draws: int = setting(4, ATTRIBUTION,
+        'of baseline random: averaged, num_steps each', least=1, metavar='N')
+    seed: int = setting(0, ATTRIBUTION, 'of baseline random, and of methods that draw', least=0)
+    num_steps: int = setting(50, ATTRIBUTION, 'interpolation steps', least=1, most=MOST_STEPS,
+        metavar='N')
+    tolerance: float | None = setting(None, ATTRIBUTION,
+        'instead: as many steps as bring map error and completeness gap below T, for example 0.05',
+        above=0, metavar='T', default_text='off', instead_of='num_steps')
+    max_steps: int = setting(200, ATTRIBUTION, 'with --tolerance: at most so many', least=1,
+        most=MOST_STEPS, metavar='N')
+    rule: str = setting(ADAPTIVE, ATTRIBUTION, 'quadrature rule', choices=RULE_NAMES)
+    precision: str = setting('float32', ATTRIBUTION,
+        'of the gradients; auto: reduced where it is faster here and the map stays within '
+        '--precision_tolerance', choices=PRECISIONS)
+    precision_tolerance: float = setting(0.03, ATTRIBUTION,
+        'relative L2 deviation of the map that auto accepts', above=0)
+    gap_tolerance: float = setting(0.05, ATTRIBUTION,
+        'completeness gap above which to warn', above=0, describes=True)
+    evaluate: str | None = setting(None, CHECKING,
+        'check how far each map can be trusted; the cost is told first',
+        choices=tuple(EFFORTS), default_text='off')
+    thresholds: Thresholds = setting(
+        Thresholds(), CHECKING, 'of the verdict', metavar='NAME=VALUE',
+        default_text=' '.join(f'{k}={v:g}' for k, v in asdict(Thresholds()).items()))
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        targets = self.target.split() if isinstance(self.target, str) else self.target
+        if not isinstance(targets, (list, tuple)) or not all(isinstance(t, str) for t in targets):
+            raise InputError(f'target must be text, or several, not {self.target!r}')
+        object.__setattr__(self, 'target', tuple(targets))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:  # None: not said
+                value = one.metadata['setting'].checked(one.name, value)
+                object.__setattr__(self, one.name, value)
+        if not isinstance(self.thresholds, Thresholds):
+            raise InputError('thresholds must be of class Thresholds')
+        if not isinstance(self.no_multiply, bool):
+            raise InputError(f'no_multiply must be True or False, not {self.no_multiply!r}')
+        self._check_methods()
+        check_baseline(self.baseline)
+        if self.image_size is not None:
+            object.__setattr__(self, 'image_size', checked_size(self.image_size))
+        self._check_tile()
+        object.__setattr__(self, 'background_class', _checked_class(self.background_class))
+        if self.class_names is not None:
+            object.__setattr__(self, 'class_names', _checked_names(self.class_names))
+        for name in ('mean', 'std'):
+            _check_numbers(name, getattr(self, name), least=0.0 if name == 'std' else -math.inf)
+        object.__setattr__(self, 'crop', _checked_crop(self.crop))
+        object.__setattr__(self, 'ignore_label', _checked_value(self.ignore_label))
+        _ = self.reading  # raises where it makes no sense
+        if not self.target:
+            raise InputError('no target is given (use --target predicted)')
+        for target in self.target:
+            check_form(target)
+        first_nodes(self.rule, self.steps, self.tolerance is not None)  # the rule has them
+
+    def _check_methods(self) -> None:
+        """Raise InputError for unknown methods, options they do not have, or a tolerance or a
+        precision that one of them cannot keep to."""
+        names = self.method.split() if isinstance(self.method, str) else self.method
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+            raise InputError(f'method must be text, or several, not {names!r}')
+        if not names or len(set(names)) < len(names):
+            raise InputError('method must name different methods (use --method ig)')
+        object.__setattr__(self, 'method', tuple(names))
+        object.__setattr__(self, 'method_option', option_texts(self.method_option))
+        exact = self.precision in ('auto', 'float32')
+        wanted = 'tolerance' if self.tolerance is not None else None if exact else 'precision'
+        for one in self.methods:
+            if wanted and not one.kind.declared.quadrature:
+                raise InputError(
+                    f'--{wanted} goes with methods whose error is estimated, which {one.name} has '
+                    'no integral for (leave it out)'
+                )
+
+    @property
+    def methods(self) -> tuple[MethodChoice, ...]:
+        """The methods, with their options."""
+        return chosen_methods(self.method, self.method_option, not self.no_multiply)
+
+    def _check_tile(self) -> None:
+        """Raise InputError for a tile that makes no sense, or beside what makes none with it."""
+        if self.tile is None:
+            if self.overlap is not None:
+                raise InputError('--overlap goes with --tile (give --tile SIZE)')
+            return
+        object.__setattr__(self, 'tile', checked_size(self.tile, 'tile'))
+        if self.overlap is not None and self.overlap >= min(sides(self.tile)):
+            raise InputError(
+                f'overlap must be less than the tile, {min(sides(self.tile))}, not {self.overlap}'
+            )
+        for name, why in AGAINST_TILES.items():
+            if getattr(self, name) is not None:
+                raise InputError(f'--{name} goes without --tile: {why}')
+        if self.method != ('ig',) or self.no_multiply:
+            raise InputError(
+                '--tile goes with --method ig and without --no_multiply (leave one of them out)'
+            )
+
+    @classmethod
+    def table(cls) -> dict[str, Setting]:
+        """What is known of each setting, by its name."""
+        return {f.name: f.metadata['setting'] for f in fields(cls)}
+
+    @property
+    def steps(self) -> int:
+        """Interpolation steps for each baseline; with a tolerance at most."""
+        return self.num_steps if self.tolerance is None else self.max_steps
+
+    @property
+    def question(self) -> Question:
+        """What is asked of the network."""
+        return Question(
+            targets=self.target,
+            score=self.score,
+            threshold=self.threshold,
+            min_object_area=self.min_object_area,
+            on_empty=self.on_empty,
+            baseline=self.baseline,
+            baseline_draws=self.baseline_draws,
+            seed=self.seed,
+            meaning=Meaning(
+                self.outputs, self.output_kind, self.background_class, self.class_names
+            ),
+        )
+
+    @property
+    def integration(self) -> Integration:
+        """How the integrals are computed."""
+        return Integration(
+            self.rule, self.steps, self.tolerance, self.precision, self.precision_tolerance,
+            self.seed,
+        )  # fmt: skip
+
+    @property
+    def reading(self) -> Reading:
+        """How the files of images are read. Raises InputError."""
+        return Reading(self.window, self.frame, self.slice, self.crop, self.max_pixels,
+                       self.normalize in OF_EACH_IMAGE)  # fmt: skip
+
+    def record(self) -> dict[str, object]:
+        """For the statistics file; targets and methods as on the command line."""
+        joined = {name: ' '.join(getattr(self, name)) for name in ('target', 'method')}
+        return {**asdict(self), **joined}
+
+
+def _check_numbers(name: str, values: Sequence[float] | None, least: float) -> None:
+    """Raise InputError for what is no finite numbers above `least`."""
+    if values is None:
+        return
+    try:
+        fine = len(values) > 0 and all(math.isfinite(v) and v > least for v in values)
+    except TypeError:
+        fine = False
+    if not fine:
+        above = ' above 0' if least == 0 else ''
+        raise InputError(f'{name} must be numbers{above}, one for each channel, not {values}')
+
+
+def _checked_crop(value: str | Sequence[int] | None) -> tuple[int, int, int, int] | None:
+    """X, Y, width and height of a part of an image. Raises InputError."""
+    if value is None:
+        return None
+    try:
+        parts = value.split(',') if isinstance(value, str) else value
+        x, y, width, height = (int(part) for part in parts)
+    except (TypeError, ValueError, AttributeError):
+        x = y = width = height = -1
+    if min(x, y) < 0 or min(width, height) < 1:
+        raise InputError(f'crop must be X,Y,WIDTH,HEIGHT, whole numbers, not {value!r}')
+    return x, y, width, height
+
+
+def _checked_value(value: int | None) -> int | None:
+    """A value of masks. Raises InputError."""
+    if value is None:
+        return None
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        raise InputError(f'ignore_label must be a whole number, not {value!r}') from None
+
+
+def _checked_class(value: int | str | None) -> int | str | None:
+    """A background class: a whole number, 'none', or None where it was not said. Raises
+    InputError."""
+    if value is None or value == 'none':
+        return value
+    try:
+        number = int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or isinstance(value, bool):
+        raise InputError(f'background_class must be a class, from 0, or none, not {value!r}')
+    return number
+
+
+def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes, each of its own. Raises InputError."""
+    fine = isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)
+    if not fine or len(set(names)) < len(names):
+        raise InputError(f'class_names must be different names, not {names!r}')
+    return tuple(names)
+
+
+# What an explanation is made from, beside targets, baseline, steps and rule: what `explain` takes.
+OF_AN_EXPLANATION = tuple(sorted(
+    {name for name, known in Settings.table().items()
+     if known.group == ATTRIBUTION and not known.describes}
+    - {'target', 'baseline', 'num_steps', 'rule'}
+    | {row.name for row in fields(Meaning)} - {'class_names'}
+))  # fmt: skip
