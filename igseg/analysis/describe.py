@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from igseg.analysis.image import Explained, ModelInput, explain_by_all
-from igseg.analysis.study import Study
 from igseg.analysis.tiles import TiledInput, explain_tiles
 from igseg.analysis.truth import names_of_labels
 from igseg.checks.checks import evaluate_explanation
 from igseg.checks.verdict import verdict_of
 from igseg.data.medical import Geometry
 from igseg.data.truth import IGNORED
-from igseg.explanation import Explanation
 from igseg.method.choice import kind_of
 from igseg.preprocessing import Preprocessing
 from igseg.results.files import Description, display_arrays
 from igseg.results.finished import versions
 from igseg.results.regions import Regions, rank_regions, segments_of
 from igseg.statistics import explanation_statistics
+
+if TYPE_CHECKING:
+    from igseg.analysis.study import Study
+    from igseg.explanation import Explanation
 
 
 @dataclass(frozen=True)

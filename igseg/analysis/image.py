@@ -5,19 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from igseg.analysis.references import ReferenceImages
 from igseg.data.pixels import Reading, read_image
 from igseg.engine.engine import GradientEngine
 from igseg.errors import InputError
 from igseg.explanation import Explanation
 from igseg.method.baselines import baseline_pictures
 from igseg.method.choice import AUTO, BASELINES, Question, check_baseline
-from igseg.method.method import Method
 from igseg.method.rules import Integration
 from igseg.network.description import NetworkDescription, known_description, likely_channels
 from igseg.network.factory import runs_at
@@ -35,6 +33,10 @@ from igseg.preprocessing import (
     size_text,
 )
 from igseg.settings import PIXEL_RANGES, Settings
+
+if TYPE_CHECKING:
+    from igseg.analysis.references import ReferenceImages
+    from igseg.method.method import Method
 
 
 @dataclass(frozen=True)

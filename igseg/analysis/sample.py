@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from igseg.analysis.describe import ReadImage, describe, explain, fit
-from igseg.analysis.study import Study
 from igseg.checks.verdict import accuracy_warning
 from igseg.data.medical import check_nifti
 from igseg.data.pixels import BYTES_A_PIXEL, MOST_PIXELS, LoadedImage, crop_image
@@ -22,6 +21,9 @@ from igseg.errors import InputError, check_choice
 from igseg.results.export import EXPORTS, export_maps
 from igseg.results.files import FIGURES, missing_figures, redraw_missing, write_image
 from igseg.results.finished import finished_statistics, judged_again, resume_key
+
+if TYPE_CHECKING:
+    from igseg.analysis.study import Study
 
 NEED_TRUTH = ('truth', 'false-positive', 'false-negative')  # of the targets
 LARGE_IN_TILES = 10_000_000  # pixels, from which on their memory is told

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from igseg.analysis.study import Study
 from igseg.data.truth import IGNORED, VOID
 from igseg.errors import InputError
-from igseg.explanation import Explanation
 from igseg.network.kinds import MULTILABEL
+
+if TYPE_CHECKING:
+    from igseg.analysis.study import Study
+    from igseg.explanation import Explanation
 
 
 def counted_truth(
