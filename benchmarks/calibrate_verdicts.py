@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from runs import explanations
 from tqdm import tqdm
 
 from igseg.checks.checks import evaluate, own_weights, redraw
@@ -31,6 +32,7 @@ from igseg.checks.verdict import LEVELS, verdict_of
 from igseg.data.samples import Sample
 from igseg.errors import InputError
 from igseg.explanation import Explanation
+from igseg.network.loading import NetworkSource
 from igseg.statistics import explanation_statistics
 from integrated_gradients import (
     CANDIDATES,
@@ -39,7 +41,7 @@ from integrated_gradients import (
     Settings,
     choose_samples,
     list_samples,
-    load_model,
+    load_explainer,
     plain_map,
 )
 
@@ -101,11 +103,10 @@ def broken_maps(
     }
     worst = min(contrasts, key=lambda kind: contrasts[kind] or 0)
     if (contrasts[worst] or 0) < 1:
-        (hidden,) = ig.explain_with(replace(settings, baseline=worst), given.x,
-                                    placement=given.placement)  # fmt: skip
+        (hidden,) = explanations(ig, given, replace(settings, baseline=worst))
         yield HIDDEN, hidden, plain_map
     two = Settings(num_steps=2, baseline=good.baseline, rule='trapezoid')
-    few = ig.explain_with(two, given.x, placement=given.placement)[0]
+    few = explanations(ig, given, two)[0]
     yield 'two steps', few, plain_map
 
 
@@ -159,8 +160,7 @@ def is_right(ig: IntegratedGradients, sample: Sample) -> bool:
     """Whether the mask of a sample is right, by one gradient."""
     given = ModelInput.of(ig.preprocessing, sample.image(), sample.truth())
     try:
-        (one,) = ig.explain_with(Settings(method='gradient'), given.x, truth=given.truth,
-                                 placement=given.placement)  # fmt: skip
+        (one,) = explanations(ig, given, Settings(method='gradient'))
     except InputError:
         return False
     return has_right_mask(explanation_statistics(one, one.objective.explained(given.truth)))
@@ -168,9 +168,8 @@ def is_right(ig: IntegratedGradients, sample: Sample) -> bool:
 
 def measure(args: argparse.Namespace) -> None:
     settings = Settings(tolerance=TOLERANCE, baseline='auto', max_steps=args.max_steps)
-    ig = IntegratedGradients(load_model(args.model_path, 'cpu'), 'cpu')
-    if args.image_size:
-        ig.preprocessing = replace(ig.preprocessing, image_size=args.image_size)
+    sized = Settings(image_size=args.image_size or None)
+    ig = load_explainer(NetworkSource(args.model_path, 'cpu'), sized)
     redrawn, rng = randomised(ig, 0), np.random.default_rng(0)
     samples = [one for one in list_samples(args.data_dir, args.split) if args.match in one.name]
     if args.right_only:
@@ -181,8 +180,7 @@ def measure(args: argparse.Namespace) -> None:
             image, truth = sample.image(), sample.truth()
             given = ModelInput.of(ig.preprocessing, image, truth)
             try:
-                (good,) = ig.explain_with(settings, given.x, placement=given.placement,
-                                          truth=given.truth)  # fmt: skip
+                (good,) = explanations(ig, given, settings)
             except InputError:
                 continue
             if not is_good(explanation_statistics(good, good.objective.explained(given.truth))):

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 from quadrature import benchmark_parser, cpu_name, shown
+from runs import explanations
 
 from igseg.checks.checks import noise_sensitivity, patches, places
 from igseg.checks.curves import curves
@@ -45,7 +46,6 @@ from integrated_gradients import (
     input_preprocessing,
     list_samples,
     load_model,
-    references_of,
 )
 
 PLAIN = 'ig'  # what the others are compared with
@@ -181,10 +181,11 @@ def judge(
     settings: Settings,
     method: str,
     remembering: Remembering,
+    samples: Sequence[Sample],
 ) -> Judged:
     """Explain an image and check its map. Raises InputError: nothing is predicted."""
-    (found,) = ig.explain_with(settings.of_method(method), given.x, truth=given.truth,
-                               placement=given.placement)  # fmt: skip
+    alone = of_method(settings, method)
+    (found,) = explanations(ig, given, alone, samples)
     truth = None if given.truth is None else found.objective.explained(given.truth)
     statistics = explanation_statistics(found, truth)
     subject = subject_of(ig, given.x, found, truth, given.placement)
@@ -195,13 +196,23 @@ def judge(
     return Judged(statistics, found, truth)
 
 
-def compare(ig: IntegratedGradients, given: ModelInput, settings: Settings) -> Iterator[Judged]:
-    """An image under every method. Raises InputError: nothing is predicted."""
-    plain = replace(settings.of_method(PLAIN), num_steps=2)
-    ig.explain_with(plain, given.x)  # what is prepared once for an image is no method's time
+def of_method(settings: Settings, method: str) -> Settings:
+    """These settings for one of their methods, with the options that it has."""
+    options = METHODS[method.partition(':')[0]].options
+    own = tuple(text for text in settings.method_option if text.partition('=')[0] in options)
+    return replace(settings, method=(method,), method_option=own)
+
+
+def compare(
+    ig: IntegratedGradients, given: ModelInput, settings: Settings, samples: Sequence[Sample]
+) -> Iterator[Judged]:
+    """An image under every method; samples: the others of its dataset. Raises InputError: nothing
+    is predicted."""
+    plain = replace(of_method(settings, PLAIN), num_steps=2)
+    explanations(ig, given, plain)  # what is prepared once for an image is no method's time
     remembering = Remembering(ig.engine.run)
     for method in settings.method:
-        yield judge(ig, given, settings, method, remembering)
+        yield judge(ig, given, settings, method, remembering, samples)
 
 
 def picture(
@@ -293,7 +304,6 @@ def main(command: Sequence[str]) -> int:
     model = load_model(arguments.model_path, 'cpu')
     ig = IntegratedGradients(model, 'cpu', input_preprocessing(model, settings))
     samples = list_samples(Path(arguments.data_dir))
-    ig.reference_images = references_of(settings, samples)
     rows: Rows = {method: {} for method in settings.method}
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f'compare_methods_{arguments.name}.md'
@@ -305,7 +315,9 @@ def main(command: Sequence[str]) -> int:
         ig.prepare(given.x)
         judged = []
         try:
-            for method, one in zip(settings.method, compare(ig, given, settings), strict=True):
+            for method, one in zip(
+                settings.method, compare(ig, given, settings, samples), strict=True
+            ):
                 judged.append(one)
                 say(sample.name, method, *(f'{key}={one.statistics[key]}' for key in KEPT))
         except InputError as error:

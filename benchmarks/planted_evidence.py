@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from calibrate_verdicts import with_map
+from runs import explanations
 from torch import nn
 from tqdm import tqdm
 
@@ -38,10 +39,17 @@ from igseg.checks.curves import edge_map
 from igseg.checks.verdict import verdict_of
 from igseg.errors import InputError
 from igseg.explanation import GIVEN, NO_BASELINE, Declared
-from igseg.method.choice import METHODS, build_methods, form_of
+from igseg.method.choice import METHODS, form_of
+from igseg.method.method import build_method, build_methods
 from igseg.preprocessing import Preprocessing
 from igseg.statistics import explanation_statistics
-from integrated_gradients import IntegratedGradients, ModelInput, Settings
+from integrated_gradients import (
+    IntegratedGradients,
+    ModelInput,
+    Settings,
+    build_baselines,
+    given_baseline,
+)
 
 HERE = Path(__file__).resolve().parent
 DEMO_TRAINING = runpy.run_path(str(HERE.parent / 'demo' / 'train_demo_model.py'))
@@ -179,9 +187,8 @@ class Seen:
 def boundary(ig: IntegratedGradients, given: ModelInput) -> torch.Tensor:
     """A baseline at the decision boundary (after Morasso et al. 2025): the point nearest to the
     picture, on the way to its mean, at which the mean logit over the prediction is not positive."""
-    (rough,) = ig.explain_with(Settings(baseline='mean', num_steps=2), given.x,
-                               placement=given.placement)  # fmt: skip
-    (mean,) = ig.baseline_images('mean', given.x[None])
+    (rough,) = explanations(ig, given, Settings(baseline='mean', num_steps=2))
+    (mean,) = build_baselines('mean', PREPROCESSING.to_pixels(given.x), PREPROCESSING)
     start = PREPROCESSING.normalise(mean)
     alphas = torch.linspace(1, 0, BOUNDARY_POINTS).view(-1, 1, 1, 1)
     with torch.no_grad():
@@ -216,8 +223,9 @@ def examine(
         settings = replace(settings, tolerance=TOLERANCE, max_steps=MAX_STEPS)
     try:
         against = boundary(ig, given) if baseline == 'boundary' else baseline
-        (found,) = ig.explain_with(settings, given.x, ['predicted'], against,
-                                   placement=given.placement, references=references)  # fmt: skip
+        question = replace(settings.question, **given_baseline(against, 3))
+        (chosen,) = map(build_method, settings.methods)
+        (found,) = ig.explain_with(given, question, settings.integration, chosen, references)
     except InputError:
         return None
     if method == EDGES:

@@ -21,7 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import integrated_gradients
+from igseg.analysis.describe import explain
+from igseg.analysis.study import Study
 from igseg.network.loading import create_model
+from integrated_gradients import Explanation, IntegratedGradients, ModelInput, Sample, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / 'demo' / 'demo_model.pth'
@@ -172,3 +175,11 @@ def family(process: int) -> list[int]:
     for child in children:
         found += family(int(child))
     return found
+
+
+def explanations(
+    ig: IntegratedGradients, given: ModelInput, settings: Settings, samples: Sequence[Sample] = ()
+) -> list[Explanation]:
+    """The explanations of an input under whole settings. samples: other images, for methods that
+    compare with such."""
+    return [one for one, _ in explain(Study.of(ig, settings, samples), given)]
