@@ -175,3 +175,42 @@ def test_progress_goes_to_stderr(ig, brain, capsys):
     ig.explain(brain, num_steps=2, progress=True)
     seen = capsys.readouterr()
     assert 'interpolation steps' in seen.err and not seen.out
+
+
+# ------------------------------------------------------------------ what users import from here
+
+# All that was ever importable from here and documented, or that the notebook, README, REFERENCE and
+# published examples take from any module of earlier versions.
+NAMES = [
+    'ARCHITECTURES', 'BASELINES', 'BatchResult', 'CANDIDATES', 'Cost', 'EmptyTargetError',
+    'Explanation', 'InputError', 'IntegratedGradients', 'LoadedImage', 'METHODS', 'METRICS',
+    'ModelInput', 'NetworkDescription', 'NonFiniteError', 'OutputError', 'Preparation',
+    'Preprocessing', 'RULE_NAMES', 'Reading', 'STATISTICS', 'Sample', 'Score', 'Settings',
+    'Subject', 'TARGETS', 'Target', 'TargetContext', 'Thresholds', 'Trend', 'TruthReading',
+    'analyse_batch', 'analyse_image', 'analyse_sample', 'as_picture', 'attribution_figure',
+    'batch_integrated_gradients_analysis', 'build_baselines', 'build_methods', 'build_parser',
+    'build_target', 'channels_figure', 'choose_samples', 'completeness_gap', 'describe_image',
+    'describe_network', 'describe_targets', 'evaluate', 'evaluate_explanation', 'explain_image',
+    'explanation_statistics', 'form_of', 'input_preprocessing', 'list_samples', 'load_explainer',
+    'load_image', 'load_model', 'load_view', 'main', 'mask_scores', 'methods_figure', 'plain_map',
+    'read_image', 'read_label_map', 'read_mask', 'redraw_figures', 'references_of',
+    'resolve_device', 'run_batch', 'run_single', 'segmentation_logits', 'settings_from',
+    'single_sample', 'statistics_text', 'subject_of', 'superpixels', 'verdict_of', 'view_of',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_name_that_users_write_can_be_imported(name):
+    assert getattr(module, name) is not None
+    assert name in dir(module)
+
+
+def test_a_name_that_is_none_is_no_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing
+
+
+def test_every_name_that_is_handed_on_stands_once():
+    handed_on = ' '.join(module.HANDED_ON.values()).split()
+    assert len(set(handed_on)) == len(handed_on)
+    assert not set(handed_on) & vars(module).keys()

@@ -100,6 +100,8 @@ class Study:
         tile = settings.tile
         if tile is not None:
             tile = sides(size_taken(known.model, network, known.preprocessing.channels, tile))
+        if files.baseline is not None:
+            files.baseline.picture(known.preprocessing.channels)  # now: the file may change
         methods = tuple(map(build_method, settings.methods))
         return cls(
             explainer=explainer,

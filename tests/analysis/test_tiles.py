@@ -46,6 +46,16 @@ def test_every_pixel_belongs_to_one_tile_that_shows_it(length, tile, overlap):
     assert (owned == 1).all()
 
 
+def test_regions_of_a_picture_in_tiles_are_ranked_on_the_picture():
+    """Two features that had never met: a traceback after all tiles were computed."""
+    settings = Settings(num_steps=2, target='image', tile=32, overlap=8, segments='xrai')
+    plain = Preprocessing(32, mean=(0.0,) * 3, std=(1.0,) * 3)
+    ig = IntegratedGradients(torch.nn.Conv2d(3, 1, 3, padding=1), 'cpu', plain)
+    ((statistics, arrays),) = analyse_image(ig, 'a', noise_image(48, 40), None, settings)
+    assert arrays['regions'].shape == (48, 40)
+    assert 1 <= statistics['regions_50'] <= statistics['regions_95']
+
+
 def test_tilings_that_cannot_be_are_refused():
     with pytest.raises(InputError, match='less than the tile, 32, not 32'):
         Tiling((50, 50), (32, 64), 32)
