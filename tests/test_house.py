@@ -42,7 +42,7 @@ igseg.results: regions view sheet figures files finished export page
 igseg.analysis: job
 """
 
-MODULE_LINES, BODY_LINES, FILES, CHAIN = 700, 50, 10, 15
+MODULE_LINES, BODY_LINES, FILES, CHAIN = 700, 50, 10, 16
 LONG_BODIES: set[str] = set()
 
 
