@@ -301,7 +301,7 @@ class IntegratedGradients:
         if engine.network is None:  # later, the method itself finds out
             with frozen(self.model), explained_memory(self.device):
                 method.check_network(self.model, x.to(engine.dtype))
-        with engine.running(x):
+        with engine.running(x, self.known.state):
             before = engine.forward_passes, engine.gradient_evaluations
             with torch.no_grad():
                 logits = enlarged(engine.run(x), x.shape[-2:])  # (1, K, h, w)
@@ -360,7 +360,7 @@ class IntegratedGradients:
         """Prepare the network's private copy on this input, (C, H, W) or (1, C, H, W), instead of
         on the first that is explained. Raises InputError as `explain_targets` does."""
         x, _ = self.see(input_tensor, meaning or Meaning())
-        with self.engine.running(x):
+        with self.engine.running(x, self.known.state):
             pass
 
 

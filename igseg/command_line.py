@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from igseg.analysis.sample import Output, say_warnings
-from igseg.analysis.summary import BatchResult
+from igseg.analysis.summary import BatchResult, median_lines
 from igseg.checks.subject import evaluation_cost
 from igseg.checks.verdict import parse_thresholds, statistics_text
 from igseg.data.layouts import DataSource, layouts_text
@@ -252,12 +252,7 @@ def say_summary(result: BatchResult, output: Output) -> int:
         f'{counts["images"]} images explained, {counts["skipped"]} skipped (empty target), '
         f'{counts["failed"]} failed'
     )
-    for key, value in counts.items():
-        if key.startswith('median_') and value is not None:
-            interval = counts[key.replace('median_', 'interval_')]
-            between = ' (95 %: {:.4g} to {:.4g})'.format(*interval) if interval else ''
-            print(f'  {key.replace("_", " "):32}{value:.4g}{between}')
-    for line in counts['findings']:
+    for line in (*median_lines(result), *counts['findings']):
         print(f'  {line}')
     if counts['suspicion']:
         print(f'WARNING: {counts["suspicion"]}', file=sys.stderr)

@@ -11,10 +11,11 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from igseg.checks.subject import EFFORTS
 from igseg.checks.verdict import Thresholds
-from igseg.data.pixels import Reading
+from igseg.data.pixels import Reading, check_file
 from igseg.errors import InputError
 from igseg.method.choice import (
     AUTO,
@@ -214,6 +215,8 @@ class Settings:
             _check_numbers(name, getattr(self, name), least=0.0 if name == 'std' else -math.inf)
         object.__setattr__(self, 'crop', _checked_crop(self.crop))
         object.__setattr__(self, 'ignore_label', _checked_value(self.ignore_label))
+        if self.label_map is not None:
+            check_file(Path(self.label_map), 'label map')  # it is read when a run begins
         _ = self.reading  # raises where it makes no sense
         if not self.target:
             raise InputError('no target is given (use --target predicted)')

@@ -174,9 +174,9 @@ def test_numbers_of_numpy_become_pythons_own():
 def test_targets_may_be_given_as_text():
     assert Settings(target='image truth').target == ('image', 'truth')
     assert Settings(target='image truth').record()['target'] == 'image truth'
-    assert not Settings().several_targets
-    assert Settings(target='each-object').several_targets
-    assert Settings(target='each-object').possible_first_targets == ('object:1', 'image')
+    assert not Settings().question.several_targets
+    each = Settings(target='each-object').question
+    assert each.several_targets and each.possible_first_targets == ('object:1', 'image')
 
 
 def test_flags_must_be_written_in_full(capsys):

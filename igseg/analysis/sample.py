@@ -121,7 +121,7 @@ class Pending:
         finished = None
         if not output.overwrite:
             finished = finished_statistics(
-                output.folder, study.naming(sample.name), study.possible_first_targets, key
+                output.folder, study.naming(sample.name), study.question.possible_first_targets, key
             )
         return cls(sample, read, key, finished)
 

@@ -18,13 +18,13 @@ from igseg.checks.verdict import Thresholds
 from igseg.data.pixels import Reading
 from igseg.data.samples import Sample
 from igseg.data.truth import LabelMap, TruthReading, read_label_map
-from igseg.method.choice import AUTO, BASELINES, Question, kind_of
+from igseg.method.choice import AUTO, BASELINES, Question
 from igseg.method.method import Method, build_method
 from igseg.method.rules import Integration
 from igseg.network.description import NetworkDescription
 from igseg.network.kinds import EXCLUSIVE
 from igseg.preprocessing import sides
-from igseg.results.finished import Naming
+from igseg.results.finished import FolderNaming
 from igseg.settings import Settings
 
 # --------------------------------------------------------------------------- files beside images
@@ -142,17 +142,9 @@ class Study:
         image = None if baseline is None else baseline.picture(channels)
         return replace(self.question, baseline_image=image)
 
-    def naming(self, name: str) -> Naming:
+    def naming(self, name: str) -> FolderNaming:
         """How the folders of an image are named."""
-        targets = self.question.targets
-        several = len(targets) > 1 or kind_of(targets[0]).several
-        return Naming(name, several, self.method_names)
-
-    @property
-    def possible_first_targets(self) -> tuple[str, ...]:
-        """The targets of which one is explained first, in whatever image."""
-        targets = self.question.targets
-        return (*(kind_of(target).first or target for target in targets), 'image')
+        return FolderNaming(name, self.question.several_targets, self.method_names)
 
     @cached_property
     def truth_reading(self) -> TruthReading:

@@ -373,7 +373,7 @@ def picture_logits(
     engine, known, tiling = explainer.engine, explainer.known, given.tiling
     whole: torch.Tensor | None = None
     last: torch.Tensor | None = None
-    with engine.running(known.checked(given.example)), torch.no_grad():
+    with engine.running(known.checked(given.example), known.state), torch.no_grad():
         for tile in tqdm(tiles, 'prediction', unit='tile', leave=False, disable=not progress):
             x = given.input_of(picture, tile)
             if last is None or not torch.equal(x, last):  # of one colour many are alike

@@ -366,3 +366,13 @@ class Question:
     baseline_draws: int = 4  # of drawn baselines
     seed: int = 0  # of drawn baselines, and of methods that draw
     meaning: Meaning = field(default_factory=Meaning)  # what the user says of the network's outputs
+
+    @property
+    def several_targets(self) -> bool:
+        """Whether an image may have several explanations, each in a folder of its own."""
+        return len(self.targets) > 1 or kind_of(self.targets[0]).several
+
+    @property
+    def possible_first_targets(self) -> tuple[str, ...]:
+        """The targets of which one is explained first, in whatever image."""
+        return (*(kind_of(target).first or target for target in self.targets), 'image')

@@ -100,9 +100,6 @@ class FolderNaming:
         return '_'.join(parts)
 
 
-Naming = FolderNaming  # as the analysis still calls it
-
-
 # Of the statistics that are no plain figures: what others are built on.
 TYPES: dict[str, type | tuple[type, ...]] = {
     'targets': list, 'methods': list, 'settings': dict, 'verdict': list, 'notes': list,
