@@ -18,7 +18,7 @@ import igseg
 from igseg.program import PROJECT
 from igseg.results import finished
 from igseg.results.files import FIGURES, image_files, load_view, read_statistics, redraw_figures
-from igseg.results.finished import Naming, finished_statistics, resume_key, versions
+from igseg.results.finished import FolderNaming, finished_statistics, resume_key, versions
 from igseg.results.page import table_row
 from integrated_gradients import Settings
 
@@ -137,5 +137,5 @@ def test_results_of_an_earlier_version_are_drawn_again(earlier):
 def test_results_of_an_earlier_version_stand_on_the_page_and_are_computed_again(earlier):
     statistics = read_statistics(earlier / 'slice')
     assert table_row(statistics, earlier)['name'] == 'slice'
-    naming = Naming('slice', False, ('ig',))
+    naming = FolderNaming('slice', False, ('ig',))
     assert finished_statistics(earlier, naming, ['image'], key()) is None
