@@ -68,9 +68,9 @@ from igseg.errors import InputError
 from igseg.explanation import NO_BASELINE, Cost, Explanation
 from igseg.method.baselines import Against, baselines_against
 from igseg.method.choice import Question
-from igseg.method.method import Method, build_method, explanations_of, found_by
+from igseg.method.method import Method, build_method, found_by
 from igseg.method.rules import Integration
-from igseg.method.targets import Seen
+from igseg.method.targets import Seen, explanations_of
 from igseg.method.walk import Work, dtype_name, mask_overlap
 from igseg.network.description import NetworkDescription
 from igseg.network.kinds import Meaning

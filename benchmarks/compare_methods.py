@@ -31,7 +31,8 @@ from runs import explanations
 
 from igseg.checks.checks import noise_sensitivity, patches, places
 from igseg.checks.curves import curves
-from igseg.checks.subject import Effort, subject_of
+from igseg.checks.effort import Effort
+from igseg.checks.subject import subject_of
 from igseg.data.samples import Sample
 from igseg.errors import InputError
 from igseg.explanation import Explanation

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from igseg.analysis.sample import Output, say_warnings
 from igseg.analysis.summary import BatchResult, median_lines
-from igseg.checks.subject import evaluation_cost
+from igseg.checks.effort import evaluation_cost
 from igseg.checks.verdict import parse_thresholds, statistics_text
 from igseg.data.layouts import DataSource, layouts_text
 from igseg.data.samples import Sample, list_samples

@@ -14,17 +14,12 @@ import numpy as np
 
 # What the definitions of checks say.
 STRONGEST = 0.05  # share of the pixels that "top" means
-
 RIM = 0.05  # width of the outer rim, share of the longer side
-
 NEAR = 0.05  # "near the target": within this share of the longer side
-
 FAR = 0.15  # "far from the target": beyond this share of the longer side
-
 NOISE_RADIUS = 0.02  # of the pixel range: of max-sensitivity's perturbations
 
 PROFILE_BINS = 48
-
 ONE_SIGN = 0.02  # of |attribution| that a map of one sign may have of the other
 
 

@@ -21,15 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
 RESIZE_MODES = ('stretch', 'letterbox')
-
 NORMALIZE_MODES = ('auto', 'imagenet', 'none', 'minmax', 'zscore')
-
 OF_EACH_IMAGE = ('minmax', 'zscore')  # of these, those by the numbers of the image itself
-
 CHANNEL_ORDERS = ('rgb', 'bgr')
 
 DEFAULT_IMAGE_SIZE, MAX_IMAGE_SIZE = 640, 16384

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from igseg.checks.subject import EFFORTS
+from igseg.checks.effort import EFFORTS
 from igseg.checks.verdict import Thresholds
 from igseg.data.pixels import Reading, check_file
 from igseg.errors import InputError
@@ -43,8 +45,11 @@ from igseg.preprocessing import (
     ImageSize,
     checked_size,
     sides,
+    size_text,
 )
+from igseg.program import command_of
 from igseg.setting import Setting, setting
+from igseg.statistics import Statistics
 
 SCORES = ('logit', 'probability')
 ON_EMPTY = ('skip', 'image')
@@ -380,3 +385,63 @@ OF_AN_EXPLANATION = tuple(sorted(
     - {'target', 'baseline', 'num_steps', 'rule'}
     | {row.name for row in fields(Meaning)} - {'class_names'}
 ))  # fmt: skip
+
+
+# --------------------------------------------------------------------------- the way back
+
+
+def arguments_of(used: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Settings as they took effect -> the words of a command line that asks for them: the way back
+    from `settings_from`. defaults: those that need not be said."""
+    words: list[str] = []
+    for name, default in defaults.items():
+        value = used[name]
+        if value is None or value in (default, []):
+            continue
+        if name in ('normalize', 'pixel_range') and used.get('mean') and not used.get('of_each'):
+            continue  # mean and std are given as they took effect
+        if name == 'output_kind' and value == 'foreground':
+            continue  # nothing else is possible
+        if name in ('mean', 'std') and used.get('of_each'):
+            continue  # of this image only
+        if name in ('image_size', 'resize') and used.get('tile'):
+            continue  # that of a tile
+        if name in ('image_size', 'tile'):
+            words += [f'--{name}', size_text(value)]
+        elif name == 'crop':
+            words += ['--crop', ','.join(map(str, value))]
+        elif name == 'window':
+            words += [f'--window={value}']  # which may begin with a minus
+        elif isinstance(value, list | tuple):
+            words += [f'--{name}', *map(str, value)]
+        elif name == 'target':
+            words += ['--each_object'] if value == 'each-object' else ['--target', *value.split()]
+        elif name == 'method':
+            words += ['--method', *value.split()]
+        elif name == 'thresholds':
+            changed = {key: limit for key, limit in value.items() if limit != default[key]}
+            words += ['--thresholds', *(f'{key}={limit:g}' for key, limit in changed.items())]
+        elif name != 'num_steps' or used['tolerance'] is None:
+            words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
+    return words
+
+
+def reproducing_command(statistics: Statistics, defaults: dict[str, Any]) -> str:
+    """The command that explains one image again with the same settings.
+
+    defaults: of the settings, which need not be said.
+    """
+    used = statistics['settings']
+    words = [*command_of(), '--model_path', str(used.get('model_path'))]
+    words += ['--image_path', str(statistics['image_path'])]
+    for name, value in (statistics.get('mask_flags') or {}).items():
+        words += [f'--{name}', value]
+    place = statistics.get('placement') or {}
+    if 'axis' in place and not used.get('slice'):
+        words += ['--slice', f'{place["axis"]}:{place["index"]}']
+    for name in ('encoder', 'architecture', 'weights_key', 'model_factory'):
+        words += [f'--{name}', str(used[name])] if name in used else []
+    if used.get('model_options'):
+        options = used['model_options'].items()
+        words += ['--model_option', *(f'{key}={value!r}' for key, value in options)]
+    return shlex.join([*words, *arguments_of(used, defaults)])

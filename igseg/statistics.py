@@ -22,9 +22,7 @@ from igseg.maps import FAR, NEAR, NOISE_RADIUS, RIM, STRONGEST, contrast, mask_s
 Statistics = dict[str, Any]  # the content of a statistics file, by the names of STATISTICS
 
 TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'  # kinds: types of columns
-
 COMPOUND = ''  # a kind: lists and dictionaries, in the image's own file only
-
 WORK, RESULT, COST, CHECK, RECORD = 'work', 'result', 'cost', 'check', 'record'  # groups
 
 CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap black
@@ -253,13 +251,9 @@ def _check(meaning: str, range: str, better: str, source: str) -> Statistic:
 
 
 _ARRAS = 'Arras et al. 2022'
-
 _YEH = 'Yeh et al. 2019'
-
 _PETSIUK = 'Petsiuk et al. 2018'
-
 _ADEBAYO = 'Adebayo et al. 2018'
-
 _STURMFELS = 'Sturmfels et al. 2020'
 
 STATISTICS: dict[str, Statistic] = {

@@ -23,7 +23,7 @@ igseg.data: medical pixels truth masks annotations layouts samples
 igseg.network: kinds identity outputs description score known checkpoint recognise factory loading
 igseg.engine: private_torch trace rewrites crops graph preparation memory precision engine sampler
 igseg.method: choice rules targets baselines paths integral walk method layers methods
-igseg.checks: subject curves checks verdict
+igseg.checks: effort subject curves checks verdict
 igseg.results: regions view sheet figures files finished export page
 igseg: settings
 igseg.analysis: references image tiles study truth describe sample job summary batch
@@ -37,12 +37,15 @@ PICTURES, GRADIENTS = ('data',), ('network', 'engine', 'method')  # the two wing
 WITHOUT_TORCH = """
 igseg: errors program setting maps explanation preprocessing statistics
 igseg.data: medical pixels truth masks annotations layouts samples
-igseg.checks: verdict
+igseg.network: kinds
+igseg.method: choice rules
+igseg.checks: effort verdict
 igseg.results: regions view sheet figures files finished export page
+igseg: settings
 igseg.analysis: job
 """
 
-MODULE_LINES, BODY_LINES, FILES, CHAIN = 700, 50, 10, 16
+MODULE_LINES, BODY_LINES, FILES, CHAIN = 700, 50, 10, 14
 LONG_BODIES: set[str] = set()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import run_integrated_gradients as runner
 from igseg import program
-from igseg.results.page import reproducing_command
+from igseg.settings import reproducing_command
 from integrated_gradients import build_parser
 
 

@@ -33,15 +33,10 @@ if TYPE_CHECKING:  # they take a while to import, and processes that draw do wit
     from torch.distributed.distributed_c10d import Store
 
 DONE, SKIPPED, FAILED = 'done', 'skipped', 'failed'
-
 LOCK, HOLDER = '.lock', '.holder.json'  # in the output folder
-
 MAX_WRITERS = {False: 2, True: 8}  # processes that draw and write, for each rank: beside a GPU
-
 POLL = 0.1  # seconds between looks at what other ranks have finished
-
 GRACE = 10.0  # seconds that an interrupted batch waits for the other ranks
-
 NETWORK_DELAY = 5.0  # seconds until a shared folder shows what another machine has written
 
 Item = TypeVar('Item')

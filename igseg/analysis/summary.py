@@ -31,7 +31,8 @@ from igseg.errors import OutputError
 from igseg.maps import rank_correlation
 from igseg.results.figures import summary_figure
 from igseg.results.files import figure_writer, image_files, read_statistics, write_files
-from igseg.results.page import Page, report_html, reproducing_command
+from igseg.results.page import Page, report_html
+from igseg.settings import reproducing_command
 from igseg.statistics import (
     CHECK,
     COMPOUND,
@@ -50,11 +51,8 @@ if TYPE_CHECKING:  # it takes a while to import, and is needed when a batch ends
     import pandas as pd
 
 CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`, where there are such
-
 _FLAT = {key: row.kind for key, row in STATISTICS.items() if row.kind != COMPOUND}
-
 _RECORDS = {key: kind for key, kind in _FLAT.items() if STATISTICS[key].group == RECORD}
-
 COLUMNS = {  # of summary.csv and summary.parquet: the flat statistics, and what a batch adds
     'image': TEXT, **dict.fromkeys(('status', 'reason', 'flags'), TEXT),
     **{key: kind for key, kind in _FLAT.items() if key not in _RECORDS},
@@ -62,24 +60,17 @@ COLUMNS = {  # of summary.csv and summary.parquet: the flat statistics, and what
     **_RECORDS,
     'number': WHOLE,  # of the image in the batch, from 0
 }  # fmt: skip
-
 SUMMARISED = tuple(  # figures whose median over a batch is given
     key
     for group in (RESULT, COST, CHECK)
     for key, row in STATISTICS.items()
     if row.summarised and row.group == group
 )
-
 FAILURES = ('image', 'reason')  # columns of failures.csv
-
 NOT_REPEATED = ('evaluation', 'trend')  # in summary.json: long, and in each image's own file
-
 DEGENERATE_RATIO = 0.95  # a mask covering more than this looks like wrong preprocessing
-
 BOOTSTRAPPED = 1000  # values; for more, the bootstrap costs much and says the same
-
 PAGE_LENGTH = 500  # explanations on one page
-
 VANISHED = (
     'its files have disappeared from the output folder during the run (run the same command again)'
 )

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,16 +33,17 @@ from igseg.errors import InputError
 from igseg.explanation import Cost, Cropping, Explanation, Found, Tiles, Trend
 from igseg.method.baselines import Against, baseline_pictures, best_baseline
 from igseg.method.choice import AUTO, Question
-from igseg.method.method import Method, explanations_of
 from igseg.method.rules import Integration
-from igseg.method.targets import Seen
+from igseg.method.targets import Seen, explanations_of
 from igseg.method.walk import mask_overlap
 from igseg.network.outputs import enlarged
 from igseg.network.score import Target
 from igseg.preprocessing import Placement, Preprocessing
 
-MOST_TILES = 100_000  # of a picture
+if TYPE_CHECKING:
+    from igseg.method.method import Method
 
+MOST_TILES = 100_000  # of a picture
 DEFAULT_OVERLAP = 4  # tiles overlap by this part of their shorter side
 
 

@@ -29,17 +29,8 @@ import torch
 from torch import nn
 
 from igseg.checks.curves import curves, is_noise, without
-from igseg.checks.subject import (
-    EFFORTS,
-    SPOT_SIDES,
-    Check,
-    Effort,
-    Evaluation,
-    Explainer,
-    Subject,
-    progress_bar,
-    subject_of,
-)
+from igseg.checks.effort import EFFORTS, SPOT_SIDES, Effort
+from igseg.checks.subject import Check, Evaluation, Explainer, Subject, progress_bar, subject_of
 from igseg.errors import InputError
 from igseg.explanation import Explanation
 from igseg.maps import (

@@ -15,14 +15,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from igseg.checks.subject import Effort, Evaluation, Subject, progress_bar
+from igseg.checks.effort import Effort
+from igseg.checks.subject import Evaluation, Subject, progress_bar
 from igseg.maps import known_mean
 from igseg.preprocessing import resized
 
 FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
-
 LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
-
 BEYOND = 1.0  # ranges beyond 0 and 1 that a curve may leave them by, before its fill is not counted
 
 SUPERPIXELS = 100

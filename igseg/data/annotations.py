@@ -23,14 +23,10 @@ from igseg.data.truth import IGNORED, UNKNOWN, LabelMap, Labels, TruthReading, s
 from igseg.errors import InputError, one_line
 
 LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation: pycocotools needs 150 bytes for each
-
 MOST_TEXT = 1 << 30  # bytes of an annotation file
-
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
            RecursionError, MemoryError)  # fmt: skip
-
 MOST_CLASSES = 10_000  # of YOLO, which counts them from 0
-
 BACKGROUND_NAMES = ('background', '_background_', '__background__', 'bg', 'unlabeled', 'void')
 
 

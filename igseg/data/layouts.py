@@ -28,33 +28,23 @@ from igseg.data.pixels import IMAGE_SUFFIXES, stem_of, suffix_of
 from igseg.errors import InputError
 
 COCO_FILE = '_annotations.coco.json'
-
 SPLITS = ('test', 'valid', 'val')
 
 VALIDATION = {'valid', 'val', 'validation'}  # the same split, in names of files
 
 OTHER_SPLITS = ('train', 'training', 'validation', 'testing', 'dev', 'trainval')
-
 IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'inputs', 'input', 'originals', 'original')
-
 MASK_FOLDERS = ('masks', 'mask', 'labels', 'label', 'gt', 'gts', 'annotations', 'annotation',
                 'annots', 'annot', 'ground_truth', 'groundtruth', 'segmentations', 'segmentation',
                 'targets', 'target', 'masks_png', 'seg')  # fmt: skip
-
 MASK_ENDINGS = ('_segmentation', '_mask', '-mask', '.mask', '_masks', '_label', '-label', '_labels',
                 '_gt', '-gt', '_seg', '_groundtruth')  # fmt: skip
-
 MASK_PREFIXES = ('mask_', 'mask-')
-
 BESIDE_ENDINGS = ('annot', '_annot', '_annotations', '_masks', '_mask', 'masks', 'mask', '_labels',
                   '_label', 'labels', '_gt', '_seg')  # fmt: skip
-
 NNUNET_FOLDERS = {'test': 'Ts', 'train': 'Tr', '': 'Ts'}
-
 MOST_CHANNELS = 64
-
 MOST_LIST_BYTES = 1 << 20  # of a list of names
-
 CLASSES_FILE = '_classes.csv'  # beside the masks of Roboflow's semantic export: value, name
 
 Truth = MaskFile | AnnotatedImage | YoloLabels

@@ -49,19 +49,13 @@ MASK_SUFFIXES = ('.png', '.bmp', *TIFF_SUFFIXES, '.gif', '.jpg', '.jpeg', '.webp
                  *ARRAY_SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES)  # fmt: skip
 
 MOST_SCANNED = 1000  # masks of a split whose values are looked at
-
 MOST_COLOURS = 64  # of a mask that are remembered
-
 MOST_BETWEEN = 0.5  # share of a mask that softened edges may take: more is a photograph
-
 FEW = 21  # classes, whose numbers cannot be mistaken for softened edges
-
 SMALL = 127  # numbers up to here may be classes where the network's are not known
-
 LOSSY_TOLERANCE, EXACT_TOLERANCE = 32, 8  # around black and white, of areas
 
 COUNTED = (np.uint8, np.uint16)  # types whose values are counted
-
 BLOCK = 1 << 20  # pixels that are looked at together
 
 COVERS = ', so that the truth covers the whole image: is one of them the background?'

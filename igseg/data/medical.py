@@ -24,13 +24,9 @@ from igseg.errors import InputError, one_line
 from igseg.program import install_command
 
 DICOM_SUFFIXES = ('.dcm', '.dicom', '.ima')
-
 NIFTI_SUFFIXES = ('.nii', '.nii.gz')
-
 MOST_DEFLATED = 1 << 20  # bytes of a file that is unpacked as a whole
-
 MOST_SAMPLED = 1 << 22  # values of a volume of which percentiles are taken
-
 FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG, and of JPEG-LS
 
 

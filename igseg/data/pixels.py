@@ -35,26 +35,17 @@ from igseg.data.medical import (
 from igseg.errors import InputError, NoFrameError, one_line
 
 ARRAY_SUFFIXES = ('.npy',)  # images of any number of channels
-
 TIFF_SUFFIXES = ('.tif', '.tiff')
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', *TIFF_SUFFIXES, '.webp', '.gif',
                   *ARRAY_SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES)  # fmt: skip
-
 LOSSY_FORMATS = ('JPEG', 'MPO', 'WEBP', 'JPEG2000')
-
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # of an image, unless more are allowed
-
 BYTES_A_PIXEL = 30  # of a large image on its way to the network: 11 to 18, measured, and a copy
-
 AUTO, DICOM = 'auto', 'dicom'  # of a window
-
 AUTO_PERCENTILES = (0.5, 99.5)  # of the values that `auto` makes 0 and 255
-
 MOST_SAMPLED = 1 << 24  # values of which they are taken; evenly spaced where there are more
-
 LEAST_RANGE = 0.1  # share of the range that an image should use
-
 ORIENTATION = 0x0112  # the EXIF tag
 
 

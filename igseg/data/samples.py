@@ -37,14 +37,12 @@ from igseg.errors import InputError
 from igseg.preprocessing import resized
 
 SAME_ASPECT = 0.02  # by which the aspect of a mask may differ from its image's
-
 MOST_SLICES = 4096  # of a volume
 
 
 # An image's name becomes a folder's. These would collide with a batch's own files, or are devices
 # on Windows.
 RESERVED_NAMES = r'(summary|failures|index(_\d+)?)\.\w+|(con|prn|aux|nul|com\d|lpt\d)(\..*)?'
-
 NAME_BYTES = 100  # file systems allow 255, and endings are added
 
 

@@ -15,7 +15,6 @@ from igseg.data.pixels import PLAIN, Reading, check_file
 from igseg.errors import InputError
 
 IGNORED = -1  # the label of pixels that do not count
-
 VOID = 255  # what most datasets write for them
 
 MOST_MAP_BYTES = 1 << 20

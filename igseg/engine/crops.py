@@ -28,9 +28,7 @@ from igseg.engine.trace import (
 aten = torch.ops.aten
 
 Span = tuple[int, int] | None  # from, to; None: the whole axis
-
 Box = tuple[Span, ...]
-
 MERGE_SLACK = 256  # pixels that two boxes may grow by to become one: an operation costs too
 
 

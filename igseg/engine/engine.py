@@ -51,9 +51,7 @@ from igseg.network.score import Score, Target
 CHECKED_NODES = (0.25, 0.5)  # evaluated in float32 too, where precision is reduced
 
 WORTHWHILE_CROP = 0.9  # of the whole network's work; a crop that needs more is left alone
-
 MOST_PARTS = 64  # of a region that are cropped apart; of more, the box around all
-
 MOST_GRAPHS = 4  # of image sizes that are kept
 
 

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 import torch
 
 MAX_STEP_BATCH = 64  # beyond this a GPU gains nothing, and the allocator suffers
-
 CPU_STEP_BATCH_PIXELS = 4 * 256 * 256  # on a CPU batching pays only while images are small
-
 WORTHWHILE = 0.95  # a larger step batch must take at most this share of the time per step
 
 

@@ -17,11 +17,8 @@ from igseg.explanation import Preparation
 from igseg.network.outputs import enlarged, frozen, segmentation_logits
 
 EQUIVALENCE_TOLERANCE = 1e-4  # relative L2; beyond this the copy is not used
-
 EXACT_TOLERANCE = 1e-9  # the same in double precision
-
 ROUNDED_GRADIENT = 0.02  # what rounding alone may do to a gradient, at most
-
 ARBITER_SIDE = 128  # of the part of an image on which double precision is asked first
 
 

@@ -21,7 +21,6 @@ from igseg.errors import attempt
 aten = torch.ops.aten
 
 PACKED_PIXELS = 32 * 32  # of a map; beyond, rearranging its weights is nothing
-
 KEPT_PACKED = 2  # orders of the same weights: for one image, and for a step batch
 
 

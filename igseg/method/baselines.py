@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from igseg.engine.engine import GradientEngine
 from igseg.errors import InputError
 from igseg.maps import contrast
 from igseg.method.choice import AUTO, BASELINES, CANDIDATES, Question, check_baseline
 from igseg.method.targets import Seen
 from igseg.network.outputs import enlarged
 from igseg.preprocessing import Placement, Preprocessing, strong_blur
+
+if TYPE_CHECKING:
+    from igseg.engine.engine import GradientEngine
 
 LEAST_CONTRAST = 0.8  # of the best candidate's, that a baseline must have to be chosen
 STILL_PREDICTED = 0.1  # share of the target that may still be predicted on it

@@ -57,7 +57,6 @@ BISECTED_SHARE = 4  # each round bisects a quarter of the intervals, so that a G
 # Intervals that may still be bisected hold the densities at their ends: at most so many, and so
 # many bytes. The least promising are left as they are.
 MAX_OPEN_INTERVALS = 128
-
 MAX_OPEN_BYTES = 256 * 2**20
 
 # alphas -> the densities there, (targets, C, H, W), one after the other

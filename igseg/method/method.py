@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,12 +12,10 @@ from torch import nn
 from tqdm import tqdm
 
 from igseg.engine.sampler import AttributionPath
-from igseg.explanation import GIVEN, NO_BASELINE, Cost, Declared, Explanation, Found
-from igseg.method.baselines import Against
-from igseg.method.choice import MethodChoice, Question, chosen_methods
+from igseg.explanation import Declared, Found
+from igseg.method.choice import MethodChoice, chosen_methods
 from igseg.method.paths import UnitVelocity
 from igseg.method.rules import ADAPTIVE, AnyRule, Integration
-from igseg.method.targets import Seen, beside_truth
 from igseg.method.walk import Work, in_precision, plain_work
 from igseg.setting import resolved
 
@@ -162,52 +160,3 @@ def found_by(method: Method, work: Work, progress: bool) -> tuple[list[Found], s
         # Where no error of the map is estimated, reduced precision could not be judged.
         wanted = work.integration.precision if method.declares.quadrature else 'float32'
         return in_precision(found_in, wanted)
-
-
-def explanations_of(
-    method: Method,
-    question: Question,
-    integration: Integration,
-    seen: Seen,
-    against: Against,
-    found: Sequence[Found],
-    cost: Cost,
-    common: Mapping[str, Any],
-) -> list[Explanation]:
-    """What was found of each target as an explanation. common: fields that all of them share."""
-    declared, network, beside = method.declares, seen.network, beside_truth(seen)
-    explanations = []
-    for target, one in zip(seen.targets, found, strict=True):
-        mask, prediction = network.explained(seen.logits, seen.masks, target.label)
-        total = float(one.attributions.cpu().double().sum()) if one.total is None else one.total
-        explanations.append(
-            Explanation(
-                attributions=one.attributions,
-                uncertainty=one.uncertainty,
-                prediction=prediction.cpu(),
-                predicted_mask=mask.cpu(),
-                region=target.region.cpu(),
-                baseline_pixels=against.pixels,
-                target=target.name,
-                objective=replace(target, weights=target.weights.cpu()),
-                baseline=None if declared.baseline == NO_BASELINE else against.name,
-                rule=method.rule_name(integration.rule) if declared.quadrature else None,
-                steps=one.evaluations,
-                score=float(target(seen.logits)) if one.score is None else one.score,
-                baseline_score=one.start_score,
-                attribution_sum=total,
-                map_error=one.map_error,
-                tolerance=integration.tolerance,
-                trend=one.trend,
-                cost=cost,
-                draws=len(against.pictures) if declared.baseline == GIVEN else 1,
-                method=declared,
-                end_score=one.end_score,
-                sum_error=one.total_error,
-                fine=one.fine,
-                tiles=one.tiles,
-                **beside,
-                **common,
-            )
-        )
-    return explanations

@@ -136,7 +136,6 @@ RULES: dict[str, Callable[[int], Rule]] = {
     'clenshaw-curtis': clenshaw_curtis_rule,
     'gauss-kronrod': gauss_kronrod_rule,
 }
-
 RULE_NAMES = (ADAPTIVE, *RULES)
 
 

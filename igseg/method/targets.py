@@ -8,16 +8,17 @@ says of the network's answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import torch
 
 from igseg.errors import EmptyTargetError, InputError, attempt
-from igseg.explanation import LabelScores
+from igseg.explanation import GIVEN, NO_BASELINE, Cost, Explanation, Found, LabelScores
 from igseg.maps import label_scores
 from igseg.method.choice import Question, kind_of
 from igseg.network.description import NetworkDescription
@@ -25,6 +26,11 @@ from igseg.network.kinds import EXCLUSIVE, MULTILABEL
 from igseg.network.score import ANY_NETWORK, Target
 from igseg.preprocessing import Placement
 from igseg.setting import resolved
+
+if TYPE_CHECKING:
+    from igseg.method.baselines import Against
+    from igseg.method.method import Method
+    from igseg.method.rules import Integration
 
 MOST_OBJECTS = 250  # of an image: each has maps of its own in memory, and a folder
 
@@ -354,3 +360,55 @@ def scores_of_labels(
     background = network.background if exclusive else None
     scores = label_scores(masks.cpu().numpy(), truth.cpu().numpy())
     return LabelScores(scores, background, float(right.cpu().double().mean()))
+
+
+# --------------------------------------------------------------------------- what comes of it
+
+
+def explanations_of(
+    method: Method,
+    question: Question,
+    integration: Integration,
+    seen: Seen,
+    against: Against,
+    found: Sequence[Found],
+    cost: Cost,
+    common: Mapping[str, Any],
+) -> list[Explanation]:
+    """What was found of each target as an explanation. common: fields that all of them share."""
+    declared, network, beside = method.declares, seen.network, beside_truth(seen)
+    explanations = []
+    for target, one in zip(seen.targets, found, strict=True):
+        mask, prediction = network.explained(seen.logits, seen.masks, target.label)
+        total = float(one.attributions.cpu().double().sum()) if one.total is None else one.total
+        explanations.append(
+            Explanation(
+                attributions=one.attributions,
+                uncertainty=one.uncertainty,
+                prediction=prediction.cpu(),
+                predicted_mask=mask.cpu(),
+                region=target.region.cpu(),
+                baseline_pixels=against.pixels,
+                target=target.name,
+                objective=replace(target, weights=target.weights.cpu()),
+                baseline=None if declared.baseline == NO_BASELINE else against.name,
+                rule=method.rule_name(integration.rule) if declared.quadrature else None,
+                steps=one.evaluations,
+                score=float(target(seen.logits)) if one.score is None else one.score,
+                baseline_score=one.start_score,
+                attribution_sum=total,
+                map_error=one.map_error,
+                tolerance=integration.tolerance,
+                trend=one.trend,
+                cost=cost,
+                draws=len(against.pictures) if declared.baseline == GIVEN else 1,
+                method=declared,
+                end_score=one.end_score,
+                sum_error=one.total_error,
+                fine=one.fine,
+                tiles=one.tiles,
+                **beside,
+                **common,
+            )
+        )
+    return explanations

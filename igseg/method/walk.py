@@ -29,9 +29,7 @@ from igseg.network.description import NetworkDescription
 from igseg.network.outputs import OutOfMemory, enlarged, out_of_memory_is_one_error
 
 MASK_SHARE = 0.05  # of a path's work, at most, goes into whole maps between its ends
-
 FORWARD_SHARE = 0.4  # of a gradient's work that its forward pass is, about
-
 MOST_MASKS = 3
 
 Result = TypeVar('Result')

@@ -26,29 +26,19 @@ import torch
 from igseg.errors import InputError, one_line
 
 ENCODER, HEAD = 'encoder.', 'segmentation_head.'  # every network of smp has both
-
 AVERAGED = re.compile(r'ema|averag|swa|teacher|shadow', re.IGNORECASE)  # taken where it is alone
-
 INFLATION = 4  # a checkpoint may grow so many times when it is unpacked
-
 NOT_OF_PIXELS = re.compile(r'target|label|loss|output|metric|(^|[._])y_$', re.IGNORECASE)  # means
-
 MOST_CHANNELS = 64  # of an image, whose mean and deviation are looked for
-
 MOST_OBJECTS = 300  # kinds of pickled objects; many of them times many objects takes long
-
 MOST_PLACES = 100_000  # looked into
-
 WEIGHTS_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder
-
 TRANSFORM_FILE = 'albumentations_config_eval.json'  # of a folder that smp's guide saves
-
 FOREIGN = {  # files of other frameworks: first bytes or ending -> what they are
     '.onnx': 'an ONNX file', '.h5': 'a Keras file', '.keras': 'a Keras file',
     '.pb': 'a TensorFlow file', '.tflite': 'a TensorFlow Lite file',
     '.engine': 'a TensorRT file', '.mlmodel': 'a Core ML file',
 }  # fmt: skip
-
 SAVE_WEIGHTS = 'torch.save(model.state_dict(), path)'
 
 

@@ -22,7 +22,6 @@ from igseg.network.checkpoint import Checkpoint
 from igseg.network.identity import of_library
 
 PROBED_SIDES = (64, 224, 256)  # pixels, of inputs on which a network is tried
-
 NAMED = 3  # tensors in a sentence
 
 

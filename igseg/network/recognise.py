@@ -35,11 +35,8 @@ DECODER = 'decoder.'
 INDEX = resources.files('igseg.network') / 'encoder_index.json.gz'
 
 DEPTHS = (5, 4, 3)  # of encoders, in stages
-
 VIT = 'vit'  # in the index, in place of a depth: an encoder of DPT has all its layers at any depth
-
 NAMED = 8  # encoders in a sentence
-
 NO_OPTIONS = (  # arguments that are read off the weights, or given otherwise
     'architecture', 'encoder', 'encoder_name', 'encoder_weights', 'in_channels', 'classes',
     'aux_params',
@@ -63,7 +60,6 @@ LEAVES_NO_TRACE = {
     'segformer': ('upsampling',),
     'dpt': ('encoder_output_indices', 'decoder_readout', 'dynamic_img_size'),
 }
-
 MARKS = {  # a tensor of the decoder that only this architecture has; the first that is there counts
     'manet': 'center.top_conv.weight',
     'unet': 'blocks.0.conv1.0.weight',
@@ -80,7 +76,6 @@ MARKS = {  # a tensor of the decoder that only this architecture has; the first 
 }
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
-
 Build = Callable[..., torch.nn.Module]  # create_model(architecture, encoder, classes, in_channels)
 
 

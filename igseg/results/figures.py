@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 TARGET_COLOUR, TRUTH_COLOUR = '#00c8ff', '#39d353'
-
 PREDICTION_TINT, TRUTH_TINT = (0.0, 0.78, 1.0), (0.22, 0.83, 0.33)
 
 SMOOTHING = 0.006  # of the longer side: sigma of the overlay's blur
@@ -41,9 +40,7 @@ SMOOTHING = 0.006  # of the longer side: sigma of the overlay's blur
 PAGE_SIDE, THUMBNAIL_SIDE = 640, 128  # pixels, longer side
 
 UNSETTLED, UNSETTLED_OPACITY = '#a8a8a8', 0.25  # behind pixels of unsettled sign, and theirs
-
 MAX_CHANNELS = 11  # in the figure of the channels
-
 MAX_NAMED_IMAGES = 40  # in the batch figure; beyond that names would overlap
 
 

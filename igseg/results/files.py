@@ -35,7 +35,6 @@ FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mar
     'overlay': 'overlay.png', 'uncertainty': 'uncertainty.png', 'thumbnail': 'thumbnail.png',
     'regions': 'regions.png', 'arrays': 'attributions.npz', 'statistics': 'statistics.json',
 }  # fmt: skip
-
 FIGURES = {  # what --figures draws of each image, regions where they are known; all: what the page
     # shows too
     'none': (),

@@ -7,16 +7,12 @@ reaches the page through Jinja2's escaping or as text nodes.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from igseg.checks.verdict import LEVELS, concerns
-from igseg.preprocessing import size_text
-from igseg.program import command_of
 from igseg.results.files import FILE_ENDINGS, methods_figure_name
 from igseg.statistics import (
     METRICS,
@@ -31,11 +27,8 @@ from igseg.statistics import (
 TEMPLATE = 'page.html'
 
 _SHOWN = sorted((row.page, key) for key, row in STATISTICS.items() if row.page is not None)
-
 ON_PAGE = {key: STATISTICS[key] for _, key in _SHOWN}  # in the detail view, before METRICS
-
 IN_TABLE = {key: row for key, row in ON_PAGE.items() if row.heading}
-
 BESIDE = {  # figures by which the methods of an image are compared, and their headings
     'attribution_ratio_in_target': 'ratio of the target',
     'completeness_gap': 'gap',
@@ -49,7 +42,6 @@ BESIDE = {  # figures by which the methods of an image are compared, and their h
     'mass_in_truth': 'mass in truth',
     'seconds': 'seconds',
 }
-
 MOST_LISTED = 200  # skipped or failed images
 
 
@@ -226,53 +218,3 @@ def report_html(
         baselines=counts_text([entry['baseline'] or 'none' for entry in images]),
         steps=span_text([entry['steps'] for entry in images]),
     )
-
-
-def reproducing_command(statistics: Statistics, defaults: dict[str, Any]) -> str:
-    """The command that explains one image again with the same settings.
-
-    defaults: of the settings, which need not be said.
-    """
-    used = statistics['settings']
-    words = [*command_of(), '--model_path', str(used.get('model_path'))]
-    words += ['--image_path', str(statistics['image_path'])]
-    for name, value in (statistics.get('mask_flags') or {}).items():
-        words += [f'--{name}', value]
-    place = statistics.get('placement') or {}
-    if 'axis' in place and not used.get('slice'):
-        words += ['--slice', f'{place["axis"]}:{place["index"]}']
-    for name in ('encoder', 'architecture', 'weights_key', 'model_factory'):
-        words += [f'--{name}', str(used[name])] if name in used else []
-    if used.get('model_options'):
-        options = used['model_options'].items()
-        words += ['--model_option', *(f'{key}={value!r}' for key, value in options)]
-    for name, default in defaults.items():
-        value = used[name]
-        if value is None or value in (default, []):
-            continue
-        if name in ('normalize', 'pixel_range') and used.get('mean') and not used.get('of_each'):
-            continue  # mean and std are given as they took effect
-        if name == 'output_kind' and value == 'foreground':
-            continue  # nothing else is possible
-        if name in ('mean', 'std') and used.get('of_each'):
-            continue  # of this image only
-        if name in ('image_size', 'resize') and used.get('tile'):
-            continue  # that of a tile
-        if name in ('image_size', 'tile'):
-            words += [f'--{name}', size_text(value)]
-        elif name == 'crop':
-            words += ['--crop', ','.join(map(str, value))]
-        elif name == 'window':
-            words += [f'--window={value}']  # which may begin with a minus
-        elif isinstance(value, list | tuple):
-            words += [f'--{name}', *map(str, value)]
-        elif name == 'target':
-            words += ['--each_object'] if value == 'each-object' else ['--target', *value.split()]
-        elif name == 'method':
-            words += ['--method', *value.split()]
-        elif name == 'thresholds':
-            changed = {key: limit for key, limit in value.items() if limit != default[key]}
-            words += ['--thresholds', *(f'{key}={limit:g}' for key, limit in changed.items())]
-        elif name != 'num_steps' or used['tolerance'] is None:
-            words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
-    return shlex.join(words)

@@ -17,17 +17,11 @@ import cv2
 import numpy as np
 
 SCALES = (50, 100, 150, 250, 500, 1200)  # of Felzenszwalb's segments, on an image of SIDE pixels
-
 SIDE = 224
-
 SIGMA = 0.8  # of the blur before them
-
 LEAST_SEGMENT = 150 / SIDE**2  # share of the image
-
 LEAST_GAIN = 50 / SIDE**2  # share of the image that a region must add
-
 WIDENED = 5 / SIDE  # share of the longer side
-
 CARRIED = (50, 80, 95)  # per cent of |attribution|
 
 

@@ -19,9 +19,7 @@ from igseg.results.view import View
 from igseg.statistics import CLIP_PERCENTILE, Statistics, gap_text, how_text, shown, tiles_text
 
 DOTS_PER_INCH = 150
-
 BOLD = 1.25  # how much wider bold type runs
-
 FONT = {'title': 11, 'label': 9, 'caption': 10, 'heading': 13}
 
 SPECK = 1e-4  # a region smaller than this share of the image cannot be seen by its outline

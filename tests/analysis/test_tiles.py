@@ -14,7 +14,7 @@ from helpers import DEMO_IMAGE, DEMO_MODEL, noise_image, save_image, square_mask
 from igseg.analysis.tiles import MOST_TILES, Tiling, starts
 from igseg.errors import InputError
 from igseg.results.export import at_size
-from igseg.results.page import reproducing_command
+from igseg.settings import reproducing_command
 from integrated_gradients import (
     IntegratedGradients,
     Preprocessing,

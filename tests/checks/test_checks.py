@@ -22,7 +22,8 @@ from torch import nn
 
 from igseg.checks import checks, curves
 from igseg.checks.checks import evaluate, redraw, strongest_square
-from igseg.checks.subject import COMPARED_BASELINES, EFFORTS, Subject
+from igseg.checks.effort import COMPARED_BASELINES, EFFORTS
+from igseg.checks.subject import Subject
 from igseg.checks.verdict import findings
 from igseg.maps import FAR, infidelity, max_sensitivity, rank_correlation, signed_distance
 from igseg.statistics import METRICS

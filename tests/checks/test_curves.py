@@ -27,7 +27,7 @@ from igseg.checks.curves import (
     superpixels,
     without,
 )
-from igseg.checks.subject import EFFORTS, FORWARDS_A_GRADIENT, Effort
+from igseg.checks.effort import EFFORTS, FORWARDS_A_GRADIENT, Effort
 
 
 def areas(attributions: np.ndarray, fill: str = 'baseline', points: int = 16) -> dict:

@@ -42,8 +42,8 @@ from igseg.method.rules import Integration, Stratified
 from igseg.preprocessing import Preprocessing
 from igseg.results.figures import methods_figure
 from igseg.results.files import load_view
-from igseg.results.page import reproducing_command
 from igseg.results.regions import rank_regions, segments_of
+from igseg.settings import reproducing_command
 from igseg.statistics import explanation_statistics
 from integrated_gradients import IntegratedGradients, Settings, build_parser, main, settings_from
 

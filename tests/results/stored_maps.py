@@ -25,7 +25,8 @@ from torch import nn
 
 import igseg
 from igseg.checks.checks import evaluate
-from igseg.checks.subject import Effort, subject_of
+from igseg.checks.effort import Effort
+from igseg.checks.subject import subject_of
 from igseg.explanation import Explanation
 from igseg.preprocessing import Preprocessing
 from igseg.results.finished import versions

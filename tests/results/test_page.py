@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 from helpers import EVIL, checked_batch, noise_image, save_image, tiny_model
 
-from igseg.results.page import reproducing_command
+from igseg.settings import reproducing_command
 from igseg.statistics import counts_text, shown, span_text
 from integrated_gradients import Settings, build_parser, main
 
