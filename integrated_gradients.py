@@ -42,8 +42,8 @@ import numpy as np
 import torch
 
 from igseg.analysis.batch import Batch
-from igseg.analysis.describe import Explained, ReadImage, describe, explain, fit
-from igseg.analysis.image import ModelInput, open_network, read_baseline
+from igseg.analysis.describe import ReadImage, describe, explain, fit
+from igseg.analysis.image import Explained, ModelInput, open_network, read_baseline
 from igseg.analysis.job import (
     Alone,
     Group,
@@ -199,7 +199,7 @@ class IntegratedGradients:
         baseline_type: str | torch.Tensor = 'zero',
         num_steps: int = Settings.num_steps,
         target: str | Target | torch.Tensor = 'predicted',
-        **options: object,
+        **options: Any,
     ) -> torch.Tensor:
         """The attributions alone: same shape and device as the input, (C, H, W) or (N, C, H, W),
         with one channel where the method does not tell channels apart.
@@ -224,7 +224,7 @@ class IntegratedGradients:
         baseline_type: str | torch.Tensor = 'zero',
         num_steps: int = Settings.num_steps,
         rule: str = Settings.rule,
-        **options: object,
+        **options: Any,
     ) -> Explanation:
         """Explain one image. Arguments, options and errors: see `explain_targets`."""
         return self.explain_targets(
@@ -244,7 +244,7 @@ class IntegratedGradients:
         skip_empty: bool = False,
         progress: bool = False,
         references: torch.Tensor | None = None,
-        **options: object,
+        **options: Any,
     ) -> list[Explanation]:
         """Explain several targets of one image; they share the forward passes.
 
@@ -311,7 +311,9 @@ class IntegratedGradients:
             against, baselines = baselines_against(
                 engine, x, seen, question, given.preprocessing, given.placement
             )
-            others, left_out = other_images(references, method.references, x, given.preprocessing)
+            others, left_out = other_images(
+                references, method.most_references, x, given.preprocessing
+            )
             overlap = partial(
                 mask_overlap, network.foreground(seen.masks), network, question.threshold
             )
@@ -320,6 +322,7 @@ class IntegratedGradients:
             found, retried = found_by(method, work, progress)
             forward_passes = engine.forward_passes - before[0]
             gradients = engine.gradient_evaluations - before[1]
+        assert engine.preparation is not None  # it was made before the engine ran
         cost = Cost(
             gradient_evaluations=gradients,
             forward_passes=forward_passes,
@@ -527,7 +530,7 @@ def batch_integrated_gradients_analysis(
     export: str | None = None,
     before_image: Callable[[], object] = lambda: None,
     share: Share | None = None,
-    **options: object,
+    **options: Any,
 ) -> BatchResult:
     """Explain images of a dataset split, evenly spaced through it, and write a summary.
 
@@ -545,8 +548,8 @@ def batch_integrated_gradients_analysis(
     source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options,
                            model_factory)  # fmt: skip
     output = Output(Path(output_dir), figures, overwrite, export)
-    folders = [None if folder is None else Path(folder) for folder in (images_dir, masks_dir)]
-    data = DataSource(Path(data_dir), split, *folders, mask_suffix, mask_prefix, mask_name)
+    images, masks = (None if folder is None else Path(folder) for folder in (images_dir, masks_dir))
+    data = DataSource(Path(data_dir), split, images, masks, mask_suffix, mask_prefix, mask_name)
     return analyse_dataset(source, data, num_samples, settings, output, before_image,
                            share or Alone())  # fmt: skip
 

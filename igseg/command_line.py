@@ -161,8 +161,8 @@ def _add_flags(group: argparse._ArgumentGroup, rows: Sequence[Field[Any]]) -> No
     for row in rows:
         if row.name in rivals:
             either = group.add_mutually_exclusive_group()
-        alone = either is None or not (row.name in rivals or known[row.name].instead_of)
-        (group if alone else either).add_argument(f'--{row.name}', **_flag_of(row))
+        rival = row.name in rivals or known[row.name].instead_of
+        (either if either and rival else group).add_argument(f'--{row.name}', **_flag_of(row))
         if row.name == 'target':
             group.add_argument('--each_object', action='store_true',
                                help='the same as --target each-object (default: off)')  # fmt: skip

@@ -182,17 +182,18 @@ class Explanation:
     def completeness_gap(self) -> float | None:
         """|sum of attributions - (F(x) - F(x'))| / |F(x) - F(x')|; None where F(x) = F(x'), or
         where nothing is promised."""
-        if self.promised_sum is None:
+        change, start = self.promised_sum, self.baseline_score
+        if change is None or start is None:
             return None
-        end = self.promised_sum + self.baseline_score
-        return completeness_gap(self.attribution_sum, end, self.baseline_score)
+        return completeness_gap(self.attribution_sum, change + start, start)
 
     @property
     def gap_error(self) -> float | None:
         """Standard error of the gap, where baselines are drawn."""
-        if self.sum_error is None or self.completeness_gap is None:
+        change = self.promised_sum
+        if self.sum_error is None or change is None or self.completeness_gap is None:
             return None
-        return self.sum_error / abs(self.promised_sum)
+        return self.sum_error / abs(change)
 
     @property
     def within_tolerance(self) -> bool | None:

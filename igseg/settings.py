@@ -70,8 +70,9 @@ MODEL, PREPROCESSING, ATTRIBUTION, CHECKING = 'model', 'preprocessing', 'attribu
 class Settings:
     """Everything that decides the numbers of an explanation; one object for CLI, API, notebook.
 
-    `target` may be given as text, several separated by spaces. Raises InputError where a value
-    makes no sense.
+    `target` may be given as text, several separated by spaces; so may `image_size`, `tile` and
+    `crop`, as on the command line. The types are those of what is kept. Raises InputError where a
+    value makes no sense.
     """
 
     # fmt: off
@@ -90,7 +91,7 @@ class Settings:
     class_names: tuple[str, ...] | None = setting(None, MODEL,
         'of all labels, in order, for the figures of each class', metavar='NAME',
         default_text="the checkpoint's, else the dataset's")
-    image_size: ImageSize | str | None = setting(None, PREPROCESSING,
+    image_size: ImageSize | None = setting(None, PREPROCESSING,
         'of the model input, a side or HEIGHTxWIDTH, rounded up to multiples that the network '
         'takes', metavar='PIXELS', default_text=f"the checkpoint's, else {DEFAULT_IMAGE_SIZE}")
     resize: str | None = setting(None, PREPROCESSING,
@@ -121,10 +122,10 @@ class Settings:
     slice: str | None = setting(None, PREPROCESSING,
         'of a volume (NIfTI), AXIS:INDEX, from 0; batch: AXIS alone for every slice along it',
         metavar='AXIS[:INDEX]', default_text='the middle of axis 2; batch: every slice along it')
-    crop: tuple[int, ...] | str | None = setting(None, PREPROCESSING,
+    crop: tuple[int, int, int, int] | None = setting(None, PREPROCESSING,
         'explain only this part of the image, in its pixels', metavar='X,Y,WIDTH,HEIGHT',
         default_text='all of it')
-    tile: ImageSize | str | None = setting(None, PREPROCESSING,
+    tile: ImageSize | None = setting(None, PREPROCESSING,
         'explain the image in its own pixels, in tiles of this side (or HEIGHTxWIDTH) that the '
         'network takes as they are, and put their maps together', metavar='SIZE',
         default_text='off: the whole image, resized', instead_of='crop')

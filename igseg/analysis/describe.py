@@ -102,6 +102,7 @@ def describe(
                 study.question.seed, progress, given.preprocessing,
             )  # fmt: skip
         statistics['verdict'] = verdict_of(statistics, study.thresholds)
+        assert given.placement is not None  # it was made of a picture
         arrays = display_arrays(explanation, read.image, truth, given.placement)
         if study.segments:
             regions = ranked_regions(explanation, given)

@@ -68,7 +68,7 @@ class ReferenceImages:
         if sample.name not in self._read:
             loaded, why = attempt(partial(sample.load, channels, self.reading), InputError, OSError)
             if loaded is None:
-                self.unreadable.append(why)
+                self.unreadable.append(str(why))
                 self._read[sample.name] = None
                 return None
             pixels = loaded.pixels

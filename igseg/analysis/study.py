@@ -172,7 +172,7 @@ def _record(
         **known.under(settings.question.meaning, seen=False).record(),
         'device': str(explainer.device),
     }
-    counts = [method.references for method in methods if method.references]
+    counts = [method.most_references for method in methods if method.most_references]
     if counts:
         record['references_sha256'] = files.references.sha256(max(counts))
     if files.labels is not None:

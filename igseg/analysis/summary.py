@@ -223,9 +223,9 @@ class Journal:
         ]
         lines = [[row.get(name) for name in COLUMNS] for row in lost]
         lost_table = read_table(io.StringIO(_csv_text([tuple(COLUMNS), *lines])))
-        return pd.concat([table, lost_table]).sort_values(
-            'number', kind='stable', ignore_index=True
-        )
+        both = pd.concat([table, lost_table])
+        ordered: pd.DataFrame = both.sort_values('number', kind='stable', ignore_index=True)
+        return ordered
 
     def _gone(self, table: pd.DataFrame) -> list[int]:
         """The numbers of images that are done, but whose files are not there."""

@@ -148,7 +148,8 @@ class Tiling:
         if not weights.any():
             return 0.0, None
         own = target.weights.new_zeros((len(weights), *self.tile))
-        own[(slice(None), *tile.own)] = weights / share
+        place = (slice(None), *tile.own)
+        own[place] = weights / share
         return share, replace(target, weights=own)
 
 
@@ -173,14 +174,16 @@ class Mosaic:
         """Take in what was found in a tile. share: of the target. Errors of different tiles are
         taken to be independent."""
         place, shown = (tile.rows, tile.columns), (slice(None), *tile.shown)
+        every_channel = (slice(None), *place)
         own = part.attributions.cpu().float()
-        self.attributions[(slice(None), *place)] += share * own[shown]
+        self.attributions[every_channel] += share * own[shown]
         self._error += (share * _error_of(part, float(own.double().norm()))) ** 2
         if part.uncertainty is None:
             self._known = False
         else:
             self._squares[place] += (share * part.uncertainty[tile.shown]).square()
         self.score += share * part.score
+        assert part.baseline_score is not None  # tiles go with a method that has a baseline
         self.baseline_score += share * part.baseline_score
         seen = dict(zip(part.trend.alphas, part.trend.scores, strict=True))
         known = self._scores if self.explained else dict.fromkeys(seen, 0.0)
@@ -229,8 +232,9 @@ def _error_of(part: Explanation, size: float) -> float:
     """The estimated L2 error of a tile's map, of L2 norm `size`; NaN where it is unknown."""
     if part.map_error is not None:
         return part.map_error * size
-    known = part.uncertainty is not None and not size  # a tile that is like its baseline
-    return float(part.uncertainty.double().norm()) if known else math.nan
+    if part.uncertainty is not None and not size:  # a tile that is like its baseline
+        return float(part.uncertainty.double().norm())
+    return math.nan
 
 
 def cost_of(parts: Sequence[Cost], gradients: int, passes: int, seconds: float) -> Cost:
@@ -382,14 +386,16 @@ def picture_logits(
                 logits, last = enlarged(engine.run(known.checked(x)), tiling.tile).cpu(), x
             if whole is None:
                 whole = torch.zeros((1, logits.shape[1], *tiling.size))
-            whole[..., tile.own_rows, tile.own_columns] = logits[(..., *tile.own)].float()
+            own = (..., *tile.own)
+            whole[..., tile.own_rows, tile.own_columns] = logits[own].float()
     assert whole is not None  # a picture has a tile
     return whole
 
 
 def _against(explainer: Explainer, given: TiledInput, seen: Seen, question: Question) -> Against:
     """The baselines of the whole picture: each tile gets its part. Their tensors are left out."""
-    image, notes, kind = given.image.astype(np.float32), (), question.baseline
+    image, kind = given.image.astype(np.float32), question.baseline
+    notes: list[str] = []
     fit = given.preprocessing
 
     def on_baseline(kind: str) -> tuple[np.ndarray, torch.Tensor]:

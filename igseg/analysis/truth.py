@@ -23,7 +23,8 @@ def counted_truth(
     beside the numbers of classes; and what is to be said of it."""
     if truth is None or truth.dtype.kind not in 'ui':
         return truth, ()
-    value, notes = study.ignore_label, ()
+    value = study.ignore_label
+    notes: tuple[str, ...] = ()
     if value is None:
         values = set(np.unique(truth).tolist())
         known = (VOID in values and study.truth_reading.numbers) or 0
@@ -31,10 +32,11 @@ def counted_truth(
             return truth, ()
         if max(values - {VOID}, default=0) not in range(1, known):
             return truth, ()
-        value, notes = VOID, (
+        value = VOID
+        notes = (
             f'the truth holds {VOID} beside class numbers: taken as "ignore", which counts in no '
             'score and no target',
-        )  # fmt: skip
+        )
     return np.where(truth == value, np.int16(IGNORED), truth.astype(np.int16)), notes
 
 

@@ -99,7 +99,7 @@ class Against:
 
     def difference(self, placement: Placement | None) -> np.ndarray:
         """|image - baseline| of each pixel, summed over the channels, (H, W); NaN in padding."""
-        difference = np.abs(self.image - self.pixels).sum(axis=2)
+        difference: np.ndarray = np.abs(self.image - self.pixels).sum(axis=2)
         if placement is not None:
             difference[~placement.content(difference.shape)] = np.nan
         return difference
@@ -129,7 +129,8 @@ def baselines_against(
             logits = engine.run(fit.normalise(pixels).to(x))
         return pixels, enlarged(logits, x.shape[-2:])
 
-    kind, notes = question.baseline, ()
+    kind = question.baseline
+    notes: list[str] = []
     if kind == AUTO:
         kind, *notes = best_baseline(image, seen, question.threshold, placement, on_baseline)
     against = Against(kind, image, pictures(kind), (*notes,))

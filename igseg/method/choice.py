@@ -303,7 +303,7 @@ def _kind_of(wanted: str) -> MethodKind:
 def _values(kind: MethodKind, texts: Mapping[str, str]) -> tuple[tuple[str, Any], ...]:
     """The values of all options of a method, from texts where some were given. Raises
     InputError."""
-    values = {name: one.default for name, one in kind.options.items()}
+    values: dict[str, Any] = {name: one.default for name, one in kind.options.items()}
     for name, one in kind.options.items():
         if name not in texts:
             continue

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -131,7 +131,7 @@ def at_layer(work: Work, name: str, baselines: bool = True) -> Iterator[Work]:
         handle.remove()
 
 
-def enlarged_sum(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def enlarged_sum(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """A map (c, h, w) at another size, (c, H, W), bilinear, its sum kept: each value is shared out
     over the pixels that it weighs in, by its weights there."""
     resize = partial(F.interpolate, size=size, mode='bilinear', align_corners=False)

@@ -15,8 +15,9 @@ from igseg.engine.sampler import AttributionPath
 from igseg.explanation import Declared, Found
 from igseg.method.choice import MethodChoice, chosen_methods
 from igseg.method.paths import UnitVelocity
-from igseg.method.rules import ADAPTIVE, AnyRule, Integration
+from igseg.method.rules import ADAPTIVE, Integration, OwnRule
 from igseg.method.walk import Work, in_precision, plain_work
+from igseg.network.score import Score
 from igseg.setting import resolved
 
 # --------------------------------------------------------------------------- what a method is
@@ -28,7 +29,6 @@ class Method:
     those are fields of the class."""
 
     declared: Declared  # of its row
-    references: ClassVar[int] = 0  # of other images that it compares with, at most
     counts: ClassVar[str] = 'interpolation steps'  # what its progress is told in
 
     @property
@@ -41,7 +41,12 @@ class Method:
         """As on the command line."""
         return self.declares.name
 
-    def rule(self, seed: int) -> AnyRule | None:
+    @property
+    def most_references(self) -> int:
+        """Of other images that it compares with, at most."""
+        return 0
+
+    def rule(self, seed: int) -> OwnRule | None:
         """By which it integrates, if not by the rule that was asked for."""
         return None
 
@@ -73,13 +78,13 @@ class Method:
         network: Callable[[torch.Tensor], torch.Tensor],
         x: torch.Tensor,
         baseline: torch.Tensor,
-        target: Callable[[torch.Tensor], torch.Tensor],
+        target: Score,
         steps: int,
     ) -> np.ndarray:
         """The map of one target, (C or 1, H, W), of whatever network, image and baseline, in a few
         midpoint steps; the last five arguments are those of `plain_map`. network: may have the
         module that it is, as `module`."""
-        module = getattr(network, 'module', network)
+        module: Any = getattr(network, 'module', network)  # what is no module may stand for one
         few = Integration('midpoint', steps, seed=seed)
         work = plain_work(network, module, x, baseline, target, few, references)
         return self.explain(work)[0].attributions.cpu().numpy()

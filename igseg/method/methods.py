@@ -30,7 +30,7 @@ from igseg.explanation import (
 from igseg.method.layers import at_layer, enlarged_sum, layer_named
 from igseg.method.method import Method, Multiplied, PathMethod
 from igseg.method.paths import BlurPath, DrawnPath, StraightPath, UnitVelocity
-from igseg.method.rules import AnyRule, Rule, Stratified
+from igseg.method.rules import OwnRule, Rule, Stratified
 from igseg.method.walk import Work, trend_of
 
 AT_IMAGE = Rule('at the image', np.ones(1), np.ones(1), degree=0)  # no integral: one gradient
@@ -96,7 +96,12 @@ class ExpectedMethod(PathMethod):
 
     references: int
 
-    def rule(self, seed: int) -> AnyRule:
+    @property
+    def most_references(self) -> int:
+        """See `Method`."""
+        return self.references
+
+    def rule(self, seed: int) -> OwnRule:
         """Steps at random, two in each of equal strata, which tell the standard error."""
         return Stratified(seed)
 
@@ -106,13 +111,19 @@ class ExpectedMethod(PathMethod):
 
     def baseline(self, work: Work) -> tuple[str, torch.Tensor]:
         """The mean of the other images."""
-        count = len(work.references)
-        name = f'{count} other image{"" if count == 1 else "s"}'
-        return name, work.references.mean(dim=0, keepdim=True)
+        others = _others(work)
+        name = f'{len(others)} other image{"" if len(others) == 1 else "s"}'
+        return name, others.mean(dim=0, keepdim=True)
 
     def paths(self, work: Work) -> Iterator[AttributionPath]:
         """One, which starts anywhere."""
-        yield DrawnPath(work.references, work.x, work.integration.seed)
+        yield DrawnPath(_others(work), work.x, work.integration.seed)
+
+
+def _others(work: Work) -> torch.Tensor:
+    """The other images, (n, C, H, W), which are there for a method that asks for some."""
+    assert work.references is not None
+    return work.references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +138,15 @@ class BlurMethod(PathMethod):
 
     def baseline(self, work: Work) -> tuple[str, torch.Tensor]:
         """The most blurred image."""
-        (path,) = self.paths(work)
+        path = self._path(work)
         return f'blurred (sigma {path.sigma:.3g} px)', path.at(work.x.new_zeros(1))[0]
 
     def paths(self, work: Work) -> Iterator[AttributionPath]:
         """One."""
-        yield BlurPath(work.x, self.sigma * max(work.x.shape[-2:]))
+        yield self._path(work)
+
+    def _path(self, work: Work) -> BlurPath:
+        return BlurPath(work.x, self.sigma * max(work.x.shape[-2:]))
 
 
 # --------------------------------------------------------------------------- steps of their own
@@ -148,17 +162,19 @@ class IdgiMethod(Method):
 
     def explain(self, work: Work) -> list[Found]:
         """See `Method`; the sum is F(x) - F(x'), since the changes of the steps are."""
-        steps, total, starts, first = work.integration.steps, 0.0, [], None
+        steps, starts = work.integration.steps, []
+        nothing = total = work.x.new_zeros(())
+        first: PathSampler | None = None
         nodes = np.arange(steps) / steps
         for baseline in work.baselines:
             sampler = work.sampler(UnitVelocity(StraightPath(baseline, work.x)))
-            first, before, share = first or sampler, 0.0, None
+            first, before, share = first or sampler, 0.0, nothing  # no step lies behind 0
             for alpha, gradients in zip(nodes.tolist(), sampler(nodes), strict=True):
-                if share is not None:
-                    total = total + share * _rise(sampler, before, alpha)
+                total = total + share * _rise(sampler, before, alpha)
                 before, share = alpha, _shares(gradients)
             total = total + share * _rise(sampler, before, 1.0)
             starts.append(sampler.scores[0.0])
+        assert first is not None  # there is a baseline
         maps, start = total / len(work.baselines), torch.stack(starts).mean(dim=0)
         return [Found(maps[t].clone(), steps, trend_of(first, t), float(start[t]))
                 for t in range(len(maps))]  # fmt: skip
@@ -333,7 +349,7 @@ class GradientMethod(PathMethod):
         """See `Method`."""
         return 1
 
-    def rule(self, seed: int) -> AnyRule:
+    def rule(self, seed: int) -> OwnRule:
         """A single gradient."""
         return AT_IMAGE
 
@@ -343,8 +359,8 @@ class GradientMethod(PathMethod):
 
     def explain(self, work: Work) -> list[Found]:
         """See `Method`."""
-        nowhere = {'trend': NOTHING_SEEN, 'start_score': None, 'end_score': None}
-        return [replace(one, **nowhere) for one in super().explain(work)]
+        return [replace(one, trend=NOTHING_SEEN, start_score=None, end_score=None)
+                for one in super().explain(work)]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +373,7 @@ class InputTimesGradient(PathMethod):
         """See `Method`."""
         return len(work.baselines)
 
-    def rule(self, seed: int) -> AnyRule:
+    def rule(self, seed: int) -> OwnRule:
         """A single gradient."""
         return AT_IMAGE
 
@@ -410,13 +426,14 @@ class OcclusionMethod(Method):
         for baseline in work.baselines:
             covered = (_covered(work.x, baseline, place) for place in places)
             for place, scores in zip(places, work.scores(covered), strict=True):
-                total[(..., *place)] += (full - scores).view(-1, 1, 1, 1)
-                count[(..., *place)] += 1
+                there = (..., *place)
+                total[there] += (full - scores).view(-1, 1, 1, 1)
+                count[there] += 1
         return [Found(one, len(places)) for one in total / count]
 
 
 def _covered(x: torch.Tensor, baseline: torch.Tensor, place: tuple[slice, slice]) -> torch.Tensor:
     """An image (1, C, H, W) with a part of another laid over it."""
-    x = x.clone()
-    x[(..., *place)] = baseline[(..., *place)]
+    x, there = x.clone(), (..., *place)
+    x[there] = baseline[there]
     return x

@@ -158,7 +158,9 @@ class Stratified:
             yield ((np.arange(strata)[:, None] + within) / strata).ravel()
 
 
-AnyRule = str | Rule | Stratified  # a name of RULE_NAMES, or a rule that a method brings along
+OwnRule = Rule | Stratified  # a rule that a method brings along
+
+AnyRule = str | OwnRule  # or a name of RULE_NAMES
 
 
 def first_rule(steps: int) -> Rule:

@@ -98,8 +98,10 @@ class TargetContext:
     def check_truth(self) -> None:
         """Raise InputError where the ground truth holds a class that the network lacks."""
         classes = len(self.masks)
+        if self.truth is None or classes == 1:
+            return
         known = classes + (self.network.kind(self.masks) == MULTILABEL)
-        if classes > 1 and int(self.truth.max()) >= known:
+        if int(self.truth.max()) >= known:
             raise InputError(
                 f'the ground truth holds class {int(self.truth.max())}, but the model has '
                 f'only {classes} classes ({known - classes} to {known - 1})'
@@ -331,7 +333,7 @@ def unknown_numbers(
     )
 
 
-def beside_truth(seen: Seen) -> dict[str, object]:
+def beside_truth(seen: Seen) -> dict[str, Any]:
     """What an explanation holds of the ground truth."""
     numbers = seen.numbers
     if numbers is None:

@@ -27,6 +27,7 @@ from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
 from igseg.method.rules import AnyRule, Integration, first_nodes
 from igseg.network.description import NetworkDescription
 from igseg.network.outputs import OutOfMemory, enlarged, out_of_memory_is_one_error
+from igseg.network.score import Score
 
 MASK_SHARE = 0.05  # of a path's work, at most, goes into whole maps between its ends
 FORWARD_SHARE = 0.4  # of a gradient's work that its forward pass is, about
@@ -62,11 +63,13 @@ class Walk:
         estimated error (targets, C, H, W), and that of the sum over the channels (targets, H, W).
         """
         attributions = attributions.clone()  # a slice may keep all targets' alive
-        error, rounding = None, self.deviation if self.reduced else 0.0
-        if uncertainty is not None:
+        rounding = self.deviation if self.reduced else 0.0
+        error: float | None = None
+        doubt: torch.Tensor | None = None  # both unknown, where that of rounding is
+        if uncertainty is not None and summed is not None and math.isfinite(rounding):
             error = math.hypot(float(uncertainty[0].norm() / attributions.norm()), rounding)
             size = attributions.sum(dim=0).square().mean().sqrt()  # of a pixel, root mean square
-            summed = summed[0].hypot(rounding * size).cpu()
+            doubt = summed[0].hypot(rounding * size).cpu()
         drawn = self.means[number].sum_variance
         return Found(
             attributions,
@@ -75,7 +78,7 @@ class Walk:
             start_score=_mean_of(self.starts, number),
             end_score=_mean_of(self.ends, number),
             map_error=error if error is None or math.isfinite(error) else None,
-            uncertainty=summed,
+            uncertainty=doubt,
             total_error=None if drawn is None else float(drawn[0]) ** 0.5,
             reduced=self.reduced,
             deviation=self.deviation if self.reduced else None,
@@ -136,8 +139,10 @@ class Work:
         refined = wanted.tolerance is not None
         nodes = first_nodes(rule, wanted.steps, refined)
         means = [MeanIntegral(second=second) for _ in self.at_image.targets]
-        first, starts, ends, at_image = None, [], [], self.at_image
-        reduced, deviation = None, 0.0
+        starts, ends, at_image = [], [], self.at_image
+        first: PathSampler | None = None
+        reduced: torch.dtype | None = None
+        deviation = 0.0
         for path in paths:
             if path.image is self.x and at_image.gradient is None and nodes[-1] == 1:
                 at_image = self._with_gradient(at_image)  # which several paths share
@@ -152,14 +157,15 @@ class Work:
                 self.engine.step_batch.start(self.pixels, reduced)
             sampler.reduced = reduced
             rounding = deviation if reduced else 0.0
-            enough = partial(exact_enough, wanted.tolerance, rounding, complete, sampler)
-            integrals = integrate_targets(
-                sampler.some, len(means), rule, wanted.steps, enough if refined else None
-            )
+            enough = None
+            if wanted.tolerance is not None:
+                enough = partial(exact_enough, wanted.tolerance, rounding, complete, sampler)
+            integrals = integrate_targets(sampler.some, len(means), rule, wanted.steps, enough)
             for mean, integral in zip(means, integrals, strict=True):
                 mean.add(integral)
             starts.append(sampler.scores[0.0])
             ends.append(sampler.scores[1.0])
+        assert first is not None  # a method names a path
         return Walk(means, first, starts, ends, reduced, deviation)
 
     def _with_gradient(self, at_image: AtImage) -> AtImage:
@@ -181,7 +187,7 @@ class Work:
         near = {int(np.abs(nodes - alpha).argmin()) for alpha in CHECKED_NODES}
         deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(near)])
         limit = min(wanted.precision_tolerance, (wanted.tolerance or 1.0) / 2)
-        refused = wanted.precision == 'auto' and deviation > limit
+        refused = wanted.precision == 'auto' and not deviation <= limit  # also where it is NaN
         return None if refused else reduced, deviation
 
     def crops_of(self, target: int) -> Crops:
@@ -202,7 +208,8 @@ class Work:
     def scores(self, points: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """F of every target, (targets,), at each of many points (1, C, H, W), which go through the
         network in step batches, without gradients."""
-        batch, crops = self.engine.step_batch, self.at_image.crops or Crops(self.at_image.targets)
+        batch = self.engine.step_batch
+        crops = self.at_image.crops or Crops(tuple(self.at_image.targets))
         batch.start(self.pixels)
         waiting: list[torch.Tensor] = []
         points = iter(points)
@@ -232,7 +239,7 @@ def plain_work(
     module: torch.nn.Module,
     x: torch.Tensor,
     baseline: torch.Tensor,
-    target: Callable[[torch.Tensor], torch.Tensor],
+    target: Score,
     integration: Integration,
     references: torch.Tensor | None = None,
 ) -> Work:
@@ -258,7 +265,7 @@ def in_precision(work: Callable[[str], Result], precision: str) -> tuple[Result,
     if precision == 'float32':
         return work(precision), None
     result, overflow = attempt(partial(work, precision), NonFiniteError)
-    if overflow is None:
+    if result is not None:
         return result, None
     wanted = 'reduced precision' if precision == 'auto' else precision
     return work('float32'), f'computed again in float32, since in {wanted} {overflow}'

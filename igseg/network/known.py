@@ -70,7 +70,7 @@ class Known:
             known,
             output_kind=meaning.output_kind or known.output_kind or found,
             background=known.background if background is None
-            else None if background == 'none' else background,
+            else background if isinstance(background, int) else None,  # else it is 'none'
             class_names=meaning.class_names or known.class_names,
         )  # fmt: skip
 
