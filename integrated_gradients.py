@@ -298,6 +298,7 @@ class IntegratedGradients:
         started = time.perf_counter()
         x, notes = self.see(given.x, question.meaning)  # (1, C, H, W)
         engine, network = self.engine, self.known.under(question.meaning)
+        own = given.preprocessing
         if engine.network is None:  # later, the method itself finds out
             with frozen(self.model), explained_memory(self.device):
                 method.check_network(self.model, x.to(engine.dtype))
@@ -308,17 +309,13 @@ class IntegratedGradients:
             seen = Seen.of(network, logits, question, given.truth, given.placement)
             crops = engine.compared_crops(x, logits, seen.targets)
             at_image = AtImage(x, logits, seen.targets, None, crops)
-            against, baselines = baselines_against(
-                engine, x, seen, question, given.preprocessing, given.placement
-            )
-            others, left_out = other_images(
-                references, method.most_references, x, given.preprocessing
-            )
+            against, baselines = baselines_against(engine, x, seen, question, own, given.placement)
+            others, left_out = other_images(references, method.most_references, x, own)
             overlap = partial(
                 mask_overlap, network.foreground(seen.masks), network, question.threshold
             )
             work = Work(engine, at_image, baselines, integration, overlap, others)
-            against = own_baseline(method, work, against, given.preprocessing)
+            against = own_baseline(method, work, against, own)
             found, retried = found_by(method, work, progress)
             forward_passes = engine.forward_passes - before[0]
             gradients = engine.gradient_evaluations - before[1]
