@@ -15,7 +15,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,9 +36,6 @@ from igseg.errors import InputError, NoFrameError, one_line
 
 ARRAY_SUFFIXES = ('.npy',)  # images of any number of channels
 TIFF_SUFFIXES = ('.tif', '.tiff')
-
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', *TIFF_SUFFIXES, '.webp', '.gif',
-                  *ARRAY_SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES)  # fmt: skip
 LOSSY_FORMATS = ('JPEG', 'MPO', 'WEBP', 'JPEG2000')
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # of an image, unless more are allowed
 BYTES_A_PIXEL = 30  # of a large image on its way to the network: 11 to 18, measured, and a copy
@@ -256,90 +253,7 @@ def frame_notes(path: Path, kind: str, frames: int, reading: Reading) -> tuple[s
     )
 
 
-# --------------------------------------------------------------------------- reading images
-
-
-def read_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) -> np.ndarray:
-    """Read an image as (H, W, C), 0-255: uint8, or float32 where the file holds finer values.
-
-    3 channels: any picture as RGB; grey, palette, CMYK and alpha pictures are converted (alpha is
-    dropped, as training pipelines do). 1: any picture as grey (ITU-R 601 luma of the colours). 4:
-    pictures with alpha. Any number: `.npy` arrays and TIFF files, (H, W, C) or (C, H, W).
-
-    16-bit values are scaled from their full range 0-65535; floats are taken as 0-1 if nothing
-    exceeds 1, else as 0-255; DICOM files by their own window. `reading.window` says otherwise.
-    Raises InputError as `open_picture` does, for values that are not finite or beyond those ranges,
-    and for another number of channels.
-    """
-    return load_image(path, channels, reading).pixels
-
-
-def load_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) -> LoadedImage:
-    """`read_image`, with what was decided. The crop is left to the caller, who may have a mask."""
-    path = Path(path)
-    stored = stored_values(path, channels, reading)
-    check_values(stored.values, path)
-    low, high = value_range(stored, path, reading)
-    return LoadedImage(
-        scaled(stored.values, low, high),
-        (low, high),
-        stored.orientation,
-        stored.geometry,
-        (*stored.notes, *_range_notes(stored, low, high, path, reading)),
-    )
-
-
-def load_channels(paths: Sequence[Path], channels: int, reading: Reading = PLAIN) -> LoadedImage:
-    """An image whose channels lie in files of their own, in order. Raises InputError."""
-    if len(paths) == 1:
-        return load_image(paths[0], channels, reading)
-    if len(paths) != channels:
-        raise InputError(
-            f'{paths[0]} and {len(paths) - 1} more files are the channels of one image, but the '
-            f'network takes {channels}'
-        )
-    parts = [load_image(path, 1, reading) for path in paths]
-    sizes = {part.pixels.shape for part in parts}
-    if len(sizes) > 1:
-        raise InputError(f'{paths[0]} and the files of its other channels differ in size')
-    pixels = np.concatenate([part.pixels for part in parts], axis=2)
-    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    return replace(parts[0], pixels=pixels, notes=notes)
-
-
-def stored_values(path: Path, channels: int, reading: Reading) -> Stored:
-    """The values in a file, in as many channels as the network takes. Raises InputError."""
-    suffix = suffix_of(path)
-    if suffix in NIFTI_SUFFIXES:
-        check_file(path)
-        found = read_nifti(path, reading.slice, 4 * reading.limit, reading.frame)
-        stored = _medical(found, channels, path)
-        notes = frame_notes(path, 'image', found.frames, reading)
-        return replace(stored, notes=(*notes, *stored.notes))
-    if suffix in DICOM_SUFFIXES or is_dicom(path):
-        check_file(path)
-        found = read_dicom(path, reading.frame, reading.limit)
-        notes = frame_notes(path, 'image', found.frames, reading)
-        stored = _medical(found, channels, path)
-        return replace(stored, notes=(*notes, *stored.notes))
-    many = suffix in TIFF_SUFFIXES and channels not in (1, 3)
-    if suffix in ARRAY_SUFFIXES or many:
-        return _of_array(read_array(path, reading), channels, path)
-    try:
-        opened = opened_picture(path, 'image', reading)
-    except NoFrameError:
-        raise
-    except InputError:
-        if suffix not in TIFF_SUFFIXES or not path.is_file():
-            raise
-        return _of_array(read_array(path, reading), channels, path)  # Pillow knows only some
-    if opened.deep:
-        values = TURNS[opened.orientation](_deep_values(path, reading))
-        stored = Stored(_in_channels(values, channels, path), (0.0, 65535.0))
-        stored = replace(stored, full_range=_full_range(values))
-    else:
-        stored = _of_picture(opened.picture, channels, path)
-    return replace(stored, orientation=opened.orientation, notes=opened.notes)
+# --------------------------------------------------------------------------- values in files
 
 
 def _medical(found, channels: int, path: Path) -> Stored:
@@ -463,29 +377,6 @@ def check_values(values: np.ndarray, path: str | Path) -> None:
         raise InputError(f'{path} has {count:,} pixels that are not finite (export it again)')
 
 
-def check_image(path: str | Path, reading: Reading = PLAIN) -> None:
-    """Raise InputError for what is no image at all, before the network says how many channels."""
-    path = Path(path)
-    suffix = suffix_of(path)
-    if suffix in ARRAY_SUFFIXES:
-        read_array(path, reading)
-    elif suffix in NIFTI_SUFFIXES:
-        check_file(path)
-        shape_of_nifti(path)
-    elif suffix in DICOM_SUFFIXES or is_dicom(path):
-        check_file(path)
-        read_dicom(path, reading.frame, reading.limit)
-    else:
-        try:
-            open_picture(path, 'image', reading)
-        except NoFrameError:
-            raise
-        except InputError:
-            if suffix not in TIFF_SUFFIXES or not path.is_file():
-                raise
-            read_array(path, reading)  # Pillow knows only some of these
-
-
 # --------------------------------------------------------------------------- values to pixels
 
 
@@ -563,6 +454,179 @@ def _range_notes(
             'is black and white with --window=LOW:HIGH, or auto)',
         )
     return ()
+
+
+# --------------------------------------------------------------------------- file formats
+
+
+def _picture_values(path: Path, channels: int, reading: Reading) -> Stored:
+    """What a picture that Pillow reads holds."""
+    return _opened_values(opened_picture(path, 'image', reading), path, channels, reading)
+
+
+def _opened_values(opened: Opened, path: Path, channels: int, reading: Reading) -> Stored:
+    if opened.deep:
+        values = TURNS[opened.orientation](_deep_values(path, reading))
+        stored = Stored(_in_channels(values, channels, path), _full_range(values))
+    else:
+        stored = _of_picture(opened.picture, channels, path)
+    return replace(stored, orientation=opened.orientation, notes=opened.notes)
+
+
+def _check_picture(path: Path, reading: Reading) -> None:
+    open_picture(path, 'image', reading)
+
+
+def _array_values(path: Path, channels: int, reading: Reading) -> Stored:
+    """What an array of numbers holds."""
+    return _of_array(read_array(path, reading), channels, path)
+
+
+def _check_array(path: Path, reading: Reading) -> None:
+    read_array(path, reading)
+
+
+def _tiff_values(path: Path, channels: int, reading: Reading) -> Stored:
+    """What a TIFF file holds: a picture, or an array of any number of channels."""
+    if channels not in (1, 3):
+        return _array_values(path, channels, reading)
+    try:
+        opened = opened_picture(path, 'image', reading)
+    except NoFrameError:
+        raise
+    except InputError:
+        if not path.is_file():
+            raise
+        return _array_values(path, channels, reading)  # Pillow knows only some of these
+    return _opened_values(opened, path, channels, reading)
+
+
+def _check_tiff(path: Path, reading: Reading) -> None:
+    try:
+        _check_picture(path, reading)
+    except NoFrameError:
+        raise
+    except InputError:
+        if not path.is_file():
+            raise
+        read_array(path, reading)  # Pillow knows only some of these
+
+
+def _dicom_values(path: Path, channels: int, reading: Reading) -> Stored:
+    """What a frame of a DICOM file holds."""
+    check_file(path)
+    found = read_dicom(path, reading.frame, reading.limit)
+    notes = frame_notes(path, 'image', found.frames, reading)
+    stored = _medical(found, channels, path)
+    return replace(stored, notes=(*notes, *stored.notes))
+
+
+def _check_dicom(path: Path, reading: Reading) -> None:
+    check_file(path)
+    read_dicom(path, reading.frame, reading.limit)
+
+
+def _nifti_values(path: Path, channels: int, reading: Reading) -> Stored:
+    """What a slice of a NIfTI volume holds."""
+    check_file(path)
+    found = read_nifti(path, reading.slice, 4 * reading.limit, reading.frame)
+    stored = _medical(found, channels, path)
+    notes = frame_notes(path, 'image', found.frames, reading)
+    return replace(stored, notes=(*notes, *stored.notes))
+
+
+def _check_nifti(path: Path, reading: Reading) -> None:
+    check_file(path)
+    shape_of_nifti(path)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table of file formats of images. Both functions raise InputError."""
+
+    suffixes: tuple[str, ...]  # of its files' names, lower case
+    values: Callable[[Path, int, Reading], Stored]  # in as many channels as the network takes
+    check: Callable[[Path, Reading], None]  # for what is no image at all, whatever its channels
+
+
+PICTURES = Format(('.jpg', '.jpeg', '.png', '.bmp'), _picture_values, _check_picture)
+DICOM_FILES = Format(DICOM_SUFFIXES, _dicom_values, _check_dicom)
+
+FORMATS: tuple[Format, ...] = (
+    PICTURES,
+    Format(TIFF_SUFFIXES, _tiff_values, _check_tiff),
+    Format(('.webp', '.gif'), _picture_values, _check_picture),
+    Format(ARRAY_SUFFIXES, _array_values, _check_array),
+    DICOM_FILES,
+    Format(NIFTI_SUFFIXES, _nifti_values, _check_nifti),
+)
+
+IMAGE_SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
+
+
+def format_of(path: Path) -> Format:
+    """The row of FORMATS of a file: by its name, without an ending by its first bytes. What no row
+    knows may still be a picture."""
+    suffix = suffix_of(path)
+    unknown = DICOM_FILES if is_dicom(path) else PICTURES
+    return next((row for row in FORMATS if suffix in row.suffixes), unknown)
+
+
+# --------------------------------------------------------------------------- reading images
+
+
+def read_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) -> np.ndarray:
+    """Read an image as (H, W, C), 0-255: uint8, or float32 where the file holds finer values.
+
+    3 channels: any picture as RGB; grey, palette, CMYK and alpha pictures are converted (alpha is
+    dropped, as training pipelines do). 1: any picture as grey (ITU-R 601 luma of the colours). 4:
+    pictures with alpha. Any number: `.npy` arrays and TIFF files, (H, W, C) or (C, H, W).
+
+    16-bit values are scaled from their full range 0-65535; floats are taken as 0-1 if nothing
+    exceeds 1, else as 0-255; DICOM files by their own window. `reading.window` says otherwise.
+    Raises InputError as `open_picture` does, for values that are not finite or beyond those ranges,
+    and for another number of channels.
+    """
+    return load_image(path, channels, reading).pixels
+
+
+def load_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) -> LoadedImage:
+    """`read_image`, with what was decided. The crop is left to the caller, who may have a mask."""
+    path = Path(path)
+    stored = format_of(path).values(path, channels, reading)
+    check_values(stored.values, path)
+    low, high = value_range(stored, path, reading)
+    return LoadedImage(
+        scaled(stored.values, low, high),
+        (low, high),
+        stored.orientation,
+        stored.geometry,
+        (*stored.notes, *_range_notes(stored, low, high, path, reading)),
+    )
+
+
+def load_channels(paths: Sequence[Path], channels: int, reading: Reading = PLAIN) -> LoadedImage:
+    """An image whose channels lie in files of their own, in order. Raises InputError."""
+    if len(paths) == 1:
+        return load_image(paths[0], channels, reading)
+    if len(paths) != channels:
+        raise InputError(
+            f'{paths[0]} and {len(paths) - 1} more files are the channels of one image, but the '
+            f'network takes {channels}'
+        )
+    parts = [load_image(path, 1, reading) for path in paths]
+    sizes = {part.pixels.shape for part in parts}
+    if len(sizes) > 1:
+        raise InputError(f'{paths[0]} and the files of its other channels differ in size')
+    pixels = np.concatenate([part.pixels for part in parts], axis=2)
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return replace(parts[0], pixels=pixels, notes=notes)
+
+
+def check_image(path: str | Path, reading: Reading = PLAIN) -> None:
+    """Raise InputError for what is no image at all, before the network says how many channels."""
+    path = Path(path)
+    format_of(path).check(path, reading)
 
 
 def crop_image(pixels: np.ndarray, crop: tuple[int, int, int, int] | None, name: str) -> np.ndarray:
