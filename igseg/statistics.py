@@ -233,6 +233,7 @@ class Statistic:
     page: int | None = None  # its place in the page's detail view
     label: str = ''  # its name there
     heading: str = ''  # of its column in the page's table, where it has one
+    check: str = ''  # that measures it with --evaluate, 'package.module:name'
     range: str = ''  # of a check: the values there are
     better: str = ''  # of a check: 'higher', 'lower', '' where neither is
     source: str = ''  # of a check
@@ -244,12 +245,23 @@ class Statistic:
         return f'{self.meaning} ({self.range}{better}; {self.source})'
 
 
-def _check(meaning: str, range: str, better: str, source: str) -> Statistic:
-    """A row that is measured by `faithfulness`."""
-    return Statistic(meaning, NUMBER, CHECK, summarised=True, range=range, better=better,
-                     source=source)  # fmt: skip
+def _check(check: str, meaning: str, range: str, better: str, source: str) -> Statistic:
+    """A row that a check measures."""
+    return Statistic(meaning, NUMBER, CHECK, summarised=True, check=check, range=range,
+                     better=better, source=source)  # fmt: skip
 
 
+# The checks that measure something.
+_CURVES = 'igseg.checks.curves:curves'
+_PATCHES = 'igseg.checks.checks:patches'
+_NOISE = 'igseg.checks.checks:noise_sensitivity'
+_RANDOMISATION = 'igseg.checks.checks:randomisation'
+_BASELINES = 'igseg.checks.checks:baseline_agreement'
+_PLACES = 'igseg.checks.checks:places'
+_CONTEXT = 'igseg.checks.checks:context'
+_SPOTS = 'igseg.checks.checks:distant_spots'
+
+# Where they are from.
 _ARRAS = 'Arras et al. 2022'
 _YEH = 'Yeh et al. 2019'
 _PETSIUK = 'Petsiuk et al. 2018'
@@ -416,52 +428,52 @@ STATISTICS: dict[str, Statistic] = {
         of=lambda m: m.explanation.tiles and _listed(vars(m.explanation.tiles))),
 
     # What `--evaluate` measures.
-    'deletion_area': _check(
+    'deletion_area': _check(_CURVES,
         'area under the score while pixels are removed, most relevant first; 1 is F(x), 0 the '
         'score of the filled image; mean over fills and units',
         'about 0 to 1', 'lower', _PETSIUK),
-    'insertion_area': _check(
+    'insertion_area': _check(_CURVES,
         'the same while pixels are put back into the filled image', 'about 0 to 1', 'higher',
         _PETSIUK),
-    'deletion_margin': _check(
+    'deletion_margin': _check(_CURVES,
         'mean deletion area of copies of the map in the wrong place (displaced and mirrored) minus '
         'that of the map', '-1 to 1', 'higher', _PETSIUK),
-    'insertion_margin': _check(
+    'insertion_margin': _check(_CURVES,
         'insertion area of the map minus the mean of such copies', '-1 to 1', 'higher', _PETSIUK),
-    'deletion_margin_others': _check(
+    'deletion_margin_others': _check(_CURVES,
         'deletion area of the better of a random map and Sobel edges minus that of the map',
         '-1 to 1', 'higher', _PETSIUK),
-    'insertion_margin_others': _check(
+    'insertion_margin_others': _check(_CURVES,
         'insertion area of the map minus that of the better of the two', '-1 to 1', 'higher',
         _PETSIUK),
-    'infidelity': _check(
+    'infidelity': _check(_PATCHES,
         'squared difference of what the map says random patches are worth and what replacing them '
         'by the baseline changes, best scale, relative to the change', '0 to 1', 'lower', _YEH),
-    'max_sensitivity': _check(
+    'max_sensitivity': _check(_NOISE,
         f'largest relative L2 change of the map under uniform noise of {NOISE_RADIUS:.0%} of the '
         'pixel range', '0 and up', 'lower', _YEH),
-    'broad_sensitivity': _check(
+    'broad_sensitivity': _check(_NOISE,
         'the same of the broad features, the signed map under a blur of 2 % of the longer side',
         '0 and up', 'lower', 'this toolkit'),
-    'recomputed_correlation': _check(
+    'recomputed_correlation': _check(_RANDOMISATION,
         'rank correlation of the signed map with the same computed afresh in a few steps; not for '
         'a mean over drawn baselines, nor for methods that a few steps do not suffice', '-1 to 1',
         'higher', 'this toolkit'),
-    'randomised_correlation': _check(
+    'randomised_correlation': _check(_RANDOMISATION,
         'rank correlation of the signed map with that of the network whose weights are all '
         'redrawn; of a map of one sign, at most the linear one of magnitudes', '-1 to 1', 'lower',
         _ADEBAYO),
-    'randomised_ssim': _check(
+    'randomised_ssim': _check(_RANDOMISATION,
         'structural similarity of the two magnitudes', '-1 to 1', 'lower', _ADEBAYO),
-    'baseline_correlation': _check(
+    'baseline_correlation': _check(_BASELINES,
         'rank correlation of |attribution| between baselines that do not hide the target, median '
         'of all pairs', '-1 to 1',
         'higher', _STURMFELS),
-    'baseline_overlap': _check(
+    'baseline_overlap': _check(_BASELINES,
         f'overlap of the strongest {STRONGEST:.0%} of pixels, median of all pairs', '0 to 1',
         'higher', _STURMFELS),
     **{
-        f'{name}_in_{where}': _check(f'{text}{of}', '0 to 1', 'higher', source)
+        f'{name}_in_{where}': _check(_PLACES, f'{text}{of}', '0 to 1', 'higher', source)
         for where, of in (('target', 'the target region'), ('prediction', 'the predicted mask'),
                           ('truth', 'the ground truth'))
         for name, text, source in (
@@ -475,7 +487,7 @@ STATISTICS: dict[str, Statistic] = {
         )
     },
     **{
-        f'{who}_radius_{share}': _check(
+        f'{who}_radius_{share}': _check(_CONTEXT,
             f'distance from the target within which {share} % of {what} lies, in pixels of the '
             'model input; 0: inside', '0 and up', '', source)
         for who, what, source in (
@@ -483,24 +495,25 @@ STATISTICS: dict[str, Statistic] = {
             ('receptive', '|gradient of the target at the input|', 'Luo et al. 2016'))
         for share in (50, 90, 95)
     },
-    'context_inside': _check('share of |attribution| inside the target', '0 to 1', '',
+    'context_inside': _check(_CONTEXT, 'share of |attribution| inside the target', '0 to 1', '',
                              'this toolkit'),
-    'context_near': _check(
+    'context_near': _check(_CONTEXT,
         f'share outside it, but within {NEAR:.0%} of the longer side', '0 to 1', '',
         'this toolkit'),
-    'rim_excess': _check(
+    'rim_excess': _check(_PLACES,
         f'share of |attribution| in the outer rim ({RIM:.0%} of the longer side, target '
         'left out) over its share of the area', '0 and up', 'lower', 'this toolkit'),
-    'padding_excess': _check(
+    'padding_excess': _check(_PLACES,
         'the same for letterbox padding', '0 and up', 'lower', 'this toolkit'),
-    'distant_spot_effect': _check(
+    'distant_spot_effect': _check(_SPOTS,
         'how far the score falls, from F(x) to that of the filled image, when the strongest square '
         f'of the map farther than {FAR:.0%} of the longer side from the target and other predicted '
         'objects is filled with the mean of its surroundings; the larger of two sizes of squares',
         'about 0 to 1', 'lower', 'this toolkit'),
-    'distant_spot_x': _check('where that square lies, in pixels of the model input from the left',
+    'distant_spot_x': _check(_SPOTS,
+        'where that square lies, in pixels of the model input from the left',
         '0 and up', '', 'this toolkit'),
-    'distant_spot_y': _check('the same from the top', '0 and up', '', 'this toolkit'),
+    'distant_spot_y': _check(_SPOTS, 'the same from the top', '0 and up', '', 'this toolkit'),
     'evaluation': Statistic('what those were taken from: curves, profile, stages, pairs of '
         'baselines', COMPOUND, of=lambda m: None),
 
@@ -523,7 +536,7 @@ STATISTICS: dict[str, Statistic] = {
     'resume_key': Statistic('hash of everything that decides the files', TEXT, RECORD),
 }  # fmt: skip
 
-METRICS = {key: row for key, row in STATISTICS.items() if row.group == CHECK and row.source}
+METRICS = {key: row for key, row in STATISTICS.items() if row.check}  # what checks measure
 
 
 def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = None) -> Statistics:

@@ -12,7 +12,8 @@ A heatmap convinces whether or not it is true, so each check has something to fa
 - whether the score hangs on a spot far from the target, which is filled to see (a shortcut).
 
 Arrays are NumPy, at model resolution; a *relevance* is a map (H, W). `evaluate` runs all checks on
-one `Subject`, which may hold the map of any tool. METRICS defines every number.
+one `Subject`, which may hold the map of any tool. METRICS defines every number, and names the check
+that measures it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from igseg.checks.curves import curves, is_noise, without
+from igseg.checks.curves import is_noise, without
 from igseg.checks.effort import EFFORTS, SPOT_SIDES, Effort
 from igseg.checks.subject import Check, Evaluation, Explainer, Subject, progress_bar, subject_of
 from igseg.errors import InputError
@@ -52,6 +53,7 @@ from igseg.maps import (
     top_overlap,
 )
 from igseg.preprocessing import Placement, Preprocessing
+from igseg.setting import resolved
 from igseg.statistics import METRICS
 
 BROAD = 0.02  # of the longer side: sigma of the blur that leaves a map's broad features
@@ -340,10 +342,7 @@ def baseline_agreement(
 
 # --------------------------------------------------------------------------- all of them
 
-CHECKS: tuple[Check, ...] = (
-    places, context, curves, patches, distant_spots, randomisation, noise_sensitivity,
-    baseline_agreement,
-)  # fmt: skip
+CHECKS = tuple(dict.fromkeys(row.check for row in METRICS.values()))  # 'package.module:name'
 
 
 def evaluate(
@@ -353,7 +352,8 @@ def evaluate(
     amount = EFFORTS[effort] if isinstance(effort, str) else effort
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     details: dict[str, object] = {}
-    for check in CHECKS:
+    for name in CHECKS:
+        check: Check = resolved(name)
         result = check(subject, amount, seed, progress)
         metrics |= result.metrics
         details |= result.details

@@ -26,6 +26,7 @@ from igseg.checks.effort import COMPARED_BASELINES, EFFORTS
 from igseg.checks.subject import Subject
 from igseg.checks.verdict import findings
 from igseg.maps import FAR, infidelity, max_sensitivity, rank_correlation, signed_distance
+from igseg.setting import resolved
 from igseg.statistics import METRICS
 from integrated_gradients import IntegratedGradients, Target, evaluate_explanation, plain_map
 
@@ -346,3 +347,4 @@ def test_every_metric_is_defined():
     for name, metric in METRICS.items():
         assert metric.meaning and metric.range and metric.source, name
         assert metric.better in ('higher', 'lower', '')
+        assert callable(resolved(metric.check)), name

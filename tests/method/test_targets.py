@@ -9,6 +9,7 @@ from igseg.preprocessing import Preprocessing
 from igseg.setting import resolved
 from integrated_gradients import (
     BASELINES,
+    METHODS,
     TARGETS,
     EmptyTargetError,
     InputError,
@@ -176,5 +177,5 @@ def test_mask_and_target_objects_as_target(ig, brain):
 
 
 def test_the_table_documents_itself():
-    for kind in (*TARGETS.values(), *BASELINES.values()):
+    for kind in (*TARGETS.values(), *BASELINES.values(), *METHODS.values()):
         assert kind.meaning and callable(resolved(kind.made_by))
