@@ -1,12 +1,15 @@
 """README and REFERENCE tell the truth about flags, tables, commands and files."""
 
+import ast
 import importlib
 import json
 import re
 import shlex
+import sys
 
 import pytest
 from helpers import ROOT
+from test_house import ORDER, names
 
 import integrated_gradients
 from igseg.checks.verdict import FINDING_RULES, Thresholds
@@ -132,6 +135,21 @@ def test_linked_files_and_headings_exist():
             assert not place or place in known, target
 
 
+def test_what_is_imported_in_the_documents_can_be_imported():
+    blocks = re.findall(r'```python\n(.*?)```', BOTH, re.DOTALL)
+    imports = [
+        node
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    ours = {node.module for node in imports} - set(sys.stdlib_module_names)
+    assert ours == {'integrated_gradients'}  # users import from nowhere else
+    for node in imports:
+        for name in node.names:
+            assert hasattr(importlib.import_module(str(node.module)), name.name), name.name
+
+
 def test_what_is_added_by_one_row_stands_where_it_is_said():
     part = CONTRIBUTING[CONTRIBUTING.index('## What is added by one row') :]
     rows = re.findall(r'^\| (an? .*?) \| .* \| (.*) \|$', part, re.MULTILINE)
@@ -144,14 +162,32 @@ def test_what_is_added_by_one_row_stands_where_it_is_said():
             assert hasattr(module, name), (what, name, file)
 
 
+def test_every_file_of_the_package_is_in_the_list_in_the_order_of_imports():
+    part = CONTRIBUTING[CONTRIBUTING.index('| file | what it holds |') :].partition('\n\n')[0]
+    listed = re.findall(r'^\| `([\w/]+)\.py`.*? \|', part, re.MULTILINE)
+    order = [name.removeprefix('igseg.').replace('.', '/') for name in names(ORDER)]
+    assert listed == [*order[-2:], *order[1:-2]]  # what users start is told first
+
+
 def test_earlier_modules_are_where_it_is_said():
     part = CONTRIBUTING[CONTRIBUTING.index('| module | is now') :]
-    rows = re.findall(r'^\| (`.*?`) \| (.*) \|$', part, re.MULTILINE)
+    modules, _, parts = part.partition('What left `integrated_gradients.py`')
+    rows = re.findall(r'^\| (`.*?`) \| (.*) \|$', modules, re.MULTILINE)
     assert len(rows) == 40
+    rows += re.findall(r'^\| (.*?) \| (`\w+/?\w+\.py`.*) \|$', parts, re.MULTILINE)
+    assert len(rows) > 50
     for old, new in rows:
         files = re.findall(r'`([\w/]+\.(?:py|html|json\.gz))`', new)
         assert files, old
         assert all((ROOT / 'igseg' / file).is_file() for file in files), (old, files)
+
+
+def test_what_published_examples_import_can_be_imported():
+    part = CONTRIBUTING[CONTRIBUTING.index('| before | now |') :]
+    imported = re.findall(r'^\| `from \w+ import (.*?)`', part, re.MULTILINE)
+    assert len(imported) == 4
+    for name in ', '.join(imported).split(', '):
+        assert getattr(integrated_gradients, name) is not None, name
 
 
 def anchor(heading: str) -> str:
