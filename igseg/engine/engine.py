@@ -34,6 +34,7 @@ from igseg.engine.preparation import (
     Network,
     prepared_copy,
     relative_difference,
+    within,
 )
 from igseg.errors import NonFiniteError, attempt
 from igseg.explanation import Cropping, Preparation
@@ -282,7 +283,7 @@ class GradientEngine:
         if size not in self._compared:
             gradient = self._compared[size] = self._gradient_deviation(x, crops, graph)
             deviations.append(gradient)
-        if not max(deviations) <= EQUIVALENCE_TOLERANCE:
+        if not within(deviations, EQUIVALENCE_TOLERANCE):
             whole = Cropping(
                 logit_deviation=deviations[0], gradient_deviation=gradient, fell_back=True
             )
@@ -298,7 +299,7 @@ class GradientEngine:
             maps = self.maps(x, plan)
         expected = [logits[place_of(box)] for box in plan.boxes]
         pairs = zip(maps, expected, strict=True)
-        return max(relative_difference(ours, theirs) for ours, theirs in pairs)
+        return float(np.max([relative_difference(ours, theirs) for ours, theirs in pairs]))
 
     def _gradient_deviation(self, x: torch.Tensor, crops: Crops, graph: NetworkGraph) -> float:
         """Of the gradient of all targets' sum, from the whole network's; 0 where only rounding can

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -46,6 +46,11 @@ def relative_difference(other: torch.Tensor, expected: torch.Tensor) -> float:
     """L2 norm of the difference, relative to the expected; 0 where both are zero."""
     difference, size = float((other - expected).norm()), float(expected.norm())
     return difference / size if size else (0.0 if difference == 0 else float('inf'))
+
+
+def within(deviations: Iterable[float], tolerance: float) -> bool:
+    """Whether all are; one that is not a number is not, which `max` may pass over."""
+    return all(one <= tolerance for one in deviations)
 
 
 def measure_deviation(
@@ -96,7 +101,7 @@ def _same_in_double_precision(
             exact = measure_deviation(double, NetworkGraph(LogitMap(double), part), part)
         except Exception:  # a network that takes no other size, cannot be copied, has its own types
             continue
-        return max(exact) <= EXACT_TOLERANCE
+        return within(exact, EXACT_TOLERANCE)
     return False
 
 
@@ -122,7 +127,7 @@ def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Pre
         with torch.no_grad():
             model(example)  # one that counts its calls falls out of step with what stands for it
         deviations = measure_deviation(model, network, example)
-        fell_back = not max(deviations) <= EQUIVALENCE_TOLERANCE  # also where it is not a number
+        fell_back = not within(deviations, EQUIVALENCE_TOLERANCE)
         if fell_back and max(measure_deviation(model, model, example)) > EQUIVALENCE_TOLERANCE:
             raise InputError(
                 'the network gives another answer each time it is asked, also in evaluation mode '

@@ -1,6 +1,8 @@
 """A network is prepared so that it computes the same, and what cannot be prepared runs as it is;
 the rewrites themselves are tested in test_graph."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,17 @@ def test_a_graph_that_deviates_is_not_used(monkeypatch, demo_model, brain):
     network, prepared = prepared_copy(demo_model, brain)
     assert prepared.fell_back and network is demo_model
     assert prepared.logit_deviation > 1e-4
+
+
+@pytest.mark.parametrize('deviations', [(0.0, math.nan), (math.nan, 0.0)])
+def test_a_deviation_that_is_not_a_number_is_one(monkeypatch, x, deviations):
+    def measure(original, other, example):
+        return (0.0, 0.0) if original is other else deviations
+
+    monkeypatch.setattr(preparation, 'measure_deviation', measure)
+    for network, example in ((decoder(), x), (decoder().float(), x.float())):
+        prepared, told = prepared_copy(network, example)
+        assert told.fell_back and prepared is network
 
 
 def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain):
@@ -245,6 +258,20 @@ def test_crops_that_deviate_are_not_used(monkeypatch, x):
         assert again.cropping.gradient_deviation is None  # measured once for a size
         bad = engine.compared_crops(x, logits + 0.01, [square(5, 5, 5)])
         assert bad.plan is None and bad.cropping.fell_back
+
+
+def test_crops_whose_deviation_is_not_a_number_are_not_used(monkeypatch, x):
+    targets = [square(5, 5, 5), square(50, 50, 5)]
+    for spoilt in ('_gradient_deviation', 'logits'):
+        engine = engine_of(decoder())
+        with engine.running(x), monkeypatch.context() as patch:
+            logits = engine.run(x)
+            if spoilt == 'logits':
+                logits[..., 50:55, 50:55] = math.nan  # in the second of two boxes
+            else:
+                patch.setattr(GradientEngine, spoilt, lambda *args: math.nan)
+            crops = engine.compared_crops(x, logits, targets)
+        assert crops.plan is None and crops.cropping.fell_back
 
 
 def test_a_target_is_explained_alike_alone_and_in_company(x):

@@ -1,10 +1,14 @@
 """The walk along the paths: what targets share, where it ends, and what it saw on the way."""
 
+import math
+
 import pytest
 import torch
 from helpers import explain, relative_error
 
 from igseg.engine.graph import Plan
+from igseg.engine.sampler import PathSampler
+from igseg.method import walk
 from integrated_gradients import InputError, IntegratedGradients, Target
 
 
@@ -101,6 +105,17 @@ def test_a_tolerance_out_of_reach_is_told(ig, brain):
 def test_tolerance_of_image_equal_to_baseline(ig, brain):
     found = ig.explain(brain, baseline_type=brain, tolerance=0.1, max_steps=9)
     assert not found.attributions.any() and found.map_error is None
+
+
+@pytest.mark.parametrize('deviation', [math.inf, math.nan])
+def test_an_error_that_rounding_makes_infinite_is_unknown(ig, brain_detail, monkeypatch, deviation):
+    monkeypatch.setattr(PathSampler, 'check_precision', lambda *args: deviation)
+    found = ig.explain(brain_detail, num_steps=3, precision='bfloat16')
+    assert found.cost.precision == 'bfloat16'
+    assert found.map_error is None and found.uncertainty is None
+    monkeypatch.setattr(walk, 'reduced_dtype', lambda *args: torch.bfloat16)
+    chosen = ig.explain(brain_detail, num_steps=3, precision='auto')
+    assert chosen.cost.precision == 'float32' and chosen.map_error is not None
 
 
 # ------------------------------------------------------------------ the way along the path
