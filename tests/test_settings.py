@@ -19,7 +19,7 @@ from igseg.data.samples import Sample
 from igseg.errors import EmptyTargetError, InputError, attempt
 from igseg.preprocessing import IMAGENET_MEAN, Preprocessing
 from igseg.results.finished import resume_key
-from igseg.settings import OF_AN_EXPLANATION
+from igseg.settings import OF_AN_EXPLANATION, arguments_of
 from integrated_gradients import (
     IntegratedGradients,
     Settings,
@@ -83,6 +83,19 @@ def test_a_setting_arrives_by_its_flag_and_decides_the_resume_key(name, tmp_path
     cost_only = name in ('step_batch', 'thresholds')
     assert (keys[0] == keys[1]) == cost_only
     json.dumps(settings.record(), allow_nan=False)
+
+
+@pytest.mark.parametrize('name', CHANGED)
+def test_settings_find_the_way_back_to_the_flags(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'map.txt').write_text('0 = 0\n7 = 1\n')
+    beside = {'overlap': {'tile': 64}, 'method_option': {'method': 'smooth'}}.get(name, {})
+    beside |= {'no_multiply': {'method': 'ig'}}.get(name, {})
+    settings = Settings(**{**beside, name: CHANGED[name]})
+    used = json.loads(json.dumps(settings.record()))  # as a statistics file holds them
+    words = arguments_of(used, Settings().record())
+    again = settings_from(build_parser().parse_args(['--model_path', 'm', *words]))
+    assert again == settings
 
 
 def test_all_settings_are_tried_above():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 
@@ -35,7 +35,7 @@ from igseg.errors import InputError
 from igseg.explanation import GIVEN, NO_BASELINE, Declared
 from igseg.method.choice import METHODS, MethodKind, Question, form_of
 from igseg.method.layers import enlarged_sum
-from igseg.method.method import build_methods
+from igseg.method.method import Method, build_methods
 from igseg.method.methods import IntegratedGradientsMethod, guided_step
 from igseg.method.paths import BlurPath, DrawnPath
 from igseg.method.rules import Integration, Stratified
@@ -43,6 +43,7 @@ from igseg.preprocessing import Preprocessing
 from igseg.results.figures import methods_figure
 from igseg.results.files import load_view
 from igseg.results.regions import rank_regions, segments_of
+from igseg.setting import resolved
 from igseg.settings import reproducing_command
 from igseg.statistics import explanation_statistics
 from integrated_gradients import IntegratedGradients, Settings, build_parser, main, settings_from
@@ -426,6 +427,17 @@ def test_the_checks_make_the_methods_own_map(method, images, others, small):
     checked = evaluate(subject, 'quick').metrics
     assert checked['randomised_correlation'] is not None
     assert (checked['recomputed_correlation'] is None) == (not found.method.settles_early)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_row_names_a_class_that_has_its_options(name):
+    kind = METHODS[name]
+    made = resolved(kind.made_by)
+    own = {field.name for field in fields(made)} - {'declared', 'layer', 'multiply'}
+    assert issubclass(made, Method) and own == set(kind.options)
+    assert ('layer' in made.__dataclass_fields__) == kind.layer_of
+    assert ('multiply' in made.__dataclass_fields__) == kind.multiplies
+    assert kind.declared.name == name and kind.meaning and kind.source
 
 
 def test_adding_a_method_is_one_class_and_one_row(images, monkeypatch):

@@ -1,0 +1,80 @@
+"""What one network is and gives is asked once for each change of its weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import noise_image, save_image
+
+from igseg.data.samples import list_samples
+from igseg.engine import engine as engine_module
+from igseg.errors import InputError
+from igseg.network import known as known_module
+from igseg.network.kinds import EXCLUSIVE, Meaning
+from igseg.network.known import Known
+from igseg.preprocessing import Preprocessing
+from integrated_gradients import IntegratedGradients, Settings, analyse_batch
+
+
+@pytest.fixture
+def sums(monkeypatch) -> list[int]:
+    """Grows by one whenever all weights of a network are summed."""
+    counted: list[int] = []
+    fingerprint = known_module.fingerprint
+
+    def counting(model):
+        counted.append(1)
+        return fingerprint(model)
+
+    for module in (known_module, engine_module):
+        monkeypatch.setattr(module, 'fingerprint', counting)
+    return counted
+
+
+def network(channels: int = 1) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, channels, 3, padding=1))
+
+
+def test_all_weights_are_summed_once_for_an_image(sums, tmp_path):
+    for number in range(3):
+        save_image(tmp_path / 'images' / f'{number}.png', noise_image(32, 32, number))
+    ig = IntegratedGradients(network(), 'cpu', Preprocessing(32), step_batch=1)
+    settings = Settings(num_steps=2, target='image', evaluate='quick')
+    samples, before = list_samples(tmp_path / 'images'), len(sums)
+    analyse_batch(ig, samples, settings, tmp_path / 'out', figures='none')
+    # Beside the images: once for the run, and once where the network is prepared.
+    assert len(sums) - before == len(samples) + 2
+
+
+def test_changed_weights_are_noticed_with_the_next_image():
+    model = network()
+    ig = IntegratedGradients(model, 'cpu', Preprocessing(32))
+    x = torch.ones(3, 32, 32)
+    before, digest = ig.explain(x, 'image', num_steps=2).score, ig.network.weights_sha256
+    with torch.no_grad():
+        model[0].bias += 1
+    assert ig.explain(x, 'image', num_steps=2).score == pytest.approx(before + 1, rel=1e-5)
+    assert ig.network.weights_sha256 != digest
+
+
+def test_what_the_user_says_of_the_outputs_wins():
+    known = Known(network(3), torch.device('cpu'))
+    assert known.under(Meaning()).background == 0
+    assert known.under(Meaning(background_class='none')).background is None
+    assert known.under(Meaning(background_class=2, output_kind=EXCLUSIVE)).background == 2
+    assert known.under(Meaning(class_names=('a', 'b', 'c'))).class_names == ('a', 'b', 'c')
+    with pytest.raises(InputError, match='outputs "probabilities"'):
+        known.see_outputs(torch.ones(1, 3, 8, 8), Meaning(outputs='probabilities'))
+
+
+def test_what_cannot_be_run_is_not_counted():
+    """A fault of the network is said when it must be run; a fault of ours is never silence."""
+
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise ValueError('no such input')
+
+    known = Known(Broken(), torch.device('cpu'))
+    assert known.logit_maps() is None
+    assert known.see_outputs(torch.ones(1, 3, 8, 8), Meaning()) == (None, ())
