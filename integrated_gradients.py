@@ -82,48 +82,6 @@ from igseg.preprocessing import Placement, Preprocessing
 from igseg.results.files import Description, make_output_folder
 from igseg.settings import OF_AN_EXPLANATION, Settings
 
-# Names that users take from here and that this module does not need itself, by the room of the
-# package where they stand; each is imported when somebody asks for it.
-HANDED_ON = {
-    'analysis.image': 'build_baselines input_preprocessing',
-    'checks.checks': 'evaluate evaluate_explanation',
-    'checks.curves': 'superpixels',
-    'checks.subject': 'Subject subject_of',
-    'checks.verdict': 'Thresholds statistics_text verdict_of',
-    'command_line': 'build_parser settings_from',
-    'data.masks': 'read_mask',
-    'data.pixels': 'LoadedImage Reading load_image read_image',
-    'data.truth': 'TruthReading read_label_map',
-    'errors': 'EmptyTargetError NonFiniteError OutputError',
-    'explanation': 'Preparation Trend completeness_gap',
-    'maps': 'mask_scores',
-    'method.choice': 'BASELINES CANDIDATES METHODS TARGETS form_of',
-    'method.method': 'build_methods',
-    'method.rules': 'RULE_NAMES',
-    'method.targets': 'TargetContext build_target',
-    'network.description': 'describe_network',
-    'network.kinds': 'ARCHITECTURES',
-    'network.loading': 'load_model',
-    'preprocessing': 'as_picture',
-    'results.figures': 'attribution_figure channels_figure methods_figure',
-    'results.files': 'load_view redraw_figures view_of',
-    'statistics': 'METRICS STATISTICS explanation_statistics',
-}
-
-
-def __getattr__(name: str) -> Any:
-    """A name that is handed on (PEP 562)."""
-    for room, names in HANDED_ON.items():
-        if name in names.split():
-            return getattr(importlib.import_module(f'igseg.{room}'), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-
-
-def __dir__() -> list[str]:
-    """What there is, with what is handed on."""
-    return sorted({*globals(), *' '.join(HANDED_ON.values()).split()})
-
-
 # --------------------------------------------------------------------------- the method
 
 
@@ -628,6 +586,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('interrupted; the same command goes on where this one stopped', file=sys.stderr)
         return stop.exit_status
+
+
+# --------------------------------------------------------------------------- what is handed on
+
+# Names that users take from here and that this module does not need itself, by the room of the
+# package where they stand; each is imported when somebody asks for it.
+HANDED_ON = {
+    'analysis.image': 'build_baselines input_preprocessing',
+    'checks.checks': 'evaluate evaluate_explanation',
+    'checks.curves': 'superpixels',
+    'checks.subject': 'Subject subject_of',
+    'checks.verdict': 'Thresholds statistics_text verdict_of',
+    'command_line': 'build_parser settings_from',
+    'data.masks': 'read_mask',
+    'data.pixels': 'LoadedImage Reading load_image read_image',
+    'data.truth': 'TruthReading read_label_map',
+    'errors': 'EmptyTargetError NonFiniteError OutputError',
+    'explanation': 'Preparation Trend completeness_gap',
+    'maps': 'mask_scores',
+    'method.choice': 'BASELINES CANDIDATES METHODS TARGETS form_of',
+    'method.method': 'build_methods',
+    'method.rules': 'RULE_NAMES',
+    'method.targets': 'TargetContext build_target',
+    'network.description': 'describe_network',
+    'network.kinds': 'ARCHITECTURES',
+    'network.loading': 'load_model',
+    'preprocessing': 'as_picture',
+    'results.figures': 'attribution_figure channels_figure methods_figure',
+    'results.files': 'load_view redraw_figures view_of',
+    'statistics': 'METRICS STATISTICS explanation_statistics',
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name that is handed on (PEP 562)."""
+    for room, names in HANDED_ON.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f'igseg.{room}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    """What there is, with what is handed on."""
+    return sorted({*globals(), *' '.join(HANDED_ON.values()).split()})
 
 
 if __name__ == '__main__':
