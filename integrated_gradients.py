@@ -66,11 +66,11 @@ from igseg.engine.memory import peak_memory
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
 from igseg.explanation import NO_BASELINE, Cost, Explanation
-from igseg.method.baselines import Against, baselines_against
+from igseg.method.baselines import baselines_against
 from igseg.method.choice import Question
 from igseg.method.method import Method, build_method, found_by
 from igseg.method.rules import Integration
-from igseg.method.targets import Seen, explanations_of
+from igseg.method.targets import Against, Seen, explanations_of
 from igseg.method.walk import Work, dtype_name, mask_overlap
 from igseg.network.description import NetworkDescription
 from igseg.network.kinds import Meaning
@@ -296,10 +296,10 @@ class IntegratedGradients:
             'notes': (*notes, *against.notes, *left_out, *output_note, *seen.notes()),
             'difference': against.difference(given.placement) if compares else None,
             'again': partial(method.map_for_check, integration.seed, others),
+            'rule': method.rule_name(integration.rule),
+            'tolerance': integration.tolerance,
         }
-        explanations = explanations_of(
-            method, question, integration, seen, against, found, cost, common
-        )
+        explanations = explanations_of(method.declares, seen, against, found, cost, common)
         device = given.x.device
         return [replace(e, attributions=e.attributions.to(device)) for e in explanations]
 

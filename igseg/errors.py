@@ -6,6 +6,7 @@ one image. Everything else that is raised is a bug of ours or of the user's netw
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
@@ -64,3 +65,9 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise InputError for a value that is not among the choices."""
     if value not in choices:
         raise InputError(f'unknown {name} "{value}" (choose from {", ".join(choices)})')
+
+
+def unexpected(error: Exception) -> str:
+    """What is said of an error that nobody foresaw: a line, and below it the traceback."""
+    trace = ''.join(traceback.format_exception(error)).strip()
+    return f'unexpected {type(error).__name__}: {one_line(error)} (please report it)\n{trace}'

@@ -7,7 +7,6 @@ is then in failures.csv.
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,7 @@ from igseg.analysis.study import Study
 from igseg.analysis.summary import BatchResult, Progress, row_of
 from igseg.data.pixels import crop_image
 from igseg.data.samples import Sample
-from igseg.errors import EmptyTargetError, InputError
+from igseg.errors import EmptyTargetError, InputError, unexpected
 from igseg.results.files import make_output_folder
 from igseg.settings import Settings
 
@@ -106,9 +105,3 @@ class Batch:
                 given = fit(study, ReadImage(image, None))
                 study.explainer.prepare(given.example, study.question.meaning)
                 return
-
-
-def unexpected(error: Exception) -> str:
-    """What is said of an error that nobody foresaw: its traceback, to be reported."""
-    trace = ''.join(traceback.format_exception(error)).strip()
-    return f'an unexpected error, please report it with this traceback: {trace}'

@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from igseg.errors import InputError, OutputError
+from igseg.errors import InputError, OutputError, unexpected
 
 if TYPE_CHECKING:  # they take a while to import, and processes that draw do without
     from loky import ProcessPoolExecutor
@@ -424,6 +424,8 @@ class Writers:
                 '(run the same command again; --figures none needs less)'
             )
             outcome = replace(outcome, status=FAILED, reason=reason, rows=())
+        except Exception as error:  # a fault of ours: it costs this image, not the batch
+            outcome = replace(outcome, status=FAILED, reason=unexpected(error), rows=())
         self.settle(outcome)
 
 

@@ -259,7 +259,8 @@ class Progress:
             self._count += 1
             self._bar.update()
             if outcome.status == FAILED:
-                tqdm.write(f'failed: {outcome.image}: {outcome.reason}', file=sys.stderr)
+                why = outcome.reason.partition('\n')[0]  # a traceback stands in failures.csv
+                tqdm.write(f'failed: {outcome.image}: {why}', file=sys.stderr)
 
     def wait_for_others(self, seconds: float = math.inf) -> None:
         """On rank 0: collect the other ranks' outcomes until they have all left."""

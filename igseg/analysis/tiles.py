@@ -31,10 +31,10 @@ from igseg.analysis.image import Explained, Explainer, ModelInput
 from igseg.data.samples import over_image
 from igseg.errors import InputError
 from igseg.explanation import Cost, Cropping, Explanation, Found, Tiles, Trend
-from igseg.method.baselines import Against, baseline_pictures, best_baseline
+from igseg.method.baselines import baseline_pictures, best_baseline
 from igseg.method.choice import AUTO, Question
 from igseg.method.rules import Integration
-from igseg.method.targets import Seen, explanations_of
+from igseg.method.targets import Against, Seen, explanations_of
 from igseg.method.walk import mask_overlap
 from igseg.network.outputs import enlarged
 from igseg.network.score import Target
@@ -357,11 +357,11 @@ def explain_tiles(
     common = {
         'notes': (*notes, *against.notes, *output_note, *seen.notes()),
         'difference': against.difference(None),
+        'rule': method.rule_name(integration.rule),
+        'tolerance': integration.tolerance,
     }
     found = [mosaic.found(float(overlap[0])) for mosaic in mosaics]
-    explanations = explanations_of(
-        method, question, integration, seen, against, found, cost, common
-    )
+    explanations = explanations_of(method.declares, seen, against, found, cost, common)
     if given.truth is None:
         return [(one, None) for one in explanations]
     return [(one, one.objective.explained(given.truth)) for one in explanations]

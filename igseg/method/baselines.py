@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from igseg.errors import InputError
 from igseg.maps import contrast
 from igseg.method.choice import AUTO, BASELINES, CANDIDATES, Question, check_baseline
-from igseg.method.targets import Seen
+from igseg.method.targets import Against, Seen
 from igseg.network.outputs import enlarged
 from igseg.preprocessing import Placement, Preprocessing, strong_blur
 
@@ -81,28 +81,6 @@ def baseline_pictures(
 def fitted_baseline(image: np.ndarray, size: tuple[int, int], fit: Preprocessing) -> np.ndarray:
     """The picture (h, w, C) of a baseline's file at the size (H, W) of the image, float32."""
     return replace(fit, image_size=size).resize_image(image).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Against:
-    """What an image is compared with, and the image, in pixel space."""
-
-    name: str
-    image: np.ndarray  # (H, W, C) float32, 0-255
-    pictures: Sequence[np.ndarray]  # the baselines, (H, W, C) float32, 0-255 each
-    notes: tuple[str, ...] = ()  # why it was chosen
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """The first of the baselines, (H, W, C) float32, 0-255."""
-        return self.pictures[0]
-
-    def difference(self, placement: Placement | None) -> np.ndarray:
-        """|image - baseline| of each pixel, summed over the channels, (H, W); NaN in padding."""
-        difference: np.ndarray = np.abs(self.image - self.pixels).sum(axis=2)
-        if placement is not None:
-            difference[~placement.content(difference.shape)] = np.nan
-        return difference
 
 
 def baselines_against(

@@ -50,10 +50,12 @@ class Method:
         """By which it integrates, if not by the rule that was asked for."""
         return None
 
-    def rule_name(self, asked: str) -> str:
-        """The name of the rule by which it integrates."""
+    def rule_name(self, asked: str) -> str | None:
+        """The name of the rule by which it integrates; None where it computes no integral."""
         own = self.rule(0)
-        return asked if own is None else own.name
+        if not self.declares.quadrature:
+            return None
+        return asked if own is None or isinstance(own, str) else own.name
 
     def baseline(self, work: Work) -> tuple[str, torch.Tensor] | None:
         """Name and image (1, C, H, W) of a baseline of its own; None: it has none."""

@@ -11,14 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
 from igseg.errors import EmptyTargetError, InputError, attempt
-from igseg.explanation import GIVEN, NO_BASELINE, Cost, Explanation, Found, LabelScores
+from igseg.explanation import (
+    GIVEN,
+    NO_BASELINE,
+    Cost,
+    Declared,
+    Explanation,
+    Found,
+    LabelScores,
+)
 from igseg.maps import label_scores
 from igseg.method.choice import Question, kind_of
 from igseg.network.description import NetworkDescription
@@ -26,11 +34,6 @@ from igseg.network.kinds import EXCLUSIVE, MULTILABEL
 from igseg.network.score import ANY_NETWORK, Target
 from igseg.preprocessing import Placement
 from igseg.setting import resolved
-
-if TYPE_CHECKING:
-    from igseg.method.baselines import Against
-    from igseg.method.method import Method
-    from igseg.method.rules import Integration
 
 MOST_OBJECTS = 250  # of an image: each has maps of its own in memory, and a folder
 
@@ -367,18 +370,39 @@ def scores_of_labels(
 # --------------------------------------------------------------------------- what comes of it
 
 
+@dataclass(frozen=True)
+class Against:
+    """What an image is compared with, and the image, in pixel space."""
+
+    name: str
+    image: np.ndarray  # (H, W, C) float32, 0-255
+    pictures: Sequence[np.ndarray]  # the baselines, (H, W, C) float32, 0-255 each
+    notes: tuple[str, ...] = ()  # why it was chosen
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The first of the baselines, (H, W, C) float32, 0-255."""
+        return self.pictures[0]
+
+    def difference(self, placement: Placement | None) -> np.ndarray:
+        """|image - baseline| of each pixel, summed over the channels, (H, W); NaN in padding."""
+        difference: np.ndarray = np.abs(self.image - self.pixels).sum(axis=2)
+        if placement is not None:
+            difference[~placement.content(difference.shape)] = np.nan
+        return difference
+
+
 def explanations_of(
-    method: Method,
-    question: Question,
-    integration: Integration,
+    declared: Declared,
     seen: Seen,
     against: Against,
     found: Sequence[Found],
     cost: Cost,
     common: Mapping[str, Any],
 ) -> list[Explanation]:
-    """What was found of each target as an explanation. common: fields that all of them share."""
-    declared, network, beside = method.declares, seen.network, beside_truth(seen)
+    """What a method found of each target as an explanation. declared: what the method promises.
+    common: fields that all of them share."""
+    network, beside = seen.network, beside_truth(seen)
     explanations = []
     for target, one in zip(seen.targets, found, strict=True):
         mask, prediction = network.explained(seen.logits, seen.masks, target.label)
@@ -394,13 +418,11 @@ def explanations_of(
                 target=target.name,
                 objective=replace(target, weights=target.weights.cpu()),
                 baseline=None if declared.baseline == NO_BASELINE else against.name,
-                rule=method.rule_name(integration.rule) if declared.quadrature else None,
                 steps=one.evaluations,
                 score=float(target(seen.logits)) if one.score is None else one.score,
                 baseline_score=one.start_score,
                 attribution_sum=total,
                 map_error=one.map_error,
-                tolerance=integration.tolerance,
                 trend=one.trend,
                 cost=cost,
                 draws=len(against.pictures) if declared.baseline == GIVEN else 1,

@@ -9,6 +9,7 @@ import torch
 from helpers import noise_image, save_image
 
 from igseg.analysis import batch as batch_module
+from igseg.analysis import sample as sample_module
 from igseg.data.samples import list_samples
 from igseg.preprocessing import Preprocessing
 from integrated_gradients import IntegratedGradients, Settings, analyse_batch
@@ -86,3 +87,22 @@ def test_statistics_and_resume_key_speak_of_the_same_baseline_file(images, tmp_p
     figures = [[one['score'] - one['baseline_score'] for one in statistics_in(tmp_path / name)]
                for name in 'ab']  # fmt: skip
     assert figures[0] == figures[1]
+
+
+def test_an_unexpected_error_while_writing_costs_one_image(images, tmp_path, monkeypatch, capsys):
+    write = sample_module.write_image
+
+    def broken(folder, described, figures):
+        if described[0][0]['image'] == '1':
+            raise KeyError('a fault of ours')
+        return write(folder, described, figures)
+
+    monkeypatch.setattr(sample_module, 'write_image', broken)
+    monkeypatch.setattr(batch_module, 'writer_processes', lambda images, on_gpu: 0)
+    out = tmp_path / 'out'
+    result = analyse_batch(explainer(), list_samples(images), SMALL, out, figures='none')
+    assert [one['image'] for one in result.images] == ['0', '2']
+    (failed,) = csv.DictReader((out / 'failures.csv').open(encoding='utf-8'))
+    assert failed['image'] == '1' and 'Traceback' in failed['reason']
+    said = capsys.readouterr().err
+    assert 'unexpected KeyError' in said and 'Traceback' not in said
