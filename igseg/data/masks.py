@@ -45,9 +45,6 @@ from igseg.data.truth import (
 )
 from igseg.errors import InputError, NoFrameError
 
-MASK_SUFFIXES = ('.png', '.bmp', *TIFF_SUFFIXES, '.gif', '.jpg', '.jpeg', '.webp',
-                 *ARRAY_SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES)  # fmt: skip
-
 MOST_SCANNED = 1000  # masks of a split whose values are looked at
 MOST_COLOURS = 64  # of a mask that are remembered
 MOST_BETWEEN = 0.5  # share of a mask that softened edges may take: more is a photograph
@@ -80,34 +77,6 @@ class MaskPicture:
     levels: np.ndarray  # (H, W) whole numbers, or (H, W, 3) uint8 colours
     lossy: bool = False  # whether the file's format changes values
     notes: tuple[str, ...] = ()
-
-
-def read_mask_picture(
-    path: str | Path, reading: Reading = PLAIN, colours: bool = False
-) -> MaskPicture:
-    """The values of a mask file; colours: of a palette its colours, not its indices. Raises
-    InputError as `read_image` does."""
-    path = Path(path)
-    suffix = suffix_of(path)
-    if suffix in NIFTI_SUFFIXES:
-        check_file(path, 'mask')
-        found = read_nifti(path, reading.slice, 4 * reading.limit)
-        return _from_numbers(found.values, path)
-    if suffix in DICOM_SUFFIXES:
-        check_file(path, 'mask')
-        found = read_dicom(path, reading.frame, reading.limit)
-        frame_notes(path, 'mask', found.frames, reading)
-        return _from_numbers(found.values, path)
-    if suffix in ARRAY_SUFFIXES:
-        return _from_numbers(read_array(path, reading), path)
-    try:
-        return _from_picture(opened_picture(path, 'mask', reading), path, colours)
-    except NoFrameError:
-        raise
-    except InputError:
-        if suffix not in TIFF_SUFFIXES or not path.is_file():
-            raise
-        return _from_numbers(read_array(path, reading), path)
 
 
 def _from_numbers(values: np.ndarray, path: Path) -> MaskPicture:
@@ -183,6 +152,60 @@ def _plain_grey(mask: MaskPicture) -> MaskPicture:
     if spread.max(initial=0) > tolerance:
         return mask
     return replace(mask, levels=colours[:, :, 0].copy())
+
+
+def _of_picture(path: Path, reading: Reading, colours: bool) -> MaskPicture:
+    return _from_picture(opened_picture(path, 'mask', reading), path, colours)
+
+
+def _of_tiff(path: Path, reading: Reading, colours: bool) -> MaskPicture:
+    try:
+        return _of_picture(path, reading, colours)
+    except NoFrameError:
+        raise
+    except InputError:
+        if not path.is_file():
+            raise
+        return _of_array(path, reading, colours)  # Pillow knows only some of these
+
+
+def _of_array(path: Path, reading: Reading, colours: bool) -> MaskPicture:
+    return _from_numbers(read_array(path, reading), path)
+
+
+def _of_dicom(path: Path, reading: Reading, colours: bool) -> MaskPicture:
+    check_file(path, 'mask')
+    found = read_dicom(path, reading.frame, reading.limit)
+    frame_notes(path, 'mask', found.frames, reading)
+    return _from_numbers(found.values, path)
+
+
+def _of_nifti(path: Path, reading: Reading, colours: bool) -> MaskPicture:
+    check_file(path, 'mask')
+    return _from_numbers(read_nifti(path, reading.slice, 4 * reading.limit).values, path)
+
+
+# Endings of the names of masks' files, and what reads these.
+MASK_FORMATS: dict[tuple[str, ...], Callable[[Path, Reading, bool], MaskPicture]] = {
+    ('.png', '.bmp', '.gif', '.jpg', '.jpeg', '.webp'): _of_picture,
+    TIFF_SUFFIXES: _of_tiff,
+    ARRAY_SUFFIXES: _of_array,
+    DICOM_SUFFIXES: _of_dicom,
+    NIFTI_SUFFIXES: _of_nifti,
+}
+
+MASK_SUFFIXES = tuple(suffix for suffixes in MASK_FORMATS for suffix in suffixes)
+
+
+def read_mask_picture(
+    path: str | Path, reading: Reading = PLAIN, colours: bool = False
+) -> MaskPicture:
+    """The values of a mask file; colours: of a palette its colours, not its indices. Raises
+    InputError as `read_image` does."""
+    path = Path(path)
+    suffix = suffix_of(path)
+    known = (read for suffixes, read in MASK_FORMATS.items() if suffix in suffixes)
+    return next(known, _of_picture)(path, reading, colours)
 
 
 # --------------------------------------------------------------------------- the values of a split
