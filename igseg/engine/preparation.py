@@ -70,9 +70,6 @@ def measure_deviation(
     return relative_difference(other_logits, logits), relative_difference(other_gradient, gradient)
 
 
-# --------------------------------------------------------------------------- the user's network
-
-
 # --------------------------------------------------------------------------- what runs instead
 
 
