@@ -63,6 +63,9 @@ def _importable(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
+        tops = {name.partition('.')[0] for name in hidden}
+        for name in [n for n in sys.modules if n.partition('.')[0] in tops]:
+            del sys.modules[name]  # or a part of ours that is imported later would be theirs
         sys.modules.update(hidden)
 
 

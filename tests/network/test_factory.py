@@ -152,6 +152,27 @@ def test_code_beside_the_factory_may_be_named_like_ours(tmp_path, ours):
     assert Path(before.__file__) == ROOT / 'igseg' / f'{ours.replace(".", "/")}.py'
 
 
+def test_a_package_beside_the_factory_may_be_named_like_ours(tmp_path):
+    """Also with a part that ours has too, and has not imported yet."""
+    script = (
+        'import sys\n'
+        'from igseg.network.factory import build_network\n'
+        'assert "igseg.method.methods" not in sys.modules\n'
+        f'assert build_network("{tmp_path}/net.py:build", {{}}).out_channels == 5\n'
+        'from igseg.method.methods import IntegratedGradientsMethod\n'
+    )
+    for folder in ('igseg', 'igseg/method'):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / '__init__.py').write_text('')
+    (tmp_path / 'igseg' / 'method' / 'methods.py').write_text('WIDTH = 5\n')
+    (tmp_path / 'net.py').write_text(
+        'from torch import nn\nfrom igseg.method.methods import WIDTH\n\n\n'
+        'def build():\n    return nn.Conv2d(3, WIDTH, 1)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_factories_have_each_their_own_code_beside_them(tmp_path):
     for width in (2, 7):
         folder = tmp_path / str(width)
