@@ -332,11 +332,13 @@ def check_normalised(fit: Preprocessing) -> None:
         )
 
 
-def given_baseline(baseline: str | torch.Tensor, channels: int) -> dict[str, Any]:
-    """What a `Question` holds of a baseline: a key of BASELINES, an image file, or a tensor."""
-    if isinstance(baseline, str):
-        image = read_baseline(baseline, channels, Settings().reading)
-        return {'baseline': baseline, 'baseline_image': image}
+def given_baseline(baseline: str | Path | torch.Tensor | None, channels: int) -> dict[str, Any]:
+    """What a `Question` holds of a baseline: a key of BASELINES, an image file, or a tensor; None:
+    the usual one."""
+    baseline = Settings.baseline if baseline is None else baseline
+    if isinstance(baseline, (str, Path)):
+        image = read_baseline(str(baseline), channels, Settings().reading)
+        return {'baseline': str(baseline), 'baseline_image': image}
     several = [baseline] if isinstance(baseline, torch.Tensor) else list(baseline)
     return {'baseline': 'tensor', 'baselines': several}
 
@@ -596,6 +598,7 @@ HANDED_ON = {
     'analysis.image': 'build_baselines input_preprocessing',
     'checks.checks': 'evaluate evaluate_explanation',
     'checks.curves': 'superpixels',
+    'checks.effort': 'EFFORTS',
     'checks.subject': 'Subject subject_of',
     'checks.verdict': 'Thresholds statistics_text verdict_of',
     'command_line': 'build_parser settings_from',
@@ -605,16 +608,18 @@ HANDED_ON = {
     'errors': 'EmptyTargetError NonFiniteError OutputError',
     'explanation': 'Preparation Trend completeness_gap',
     'maps': 'mask_scores',
-    'method.choice': 'BASELINES CANDIDATES METHODS TARGETS form_of',
+    'method.choice': 'BASELINES BaselineKind CANDIDATES METHODS MethodKind TARGETS TargetKind '
+    'form_of',
     'method.method': 'build_methods',
     'method.rules': 'RULE_NAMES',
     'method.targets': 'TargetContext build_target',
     'network.description': 'describe_network',
     'network.kinds': 'ARCHITECTURES',
     'network.loading': 'load_model',
-    'preprocessing': 'as_picture',
+    'preprocessing': 'IMAGENET_MEAN IMAGENET_STD as_picture',
+    'results.export': 'EXPORTS',
     'results.figures': 'attribution_figure channels_figure methods_figure',
-    'results.files': 'load_view redraw_figures view_of',
+    'results.files': 'FIGURES load_view redraw_figures view_of',
     'statistics': 'METRICS STATISTICS explanation_statistics',
 }
 
@@ -631,6 +636,16 @@ def __dir__() -> list[str]:
     """What there is, with what is handed on."""
     return sorted({*globals(), *' '.join(HANDED_ON.values()).split()})
 
+
+__all__ = [  # what `import *` gives: the names of this module that users write, and these
+    'BatchResult', 'Cost', 'Explanation', 'InputError', 'Integration', 'IntegratedGradients',
+    'ModelInput', 'NetworkDescription', 'Preprocessing', 'Question', 'Sample', 'Settings',
+    'Study', 'Target', 'analyse_batch', 'analyse_image', 'analyse_sample',
+    'batch_integrated_gradients_analysis', 'choose_samples', 'describe_image', 'describe_targets',
+    'explain_image', 'list_samples', 'load_explainer', 'main', 'plain_map', 'references_of',
+    'resolve_device', 'segmentation_logits', 'single_sample',
+    *' '.join(HANDED_ON.values()).split(),
+]  # fmt: skip
 
 if __name__ == '__main__':
     sys.exit(main())

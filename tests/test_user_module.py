@@ -205,6 +205,31 @@ def test_a_name_that_users_write_can_be_imported(name):
     assert name in dir(module)
 
 
+def test_a_star_import_gives_the_names_that_users_write():
+    given: dict[str, object] = {}
+    exec('from integrated_gradients import *', given)
+    assert not {'io', 'sys', 'time', 'fit', 'explain', 'replace'} & given.keys()
+    assert {'BASELINES', 'IntegratedGradients', 'Settings', 'load_model', 'view_of'} <= given.keys()
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+@pytest.mark.parametrize('kind', [None, 'zero'])
+def test_no_baseline_is_the_usual_one(ig, brain, kind):
+    ours = ig.explain(brain, 'image', kind, num_steps=2)
+    assert ours.baseline == 'zero'
+
+
+def test_a_row_may_hold_the_function_itself(ig, brain, monkeypatch):
+    """As in a notebook, where a function has no module to be named by."""
+
+    def grey(pixels, rng):
+        return np.full_like(pixels, 127.5)
+
+    monkeypatch.setitem(module.BASELINES, 'grey', module.BaselineKind('a grey image', grey))
+    found = ig.explain(brain, 'image', 'grey', num_steps=2)
+    assert found.baseline == 'grey' and (found.baseline_pixels == 127.5).all()
+
+
 def test_a_name_that_is_none_is_no_attribute():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = module.nothing
