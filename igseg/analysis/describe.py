@@ -99,7 +99,7 @@ def describe(
         if study.effort and isinstance(given, ModelInput):
             statistics |= evaluate_explanation(
                 study.explainer, given.x, explanation, study.effort, truth, given.placement,
-                study.question.seed, progress, given.preprocessing,
+                study.question.seed, progress, given.preprocessing, unchanged=True,
             )  # fmt: skip
         statistics['verdict'] = verdict_of(statistics, study.thresholds)
         assert given.placement is not None  # it was made of a picture

@@ -370,19 +370,21 @@ def evaluate_explanation(
     seed: int = 0,
     progress: bool = False,
     preprocessing: Preprocessing | None = None,
+    unchanged: bool = False,
 ) -> dict:
     """Check how far an explanation can be trusted.
 
     input_tensor: what was explained. effort: a key of EFFORTS. truth: (h, w) bool, for
     localisation. placement: for the padding check. preprocessing: that made the input; by default
-    the explainer's. Returns, ready for the statistics, the figures
-    of METRICS (None where one does not apply) and under `evaluation` what they were taken from.
+    the explainer's. unchanged: the network is known to be as it was when it was explained. Returns,
+    ready for the statistics, the figures of METRICS (None where one does not apply) and under
+    `evaluation` what they were taken from.
     """
     if effort not in EFFORTS:
         raise InputError(f'unknown evaluate "{effort}" (choose from {", ".join(EFFORTS)})')
     started = time.perf_counter()
     subject = subject_of(ig, input_tensor, explanation, truth, placement, seed, preprocessing)
-    with ig.engine.running(subject.x, ig.known.state):
+    with ig.engine.running(subject.x, ig.known.state if unchanged else None):
         result = evaluate(subject, effort, seed, progress)
     details = {'effort': effort, 'seconds': time.perf_counter() - started, **result.details}
     return {**result.metrics, 'evaluation': details}

@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import noise_image, save_image
 
+from igseg.checks import checks as checks_module
+from igseg.checks.subject import Evaluation
 from igseg.data.samples import list_samples
 from igseg.engine import engine as engine_module
 from igseg.errors import InputError
@@ -13,7 +15,12 @@ from igseg.network import known as known_module
 from igseg.network.kinds import EXCLUSIVE, Meaning
 from igseg.network.known import Known
 from igseg.preprocessing import Preprocessing
-from integrated_gradients import IntegratedGradients, Settings, analyse_batch
+from integrated_gradients import (
+    IntegratedGradients,
+    Settings,
+    analyse_batch,
+    evaluate_explanation,
+)
 
 
 @pytest.fixture
@@ -56,6 +63,26 @@ def test_changed_weights_are_noticed_with_the_next_image():
         model[0].bias += 1
     assert ig.explain(x, 'image', num_steps=2).score == pytest.approx(before + 1, rel=1e-5)
     assert ig.network.weights_sha256 != digest
+
+
+def test_checks_of_an_explanation_see_weights_that_changed_since(monkeypatch):
+    model = network()
+    ig = IntegratedGradients(model, 'cpu', Preprocessing(32), step_batch=1)
+    x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = ig.explain(x, 'image', num_steps=2)
+    scores = []
+
+    def only_the_score(subject, *more):
+        with torch.no_grad():
+            scores.append(float(subject.target(subject.logits(subject.x))))
+        return Evaluation()
+
+    monkeypatch.setattr(checks_module, 'evaluate', only_the_score)
+    evaluate_explanation(ig, x, found, 'quick')
+    with torch.no_grad():
+        model[0].bias += 1
+    evaluate_explanation(ig, x, found, 'quick')
+    assert scores == pytest.approx([found.score, found.score + 1], rel=1e-5)
 
 
 def test_what_the_user_says_of_the_outputs_wins():
