@@ -145,3 +145,17 @@ def images_of(batch: Path) -> list[dict]:
     """The statistics of a batch's images."""
     table = read_table(batch / 'summary.csv')
     return StatisticsFiles(batch, table['folder'])[:]
+
+
+class Scaled(torch.nn.Module):
+    """Brightness times a factor that is no weight."""
+
+    def __init__(self, factor: float = 1.0, formula=None) -> None:
+        super().__init__()
+        self.factor, self.formula = factor, formula or (lambda v: v)
+        self.conv = torch.nn.Conv2d(3, 1, 1)
+        torch.nn.init.constant_(self.conv.weight, 1.0)
+        torch.nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        return self.formula(self.conv(x)) * self.factor

@@ -5,27 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import DEMO_MODEL
-from torch import nn
+from helpers import DEMO_MODEL, Scaled
 
 from igseg.network.description import NetworkDescription, describe_network
 from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
 from igseg.network.loading import create_model
 from integrated_gradients import InputError, IntegratedGradients, Preprocessing, load_model
-
-
-class Scaled(nn.Module):
-    """Brightness times a factor that is no weight."""
-
-    def __init__(self, factor: float = 1.0, formula=None) -> None:
-        super().__init__()
-        self.factor, self.formula = factor, formula or (lambda v: v)
-        self.conv = nn.Conv2d(3, 1, 1)
-        nn.init.constant_(self.conv.weight, 1.0)
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x):
-        return self.formula(self.conv(x)) * self.factor
 
 
 def test_what_a_loaded_network_is():

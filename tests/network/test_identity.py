@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEMO_MODEL, ROOT, noise_image, save_image
+from helpers import DEMO_MODEL, ROOT, Scaled, noise_image, save_image
 from torch import nn
 
 from igseg.network.identity import network_digest
@@ -23,20 +23,6 @@ from integrated_gradients import (
     list_samples,
     load_model,
 )
-
-
-class Scaled(nn.Module):
-    """Brightness times a factor that is no weight."""
-
-    def __init__(self, factor: float = 1.0, formula=None) -> None:
-        super().__init__()
-        self.factor, self.formula = factor, formula or (lambda v: v)
-        self.conv = nn.Conv2d(3, 1, 1)
-        nn.init.constant_(self.conv.weight, 1.0)
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x):
-        return self.formula(self.conv(x)) * self.factor
 
 
 class AlsoScaled(Scaled):
