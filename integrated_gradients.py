@@ -60,6 +60,7 @@ from igseg.analysis.summary import BatchResult
 from igseg.analysis.truth import counted_truth
 from igseg.command_line import Request, around, parse, say_cost, say_result, say_summary
 from igseg.data.layouts import DataSource
+from igseg.data.pixels import Reading
 from igseg.data.samples import Sample, choose_samples, list_samples, single_sample, with_slices
 from igseg.engine.engine import GradientEngine
 from igseg.engine.memory import peak_memory
@@ -337,7 +338,7 @@ def given_baseline(baseline: str | Path | torch.Tensor | None, channels: int) ->
     the usual one."""
     baseline = Settings.baseline if baseline is None else baseline
     if isinstance(baseline, (str, Path)):
-        image = read_baseline(str(baseline), channels, Settings().reading)
+        image = read_baseline(str(baseline), channels, Reading())
         return {'baseline': str(baseline), 'baseline_image': image}
     several = [baseline] if isinstance(baseline, torch.Tensor) else list(baseline)
     return {'baseline': 'tensor', 'baselines': several}
@@ -603,7 +604,7 @@ HANDED_ON = {
     'checks.verdict': 'Thresholds statistics_text verdict_of',
     'command_line': 'build_parser settings_from',
     'data.masks': 'read_mask',
-    'data.pixels': 'LoadedImage Reading load_image read_image',
+    'data.pixels': 'LoadedImage load_image read_image',
     'data.truth': 'TruthReading read_label_map',
     'errors': 'EmptyTargetError NonFiniteError OutputError',
     'explanation': 'Preparation Trend completeness_gap',
@@ -639,8 +640,8 @@ def __dir__() -> list[str]:
 
 __all__ = [  # what `import *` gives: the names of this module that users write, and these
     'BatchResult', 'Cost', 'Explanation', 'InputError', 'Integration', 'IntegratedGradients',
-    'ModelInput', 'NetworkDescription', 'Preprocessing', 'Question', 'Sample', 'Settings',
-    'Study', 'Target', 'analyse_batch', 'analyse_image', 'analyse_sample',
+    'ModelInput', 'NetworkDescription', 'Preprocessing', 'Question', 'Reading', 'Sample',
+    'Settings', 'Study', 'Target', 'analyse_batch', 'analyse_image', 'analyse_sample',
     'batch_integrated_gradients_analysis', 'choose_samples', 'describe_image', 'describe_targets',
     'explain_image', 'list_samples', 'load_explainer', 'main', 'plain_map', 'references_of',
     'resolve_device', 'segmentation_logits', 'single_sample',

@@ -30,6 +30,8 @@ __all__ = ['DEMO_DATA', 'DEMO_MODEL', 'ROOT', 'SMALL', 'differences', 'family', 
 
 DEMO_IMAGE = DEMO_DATA / 'test' / 'colin27_axial_079.jpg'
 SIZE = 128  # of the model input in most tests
+QUICK = {'model_path': DEMO_MODEL, 'num_steps': 1, 'image_size': 32, 'target': 'image',
+         'device': 'cpu'}  # fmt: skip
 
 
 def integrate(

@@ -113,6 +113,13 @@ class Explainer(Protocol):
 Explained = tuple[Explanation, np.ndarray | None]
 
 
+def with_truth(explanations: Sequence[Explanation], truth: np.ndarray | None) -> list[Explained]:
+    """Explanations, each with the truth of its class. truth: (H, W) labels, if known."""
+    return [
+        (one, None if truth is None else one.objective.explained(truth)) for one in explanations
+    ]
+
+
 def explain_by_all(
     explainer: Explainer,
     given: ModelInput,
@@ -128,9 +135,7 @@ def explain_by_all(
         for method in methods
     ]
     explanations = [one for of_target in zip(*by_method, strict=True) for one in of_target]
-    if given.truth is None:
-        return [(one, None) for one in explanations]
-    return [(one, one.objective.explained(given.truth)) for one in explanations]
+    return with_truth(explanations, given.truth)
 
 
 # --------------------------------------------------------------------------- preprocessing

@@ -18,6 +18,7 @@ from igseg.checks.verdict import Thresholds
 from igseg.data.pixels import Reading
 from igseg.data.samples import Sample
 from igseg.data.truth import LabelMap, TruthReading, read_label_map
+from igseg.errors import InputError, attempt
 from igseg.method.choice import AUTO, BASELINES, Question
 from igseg.method.method import Method, build_method
 from igseg.method.rules import Integration
@@ -31,11 +32,15 @@ from igseg.settings import Settings
 
 
 class BaselineFile:
-    """The picture of a baseline, from a file; read once for each number of channels."""
+    """The picture of a baseline, from a file; read once for each number of channels. Raises
+    InputError where the file cannot be opened."""
 
     def __init__(self, path: str, reading: Reading) -> None:
         self.path, self._reading = path, reading
-        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        content, why = attempt(Path(path).read_bytes, OSError)
+        if content is None:
+            raise InputError(f'the baseline {path} cannot be read: {why}')
+        self.sha256 = hashlib.sha256(content).hexdigest()
         self._read: dict[int, np.ndarray | None] = {}
 
     def picture(self, channels: int) -> np.ndarray | None:

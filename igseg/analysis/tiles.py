@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from igseg.analysis.image import Explained, Explainer, ModelInput
+from igseg.analysis.image import Explained, Explainer, ModelInput, with_truth
 from igseg.data.samples import over_image
 from igseg.errors import InputError
 from igseg.explanation import Cost, Cropping, Explanation, Found, Tiles, Trend
@@ -362,9 +362,7 @@ def explain_tiles(
     }
     found = [mosaic.found(float(overlap[0])) for mosaic in mosaics]
     explanations = explanations_of(method.declares, seen, against, found, cost, common)
-    if given.truth is None:
-        return [(one, None) for one in explanations]
-    return [(one, one.objective.explained(given.truth)) for one in explanations]
+    return with_truth(explanations, given.truth)
 
 
 def picture_logits(

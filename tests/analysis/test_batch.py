@@ -10,7 +10,9 @@ from helpers import noise_image, save_image
 
 from igseg.analysis import batch as batch_module
 from igseg.analysis import sample as sample_module
+from igseg.analysis.study import SideFiles
 from igseg.data.samples import list_samples
+from igseg.errors import InputError
 from igseg.preprocessing import Preprocessing
 from integrated_gradients import IntegratedGradients, Settings, analyse_batch
 
@@ -106,3 +108,11 @@ def test_an_unexpected_error_while_writing_costs_one_image(images, tmp_path, mon
     assert failed['image'] == '1' and 'Traceback' in failed['reason']
     said = capsys.readouterr().err
     assert 'unexpected KeyError' in said and 'Traceback' not in said
+
+
+def test_a_baseline_file_that_has_gone_is_told_in_one_sentence(tmp_path):
+    baseline = save_image(tmp_path / 'healthy.png', noise_image(32, 32, 9))
+    settings = Settings(baseline=str(baseline))
+    baseline.unlink()
+    with pytest.raises(InputError, match=r'the baseline .*healthy.png cannot be read'):
+        SideFiles.of(settings)

@@ -11,11 +11,10 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import DEMO_MODEL, ROOT, SMALL, noise_image, save_image
+from helpers import QUICK, ROOT, SMALL
 from torch.distributed import HashStore
 
 import integrated_gradients
@@ -33,18 +32,6 @@ from igseg.analysis.job import (
 )
 from igseg.analysis.summary import VANISHED, read_table
 from integrated_gradients import InputError, OutputError, batch_integrated_gradients_analysis
-
-QUICK = {'model_path': DEMO_MODEL, 'num_steps': 1, 'image_size': 32, 'target': 'image',
-         'device': 'cpu'}  # fmt: skip
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """Five images."""
-    for number in range(5):
-        save_image(tmp_path / 'data' / f'image_{number}.png', noise_image(seed=number))
-    return tmp_path / 'data'
-
 
 # ------------------------------------------------------------------ sharing
 

@@ -2,12 +2,11 @@
 
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import DEMO_MODEL, noise_image, save_image
+from helpers import QUICK
 
 from igseg.analysis.job import DONE, SKIPPED, Outcome
 from igseg.analysis.summary import (
@@ -42,18 +41,6 @@ def test_ratio_and_dice_go_together():
     assert spearman([(-x, y) for x, y in rising]) == pytest.approx(-1)
     assert spearman(rising[:2]) is None
     assert spearman([(1.0, 0.1), (1.0, 0.2), (1.0, 0.3)]) is None
-
-
-QUICK = {'model_path': DEMO_MODEL, 'num_steps': 1, 'image_size': 32, 'target': 'image',
-         'device': 'cpu'}  # fmt: skip
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """Five images."""
-    for number in range(5):
-        save_image(tmp_path / 'data' / f'image_{number}.png', noise_image(seed=number))
-    return tmp_path / 'data'
 
 
 # ------------------------------------------------------------------ tables
