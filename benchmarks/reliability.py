@@ -1,5 +1,5 @@
 """Does a batch survive, scale and stay small? One command for each row of
-REFERENCE's table.
+the table in docs/many_images.md.
 
     python benchmarks/reliability.py kills --kills 50
     python benchmarks/reliability.py ranks --ranks 1 2 3

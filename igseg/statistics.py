@@ -1,7 +1,7 @@
 """The figures of one explanation: `STATISTICS` says of each what it is and how it is got.
 
 The statistics file, the columns of a batch's tables, its medians, the page, the printed text and
-the tables of REFERENCE.md are all made, or checked, from that table: a figure is added by adding a
+the tables in docs/ are all made, or checked, from that table: a figure is added by adding a
 row. Nothing here needs torch, so that processes which only draw and write start quickly.
 """
 

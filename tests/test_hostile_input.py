@@ -53,7 +53,7 @@ def fuzzed(examples: int):
 
 @pytest.fixture
 def files_read(examples) -> Iterator[list[int]]:
-    """One entry for each mutated file; there must be as many as REFERENCE.md says."""
+    """One entry for each mutated file; there must be as many as CONTRIBUTING.md says."""
     found: list[int] = []
     yield found
     assert len(found) >= examples

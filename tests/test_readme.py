@@ -1,4 +1,4 @@
-"""README and REFERENCE tell the truth about flags, tables, commands and files."""
+"""README and the pages of docs/ tell the truth about flags, tables, commands and files."""
 
 import ast
 import importlib
@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -19,11 +20,17 @@ from igseg.statistics import COMPOUND, METRICS, NUMBER, STATISTICS, TEXT, TRUTH,
 from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
 
 README = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
-REFERENCE = (ROOT / 'REFERENCE.md').read_text(encoding='utf-8')
 CONTRIBUTING = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
-BOTH = README + REFERENCE
-FLAGS = REFERENCE[REFERENCE.index('## All flags') : REFERENCE.index('## Targets')]
-ROWS = dict(re.findall(r'^\| `(--\w+)[^`]*` \| (.*?) \|', FLAGS, re.MULTILINE))
+PAGES = {path.stem: path.read_text(encoding='utf-8') for path in (ROOT / 'docs').glob('*.md')}
+EVERY_PAGE = README + ''.join(PAGES.values())
+ROWS = dict(re.findall(r'^\| `(--\w+)[^`]*` \| (.*?) \|', PAGES['flags'], re.MULTILINE))
+# The headings of REFERENCE.md when it was a single page: the world may link to them.
+OLD_ANCHORS = """
+all-flags targets methods regions which-method baselines rules how-exact-a-map-is the-checks
+the-verdict input-in-detail large-pictures any-network files exported-maps statistics from-python
+many-images-and-what-can-go-wrong finished-images hostile-input what-was-measured-rules
+what-was-measured-speed what-was-measured-reliability tests bibliography
+"""
 KINDS = {
     TEXT: 'text',
     WHOLE: 'whole number',
@@ -37,7 +44,7 @@ UNITS = {'%': 'share'}  # stored from 0 to 1, shown as per cent
 def test_readme_is_a_link_and_short():
     assert (ROOT / 'README.md').is_symlink()
     assert (ROOT / 'README.md').resolve() == ROOT / 'README_Integrated_Gradients.md'
-    assert len(README.splitlines()) <= 250
+    assert len(README.splitlines()) <= 330
 
 
 def test_every_flag_stands_in_the_table_with_its_default():
@@ -48,21 +55,28 @@ def test_every_flag_stands_in_the_table_with_its_default():
             assert ROWS[flag] == f'`{action.default}`', flag
 
 
-@pytest.mark.parametrize('table', [BASELINES, RULE_NAMES, {k.form: k for k in TARGETS.values()}])
-def test_every_entry_of_the_tables_is_explained(table):
+@pytest.mark.parametrize(
+    'page, table',
+    [
+        ('targets_and_baselines', BASELINES),
+        ('targets_and_baselines', {kind.form: kind for kind in TARGETS.values()}),
+        ('method_and_accuracy', RULE_NAMES),
+    ],
+)
+def test_every_entry_of_the_tables_is_explained(page, table):
     for name in table:
-        assert f'`{name}`' in REFERENCE
+        assert f'`{name}`' in PAGES[page]
 
 
 def test_every_check_stands_in_the_table_as_it_is_defined():
-    plain = REFERENCE.replace('\\|', '|')
+    plain = PAGES['checks_and_verdict'].replace('\\|', '|')
     for name, row in METRICS.items():
         cells = (name, row.meaning, row.range, row.better or '–', row.source)
         assert '| `{}` | {} | {} | {} | {} |'.format(*cells) in plain
 
 
 def test_every_statistic_stands_in_the_table_as_it_is_defined():
-    plain = REFERENCE.replace('\\|', '|')
+    plain = PAGES['results'].replace('\\|', '|')
     missing = [
         line
         for key, row in STATISTICS.items()
@@ -76,11 +90,11 @@ def test_every_statistic_stands_in_the_table_as_it_is_defined():
 
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_stands_in_the_table_as_it_declares_itself(name):
-    assert method_row(name) in REFERENCE.replace('\\|', '|')
+    assert method_row(name) in PAGES['methods'].replace('\\|', '|')
 
 
 def method_row(name: str) -> str:
-    """The row of a method in the table of REFERENCE."""
+    """The row of a method in the table of docs/methods.md."""
     kind = METHODS[name]
     declared = kind.declared
     promises = [f'sum: {declared.completeness or "n/a"}']
@@ -92,7 +106,8 @@ def method_row(name: str) -> str:
 
 
 def test_every_finding_and_threshold_is_explained():
-    part = REFERENCE[REFERENCE.index('| finding | when |') :]
+    page = PAGES['checks_and_verdict']
+    part = page[page.index('| finding | when |') :]
     for rule in FINDING_RULES:
         assert rule.flag in part
     for name, limit in vars(Thresholds()).items():
@@ -100,7 +115,7 @@ def test_every_finding_and_threshold_is_explained():
 
 
 def test_what_leaves_no_trace_is_told_of_every_architecture():
-    (part,) = re.findall(r'- \*\*What leaves no trace.*?(?=\n- )', REFERENCE, re.DOTALL)
+    (part,) = re.findall(r'- \*\*What leaves no trace.*?(?=\n- )', PAGES['input'], re.DOTALL)
     told = dict(re.findall(r'((?:`\w+`,?\s+)+)\(([^)]+)\)', part))
     for architecture, options in LEAVES_NO_TRACE.items():
         for option in options:
@@ -110,7 +125,7 @@ def test_what_leaves_no_trace_is_told_of_every_architecture():
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r'```bash\n(.*?)```', BOTH, re.DOTALL)
+    blocks = re.findall(r'```bash\n(.*?)```', EVERY_PAGE, re.DOTALL)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
     return [line for line in lines if line.startswith('python integrated_gradients.py')]
 
@@ -122,21 +137,65 @@ def test_the_commands_are_valid_and_name_files_that_exist(command):
     assert (ROOT / (args.image_path or args.data_dir)).exists()
 
 
-def test_linked_files_and_headings_exist():
-    for text, other in ((README, REFERENCE), (REFERENCE, README)):
-        headings = {
-            document: {anchor(line) for line in content.splitlines() if line.startswith('#')}
-            for document, content in ((None, text), ('other', other))
-        }
-        for target in re.findall(r'\]\((?!http)([^)]+)\)', text):
-            file, _, place = target.partition('#')
-            assert not file or (ROOT / file).exists(), target
-            known = headings['other' if file.endswith('.md') else None]
-            assert not place or place in known, target
+DOCUMENTS = sorted({path.resolve() for path in [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'),
+                    *(ROOT / 'demo').glob('*.md'), *(ROOT / 'benchmarks').rglob('*.md')]
+                    if 'work' not in path.relative_to(ROOT).parts})  # fmt: skip
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.stem)
+def test_linked_files_and_headings_exist(document):
+    for target in links(document):
+        file, _, place = target.partition('#')
+        linked = (document.parent / file).resolve() if file else document
+        assert linked.exists(), target
+        assert not place or place in anchors(linked), target
+
+
+def test_old_headings_of_the_reference_still_lead_somewhere():
+    """Each has its line, and the line a link to the place where its text now stands."""
+    text = (ROOT / 'REFERENCE.md').read_text(encoding='utf-8')
+    lines = dict(re.findall(r'<a id="([\w-]+)"></a>\[[^]]+\]\(([^)#]+\.md#[\w-]+)\)', text))
+    assert lines.keys() == set(OLD_ANCHORS.split())
+    for target in lines.values():  # that the places exist is tested for every link
+        assert target.startswith(('docs/', 'CONTRIBUTING.md')), target
+
+
+def test_every_page_is_linked_from_the_readme_and_the_reference():
+    pages = {ROOT / 'docs' / f'{stem}.md' for stem in PAGES}
+    assert len(pages) == 10
+    for document in (ROOT / 'README_Integrated_Gradients.md', ROOT / 'REFERENCE.md'):
+        linked = {(document.parent / link.partition('#')[0]).resolve() for link in links(document)}
+        assert pages <= linked, document.name
+
+
+def test_pages_that_the_code_names_exist():
+    """In comments, docstrings, help and the notebook."""
+    files = [path for folder in ('igseg', 'tests', 'benchmarks', 'demo')
+             for path in (ROOT / folder).rglob('*.py')]  # fmt: skip
+    for path in [*files, *ROOT.glob('*.py'), *ROOT.glob('*.ipynb')]:
+        for name in re.findall(r'docs/\w+\.md', path.read_text(encoding='utf-8')):
+            assert (ROOT / name).is_file(), (path.name, name)
+
+
+def prose(document: Path) -> str:
+    """A document without its blocks of code."""
+    return re.sub(r'```.*?```', '', document.read_text(encoding='utf-8'), flags=re.DOTALL)
+
+
+def links(document: Path) -> list[str]:
+    """What a document links to, but for the web."""
+    return re.findall(r'\]\((?!https?:)([^)]+)\)', prose(document))
+
+
+def anchors(document: Path) -> set[str]:
+    """The places of a document that can be linked to."""
+    text = prose(document)
+    headings = {anchor(line) for line in text.splitlines() if line.startswith('#')}
+    return headings | set(re.findall(r'<a id="([\w-]+)"></a>', text))
 
 
 def test_what_is_imported_in_the_documents_can_be_imported():
-    blocks = re.findall(r'```python\n(.*?)```', BOTH, re.DOTALL)
+    blocks = re.findall(r'```python\n(.*?)```', EVERY_PAGE, re.DOTALL)
     imports = [
         node
         for block in blocks

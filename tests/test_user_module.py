@@ -179,7 +179,7 @@ def test_progress_goes_to_stderr(ig, brain, capsys):
 
 # ------------------------------------------------------------------ what users import from here
 
-# All that was ever importable from here and documented, or that the notebook, README, REFERENCE and
+# All that was ever importable from here and documented, or that the notebook, README, docs and
 # published examples take from any module of earlier versions.
 NAMES = [
     'ARCHITECTURES', 'BASELINES', 'BatchResult', 'CANDIDATES', 'Cost', 'EmptyTargetError',

@@ -296,7 +296,7 @@ def concerns(flags: Sequence[str]) -> int:
 
 
 def thresholds_table() -> list[str]:
-    """The thresholds, their defaults and what they mean, as rows of a table for REFERENCE.md."""
+    """The thresholds, their defaults and what they mean, as rows of a table for docs/."""
     return [
         f'| `{row.name}` | {row.default:g} | {row.metadata["setting"].meaning} |'
         for row in fields(Thresholds)

@@ -1,6 +1,6 @@
 """How datasets lie in folders: `LAYOUTS` names those that are told apart by looking.
 
-The table is printed by `--help` and in REFERENCE.md. Each row has a function that is given the
+The table is printed by `--help` and in docs/input.md. Each row has a function that is given the
 dataset's folder and a split ('' for none) and returns what it found there, or None where the folder
 does not lie that way. The first row that finds images counts.
 """

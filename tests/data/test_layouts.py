@@ -59,12 +59,12 @@ def test_layouts(tmp_path, way):
     assert np.array_equal(alone.truth(ONE) > 0, square_mask() > 0)
 
 
-def test_the_table_is_printed_by_help_readme_and_reference():
+def test_the_table_is_printed_by_help_readme_and_docs():
     told = ' '.join(build_parser().format_help().split())
     from helpers import ROOT
 
     rows = ''.join(f'| {layout.name} | {layout.form} |\n' for layout in LAYOUTS)  # in order
-    for document in ('REFERENCE.md', 'README.md'):
+    for document in ('docs/input.md', 'README.md'):
         assert f'| dataset | how it lies |\n|---|---|\n{rows}\n' in (ROOT / document).read_text()
     for layout in LAYOUTS:
         assert layout.name in layouts_text()
