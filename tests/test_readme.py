@@ -21,7 +21,9 @@ from integrated_gradients import BASELINES, RULE_NAMES, TARGETS, build_parser
 
 README = (ROOT / 'README_Integrated_Gradients.md').read_text(encoding='utf-8')
 CONTRIBUTING = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
-PAGES = {path.stem: path.read_text(encoding='utf-8') for path in (ROOT / 'docs').glob('*.md')}
+PAGES = {
+    path.stem: path.read_text(encoding='utf-8') for path in sorted((ROOT / 'docs').glob('*.md'))
+}
 EVERY_PAGE = README + ''.join(PAGES.values())
 ROWS = dict(re.findall(r'^\| `(--\w+)[^`]*` \| (.*?) \|', PAGES['flags'], re.MULTILINE))
 # The headings of REFERENCE.md when it was a single page: the world may link to them.
@@ -115,13 +117,11 @@ def test_every_finding_and_threshold_is_explained():
 
 
 def test_what_leaves_no_trace_is_told_of_every_architecture():
-    (part,) = re.findall(r'- \*\*What leaves no trace.*?(?=\n- )', PAGES['input'], re.DOTALL)
-    told = dict(re.findall(r'((?:`\w+`,?\s+)+)\(([^)]+)\)', part))
+    part = PAGES['input'].partition('### What leaves no trace in the weights')[2]
+    told = re.findall(r'^\| `(\w+)` \| ([\w, ]+) \|$', part.partition('\n#')[0], re.MULTILINE)
     for architecture, options in LEAVES_NO_TRACE.items():
-        for option in options:
-            lists = [names for key, names in told.items() if f'`{option}`' in key]
-            known = {name for names in lists for name in re.split(r',\s+', names)}
-            assert architecture in known, (architecture, option)
+        known = {option for option, names in told if architecture in names.split(', ')}
+        assert known == set(options), architecture
 
 
 def commands() -> list[str]:
@@ -137,6 +137,7 @@ def test_the_commands_are_valid_and_name_files_that_exist(command):
     assert (ROOT / (args.image_path or args.data_dir)).exists()
 
 
+READ_BY_USERS = sorted((ROOT / 'docs').glob('*.md'))
 DOCUMENTS = sorted({path.resolve() for path in [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'),
                     *(ROOT / 'demo').glob('*.md'), *(ROOT / 'benchmarks').rglob('*.md')]
                     if 'work' not in path.relative_to(ROOT).parts})  # fmt: skip
@@ -175,6 +176,24 @@ def test_pages_that_the_code_names_exist():
     for path in [*files, *ROOT.glob('*.py'), *ROOT.glob('*.ipynb')]:
         for name in re.findall(r'docs/\w+\.md', path.read_text(encoding='utf-8')):
             assert (ROOT / name).is_file(), (path.name, name)
+
+
+@pytest.mark.parametrize('document', READ_BY_USERS, ids=lambda path: path.stem)
+def test_paragraphs_are_short(document):
+    """Of what is read as text: no tables, no headings."""
+    blocks = re.split(r'\n\n|\n(?=- |\d+\. )', prose(document))
+    text = [block for block in blocks if not block.lstrip().startswith(('#', '|', '!', '    '))]
+    assert text
+    for block in text:
+        assert len(block.split()) <= 80, block
+        assert len(re.findall(r'[^\W\dA-Z]{2}[`)*]*[.?!](?=\s|$)', block)) <= 6, block
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_a_page_begins_with_what_it_tells(name):
+    title, empty, first = PAGES[name].split('\n')[:3]
+    assert title.startswith('# ') and not empty and re.match(r'[A-Z*]', first)
+    assert '\n#' not in PAGES[name].partition('\n## ')[0]
 
 
 def prose(document: Path) -> str:
