@@ -69,7 +69,7 @@ from igseg.errors import InputError
 from igseg.explanation import NO_BASELINE, Cost, Explanation
 from igseg.method.baselines import baselines_against
 from igseg.method.choice import Question
-from igseg.method.method import Method, build_method, found_by
+from igseg.method.method import Method, build_method, run_method
 from igseg.method.rules import Integration
 from igseg.method.targets import Against, Seen, explanations_of
 from igseg.method.walk import Work, dtype_name, mask_overlap
@@ -275,7 +275,7 @@ class IntegratedGradients:
             )
             work = Work(engine, at_image, baselines, integration, overlap, others)
             against = own_baseline(method, work, against, own)
-            found, retried = found_by(method, work, progress)
+            results, retried = run_method(method, work, progress)
             forward_passes = engine.forward_passes - before[0]
             gradients = engine.gradient_evaluations - before[1]
         assert engine.preparation is not None  # it was made before the engine ran
@@ -285,8 +285,8 @@ class IntegratedGradients:
             seconds=time.perf_counter() - started,
             step_batch=engine.step_batch.size,
             peak_memory_bytes=peak_memory(self.device),
-            precision=dtype_name(found[0].reduced or engine.dtype),
-            precision_deviation=found[0].deviation,
+            precision=dtype_name(results[0].reduced or engine.dtype),
+            precision_deviation=results[0].deviation,
             retried=retried,
             preparation=engine.preparation,
             cropping=crops.cropping,
@@ -300,7 +300,7 @@ class IntegratedGradients:
             'rule': method.rule_name(integration.rule),
             'tolerance': integration.tolerance,
         }
-        explanations = explanations_of(method.declares, seen, against, found, cost, common)
+        explanations = explanations_of(method.declares, seen, against, results, cost, common)
         device = given.x.device
         return [replace(e, attributions=e.attributions.to(device)) for e in explanations]
 

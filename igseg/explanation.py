@@ -216,20 +216,20 @@ NOTHING_SEEN = Trend((), (), ())
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a method found of one target."""
+class MethodResult:
+    """What a method computed for one target."""
 
-    attributions: torch.Tensor  # (C, H, W), or (1, H, W) where it does not tell channels apart
-    evaluations: int = 0  # steps, or what else it takes many of
+    attributions: torch.Tensor  # (C, H, W), or (1, H, W) where the method tells no channels apart
+    evaluations: int = 0  # number of steps, or of what else the method takes many of
     trend: Trend = NOTHING_SEEN
-    start_score: float | None = None  # F where its paths start, mean; None: they start nowhere
-    end_score: float | None = None  # F where they end, mean; None: they do not
-    map_error: float | None = None  # estimated relative L2 error; None: unknown
+    start_score: float | None = None  # mean of F at the starts of the paths; None: no paths
+    end_score: float | None = None  # mean of F at the ends of the paths; None: no paths
+    map_error: float | None = None  # estimated relative L2 error of the map; None: unknown
     uncertainty: torch.Tensor | None = None  # (H, W): of the sum over the channels
-    total: float | None = None  # sum of the attributions in their own resolution; None: as here
-    total_error: float | None = None  # standard error of that sum, where it was drawn
-    reduced: torch.dtype | None = None  # precision; None: the network's own
-    deviation: float | None = None  # of the map from float32, where reduced
-    fine: torch.Tensor | None = None  # (c, h, w): in their own resolution, where that is another
-    score: float | None = None  # F at the image, where it is not that of the whole logit map
+    total: float | None = None  # sum of the map before it was enlarged; None: sum of `attributions`
+    total_error: float | None = None  # standard error of the total, where nodes were drawn
+    reduced: torch.dtype | None = None  # reduced precision; None: the precision of the network
+    deviation: float | None = None  # of the map from float32, where precision was reduced
+    fine: torch.Tensor | None = None  # (c, h, w): the map of a layer, before it was enlarged
+    score: float | None = None  # F at the image; None: F of the whole logit map
     tiles: Tiles | None = None  # None: in one piece

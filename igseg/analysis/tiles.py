@@ -30,7 +30,7 @@ from tqdm import tqdm
 from igseg.analysis.image import Explained, Explainer, ModelInput, with_truth
 from igseg.data.samples import over_image
 from igseg.errors import InputError
-from igseg.explanation import Cost, Cropping, Explanation, Found, Tiles, Trend
+from igseg.explanation import Cost, Cropping, Explanation, MethodResult, Tiles, Trend
 from igseg.method.baselines import baseline_pictures, best_baseline
 from igseg.method.choice import AUTO, Question
 from igseg.method.rules import Integration
@@ -211,11 +211,11 @@ class Mosaic:
         ends = {0.0: on_baseline, 1.0: 1.0}
         return Trend(alphas, tuple(self._scores[a] for a in alphas), tuple(map(ends.get, alphas)))
 
-    def found(self, on_baseline: float) -> Found:
-        """What was found in all tiles together. on_baseline: see `trend`."""
+    def result(self, on_baseline: float) -> MethodResult:
+        """The result of all tiles together. on_baseline: see `trend`."""
         height, width = self._tiling.tile
         every, overlap = len(self._tiling.tiles), self._tiling.overlap
-        return Found(
+        return MethodResult(
             self.attributions,
             self.steps,
             self.trend(on_baseline),
@@ -360,8 +360,8 @@ def explain_tiles(
         'rule': method.rule_name(integration.rule),
         'tolerance': integration.tolerance,
     }
-    found = [mosaic.found(float(overlap[0])) for mosaic in mosaics]
-    explanations = explanations_of(method.declares, seen, against, found, cost, common)
+    results = [mosaic.result(float(overlap[0])) for mosaic in mosaics]
+    explanations = explanations_of(method.declares, seen, against, results, cost, common)
     return with_truth(explanations, given.truth)
 
 

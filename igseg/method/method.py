@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from igseg.engine.sampler import AttributionPath
-from igseg.explanation import Declared, Found
+from igseg.explanation import Declared, MethodResult
 from igseg.method.choice import MethodChoice, chosen_methods
 from igseg.method.paths import UnitVelocity
 from igseg.method.rules import ADAPTIVE, Integration, OwnRule
@@ -69,7 +69,7 @@ class Method:
         """How many steps it will take; None: not known beforehand."""
         return None
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """What it finds of each target."""
         raise NotImplementedError
 
@@ -100,10 +100,10 @@ class PathMethod(Method):
         """The paths of which the mean is taken."""
         raise NotImplementedError
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """See `Method`."""
         complete = self.declares.completeness is not None
-        return work.walk(self.paths(work), self.rule(work.integration.seed), complete).found()
+        return work.walk(self.paths(work), self.rule(work.integration.seed), complete).results()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +155,15 @@ def build_methods(
 # --------------------------------------------------------------------------- what comes of it
 
 
-def found_by(method: Method, work: Work, progress: bool) -> tuple[list[Found], str | None]:
+def run_method(method: Method, work: Work, progress: bool) -> tuple[list[MethodResult], str | None]:
     """What a method finds, in the precision that was asked for, or why that was not possible."""
     with tqdm(total=method.steps_in_all(work), unit='', leave=False, disable=not progress,
               desc=f'{method.name}, {method.counts}') as bar:  # fmt: skip
 
-        def found_in(precision: str) -> list[Found]:
+        def explain_in(precision: str) -> list[MethodResult]:
             integration = replace(work.integration, precision=precision)
             return method.explain(replace(work, integration=integration, on_steps=bar.update))
 
         # Where no error of the map is estimated, reduced precision could not be judged.
         wanted = work.integration.precision if method.declares.quadrature else 'float32'
-        return in_precision(found_in, wanted)
+        return in_precision(explain_in, wanted)

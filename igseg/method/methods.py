@@ -24,7 +24,7 @@ from igseg.errors import InputError
 from igseg.explanation import (
     NOTHING_SEEN,
     Declared,
-    Found,
+    MethodResult,
     Trend,
 )
 from igseg.method.layers import at_layer, enlarged_sum, layer_named
@@ -77,17 +77,17 @@ class SmoothMethod(Multiplied):
             for baseline in work.baselines:
                 yield self._along(StraightPath(baseline, work.x + spread * noise))
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """See `Method`."""
         if self.kind == 'mean':
             return super().explain(work)
         walk = work.walk(self.paths(work), complete=False, second=True)
-        found = []
+        results = []
         for number, mean in enumerate(walk.means):
             moment, error = mean.second_moment(about_mean=self.kind == 'variance')
             summed = None if error is None else error.sum(dim=1)  # at most
-            found.append(walk.of(number, moment[0], error, summed))
-        return found
+            results.append(walk.result_of(number, moment[0], error, summed))
+        return results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class IdgiMethod(Method):
         """See `Method`."""
         return work.integration.steps * len(work.baselines)
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """See `Method`; the sum is F(x) - F(x'), since the changes of the steps are."""
         steps, starts = work.integration.steps, []
         nothing = total = work.x.new_zeros(())
@@ -176,7 +176,7 @@ class IdgiMethod(Method):
             starts.append(sampler.scores[0.0])
         assert first is not None  # there is a baseline
         maps, start = total / len(work.baselines), torch.stack(starts).mean(dim=0)
-        return [Found(maps[t].clone(), steps, trend_of(first, t), float(start[t]))
+        return [MethodResult(maps[t].clone(), steps, trend_of(first, t), float(start[t]))
                 for t in range(len(maps))]  # fmt: skip
 
 
@@ -205,9 +205,9 @@ class GuidedMethod(Method):
         paths = len(work.baselines) * len(work.at_image.targets)
         return (work.integration.steps + 1) * paths
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """See `Method`; each target has a path of its own."""
-        found = []
+        results = []
         for number in range(len(work.at_image.targets)):
             walks = [self._walk(work, baseline, number) for baseline in work.baselines]
             maps, scores = [walk[0] for walk in walks], [walk[1] for walk in walks]
@@ -215,8 +215,8 @@ class GuidedMethod(Method):
             trend = Trend(alphas, tuple(scores[0]), (None,) * len(alphas))
             start = float(np.mean([one[0] for one in scores]))
             mean = torch.stack(maps).mean(dim=0)
-            found.append(Found(mean.to(work.x), work.integration.steps, trend, start))
-        return found
+            results.append(MethodResult(mean.to(work.x), work.integration.steps, trend, start))
+        return results
 
     def _walk(
         self, work: Work, baseline: torch.Tensor, target: int
@@ -297,18 +297,18 @@ class LayerMethod(Method):
         if self.layer not in dict(model.named_modules()):
             layer_named(model, x, self.layer)
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """See `Method`; completeness is of the sum over the layer."""
         with at_layer(work, self.layer) as inside:
             paths = (StraightPath(baseline, inside.x) for baseline in inside.baselines)
-            return [_at_size(one, work.x.shape[-2:]) for one in inside.walk(paths).found()]
+            return [_at_size(result, work.x.shape[-2:]) for result in inside.walk(paths).results()]
 
 
-def _at_size(found: Found, size: Sequence[int]) -> Found:
+def _at_size(result: MethodResult, size: Sequence[int]) -> MethodResult:
     """What was found at a layer, enlarged."""
-    fine, doubt = found.attributions, found.uncertainty
+    fine, doubt = result.attributions, result.uncertainty
     return replace(
-        found,
+        result,
         attributions=enlarged_sum(fine.sum(dim=0, keepdim=True), size),
         uncertainty=None if doubt is None else enlarged_sum(doubt[None], size)[0],
         total=float(fine.double().sum()),
@@ -322,18 +322,18 @@ class GradCamMethod(LayerMethod):
 
     counts = 'gradients'
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """See `Method`."""
         with at_layer(work, self.layer, baselines=False) as inside:
             here = UnitVelocity(StraightPath(inside.x, inside.x))
             gradients = inside.walk([here], AT_IMAGE, complete=False).means
-            found = []
+            results = []
             for mean in gradients:
                 weights = mean.integral[0].mean(dim=(1, 2), keepdim=True)  # (c, 1, 1)
                 cam = (weights * inside.x[0]).sum(dim=0, keepdim=True).relu()  # (1, h, w)
                 large = F.interpolate(cam[None], work.x.shape[-2:], mode='bilinear')[0]
-                found.append(Found(large, 1, fine=cam.cpu()))
-        return found
+                results.append(MethodResult(large, 1, fine=cam.cpu()))
+        return results
 
 
 # --------------------------------------------------------------------------- yardsticks
@@ -357,10 +357,10 @@ class GradientMethod(PathMethod):
         """A path that goes nowhere."""
         yield UnitVelocity(StraightPath(work.x, work.x))
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """See `Method`."""
-        return [replace(one, trend=NOTHING_SEEN, start_score=None, end_score=None)
-                for one in super().explain(work)]  # fmt: skip
+        return [replace(result, trend=NOTHING_SEEN, start_score=None, end_score=None)
+                for result in super().explain(work)]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,7 +417,7 @@ class OcclusionMethod(Method):
         """See `Method`."""
         return len(self.windows(work.x.shape[-2:])) * len(work.baselines)
 
-    def explain(self, work: Work) -> list[Found]:
+    def explain(self, work: Work) -> list[MethodResult]:
         """See `Method`."""
         places = self.windows(work.x.shape[-2:])
         full = torch.stack([target(work.at_image.logits)[0] for target in work.at_image.targets])
@@ -429,7 +429,7 @@ class OcclusionMethod(Method):
                 there = (..., *place)
                 total[there] += (full - scores).view(-1, 1, 1, 1)
                 count[there] += 1
-        return [Found(one, len(places)) for one in total / count]
+        return [MethodResult(one, len(places)) for one in total / count]
 
 
 def _covered(x: torch.Tensor, baseline: torch.Tensor, place: tuple[slice, slice]) -> torch.Tensor:

@@ -24,8 +24,8 @@ from igseg.explanation import (
     Cost,
     Declared,
     Explanation,
-    Found,
     LabelScores,
+    MethodResult,
 )
 from igseg.maps import label_scores
 from igseg.method.choice import Question, kind_of
@@ -396,7 +396,7 @@ def explanations_of(
     declared: Declared,
     seen: Seen,
     against: Against,
-    found: Sequence[Found],
+    results: Sequence[MethodResult],
     cost: Cost,
     common: Mapping[str, Any],
 ) -> list[Explanation]:
@@ -404,13 +404,15 @@ def explanations_of(
     common: fields that all of them share."""
     network, beside = seen.network, beside_truth(seen)
     explanations = []
-    for target, one in zip(seen.targets, found, strict=True):
+    for target, result in zip(seen.targets, results, strict=True):
         mask, prediction = network.explained(seen.logits, seen.masks, target.label)
-        total = float(one.attributions.cpu().double().sum()) if one.total is None else one.total
+        total = result.total
+        if total is None:
+            total = float(result.attributions.cpu().double().sum())
         explanations.append(
             Explanation(
-                attributions=one.attributions,
-                uncertainty=one.uncertainty,
+                attributions=result.attributions,
+                uncertainty=result.uncertainty,
                 prediction=prediction.cpu(),
                 predicted_mask=mask.cpu(),
                 region=target.region.cpu(),
@@ -418,19 +420,19 @@ def explanations_of(
                 target=target.name,
                 objective=replace(target, weights=target.weights.cpu()),
                 baseline=None if declared.baseline == NO_BASELINE else against.name,
-                steps=one.evaluations,
-                score=float(target(seen.logits)) if one.score is None else one.score,
-                baseline_score=one.start_score,
+                steps=result.evaluations,
+                score=float(target(seen.logits)) if result.score is None else result.score,
+                baseline_score=result.start_score,
                 attribution_sum=total,
-                map_error=one.map_error,
-                trend=one.trend,
+                map_error=result.map_error,
+                trend=result.trend,
                 cost=cost,
                 draws=len(against.pictures) if declared.baseline == GIVEN else 1,
                 method=declared,
-                end_score=one.end_score,
-                sum_error=one.total_error,
-                fine=one.fine,
-                tiles=one.tiles,
+                end_score=result.end_score,
+                sum_error=result.total_error,
+                fine=result.fine,
+                tiles=result.tiles,
                 **beside,
                 **common,
             )

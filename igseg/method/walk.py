@@ -1,10 +1,10 @@
 """Walking along paths, and what a method works with: `Work`.
 
-A method of attribution is given one image, its targets, its baselines and an engine, and says what
-it finds of each target (`Found`). Most do it by naming paths and having them walked: `Work.walk`
-integrates along them, to a tolerance where one is wanted, in reduced precision where that is close
-enough, in step batches, for all targets together. Others ask for single gradients or scores
-(`Work.gradients`, `Work.scores`), which go through the network in step batches too.
+A method gets one image, its targets, its baselines and an engine, and gives a `MethodResult` for
+each target. Most methods name paths, and `Work.walk` integrates along these: to a tolerance where
+the user wants one, in reduced precision where that is accurate enough, in step batches, for all
+targets together. Other methods ask for single gradients or scores (`Work.gradients`,
+`Work.scores`), which go through the network in step batches too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from igseg.engine.engine import CHECKED_NODES, Crops, GradientEngine
 from igseg.engine.precision import reduced_dtype
 from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
 from igseg.errors import NonFiniteError, attempt
-from igseg.explanation import Found, Trend, completeness_gap
+from igseg.explanation import MethodResult, Trend, completeness_gap
 from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
 from igseg.method.rules import AnyRule, Integration, first_nodes
 from igseg.network.description import NetworkDescription
@@ -47,18 +47,18 @@ class Walk:
     reduced: torch.dtype | None
     deviation: float  # of the map from float32, where reduced
 
-    def found(self) -> list[Found]:
+    def results(self) -> list[MethodResult]:
         """The means along the paths, for each target."""
-        return [self.of(t, mean.integral[0], mean.uncertainty, mean.summed_uncertainty)
+        return [self.result_of(t, mean.integral[0], mean.uncertainty, mean.summed_uncertainty)
                 for t, mean in enumerate(self.means)]  # fmt: skip
 
-    def of(
+    def result_of(
         self,
         number: int,
         attributions: torch.Tensor,
         uncertainty: torch.Tensor | None,
         summed: torch.Tensor | None,
-    ) -> Found:
+    ) -> MethodResult:
         """What was found of one target: a map (C, H, W) that was made of its integrals, with its
         estimated error (targets, C, H, W), and that of the sum over the channels (targets, H, W).
         """
@@ -71,7 +71,7 @@ class Walk:
             size = attributions.sum(dim=0).square().mean().sqrt()  # of a pixel, root mean square
             doubt = summed[0].hypot(rounding * size).cpu()
         drawn = self.means[number].sum_variance
-        return Found(
+        return MethodResult(
             attributions,
             self.means[number].evaluations,
             trend_of(self.sampler, number),
