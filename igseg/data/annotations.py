@@ -18,7 +18,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from igseg.data.masks import said_values
-from igseg.data.pixels import PLAIN, load_image, opened_picture
+from igseg.data.pixels import DEFAULT_READING, load_image, opened_picture
 from igseg.data.truth import IGNORED, UNKNOWN, LabelMap, Labels, TruthReading, said_range
 from igseg.errors import InputError, one_line
 
@@ -218,7 +218,7 @@ class AnnotatedImage:
 def size_of_image(path: Path) -> tuple[int, int]:
     """(height, width) of an image file, as it is stored. Raises InputError."""
     if path.suffix.lower() in ('.jpg', '.jpeg', '.png', '.bmp', '.webp'):
-        opened = opened_picture(path, 'image', PLAIN)
+        opened = opened_picture(path, 'image', DEFAULT_READING)
         width, height = opened.picture.size
         return (height, width)
     return load_image(path, 3).pixels.shape[:2]

@@ -21,7 +21,7 @@ import numpy as np
 from igseg.data.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, read_dicom, read_nifti, read_volume
 from igseg.data.pixels import (
     ARRAY_SUFFIXES,
-    PLAIN,
+    DEFAULT_READING,
     TIFF_SUFFIXES,
     Opened,
     Reading,
@@ -198,7 +198,7 @@ MASK_SUFFIXES = tuple(suffix for suffixes in MASK_FORMATS for suffix in suffixes
 
 
 def read_mask_picture(
-    path: str | Path, reading: Reading = PLAIN, colours: bool = False
+    path: str | Path, reading: Reading = DEFAULT_READING, colours: bool = False
 ) -> MaskPicture:
     """The values of a mask file; colours: of a palette its colours, not its indices. Raises
     InputError as `read_image` does."""

@@ -105,7 +105,7 @@ class Reading:
         return self.max_pixels or MOST_PIXELS
 
 
-PLAIN = Reading()
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ class Opened:
     notes: tuple[str, ...]
 
 
-def open_picture(path: str | Path, kind: str = 'image', reading: Reading = PLAIN) -> Image.Image:
+def open_picture(
+    path: str | Path, kind: str = 'image', reading: Reading = DEFAULT_READING
+) -> Image.Image:
     """Open and fully decode a picture file, turned upright by its EXIF orientation.
 
     Raises InputError when the file is missing, empty, no picture, cut short, lacks the frame, or
@@ -325,7 +327,7 @@ def _channels_last(values: np.ndarray) -> np.ndarray:
     return np.moveaxis(values, 0, 2) if planar else values
 
 
-def read_array(path: Path, reading: Reading = PLAIN) -> np.ndarray:
+def read_array(path: Path, reading: Reading = DEFAULT_READING) -> np.ndarray:
     """The array in a `.npy` or TIFF file: numbers, (H, W), (H, W, C) or (C, H, W)."""
     import tifffile  # takes a while
 
@@ -575,7 +577,9 @@ def format_of(path: Path) -> Format:
 # --------------------------------------------------------------------------- reading images
 
 
-def read_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) -> np.ndarray:
+def read_image(
+    path: str | Path, channels: int = 3, reading: Reading = DEFAULT_READING
+) -> np.ndarray:
     """Read an image as (H, W, C), 0-255: uint8, or float32 where the file holds finer values.
 
     3 channels: any picture as RGB; grey, palette, CMYK and alpha pictures are converted (alpha is
@@ -590,7 +594,9 @@ def read_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) ->
     return load_image(path, channels, reading).pixels
 
 
-def load_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) -> LoadedImage:
+def load_image(
+    path: str | Path, channels: int = 3, reading: Reading = DEFAULT_READING
+) -> LoadedImage:
     """`read_image`, with what was decided. The crop is left to the caller, who may have a mask."""
     path = Path(path)
     stored = format_of(path).values(path, channels, reading)
@@ -605,7 +611,9 @@ def load_image(path: str | Path, channels: int = 3, reading: Reading = PLAIN) ->
     )
 
 
-def load_channels(paths: Sequence[Path], channels: int, reading: Reading = PLAIN) -> LoadedImage:
+def load_channels(
+    paths: Sequence[Path], channels: int, reading: Reading = DEFAULT_READING
+) -> LoadedImage:
     """An image whose channels lie in files of their own, in order. Raises InputError."""
     if len(paths) == 1:
         return load_image(paths[0], channels, reading)
@@ -623,7 +631,7 @@ def load_channels(paths: Sequence[Path], channels: int, reading: Reading = PLAIN
     return replace(parts[0], pixels=pixels, notes=notes)
 
 
-def check_image(path: str | Path, reading: Reading = PLAIN) -> None:
+def check_image(path: str | Path, reading: Reading = DEFAULT_READING) -> None:
     """Raise InputError for what is no image at all, before the network says how many channels."""
     path = Path(path)
     format_of(path).check(path, reading)

@@ -23,7 +23,7 @@ from igseg.data.layouts import DataSource, Listing, Truth, find
 from igseg.data.masks import MaskFile, MaskSet, read_mask_picture
 from igseg.data.medical import NIFTI_SUFFIXES, shape_of_nifti, slice_ending
 from igseg.data.pixels import (
-    PLAIN,
+    DEFAULT_READING,
     TURNS,
     LoadedImage,
     Reading,
@@ -62,11 +62,11 @@ class Sample:
     notes: tuple[str, ...] = ()  # on the whole dataset, in sentences
     mask_flags: dict[str, str] = field(default_factory=dict)  # that said where its mask lies
 
-    def image(self, channels: int = 3, reading: Reading = PLAIN) -> np.ndarray:
+    def image(self, channels: int = 3, reading: Reading = DEFAULT_READING) -> np.ndarray:
         """The image, (H, W, C), see `read_image`."""
         return self.load(channels, reading).pixels
 
-    def load(self, channels: int = 3, reading: Reading = PLAIN) -> LoadedImage:
+    def load(self, channels: int = 3, reading: Reading = DEFAULT_READING) -> LoadedImage:
         """The image with what was decided. Raises InputError."""
         paths = self.channel_paths or (self.image_path,)
         return load_channels(paths, channels, self.part(reading))
@@ -93,7 +93,7 @@ class Sample:
             return self.read_truth.class_names(reading)
         return self.class_names
 
-    def check(self, reading: Reading = PLAIN) -> None:
+    def check(self, reading: Reading = DEFAULT_READING) -> None:
         """Raise InputError where the image or its mask cannot be read."""
         for path in self.channel_paths or (self.image_path,):
             check_image(path, reading)
@@ -220,7 +220,7 @@ def _samples(found: Listing) -> list[Sample]:
     ]  # fmt: skip
 
 
-def with_slices(samples: Sequence[Sample], reading: Reading = PLAIN) -> list[Sample]:
+def with_slices(samples: Sequence[Sample], reading: Reading = DEFAULT_READING) -> list[Sample]:
     """The samples, with every slice of a volume as one of its own, along the axis of
     `reading.slice` (the last), unless it names one. A volume that cannot be read stays one."""
     if reading.slice is not None and ':' in reading.slice:

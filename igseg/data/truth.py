@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from igseg.data.pixels import PLAIN, Reading, check_file
+from igseg.data.pixels import DEFAULT_READING, Reading, check_file
 from igseg.errors import InputError
 
 IGNORED = -1  # the label of pixels that do not count
@@ -129,7 +129,7 @@ class TruthReading:
     one_class: bool = False  # whether the network knows only foreground and background
     label_map: LabelMap | None = None
     ignore_label: int | None = None
-    pixels: Reading = PLAIN  # which frame or slice
+    pixels: Reading = DEFAULT_READING  # which frame or slice
 
     @property
     def objects(self) -> list[int] | None:

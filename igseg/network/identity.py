@@ -28,8 +28,9 @@ MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, PREPROCESSING}  # seen to e
 # What `fingerprint` gives: equal while a network stays as it is.
 Fingerprint = tuple[object, ...]
 
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device, PurePath,
-         np.generic, slice, range)  # fmt: skip
+# Of attributes that are part of the fingerprint by their value.
+VALUE_TYPES = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device,
+               PurePath, np.generic, slice, range)  # fmt: skip
 
 
 def _attributes(module: torch.nn.Module) -> tuple[dict, dict]:
@@ -47,7 +48,7 @@ class _Inner:
 
 def _unordered(value: object) -> str:
     """What stands for a part of a set, whose order is another in every process."""
-    known = isinstance(value, (*PLAIN, tuple)) or value is None
+    known = isinstance(value, (*VALUE_TYPES, tuple)) or value is None
     return repr(value) if known else getattr(value, '__qualname__', type(value).__qualname__)
 
 
@@ -80,7 +81,8 @@ def _class(kind: type) -> Iterator[bytes | _Inner]:
             own = {k: v for k, v in vars(base).items() if not k.startswith('__') or callable(v)}
             for name, value in own.items():
                 value = getattr(value, '__func__', getattr(value, 'fget', value))
-                if isinstance(value, (*PLAIN, list, tuple, dict)) or hasattr(value, '__code__'):
+                holds_value = isinstance(value, (*VALUE_TYPES, list, tuple, dict))
+                if holds_value or hasattr(value, '__code__'):
                     yield name.encode()
                     yield _Inner(value)
 
@@ -116,7 +118,7 @@ def _function(function: Any) -> Iterator[bytes | _Inner]:
 
 def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
     """The parts of one value, those inside as they are."""
-    if value is None or isinstance(value, PLAIN):
+    if value is None or isinstance(value, VALUE_TYPES):
         yield f'{type(value).__name__} {value!r}'.encode(errors='backslashreplace')
         return
     if id(value) in kept:
@@ -191,7 +193,7 @@ def plain_attributes(model: torch.nn.Module) -> tuple:
         value
         for module in model.modules()
         for key, value in vars(module).items()
-        if isinstance(value, PLAIN) and key not in MODULE_PARTS
+        if isinstance(value, VALUE_TYPES) and key not in MODULE_PARTS
     )
 
 
