@@ -34,7 +34,7 @@ from tqdm import tqdm
 from igseg.data.samples import list_samples
 from igseg.engine.preparation import prepared_copy
 from igseg.method.integral import Interval, PathIntegral, adaptive_rounds, alone, sum_rule
-from igseg.method.rules import ADAPTIVE, RULES
+from igseg.method.rules import ADAPTIVE, FIXED_RULES
 from igseg.network.loading import load_model
 from igseg.preprocessing import Preprocessing
 from integrated_gradients import build_baselines, choose_samples
@@ -108,7 +108,7 @@ class Case:
         elif rule == 'riemannopt':
             found = riemannopt_rule(steps, roughness)
         else:
-            found = RULES[rule](steps)
+            found = FIXED_RULES[rule](steps)
         return sum_rule(self.evaluate, found)
 
 
@@ -172,7 +172,7 @@ def run_case(
         return json.loads(path.read_text())
     torch.set_num_threads(1)
     case = make_case(model_path, size, image, baseline)
-    reference = sum_rule(case.evaluate, RULES['trapezoid'](REFERENCE_NODES)).integral[0]
+    reference = sum_rule(case.evaluate, FIXED_RULES['trapezoid'](REFERENCE_NODES)).integral[0]
     change = case.at(1.0)[0] - case.at(0.0)[0]
     rows = []
     for rule, counts in COUNTS.items():

@@ -8,7 +8,7 @@ Integrated Gradients is the integral over alpha in [0, 1] of the *density*
 
 A *rule* says at which nodes the density is evaluated and with which weights it is summed:
 
-    fixed     nodes and weights known beforehand (`RULES` in igseg/method/rules.py)
+    fixed     nodes and weights known beforehand (`FIXED_RULES` in igseg/method/rules.py)
     nested    the same, refined level by level until the error is small; nothing is computed twice
     adaptive  intervals bisected where the density changes most, summed by the trapezoid rule
     drawn     nodes at random, two in each of equal strata (`Stratified`), for densities that are
@@ -43,7 +43,7 @@ import torch
 
 from igseg.method.rules import (
     ADAPTIVE,
-    RULES,
+    FIXED_RULES,
     AnyRule,
     Rule,
     Stratified,
@@ -219,7 +219,7 @@ def nested_rounds(rule: str, steps: int, enough: Enough) -> Rounds:
     """Levels of a nested rule, one after the other; all densities are kept between them."""
     known: dict[float, torch.Tensor] = {}
     for count in nested_counts(rule, steps):
-        level = RULES[rule](count)
+        level = FIXED_RULES[rule](count)
         keys = [round(float(node), 12) for node in level.nodes]
         fresh = [row for row, key in enumerate(keys) if key not in known]
         asked: np.ndarray | None = level.nodes[fresh]
@@ -364,7 +364,7 @@ def fixed_rule(rule: AnyRule, steps: int, refined: bool) -> Rule | None:
         return rule
     if isinstance(rule, Stratified) or (steps > 1 and (refined or rule == ADAPTIVE)):
         return None
-    return midpoint_rule(1) if rule == ADAPTIVE else RULES[rule](steps)
+    return midpoint_rule(1) if rule == ADAPTIVE else FIXED_RULES[rule](steps)
 
 
 def rounds_of(rule: AnyRule, steps: int, enough: Enough | None) -> Rounds:

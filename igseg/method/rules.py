@@ -1,5 +1,5 @@
 """Quadrature rules: at which nodes of [0, 1] the density is evaluated, with which weights; those
-with fixed nodes in `RULES`, and the adaptive and the drawn ones as far as they begin."""
+with fixed nodes in `FIXED_RULES`, and the adaptive and the drawn ones as far as they begin."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ def gauss_kronrod_rule(steps: int) -> Rule:
     return Rule('gauss-kronrod', (nodes + 1) / 2, _interpolatory_weights(nodes), degree)
 
 
-RULES: dict[str, Callable[[int], Rule]] = {
+FIXED_RULES: dict[str, Callable[[int], Rule]] = {
     'midpoint': midpoint_rule,
     'trapezoid': trapezoid_rule,
     'gauss-legendre': gauss_legendre_rule,
     'clenshaw-curtis': clenshaw_curtis_rule,
     'gauss-kronrod': gauss_kronrod_rule,
 }
-RULE_NAMES = (ADAPTIVE, *RULES)
+RULE_NAMES = (ADAPTIVE, *FIXED_RULES)
 
 
 @dataclass(frozen=True)
@@ -194,4 +194,4 @@ def first_nodes(rule: AnyRule, steps: int, refined: bool) -> np.ndarray:
         return next(rule.sets(steps, refined))
     if rule == ADAPTIVE:
         return first_rule(steps).nodes
-    return RULES[rule](nested_counts(rule, steps)[0] if refined else steps).nodes
+    return FIXED_RULES[rule](nested_counts(rule, steps)[0] if refined else steps).nodes

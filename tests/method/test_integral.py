@@ -10,7 +10,7 @@ from helpers import integrate
 from torch import nn
 
 from igseg.method.integral import PathIntegral, sum_rule
-from igseg.method.rules import ADAPTIVE, FIRST_NODES, NESTED, RULE_NAMES, RULES, first_nodes
+from igseg.method.rules import ADAPTIVE, FIRST_NODES, FIXED_RULES, NESTED, RULE_NAMES, first_nodes
 from integrated_gradients import InputError
 
 
@@ -242,6 +242,6 @@ def test_fixed_rules_start_with_all_their_nodes_adaptive_with_a_few():
 
 def test_lengths_outside_open_rules_count_as_uncertain():
     """The midpoint rule does not see what happens before its first node."""
-    rule = RULES['midpoint'](2)
+    rule = FIXED_RULES['midpoint'](2)
     found = sum_rule(Density(lambda alpha: torch.full((1, 3, 1, 1), alpha)), rule)
     assert float(found.error.variance[0, 0, 0, 0]) == pytest.approx((1.0 / 2 * 0.5) ** 2)
