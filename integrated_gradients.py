@@ -74,8 +74,8 @@ from igseg.method.rules import Integration
 from igseg.method.targets import Against, Seen, explanations_of
 from igseg.method.walk import Work, dtype_name, mask_overlap
 from igseg.network.description import NetworkDescription
+from igseg.network.facts import NetworkFacts
 from igseg.network.kinds import Meaning
-from igseg.network.known import Known
 from igseg.network.loading import NetworkSource, resolve_device
 from igseg.network.outputs import LogitsOf, enlarged, explained_memory, frozen, segmentation_logits
 from igseg.network.score import Score, Target
@@ -129,7 +129,7 @@ class IntegratedGradients:
     ) -> None:
         self.device = resolve_device(device)
         self.model = model.to(self.device)
-        self.known = Known(self.model, self.device, preprocessing)
+        self.facts = NetworkFacts(self.model, self.device, preprocessing)
         self._step_batch = step_batch
         self._engines: dict[str | None, GradientEngine] = {}
         self._gives: str | None = None  # the kind of probabilities the network gives; None: logits
@@ -137,12 +137,12 @@ class IntegratedGradients:
     @property
     def preprocessing(self) -> Preprocessing:
         """How inputs are normalised."""
-        return self.known.preprocessing
+        return self.facts.preprocessing
 
     @property
     def network(self) -> NetworkDescription:
         """What the network is, as it is now."""
-        return self.known.look_again()
+        return self.facts.look_again()
 
     @property
     def engine(self) -> GradientEngine:
@@ -234,9 +234,9 @@ class IntegratedGradients:
         if len(settings.methods) > 1:
             raise InputError('an explanation is of one method (take one after the other)')
         (method,) = map(build_method, settings.methods)
-        self.known.description.check_input(tuple(input_tensor.shape))
+        self.facts.description.check_input(tuple(input_tensor.shape))
         channels = input_tensor.shape[-3]
-        own = self.known.preprocessing_for(channels)
+        own = self.facts.preprocessing_for(channels)
         check_normalised(own)
         others = references if references is not None else references_of(settings, ())
         question = replace(settings.question, targets=targets, skip_empty=skip_empty,
@@ -256,12 +256,12 @@ class IntegratedGradients:
         """The explanation of each target; `explain_targets` where all is said."""
         started = time.perf_counter()
         x, notes = self.see(given.x, question.meaning)  # (1, C, H, W)
-        engine, network = self.engine, self.known.under(question.meaning)
+        engine, network = self.engine, self.facts.description_for(question.meaning)
         own = given.preprocessing
         if engine.network is None:  # later, the method itself finds out
             with frozen(self.model), explained_memory(self.device):
                 method.check_network(self.model, x.to(engine.dtype))
-        with engine.running(x, self.known.state):
+        with engine.running(x, self.facts.state):
             before = engine.forward_passes, engine.gradient_evaluations
             with torch.no_grad():
                 logits = enlarged(engine.run(x), x.shape[-2:])  # (1, K, h, w)
@@ -310,16 +310,16 @@ class IntegratedGradients:
         """Look at the network again, and find out on an input, (C, H, W) or (1, C, H, W), whether
         it gives logits or probabilities. Returns the input as (1, C, H, W) on the device, and what
         was found, in sentences. Raises InputError."""
-        self.known.look_again()
-        x = self.known.checked(input_tensor)
-        self._gives, notes = self.known.see_outputs(x, meaning)
+        self.facts.look_again()
+        x = self.facts.checked(input_tensor)
+        self._gives, notes = self.facts.see_outputs(x, meaning)
         return x, notes
 
     def prepare(self, input_tensor: torch.Tensor, meaning: Meaning | None = None) -> None:
         """Prepare the network's private copy on this input, (C, H, W) or (1, C, H, W), instead of
         on the first that is explained. Raises InputError as `explain_targets` does."""
         x, _ = self.see(input_tensor, meaning or Meaning())
-        with self.engine.running(x, self.known.state):
+        with self.engine.running(x, self.facts.state):
             pass
 
 

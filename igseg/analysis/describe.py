@@ -55,7 +55,7 @@ class ReadImage:
 def fit(study: Study, read: ReadImage) -> ModelInput | TiledInput:
     """An image as the network takes it, with the preprocessing that made it: where the numbers of
     each image are wanted, its baselines are normalised with its own. Raises InputError."""
-    usual = study.explainer.known.preprocessing_for(read.channels)
+    usual = study.explainer.facts.preprocessing_for(read.channels)
     if study.tile is not None:
         return TiledInput.of(usual, read.image, read.truth, study.tile, study.overlap, read.origin)
     background = study.network.background
@@ -118,7 +118,7 @@ def _common(
     """The statistics that all explanations of an image share. own: the preprocessing of it."""
     return {
         'notes': [
-            *study.explainer.known.description.notes,
+            *study.explainer.facts.description.notes,
             *read.notes,
             *notes_on(read.image, read.truth, study.question.targets, explanations),
         ],

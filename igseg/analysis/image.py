@@ -19,8 +19,8 @@ from igseg.method.choice import AUTO, BASELINES, Question, check_baseline
 from igseg.method.rules import Integration
 from igseg.network.description import NetworkDescription, known_description, likely_channels
 from igseg.network.factory import runs_at
+from igseg.network.facts import NetworkFacts
 from igseg.network.kinds import Meaning
-from igseg.network.known import Known
 from igseg.network.loading import NetworkSource, load_model
 from igseg.preprocessing import (
     IMAGENET_MEAN,
@@ -83,7 +83,7 @@ class Explainer(Protocol):
     """What is asked here of the user's `IntegratedGradients`."""
 
     device: torch.device
-    known: Known
+    facts: NetworkFacts
 
     @property
     def engine(self) -> GradientEngine:

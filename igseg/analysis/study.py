@@ -101,12 +101,12 @@ class Study:
         """samples: the other images of the dataset. files: where they were read already. Raises
         InputError."""
         files = SideFiles.of(settings, samples) if files is None else files
-        network, known = explainer.known.look_again(), explainer.known
+        network, facts = explainer.facts.look_again(), explainer.facts
         tile = settings.tile
         if tile is not None:
-            tile = sides(size_taken(known.model, network, known.preprocessing.channels, tile))
+            tile = sides(size_taken(facts.model, network, facts.preprocessing.channels, tile))
         if files.baseline is not None:
-            files.baseline.picture(known.preprocessing.channels)  # now: the file may change
+            files.baseline.picture(facts.preprocessing.channels)  # now: the file may change
         methods = tuple(map(build_method, settings.methods))
         return cls(
             explainer=explainer,
@@ -129,12 +129,12 @@ class Study:
     @property
     def network(self) -> NetworkDescription:
         """What the network is taken for."""
-        return self.explainer.known.under(self.question.meaning)
+        return self.explainer.facts.description_for(self.question.meaning)
 
     @property
     def channels(self) -> int:
         """How many channels images are read with."""
-        return self.explainer.known.preprocessing.channels
+        return self.explainer.facts.preprocessing.channels
 
     @property
     def method_names(self) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ class Study:
         said = TruthReading(
             label_map=self.files.labels, ignore_label=self.ignore_label, pixels=self.reading
         )
-        count = self.explainer.known.logit_maps()
+        count = self.explainer.facts.logit_maps()
         if count is None:
             return said
         kind = self.network.kind(torch.empty(count, 1, 1))
@@ -170,11 +170,11 @@ def _record(
     explainer: Explainer, settings: Settings, files: SideFiles, methods: Sequence[Method]
 ) -> dict[str, Any]:
     """All settings as they took effect and the network's identity, for statistics and resume."""
-    known = explainer.known
+    facts = explainer.facts
     record = {
         **settings.record(),
-        **asdict(known.preprocessing),
-        **known.under(settings.question.meaning, seen=False).record(),
+        **asdict(facts.preprocessing),
+        **facts.description_for(settings.question.meaning, observed=False).record(),
         'device': str(explainer.device),
     }
     counts = [method.most_references for method in methods if method.most_references]

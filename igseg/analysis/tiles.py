@@ -339,7 +339,7 @@ def explain_tiles(
     started = time.perf_counter()
     _, notes = explainer.see(given.example, question.meaning)
     notes += given.padding_note()
-    engine, network = explainer.engine, explainer.known.under(question.meaning)
+    engine, network = explainer.engine, explainer.facts.description_for(question.meaning)
     before = engine.forward_passes, engine.gradient_evaluations
     logits = picture_logits(explainer, given, given.image, given.tiling.tiles, progress)
     seen = Seen.of(network, logits, question, given.truth, given.placement)  # (1, K, H, W)
@@ -374,14 +374,14 @@ def picture_logits(
 ) -> torch.Tensor:
     """The network's logits (1, K, H, W) on a picture, put together from tiles; 0 beside them. Each
     pixel's come from the tile that it belongs to."""
-    engine, known, tiling = explainer.engine, explainer.known, given.tiling
+    engine, facts, tiling = explainer.engine, explainer.facts, given.tiling
     whole: torch.Tensor | None = None
     last: torch.Tensor | None = None
-    with engine.running(known.checked(given.example), known.state), torch.no_grad():
+    with engine.running(facts.checked(given.example), facts.state), torch.no_grad():
         for tile in tqdm(tiles, 'prediction', unit='tile', leave=False, disable=not progress):
             x = given.input_of(picture, tile)
             if last is None or not torch.equal(x, last):  # of one colour many are alike
-                logits, last = enlarged(engine.run(known.checked(x)), tiling.tile).cpu(), x
+                logits, last = enlarged(engine.run(facts.checked(x)), tiling.tile).cpu(), x
             if whole is None:
                 whole = torch.zeros((1, logits.shape[1], *tiling.size))
             own = (..., *tile.own)

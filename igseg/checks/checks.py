@@ -384,7 +384,7 @@ def evaluate_explanation(
         raise InputError(f'unknown evaluate "{effort}" (choose from {", ".join(EFFORTS)})')
     started = time.perf_counter()
     subject = subject_of(ig, input_tensor, explanation, truth, placement, seed, preprocessing)
-    with ig.engine.running(subject.x, ig.known.state if unchanged else None):
+    with ig.engine.running(subject.x, ig.facts.state if unchanged else None):
         result = evaluate(subject, effort, seed, progress)
     details = {'effort': effort, 'seconds': time.perf_counter() - started, **result.details}
     return {**result.metrics, 'evaluation': details}

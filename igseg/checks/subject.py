@@ -20,7 +20,7 @@ from igseg.explanation import GIVEN, Explanation
 from igseg.maps import contrast
 from igseg.method.baselines import baseline_pictures
 from igseg.method.choice import Question
-from igseg.network.known import Known
+from igseg.network.facts import NetworkFacts
 from igseg.network.outputs import segmentation_logits
 from igseg.network.score import Score
 from igseg.preprocessing import Placement, Preprocessing, strong_blur
@@ -185,7 +185,7 @@ class LogitsOfTarget:
 class Explainer(Protocol):
     """What is asked here of the user's `IntegratedGradients`."""
 
-    known: Known
+    facts: NetworkFacts
 
     @property
     def engine(self) -> GradientEngine:
@@ -202,8 +202,8 @@ def subject_of(
     preprocessing: Preprocessing | None = None,
 ) -> Subject:
     """What is checked of an explanation. Arguments: see `evaluate_explanation`."""
-    x = ig.known.checked(input_tensor)  # (1, C, H, W)
-    fit, question = preprocessing or ig.known.preprocessing, Question(seed=seed)
+    x = ig.facts.checked(input_tensor)  # (1, C, H, W)
+    fit, question = preprocessing or ig.facts.preprocessing, Question(seed=seed)
     image = fit.to_pixels(x)
     objective = explanation.objective
     target = replace(objective, weights=objective.weights.to(x.device))  # where it is asked often

@@ -13,8 +13,8 @@ from PIL import Image
 
 from igseg.analysis.summary import read_table
 from igseg.errors import InputError
+from igseg.network.facts import NetworkFacts
 from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
-from igseg.network.known import Known
 from igseg.network.outputs import LogitsOf, probability_kind
 from igseg.results.figures import attribution_figure, channels_figure
 from integrated_gradients import (
@@ -453,9 +453,9 @@ def test_the_whole_path_runs_without_float64_on_the_device(tmp_path, monkeypatch
     ig = IntegratedGradients(net, 'cpu', step_batch=1)
     with pytest.raises(TypeError, match='no float64'):
         torch.zeros(2).as_subclass(WithoutFloat64).double()
-    on_device = Known.checked
+    on_device = NetworkFacts.checked
     monkeypatch.setattr(
-        Known, 'checked',
+        NetworkFacts, 'checked',
         lambda self, tensor: on_device(self, tensor).as_subclass(WithoutFloat64))  # fmt: skip
     settings = Settings(
         tolerance=0.5, max_steps=5, target='predicted class:1 truth', evaluate='quick',

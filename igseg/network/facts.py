@@ -1,4 +1,4 @@
-"""What one network is and gives, asked once for each change of its weights."""
+"""What one network is and gives, found out once for each change of its weights."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ from igseg.network.outputs import (
 from igseg.preprocessing import Preprocessing, sides
 
 
-class Known:
-    """A user's network and what is known of it; whoever needs to know asks here.
+class NetworkFacts:
+    """A user's network, and everything that is known about it.
 
-    preprocessing: how inputs are normalised, where the user says so; else the network's, else
-    ImageNet's for three channels and none (pixels from 0 to 1) for others.
+    preprocessing: how inputs are normalised. None: as the network itself says; where it says
+    nothing, as for ImageNet with three channels, and not at all (pixels from 0 to 1) with others.
     """
 
     def __init__(
         self, model: nn.Module, device: torch.device, preprocessing: Preprocessing | None = None
     ) -> None:
         self.model, self.device = model, device
-        self.state = fingerprint(model)  # of the network as it was asked last
+        self.state = fingerprint(model)  # of the network when it was last looked at
         self.description = describe_network(model)
-        self.probabilities: str | None = None  # of OUTPUT_KINDS, where it was seen to give such
-        self._seen_of: tuple | None = None  # the weights of which that was seen
+        # One of OUTPUT_KINDS, where the network was observed to give probabilities; and the
+        # weights with which that was observed.
+        self.probabilities: str | None = None
+        self._observed_weights: tuple | None = None
         self._maps: tuple[tuple, int | None] | None = None  # weights, and how many logit maps
-        own = self.description.preprocessing
-        if preprocessing is None and own == Preprocessing():
-            own = own.for_channels(likely_channels(model))
-        self.preprocessing = preprocessing or own
-        self._said = preprocessing is not None  # by the user, who then knows the channels
+        usual = self.description.preprocessing
+        if preprocessing is None and usual == Preprocessing():
+            usual = usual.for_channels(likely_channels(model))
+        self.preprocessing = preprocessing or usual
+        # Whether the user gave the preprocessing, and with it the number of channels.
+        self._set_by_user = preprocessing is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,61 +55,66 @@ class Known:
 
     @property
     def _weights(self) -> tuple:
-        return self.state[1:]  # without plain attributes, which a network may change as it runs
+        # Without plain attributes, which a network may change while it runs.
+        return self.state[1:]
 
     def look_again(self) -> NetworkDescription:
-        """The description of the network as it is now, made again after its weights have changed.
-        Sums all weights: once for an image."""
+        """The description of the network as it is now; made again if the weights have changed.
+
+        This sums all weights, so it is called once for each image."""
         now = fingerprint(self.model)
         if now != self.state:
             self.description, self.state = describe_network(self.model), now
         return self.description
 
-    def under(self, meaning: Meaning, seen: bool = True) -> NetworkDescription:
-        """What the network is to be taken for by what the user says; seen: and by what it gave."""
-        known, background = self.description, meaning.background_class
-        found = self.probabilities if seen else None
+    def description_for(self, meaning: Meaning, observed: bool = True) -> NetworkDescription:
+        """The description of the network, changed by what the user says about its outputs.
+
+        observed: whether the outputs that were observed count too, where neither the user nor the
+        network says what they are."""
+        description, background = self.description, meaning.background_class
+        observed_kind = self.probabilities if observed else None
         return replace(
-            known,
-            output_kind=meaning.output_kind or known.output_kind or found,
-            background=known.background if background is None
-            else background if isinstance(background, int) else None,  # else it is 'none'
-            class_names=meaning.class_names or known.class_names,
+            description,
+            output_kind=meaning.output_kind or description.output_kind or observed_kind,
+            background=description.background if background is None
+            else background if isinstance(background, int) else None,  # 'none': no background
+            class_names=meaning.class_names or description.class_names,
         )  # fmt: skip
 
     def preprocessing_for(self, channels: int) -> Preprocessing:
-        """The preprocessing of inputs of C channels; of another number than the usual one only
-        where neither the network nor the user has said how many there are."""
+        """The preprocessing of inputs with C channels. It is made for another number of channels
+        than the usual one only where neither the network nor the user says how many there are."""
         usual = self.preprocessing
-        unknown = self.description.channels is None and not self._said
+        unknown = self.description.channels is None and not self._set_by_user
         if not unknown or usual.channels == channels:
             return usual
         return replace(Preprocessing().for_channels(channels), image_size=usual.image_size)
 
     def checked(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An input as (1, C, H, W) on the device, cut off from the caller's graph: float32, in
-        which gradients then accumulate, or float64 for a double-precision model. Raises
+        """An input as (1, C, H, W) on the device, detached from the caller's graph. It is float64
+        for a network in double precision, else float32; gradients are summed in this type. Raises
         InputError."""
         self.description.check_input(tuple(tensor.shape))
-        working = torch.float64 if self.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         tensor = tensor.detach()
         if self.device.type == 'cuda' and tensor.device.type == 'cpu':
-            tensor = tensor.pin_memory()  # copied while the GPU still works on what came before
-        x = tensor.to(self.device, working, non_blocking=True).reshape(1, *tensor.shape[-3:])
+            tensor = tensor.pin_memory()  # copied while the GPU still computes
+        x = tensor.to(self.device, dtype, non_blocking=True).reshape(1, *tensor.shape[-3:])
         if not bool(torch.isfinite(x).all()):
             raise InputError('input_tensor holds values that are not finite')
         return x
 
     def see_outputs(self, x: torch.Tensor, meaning: Meaning) -> tuple[str | None, tuple[str, ...]]:
-        """Of what kind the probabilities are that the network gives, None where it gives logits;
-        and what is to be said of it, in sentences. x: an input (1, C, H, W). Raises InputError."""
+        """The kind of probabilities that the network gives, None where it gives logits; and notes
+        about that, in sentences. x: an input (1, C, H, W). Raises InputError."""
         outputs = self.description.gives if meaning.outputs == 'auto' else meaning.outputs
         if outputs == LOGITS:
-            self.probabilities, self._seen_of = None, None
-        elif self._seen_of != self._weights:
-            # Where the network cannot be run, that is said when it must be.
+            self.probabilities, self._observed_weights = None, None
+        elif self._observed_weights != self._weights:
+            # A network that cannot be run raises no error here, but later, where it must be run.
             self.probabilities, _ = attempt(partial(self._probability_kind, x), InputError)
-            self._seen_of = self._weights
+            self._observed_weights = self._weights
         if outputs == PROBABILITIES and self.probabilities is None:
             raise InputError(
                 'outputs "probabilities": the network gives values beyond 0-1, or one value '
@@ -114,7 +122,7 @@ class Known:
             )
         if self.probabilities is None:
             return None, ()
-        kind = self.under(meaning).output_kind
+        kind = self.description_for(meaning).output_kind
         return kind, (
             f'the network gives probabilities ({kind}), since all its outputs lie in 0-1: what is '
             'explained is the logits they are of (say otherwise with --outputs logits, or take '
@@ -131,14 +139,14 @@ class Known:
             return probability_kind(self.model, x.to(self.dtype))
 
     def logit_maps(self) -> int | None:
-        """How many logit maps the network gives: what is known of it, else what it gives for a
-        blank input; None where it cannot be run."""
-        known = self.description.source.get('classes')
-        if isinstance(known, int):
-            return known
+        """How many logit maps the network gives, as its description says, else as counted for a
+        blank input. None: the network cannot be run."""
+        described = self.description.source.get('classes')
+        if isinstance(described, int):
+            return described
         if self._maps is None or self._maps[0] != self._weights:
-            found, _ = attempt(self._count_maps, InputError)
-            self._maps = self._weights, found
+            count, _ = attempt(self._count_maps, InputError)
+            self._maps = self._weights, count
         return self._maps[1]
 
     def _count_maps(self) -> int:

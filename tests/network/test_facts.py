@@ -1,4 +1,4 @@
-"""What one network is and gives is asked once for each change of its weights."""
+"""What one network is and gives is found out once for each change of its weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from igseg.checks.subject import Evaluation
 from igseg.data.samples import list_samples
 from igseg.engine import engine as engine_module
 from igseg.errors import InputError
-from igseg.network import known as known_module
+from igseg.network import facts as facts_module
+from igseg.network.facts import NetworkFacts
 from igseg.network.kinds import EXCLUSIVE, Meaning
-from igseg.network.known import Known
 from igseg.preprocessing import Preprocessing
 from integrated_gradients import (
     IntegratedGradients,
@@ -27,13 +27,13 @@ from integrated_gradients import (
 def sums(monkeypatch) -> list[int]:
     """Grows by one whenever all weights of a network are summed."""
     counted: list[int] = []
-    fingerprint = known_module.fingerprint
+    fingerprint = facts_module.fingerprint
 
     def counting(model):
         counted.append(1)
         return fingerprint(model)
 
-    for module in (known_module, engine_module):
+    for module in (facts_module, engine_module):
         monkeypatch.setattr(module, 'fingerprint', counting)
     return counted
 
@@ -86,13 +86,14 @@ def test_checks_of_an_explanation_see_weights_that_changed_since(monkeypatch):
 
 
 def test_what_the_user_says_of_the_outputs_wins():
-    known = Known(network(3), torch.device('cpu'))
-    assert known.under(Meaning()).background == 0
-    assert known.under(Meaning(background_class='none')).background is None
-    assert known.under(Meaning(background_class=2, output_kind=EXCLUSIVE)).background == 2
-    assert known.under(Meaning(class_names=('a', 'b', 'c'))).class_names == ('a', 'b', 'c')
+    facts = NetworkFacts(network(3), torch.device('cpu'))
+    described = facts.description_for
+    assert described(Meaning()).background == 0
+    assert described(Meaning(background_class='none')).background is None
+    assert described(Meaning(background_class=2, output_kind=EXCLUSIVE)).background == 2
+    assert described(Meaning(class_names=('a', 'b', 'c'))).class_names == ('a', 'b', 'c')
     with pytest.raises(InputError, match='outputs "probabilities"'):
-        known.see_outputs(torch.ones(1, 3, 8, 8), Meaning(outputs='probabilities'))
+        facts.see_outputs(torch.ones(1, 3, 8, 8), Meaning(outputs='probabilities'))
 
 
 def test_what_cannot_be_run_is_not_counted():
@@ -102,6 +103,6 @@ def test_what_cannot_be_run_is_not_counted():
         def forward(self, x):
             raise ValueError('no such input')
 
-    known = Known(Broken(), torch.device('cpu'))
-    assert known.logit_maps() is None
-    assert known.see_outputs(torch.ones(1, 3, 8, 8), Meaning()) == (None, ())
+    facts = NetworkFacts(Broken(), torch.device('cpu'))
+    assert facts.logit_maps() is None
+    assert facts.see_outputs(torch.ones(1, 3, 8, 8), Meaning()) == (None, ())
