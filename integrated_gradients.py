@@ -72,7 +72,7 @@ from igseg.method.choice import Question
 from igseg.method.method import Method, build_method, run_method
 from igseg.method.rules import Integration
 from igseg.method.targets import Against, Seen, explanations_of
-from igseg.method.walk import Work, dtype_name, mask_overlap
+from igseg.method.walk import Task, dtype_name, mask_overlap
 from igseg.network.description import NetworkDescription
 from igseg.network.facts import NetworkFacts
 from igseg.network.kinds import Meaning
@@ -273,9 +273,9 @@ class IntegratedGradients:
             overlap = partial(
                 mask_overlap, network.foreground(seen.masks), network, question.threshold
             )
-            work = Work(engine, at_image, baselines, integration, overlap, others)
-            against = own_baseline(method, work, against, own)
-            results, retried = run_method(method, work, progress)
+            task = Task(engine, at_image, baselines, integration, overlap, others)
+            against = own_baseline(method, task, against, own)
+            results, retried = run_method(method, task, progress)
             forward_passes = engine.forward_passes - before[0]
             gradients = engine.gradient_evaluations - before[1]
         assert engine.preparation is not None  # it was made before the engine ran
@@ -344,9 +344,9 @@ def given_baseline(baseline: str | Path | torch.Tensor | None, channels: int) ->
     return {'baseline': 'tensor', 'baselines': several}
 
 
-def own_baseline(method: Method, work: Work, against: Against, fit: Preprocessing) -> Against:
+def own_baseline(method: Method, task: Task, against: Against, fit: Preprocessing) -> Against:
     """What a method compares the image with: a baseline of its own, else the given ones."""
-    own = method.baseline(work)
+    own = method.baseline(task)
     if own is None:
         return against
     return replace(against, name=own[0], pictures=[fit.to_pixels(own[1])])

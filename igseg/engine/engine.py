@@ -263,7 +263,7 @@ class GradientEngine:
         if any(region.shape != graph.output_shape[2:] for region in regions):
             return everything
         plan = graph.plan(boxes_of(torch.stack(regions).any(dim=0)))
-        share = plan.work / graph.whole.work if graph.whole.work else 1.0
+        share = plan.flops / graph.whole.flops if graph.whole.flops else 1.0
         if share > WORTHWHILE_CROP:
             return everything
         parts = tuple(parts_of(target, plan.boxes) for target in own)

@@ -106,7 +106,7 @@ class Plan:
     """What is computed for some boxes of the output, in order."""
 
     boxes: tuple[Box, ...]  # of the output: those asked for, some of them joined
-    work: float  # floating-point operations of the convolutions for one image, forward
+    flops: float  # floating-point operations of the convolutions in a forward pass of one image
     instructions: tuple[Instruction, ...]
     image: int | None  # its slot; None: the output does not depend on it
     constants: tuple[tuple[int, Operation], ...]
@@ -154,7 +154,7 @@ def _propagated(graph: Graph, wanted: Sequence[Box]) -> dict[Operation, list[Par
     return parts
 
 
-def _work(operation: Operation, box: Box) -> float:
+def _flops(operation: Operation, box: Box) -> float:
     """Floating-point operations of a convolution for a box of its result, for one image."""
     if operation.kind not in ('conv2d', 'conv_transpose2d'):
         return 0.0
@@ -191,7 +191,7 @@ class _Planner:
                    and (o in self.read_of or o is graph.output)]  # fmt: skip
         for source in sources:
             self._keep(source, [(whole(source.shape), next(self.number))])
-        work = 0.0
+        flops = 0.0
         for operation in graph.operations:
             if operation not in self.parts:
                 continue
@@ -201,12 +201,12 @@ class _Planner:
                 slot = next(self.number)
                 self.steps.append((part.compute, reads, (slot,)))
                 computed.append((part.box, slot))
-                work += _work(operation, part.box)
+                flops += _flops(operation, part.box)
             self._keep(operation, computed)
         slots = {source: self.pieces[source][0][1] for source in sources}
         boxes, results = zip(*self.pieces[graph.output], strict=True)
         return Plan(
-            boxes, work, self._released(set(results)), slots.get(graph.image),
+            boxes, flops, self._released(set(results)), slots.get(graph.image),
             tuple((slot, o) for o, slot in slots.items() if o in graph.constants),
             tuple((slot, graph.sizes[o]) for o, slot in slots.items() if o in graph.sizes),
             results,

@@ -22,7 +22,7 @@ from torch import nn
 from igseg.engine.engine import Crops
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
-from igseg.method.walk import Work
+from igseg.method.walk import Task
 from igseg.network.outputs import enlarged, explained_network, segmentation_logits
 
 MOST_NAMED = 24  # layers in an error
@@ -110,23 +110,23 @@ class FromLayer(nn.Module):
 
 
 @contextlib.contextmanager
-def at_layer(work: Work, name: str, baselines: bool = True) -> Iterator[Work]:
-    """The same work at the output of a layer: image and baselines are what the layer gives of
+def at_layer(task: Task, name: str, baselines: bool = True) -> Iterator[Task]:
+    """The same task at the output of a layer: image and baselines are what the layer gives of
     them. baselines: whether they are needed. The network is left as it was."""
-    model, dtype, of_image = work.engine.model, work.engine.dtype, work.x.dtype
-    layer = layer_named(model, work.x.to(dtype), name)
-    network = FromLayer(model, layer, work.x.to(dtype))
-    engine, others = work.engine.for_network(network), work.baselines if baselines else ()
+    model, dtype, of_image = task.engine.model, task.engine.dtype, task.x.dtype
+    layer = layer_named(model, task.x.to(dtype), name)
+    network = FromLayer(model, layer, task.x.to(dtype))
+    engine, others = task.engine.for_network(network), task.baselines if baselines else ()
     handle = layer.register_forward_hook(network.hook)
     try:
-        logits, activations = network.see(work.x.to(dtype))
+        logits, activations = network.see(task.x.to(dtype))
         inside = [activations, *(network.see(one.to(dtype))[1] for one in others)]
         engine.passes.forward += len(inside)
         x, *starts = (one.to(of_image) for one in inside)
-        targets = tuple(work.at_image.targets)
+        targets = tuple(task.at_image.targets)
         here = AtImage(x, logits.to(of_image), targets, None, Crops(targets))
-        yield replace(work, engine=engine, at_image=here, baselines=starts,
-                      pixels_of_pass=work.pixels)  # fmt: skip
+        yield replace(task, engine=engine, at_image=here, baselines=starts,
+                      pixels_of_pass=task.pixels)  # fmt: skip
     finally:
         handle.remove()
 

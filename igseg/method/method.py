@@ -16,7 +16,7 @@ from igseg.explanation import Declared, MethodResult
 from igseg.method.choice import MethodChoice, chosen_methods
 from igseg.method.paths import UnitVelocity
 from igseg.method.rules import ADAPTIVE, Integration, OwnRule
-from igseg.method.walk import Work, in_precision, plain_work
+from igseg.method.walk import Task, in_precision, plain_task
 from igseg.network.score import Score
 from igseg.setting import resolved
 
@@ -57,7 +57,7 @@ class Method:
             return None
         return asked if own is None or isinstance(own, str) else own.name
 
-    def baseline(self, work: Work) -> tuple[str, torch.Tensor] | None:
+    def baseline(self, task: Task) -> tuple[str, torch.Tensor] | None:
         """Name and image (1, C, H, W) of a baseline of its own; None: it has none."""
         return None
 
@@ -65,11 +65,11 @@ class Method:
         """Raise InputError where a network can be seen not to suit it before it is prepared for
         images like x (1, C, H, W)."""
 
-    def steps_in_all(self, work: Work) -> int | None:
+    def steps_in_all(self, task: Task) -> int | None:
         """How many steps it will take; None: not known beforehand."""
         return None
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """What it finds of each target."""
         raise NotImplementedError
 
@@ -88,22 +88,22 @@ class Method:
         module that it is, as `module`."""
         module: Any = getattr(network, 'module', network)  # what is no module may stand for one
         few = Integration('midpoint', steps, seed=seed)
-        work = plain_work(network, module, x, baseline, target, few, references)
-        return self.explain(work)[0].attributions.cpu().numpy()
+        task = plain_task(network, module, x, baseline, target, few, references)
+        return self.explain(task)[0].attributions.cpu().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathMethod(Method):
     """A method that integrates along paths."""
 
-    def paths(self, work: Work) -> Iterator[AttributionPath]:
+    def paths(self, task: Task) -> Iterator[AttributionPath]:
         """The paths of which the mean is taken."""
         raise NotImplementedError
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`."""
         complete = self.declares.completeness is not None
-        return work.walk(self.paths(work), self.rule(work.integration.seed), complete).results()
+        return task.walk(self.paths(task), self.rule(task.integration.seed), complete).results()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +118,12 @@ class Multiplied(PathMethod):
         """See `Method`."""
         return self.declared if self.multiply else replace(self.declared, completeness=None)
 
-    def steps_in_all(self, work: Work) -> int | None:
+    def steps_in_all(self, task: Task) -> int | None:
         """See `Method`."""
-        own_nodes = len(work.at_image.targets) > 1 and work.integration.rule == ADAPTIVE
-        if work.integration.tolerance is not None or own_nodes:  # each target has nodes of its own
+        own_nodes = len(task.at_image.targets) > 1 and task.integration.rule == ADAPTIVE
+        if task.integration.tolerance is not None or own_nodes:  # each target has nodes of its own
             return None
-        return work.integration.steps * len(work.baselines) * self._copies
+        return task.integration.steps * len(task.baselines) * self._copies
 
     @property
     def _copies(self) -> int:
@@ -155,15 +155,15 @@ def build_methods(
 # --------------------------------------------------------------------------- what comes of it
 
 
-def run_method(method: Method, work: Work, progress: bool) -> tuple[list[MethodResult], str | None]:
+def run_method(method: Method, task: Task, progress: bool) -> tuple[list[MethodResult], str | None]:
     """What a method finds, in the precision that was asked for, or why that was not possible."""
-    with tqdm(total=method.steps_in_all(work), unit='', leave=False, disable=not progress,
+    with tqdm(total=method.steps_in_all(task), unit='', leave=False, disable=not progress,
               desc=f'{method.name}, {method.counts}') as bar:  # fmt: skip
 
         def explain_in(precision: str) -> list[MethodResult]:
-            integration = replace(work.integration, precision=precision)
-            return method.explain(replace(work, integration=integration, on_steps=bar.update))
+            integration = replace(task.integration, precision=precision)
+            return method.explain(replace(task, integration=integration, on_steps=bar.update))
 
         # Where no error of the map is estimated, reduced precision could not be judged.
-        wanted = work.integration.precision if method.declares.quadrature else 'float32'
+        wanted = task.integration.precision if method.declares.quadrature else 'float32'
         return in_precision(explain_in, wanted)

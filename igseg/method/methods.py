@@ -3,9 +3,9 @@
 A method is one class and the row of METHODS (in `choice`) that names it. The row declares what it
 promises (see `Declared`: completeness, a quadrature, a baseline, …), which is all that statistics,
 figures, checks and resume ask of it, and its options, which are the fields of the class. The class
-turns `Work` (an image, its targets, its
+turns `Task` (an image, its targets, its
 baselines, an engine) into what it found of each target. Most only name paths: the integral along
-them, its error, precision, batches and memory are `Work.walk`'s.
+them, its error, precision, batches and memory are `Task.walk`'s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from igseg.method.layers import at_layer, enlarged_sum, layer_named
 from igseg.method.method import Method, Multiplied, PathMethod
 from igseg.method.paths import BlurPath, DrawnPath, StraightPath, UnitVelocity
 from igseg.method.rules import OwnRule, Rule, Stratified
-from igseg.method.walk import Work, trend_of
+from igseg.method.walk import Task, trend_of
 
 AT_IMAGE = Rule('at the image', np.ones(1), np.ones(1), degree=0)  # no integral: one gradient
 
@@ -43,10 +43,10 @@ AT_IMAGE = Rule('at the image', np.ones(1), np.ones(1), degree=0)  # no integral
 class IntegratedGradientsMethod(Multiplied):
     """`ig`: Sundararajan, Taly, Yan 2017, eq. 1."""
 
-    def paths(self, work: Work) -> Iterator[AttributionPath]:
+    def paths(self, task: Task) -> Iterator[AttributionPath]:
         """One from each baseline."""
-        for baseline in work.baselines:
-            yield self._along(StraightPath(baseline, work.x))
+        for baseline in task.baselines:
+            yield self._along(StraightPath(baseline, task.x))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +68,20 @@ class SmoothMethod(Multiplied):
     def _copies(self) -> int:
         return self.samples
 
-    def paths(self, work: Work) -> Iterator[AttributionPath]:
+    def paths(self, task: Task) -> Iterator[AttributionPath]:
         """From each baseline to each copy."""
-        spread = self.noise * float(work.x.max() - work.x.min())
-        generator = torch.Generator().manual_seed(work.integration.seed)
+        spread = self.noise * float(task.x.max() - task.x.min())
+        generator = torch.Generator().manual_seed(task.integration.seed)
         for _ in range(self.samples):
-            noise = torch.randn(work.x.shape, generator=generator).to(work.x)
-            for baseline in work.baselines:
-                yield self._along(StraightPath(baseline, work.x + spread * noise))
+            noise = torch.randn(task.x.shape, generator=generator).to(task.x)
+            for baseline in task.baselines:
+                yield self._along(StraightPath(baseline, task.x + spread * noise))
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`."""
         if self.kind == 'mean':
-            return super().explain(work)
-        walk = work.walk(self.paths(work), complete=False, second=True)
+            return super().explain(task)
+        walk = task.walk(self.paths(task), complete=False, second=True)
         results = []
         for number, mean in enumerate(walk.means):
             moment, error = mean.second_moment(about_mean=self.kind == 'variance')
@@ -105,25 +105,25 @@ class ExpectedMethod(PathMethod):
         """Steps at random, two in each of equal strata, which tell the standard error."""
         return Stratified(seed)
 
-    def steps_in_all(self, work: Work) -> int | None:
+    def steps_in_all(self, task: Task) -> int | None:
         """See `Method`."""
-        return None if work.integration.tolerance is not None else work.integration.steps
+        return None if task.integration.tolerance is not None else task.integration.steps
 
-    def baseline(self, work: Work) -> tuple[str, torch.Tensor]:
+    def baseline(self, task: Task) -> tuple[str, torch.Tensor]:
         """The mean of the other images."""
-        others = _others(work)
+        others = _others(task)
         name = f'{len(others)} other image{"" if len(others) == 1 else "s"}'
         return name, others.mean(dim=0, keepdim=True)
 
-    def paths(self, work: Work) -> Iterator[AttributionPath]:
+    def paths(self, task: Task) -> Iterator[AttributionPath]:
         """One, which starts anywhere."""
-        yield DrawnPath(_others(work), work.x, work.integration.seed)
+        yield DrawnPath(_others(task), task.x, task.integration.seed)
 
 
-def _others(work: Work) -> torch.Tensor:
+def _others(task: Task) -> torch.Tensor:
     """The other images, (n, C, H, W), which are there for a method that asks for some."""
-    assert work.references is not None
-    return work.references
+    assert task.references is not None
+    return task.references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,21 +132,21 @@ class BlurMethod(PathMethod):
 
     sigma: float
 
-    def steps_in_all(self, work: Work) -> int | None:
+    def steps_in_all(self, task: Task) -> int | None:
         """See `Method`."""
-        return None if work.integration.tolerance is not None else work.integration.steps
+        return None if task.integration.tolerance is not None else task.integration.steps
 
-    def baseline(self, work: Work) -> tuple[str, torch.Tensor]:
+    def baseline(self, task: Task) -> tuple[str, torch.Tensor]:
         """The most blurred image."""
-        path = self._path(work)
-        return f'blurred (sigma {path.sigma:.3g} px)', path.at(work.x.new_zeros(1))[0]
+        path = self._path(task)
+        return f'blurred (sigma {path.sigma:.3g} px)', path.at(task.x.new_zeros(1))[0]
 
-    def paths(self, work: Work) -> Iterator[AttributionPath]:
+    def paths(self, task: Task) -> Iterator[AttributionPath]:
         """One."""
-        yield self._path(work)
+        yield self._path(task)
 
-    def _path(self, work: Work) -> BlurPath:
-        return BlurPath(work.x, self.sigma * max(work.x.shape[-2:]))
+    def _path(self, task: Task) -> BlurPath:
+        return BlurPath(task.x, self.sigma * max(task.x.shape[-2:]))
 
 
 # --------------------------------------------------------------------------- steps of their own
@@ -156,18 +156,18 @@ class BlurMethod(PathMethod):
 class IdgiMethod(Method):
     """`idgi`: Yang, Wang, Bilgic 2023, alg. 1."""
 
-    def steps_in_all(self, work: Work) -> int | None:
+    def steps_in_all(self, task: Task) -> int | None:
         """See `Method`."""
-        return work.integration.steps * len(work.baselines)
+        return task.integration.steps * len(task.baselines)
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`; the sum is F(x) - F(x'), since the changes of the steps are."""
-        steps, starts = work.integration.steps, []
-        nothing = total = work.x.new_zeros(())
+        steps, starts = task.integration.steps, []
+        nothing = total = task.x.new_zeros(())
         first: PathSampler | None = None
         nodes = np.arange(steps) / steps
-        for baseline in work.baselines:
-            sampler = work.sampler(UnitVelocity(StraightPath(baseline, work.x)))
+        for baseline in task.baselines:
+            sampler = task.sampler(UnitVelocity(StraightPath(baseline, task.x)))
             first, before, share = first or sampler, 0.0, nothing  # no step lies behind 0
             for alpha, gradients in zip(nodes.tolist(), sampler(nodes), strict=True):
                 total = total + share * _rise(sampler, before, alpha)
@@ -175,7 +175,7 @@ class IdgiMethod(Method):
             total = total + share * _rise(sampler, before, 1.0)
             starts.append(sampler.scores[0.0])
         assert first is not None  # there is a baseline
-        maps, start = total / len(work.baselines), torch.stack(starts).mean(dim=0)
+        maps, start = total / len(task.baselines), torch.stack(starts).mean(dim=0)
         return [MethodResult(maps[t].clone(), steps, trend_of(first, t), float(start[t]))
                 for t in range(len(maps))]  # fmt: skip
 
@@ -200,37 +200,37 @@ class GuidedMethod(Method):
     fraction: float
     max_dist: float
 
-    def steps_in_all(self, work: Work) -> int | None:
+    def steps_in_all(self, task: Task) -> int | None:
         """See `Method`."""
-        paths = len(work.baselines) * len(work.at_image.targets)
-        return (work.integration.steps + 1) * paths
+        paths = len(task.baselines) * len(task.at_image.targets)
+        return (task.integration.steps + 1) * paths
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`; each target has a path of its own."""
         results = []
-        for number in range(len(work.at_image.targets)):
-            walks = [self._walk(work, baseline, number) for baseline in work.baselines]
+        for number in range(len(task.at_image.targets)):
+            walks = [self._walk(task, baseline, number) for baseline in task.baselines]
             maps, scores = [walk[0] for walk in walks], [walk[1] for walk in walks]
-            alphas = tuple(k / work.integration.steps for k in range(work.integration.steps + 1))
+            alphas = tuple(k / task.integration.steps for k in range(task.integration.steps + 1))
             trend = Trend(alphas, tuple(scores[0]), (None,) * len(alphas))
             start = float(np.mean([one[0] for one in scores]))
             mean = torch.stack(maps).mean(dim=0)
-            results.append(MethodResult(mean.to(work.x), work.integration.steps, trend, start))
+            results.append(MethodResult(mean.to(task.x), task.integration.steps, trend, start))
         return results
 
     def _walk(
-        self, work: Work, baseline: torch.Tensor, target: int
+        self, task: Task, baseline: torch.Tensor, target: int
     ) -> tuple[torch.Tensor, list[float]]:
         """The map (C, H, W) of one path, and F at every step of it and at its end."""
-        steps, change = work.integration.steps, work.x - baseline
+        steps, change = task.integration.steps, task.x - baseline
         exact = torch.float32 if change.device.type == 'mps' else torch.float64
         change = change.to(exact)
         progress = torch.zeros_like(change)  # of each input from 0, baseline, to 1, image
         total, scores = torch.zeros_like(change), []
         made = torch.zeros_like(change)  # by the last step
         for step in range(steps + 1):
-            point = (baseline + progress * change).to(work.x)
-            score, gradient = work.gradients(point, target, (step / steps,))
+            point = (baseline + progress * change).to(task.x)
+            score, gradient = task.gradients(point, target, (step / steps,))
             scores.append(float(score))
             # Of each step the mean of the gradients at its two ends (trapezoid rule), where the
             # paper takes that at its start: the same path, and a sum that is exact to second order.
@@ -240,7 +240,7 @@ class GuidedMethod(Method):
                                     (step + 1) / steps, self.fraction, self.max_dist)  # fmt: skip
                 made, progress = (moved - progress) * change, moved
                 total += gradient * made / 2
-            work.on_steps(1)
+            task.on_steps(1)
         return total[0], scores
 
 
@@ -297,11 +297,11 @@ class LayerMethod(Method):
         if self.layer not in dict(model.named_modules()):
             layer_named(model, x, self.layer)
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`; completeness is of the sum over the layer."""
-        with at_layer(work, self.layer) as inside:
+        with at_layer(task, self.layer) as inside:
             paths = (StraightPath(baseline, inside.x) for baseline in inside.baselines)
-            return [_at_size(result, work.x.shape[-2:]) for result in inside.walk(paths).results()]
+            return [_at_size(result, task.x.shape[-2:]) for result in inside.walk(paths).results()]
 
 
 def _at_size(result: MethodResult, size: Sequence[int]) -> MethodResult:
@@ -322,16 +322,16 @@ class GradCamMethod(LayerMethod):
 
     counts = 'gradients'
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`."""
-        with at_layer(work, self.layer, baselines=False) as inside:
+        with at_layer(task, self.layer, baselines=False) as inside:
             here = UnitVelocity(StraightPath(inside.x, inside.x))
             gradients = inside.walk([here], AT_IMAGE, complete=False).means
             results = []
             for mean in gradients:
                 weights = mean.integral[0].mean(dim=(1, 2), keepdim=True)  # (c, 1, 1)
                 cam = (weights * inside.x[0]).sum(dim=0, keepdim=True).relu()  # (1, h, w)
-                large = F.interpolate(cam[None], work.x.shape[-2:], mode='bilinear')[0]
+                large = F.interpolate(cam[None], task.x.shape[-2:], mode='bilinear')[0]
                 results.append(MethodResult(large, 1, fine=cam.cpu()))
         return results
 
@@ -345,7 +345,7 @@ class GradientMethod(PathMethod):
 
     counts = 'gradients'
 
-    def steps_in_all(self, work: Work) -> int:
+    def steps_in_all(self, task: Task) -> int:
         """See `Method`."""
         return 1
 
@@ -353,14 +353,14 @@ class GradientMethod(PathMethod):
         """A single gradient."""
         return AT_IMAGE
 
-    def paths(self, work: Work) -> Iterator[AttributionPath]:
+    def paths(self, task: Task) -> Iterator[AttributionPath]:
         """A path that goes nowhere."""
-        yield UnitVelocity(StraightPath(work.x, work.x))
+        yield UnitVelocity(StraightPath(task.x, task.x))
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`."""
         return [replace(result, trend=NOTHING_SEEN, start_score=None, end_score=None)
-                for result in super().explain(work)]  # fmt: skip
+                for result in super().explain(task)]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,18 +369,18 @@ class InputTimesGradient(PathMethod):
 
     counts = 'gradients'
 
-    def steps_in_all(self, work: Work) -> int:
+    def steps_in_all(self, task: Task) -> int:
         """See `Method`."""
-        return len(work.baselines)
+        return len(task.baselines)
 
     def rule(self, seed: int) -> OwnRule:
         """A single gradient."""
         return AT_IMAGE
 
-    def paths(self, work: Work) -> Iterator[AttributionPath]:
+    def paths(self, task: Task) -> Iterator[AttributionPath]:
         """One from each baseline, asked at its end alone."""
-        for baseline in work.baselines:
-            yield StraightPath(baseline, work.x)
+        for baseline in task.baselines:
+            yield StraightPath(baseline, task.x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,19 +413,19 @@ class OcclusionMethod(Method):
         ]
         return list(product(*spans))
 
-    def steps_in_all(self, work: Work) -> int | None:
+    def steps_in_all(self, task: Task) -> int | None:
         """See `Method`."""
-        return len(self.windows(work.x.shape[-2:])) * len(work.baselines)
+        return len(self.windows(task.x.shape[-2:])) * len(task.baselines)
 
-    def explain(self, work: Work) -> list[MethodResult]:
+    def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`."""
-        places = self.windows(work.x.shape[-2:])
-        full = torch.stack([target(work.at_image.logits)[0] for target in work.at_image.targets])
-        total = work.x.new_zeros((len(full), 1, *work.x.shape[-2:]))
+        places = self.windows(task.x.shape[-2:])
+        full = torch.stack([target(task.at_image.logits)[0] for target in task.at_image.targets])
+        total = task.x.new_zeros((len(full), 1, *task.x.shape[-2:]))
         count = torch.zeros_like(total)
-        for baseline in work.baselines:
-            covered = (_covered(work.x, baseline, place) for place in places)
-            for place, scores in zip(places, work.scores(covered), strict=True):
+        for baseline in task.baselines:
+            covered = (_covered(task.x, baseline, place) for place in places)
+            for place, scores in zip(places, task.scores(covered), strict=True):
                 there = (..., *place)
                 total[there] += (full - scores).view(-1, 1, 1, 1)
                 count[there] += 1

@@ -1,10 +1,10 @@
-"""Walking along paths, and what a method works with: `Work`.
+"""Walking along paths; and `Task`, all that a method gets.
 
 A method gets one image, its targets, its baselines and an engine, and gives a `MethodResult` for
-each target. Most methods name paths, and `Work.walk` integrates along these: to a tolerance where
+each target. Most methods name paths, and `Task.walk` integrates along these: to a tolerance where
 the user wants one, in reduced precision where that is accurate enough, in step batches, for all
-targets together. Other methods ask for single gradients or scores (`Work.gradients`,
-`Work.scores`), which go through the network in step batches too.
+targets together. Other methods ask for single gradients or scores (`Task.gradients`,
+`Task.scores`), which go through the network in step batches too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from igseg.network.description import NetworkDescription
 from igseg.network.outputs import OutOfMemory, enlarged, out_of_memory_is_one_error
 from igseg.network.score import Score
 
-MASK_SHARE = 0.05  # of a path's work, at most, goes into whole maps between its ends
-FORWARD_SHARE = 0.4  # of a gradient's work that its forward pass is, about
+# Between the ends of a path a few whole logit maps are computed, to follow the predicted mask: at
+# most MOST_MASKS, and they cost at most MASK_SHARE of the computation for the path. A forward pass
+# costs about FORWARD_SHARE of a gradient.
+MASK_SHARE = 0.05
+FORWARD_SHARE = 0.4
 MOST_MASKS = 3
 
 Result = TypeVar('Result')
@@ -93,7 +96,7 @@ def _mean_of(scores: Sequence[torch.Tensor], number: int) -> float:
 
 
 @dataclass(frozen=True)
-class Work:
+class Task:
     """One image to explain, its targets and baselines, and the engine."""
 
     engine: GradientEngine
@@ -112,7 +115,7 @@ class Work:
 
     @property
     def pixels(self) -> int:
-        """Of the network's input: how much work a pass is."""
+        """The number of pixels of the network's input, on which the cost of a pass depends."""
         return self.pixels_of_pass or self.x.shape[-2] * self.x.shape[-1]
 
     def sampler(self, path: AttributionPath) -> PathSampler:
@@ -234,7 +237,7 @@ class Work:
             yield from found
 
 
-def plain_work(
+def plain_task(
     network: Callable[[torch.Tensor], torch.Tensor],
     module: torch.nn.Module,
     x: torch.Tensor,
@@ -242,8 +245,8 @@ def plain_work(
     target: Score,
     integration: Integration,
     references: torch.Tensor | None = None,
-) -> Work:
-    """The work of making the map of one target with a network as it is, without a graph of it.
+) -> Task:
+    """The task of making the map of one target with a network as it is, without a graph of it.
 
     network: images (N, C, H, W) -> logits; module: the same as a module. x, baseline: (1, C, H, W).
     """
@@ -252,23 +255,23 @@ def plain_work(
     with torch.no_grad():
         logits = enlarged(engine.run(x), x.shape[-2:])
     at_image = AtImage(x, logits, (target,), None)
-    return Work(engine, at_image, [baseline], integration, _no_overlap, references)
+    return Task(engine, at_image, [baseline], integration, _no_overlap, references)
 
 
 def _no_overlap(logits: torch.Tensor) -> torch.Tensor:
     return torch.full((len(logits),), torch.nan)
 
 
-def in_precision(work: Callable[[str], Result], precision: str) -> tuple[Result, str | None]:
-    """What some work gives in the precision that was asked for, or, where that overflows, in
-    float32, and why."""
+def in_precision(compute: Callable[[str], Result], precision: str) -> tuple[Result, str | None]:
+    """The result of `compute` in the precision that the user wants, and None. Where that precision
+    overflows: the result in float32, and a sentence that says why."""
     if precision == 'float32':
-        return work(precision), None
-    result, overflow = attempt(partial(work, precision), NonFiniteError)
+        return compute(precision), None
+    result, overflow = attempt(partial(compute, precision), NonFiniteError)
     if result is not None:
         return result, None
     wanted = 'reduced precision' if precision == 'auto' else precision
-    return work('float32'), f'computed again in float32, since in {wanted} {overflow}'
+    return compute('float32'), f'computed again in float32, since in {wanted} {overflow}'
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -136,8 +136,8 @@ def test_a_single_stage_of_randomisation_redraws_every_layer(demo_model):
 def test_randomisation_starts_at_the_head_and_leaves_the_network_alone(demo_model):
     subject = replace(patch_subject(PERFECT), network=demo_model.eval(), method=plain_map)
     before = {name: tensor.clone() for name, tensor in demo_model.state_dict().items()}
-    work = replace(SMALL, stages=3, map_steps=1)
-    stages = checks.randomisation(subject, work).details['randomisation']
+    effort = replace(SMALL, stages=3, map_steps=1)
+    stages = checks.randomisation(subject, effort).details['randomisation']
     assert [stage['layers'] for stage in stages] == [1, 1 + (stages[0]['of'] - 1) // 2,
                                                      stages[0]['of']]  # fmt: skip
     after = demo_model.state_dict()

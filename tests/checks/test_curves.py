@@ -112,8 +112,8 @@ def test_deletion_by_pixel_is_quantus_pixel_flipping():
         network=network.requires_grad_(False),
         x=grey.expand(-1, 3, -1, -1),
     )
-    work = Effort(fills=('baseline',), units=('pixel',), points=8, displaced=1, random_maps=1)
-    (ours,) = (row['attribution'] for row in evaluate(subject, work).details['curves']
+    effort = Effort(fills=('baseline',), units=('pixel',), points=8, displaced=1, random_maps=1)
+    (ours,) = (row['attribution'] for row in evaluate(subject, effort).details['curves']
                if row['kind'] == 'deletion')  # fmt: skip
 
     class Scores(nn.Module):

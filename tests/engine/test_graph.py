@@ -573,4 +573,4 @@ def test_a_small_box_of_the_reference_architecture_is_two_fifths_of_the_work():
     plan = graph.plan([(None, None, (110, 110 + side), (90, 90 + side))])
     cropped = operations_of(lambda point: graph.run(point, plan)[0], x)
     assert cropped <= 0.4 * whole
-    assert plan.work / graph.whole.work == pytest.approx(cropped / whole, abs=0.02)
+    assert plan.flops / graph.whole.flops == pytest.approx(cropped / whole, abs=0.02)

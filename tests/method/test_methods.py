@@ -445,8 +445,8 @@ def test_adding_a_method_is_one_class_and_one_row(images, monkeypatch):
     class Twice(IntegratedGradientsMethod):
         """ig, twice"""
 
-        def explain(self, work):
-            return super().explain(work)
+        def explain(self, task):
+            return super().explain(task)
 
     row = MethodKind(Declared('twice', None), 'ig, twice', 'here', Twice)
     monkeypatch.setitem(METHODS, 'twice', row)
