@@ -67,11 +67,11 @@ from igseg.engine.memory import peak_memory
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
 from igseg.explanation import NO_BASELINE, Cost, Explanation
-from igseg.method.baselines import baselines_against
+from igseg.method.baselines import choose_baseline
 from igseg.method.choice import Question
 from igseg.method.method import Method, build_method, run_method
 from igseg.method.rules import Integration
-from igseg.method.targets import Against, Seen, explanations_of
+from igseg.method.targets import ChosenBaseline, Prediction, explanations_of
 from igseg.method.walk import Task, dtype_name, mask_overlap
 from igseg.network.description import NetworkDescription
 from igseg.network.facts import NetworkFacts
@@ -257,7 +257,7 @@ class IntegratedGradients:
         started = time.perf_counter()
         x, notes = self.see(given.x, question.meaning)  # (1, C, H, W)
         engine, network = self.engine, self.facts.description_for(question.meaning)
-        own = given.preprocessing
+        preprocessing = given.preprocessing
         if engine.network is None:  # later, the method itself finds out
             with frozen(self.model), explained_memory(self.device):
                 method.check_network(self.model, x.to(engine.dtype))
@@ -265,16 +265,17 @@ class IntegratedGradients:
             before = engine.forward_passes, engine.gradient_evaluations
             with torch.no_grad():
                 logits = enlarged(engine.run(x), x.shape[-2:])  # (1, K, h, w)
-            seen = Seen.of(network, logits, question, given.truth, given.placement)
-            crops = engine.compared_crops(x, logits, seen.targets)
-            at_image = AtImage(x, logits, seen.targets, None, crops)
-            against, baselines = baselines_against(engine, x, seen, question, own, given.placement)
-            others, left_out = other_images(references, method.most_references, x, own)
-            overlap = partial(
-                mask_overlap, network.foreground(seen.masks), network, question.threshold
+            prediction = Prediction.of(network, logits, question, given.truth, given.placement)
+            crops = engine.compared_crops(x, logits, prediction.targets)
+            at_image = AtImage(x, logits, prediction.targets, None, crops)
+            baseline, inputs = choose_baseline(
+                engine, x, prediction, question, preprocessing, given.placement
             )
-            task = Task(engine, at_image, baselines, integration, overlap, others)
-            against = own_baseline(method, task, against, own)
+            others, left_out = other_images(references, method.most_references, x, preprocessing)
+            predicted = network.foreground(prediction.masks)
+            overlap = partial(mask_overlap, predicted, network, question.threshold)
+            task = Task(engine, at_image, inputs, integration, overlap, others)
+            baseline = method_baseline(method, task, baseline, preprocessing)
             results, retried = run_method(method, task, progress)
             forward_passes = engine.forward_passes - before[0]
             gradients = engine.gradient_evaluations - before[1]
@@ -294,13 +295,13 @@ class IntegratedGradients:
         output_note = (engine.output_note,) if engine.output_note else ()
         compares = method.declares.baseline != NO_BASELINE
         common = {
-            'notes': (*notes, *against.notes, *left_out, *output_note, *seen.notes()),
-            'difference': against.difference(given.placement) if compares else None,
+            'notes': (*notes, *baseline.notes, *left_out, *output_note, *prediction.notes()),
+            'difference': baseline.difference(given.placement) if compares else None,
             'again': partial(method.map_for_check, integration.seed, others),
             'rule': method.rule_name(integration.rule),
             'tolerance': integration.tolerance,
         }
-        explanations = explanations_of(method.declares, seen, against, results, cost, common)
+        explanations = explanations_of(method.declares, prediction, baseline, results, cost, common)
         device = given.x.device
         return [replace(e, attributions=e.attributions.to(device)) for e in explanations]
 
@@ -344,12 +345,14 @@ def given_baseline(baseline: str | Path | torch.Tensor | None, channels: int) ->
     return {'baseline': 'tensor', 'baselines': several}
 
 
-def own_baseline(method: Method, task: Task, against: Against, fit: Preprocessing) -> Against:
-    """What a method compares the image with: a baseline of its own, else the given ones."""
-    own = method.baseline(task)
-    if own is None:
-        return against
-    return replace(against, name=own[0], pictures=[fit.to_pixels(own[1])])
+def method_baseline(
+    method: Method, task: Task, baseline: ChosenBaseline, fit: Preprocessing
+) -> ChosenBaseline:
+    """The baseline that a method compares the image with: its own one, else the given one."""
+    own_baseline = method.baseline(task)
+    if own_baseline is None:
+        return baseline
+    return replace(baseline, name=own_baseline[0], pictures=[fit.to_pixels(own_baseline[1])])
 
 
 # --------------------------------------------------------------------------- the ladder

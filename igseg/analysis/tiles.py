@@ -34,7 +34,7 @@ from igseg.explanation import Cost, Cropping, Explanation, MethodResult, Tiles, 
 from igseg.method.baselines import baseline_pictures, best_baseline
 from igseg.method.choice import AUTO, Question
 from igseg.method.rules import Integration
-from igseg.method.targets import Against, Seen, explanations_of
+from igseg.method.targets import ChosenBaseline, Prediction, explanations_of
 from igseg.method.walk import mask_overlap
 from igseg.network.outputs import enlarged
 from igseg.network.score import Target
@@ -342,11 +342,14 @@ def explain_tiles(
     engine, network = explainer.engine, explainer.facts.description_for(question.meaning)
     before = engine.forward_passes, engine.gradient_evaluations
     logits = picture_logits(explainer, given, given.image, given.tiling.tiles, progress)
-    seen = Seen.of(network, logits, question, given.truth, given.placement)  # (1, K, H, W)
-    against = _against(explainer, given, seen, question)
-    mosaics = _mosaics(explainer, given, seen, question, integration, method, against, progress)
-    on_baseline = picture_logits(explainer, given, against.pixels, given.tiling.tiles)
-    overlap = mask_overlap(network.foreground(seen.masks), network, question.threshold, on_baseline)
+    prediction = Prediction.of(network, logits, question, given.truth, given.placement)
+    baseline = _choose_baseline(explainer, given, prediction, question)
+    mosaics = _mosaics(
+        explainer, given, prediction, question, integration, method, baseline, progress
+    )
+    on_baseline = picture_logits(explainer, given, baseline.pixels, given.tiling.tiles)
+    predicted = network.foreground(prediction.masks)
+    overlap = mask_overlap(predicted, network, question.threshold, on_baseline)
     cost = cost_of(
         [cost for mosaic in mosaics for cost in mosaic.costs],
         engine.gradient_evaluations - before[1],
@@ -355,13 +358,13 @@ def explain_tiles(
     )
     output_note = (engine.output_note,) if engine.output_note else ()
     common = {
-        'notes': (*notes, *against.notes, *output_note, *seen.notes()),
-        'difference': against.difference(None),
+        'notes': (*notes, *baseline.notes, *output_note, *prediction.notes()),
+        'difference': baseline.difference(None),
         'rule': method.rule_name(integration.rule),
         'tolerance': integration.tolerance,
     }
     results = [mosaic.result(float(overlap[0])) for mosaic in mosaics]
-    explanations = explanations_of(method.declares, seen, against, results, cost, common)
+    explanations = explanations_of(method.declares, prediction, baseline, results, cost, common)
     return with_truth(explanations, given.truth)
 
 
@@ -390,7 +393,9 @@ def picture_logits(
     return whole
 
 
-def _against(explainer: Explainer, given: TiledInput, seen: Seen, question: Question) -> Against:
+def _choose_baseline(
+    explainer: Explainer, given: TiledInput, prediction: Prediction, question: Question
+) -> ChosenBaseline:
     """The baselines of the whole picture: each tile gets its part. Their tensors are left out."""
     image, kind = given.image.astype(np.float32), question.baseline
     notes: list[str] = []
@@ -398,36 +403,36 @@ def _against(explainer: Explainer, given: TiledInput, seen: Seen, question: Ques
 
     def on_baseline(kind: str) -> tuple[np.ndarray, torch.Tensor]:
         (pixels,) = baseline_pictures(question, kind, image, fit)
-        return pixels, picture_logits(explainer, given, pixels, given.holding(seen.targets))
+        return pixels, picture_logits(explainer, given, pixels, given.holding(prediction.targets))
 
     if kind == AUTO:
-        kind, *notes = best_baseline(image, seen, question.threshold, None, on_baseline)
+        kind, *notes = best_baseline(image, prediction, question.threshold, None, on_baseline)
     pictures = baseline_pictures(question, kind, image, fit)
-    return Against(kind, image, pictures, (*notes,))
+    return ChosenBaseline(kind, image, pictures, (*notes,))
 
 
 def _mosaics(
     explainer: Explainer,
     given: TiledInput,
-    seen: Seen,
+    prediction: Prediction,
     question: Question,
     integration: Integration,
     method: Method,
-    against: Against,
+    baseline: ChosenBaseline,
     progress: bool,
 ) -> list[Mosaic]:
     """The map of each target. Targets that share a tile share its forward passes."""
-    mosaics = [Mosaic(given.tiling, given.image.shape[2]) for _ in seen.targets]
-    tiles = tqdm(given.holding(seen.targets), 'attributions', unit='tile', leave=False,
+    mosaics = [Mosaic(given.tiling, given.image.shape[2]) for _ in prediction.targets]
+    tiles = tqdm(given.holding(prediction.targets), 'attributions', unit='tile', leave=False,
                  disable=not progress)  # fmt: skip
     for tile in tiles:
-        parts = [given.tiling.part_of(target, tile) for target in seen.targets]
+        parts = [given.tiling.part_of(target, tile) for target in prediction.targets]
         own = [part for _, part in parts if part is not None]
         asked = replace(
             question,
             targets=[replace(one, weights=one.weights.to(explainer.device)) for one in own],
             baseline='tensor',
-            baselines=[given.input_of(one, tile)[0] for one in against.pictures],
+            baselines=[given.input_of(one, tile)[0] for one in baseline.pictures],
         )
         here = ModelInput(given.input_of(given.image, tile), given.preprocessing)
         left = iter(explainer.explain_with(here, asked, integration, method))

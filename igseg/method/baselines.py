@@ -17,7 +17,7 @@ import torch
 from igseg.errors import InputError
 from igseg.maps import contrast
 from igseg.method.choice import AUTO, BASELINES, CANDIDATES, Question, check_baseline
-from igseg.method.targets import Against, Seen
+from igseg.method.targets import ChosenBaseline, Prediction
 from igseg.network.outputs import enlarged
 from igseg.preprocessing import Placement, Preprocessing, strong_blur
 
@@ -83,20 +83,20 @@ def fitted_baseline(image: np.ndarray, size: tuple[int, int], fit: Preprocessing
     return replace(fit, image_size=size).resize_image(image).astype(np.float32)
 
 
-def baselines_against(
+def choose_baseline(
     engine: GradientEngine,
     x: torch.Tensor,
-    seen: Seen,
+    prediction: Prediction,
     question: Question,
     fit: Preprocessing,
     placement: Placement | None,
-) -> tuple[Against, list[torch.Tensor]]:
+) -> tuple[ChosenBaseline, list[torch.Tensor]]:
     """The baselines of an input x (1, C, H, W) that was made by `fit`, as pictures and as inputs.
     Raises InputError."""
     image = fit.to_pixels(x)
     if len(question.baselines):
         tensors = _of_the_shape(question.baselines, x)
-        return Against(question.baseline, image, list(map(fit.to_pixels, tensors))), tensors
+        return ChosenBaseline(question.baseline, image, list(map(fit.to_pixels, tensors))), tensors
 
     def pictures(kind: str) -> list[np.ndarray]:
         return baseline_pictures(question, kind, image, fit)
@@ -110,9 +110,9 @@ def baselines_against(
     kind = question.baseline
     notes: list[str] = []
     if kind == AUTO:
-        kind, *notes = best_baseline(image, seen, question.threshold, placement, on_baseline)
-    against = Against(kind, image, pictures(kind), (*notes,))
-    return against, [fit.normalise(one).to(x) for one in against.pictures]
+        kind, *notes = best_baseline(image, prediction, question.threshold, placement, on_baseline)
+    baseline = ChosenBaseline(kind, image, pictures(kind), (*notes,))
+    return baseline, [fit.normalise(one).to(x) for one in baseline.pictures]
 
 
 def _of_the_shape(given: Sequence[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
@@ -124,7 +124,7 @@ def _of_the_shape(given: Sequence[torch.Tensor], x: torch.Tensor) -> list[torch.
 
 def best_baseline(
     image: np.ndarray,
-    seen: Seen,
+    prediction: Prediction,
     threshold: float,
     placement: Placement | None,
     on_baseline: Callable[[str], tuple[np.ndarray, torch.Tensor]],
@@ -133,18 +133,18 @@ def best_baseline(
     stand out against it, and the network does not see them in it; of those the one with the lowest
     score. on_baseline: of a kind, the baseline (H, W, C) and the logits (1, K, h, w) there, a
     forward pass each."""
-    network = seen.network
-    weights = torch.stack([target.weights for target in seen.targets]).amax(dim=0)
-    there = seen.masks & (weights > 0)  # (K, h, w): what is predicted of the targets
+    network = prediction.network
+    weights = torch.stack([target.weights for target in prediction.targets]).amax(dim=0)
+    there = prediction.masks & (weights > 0)  # (K, h, w): what is predicted of the targets
     inside = (weights != 0).any(dim=0).cpu().numpy()
-    outside = ~(inside | network.foreground(seen.masks).cpu().numpy())
+    outside = ~(inside | network.foreground(prediction.masks).cpu().numpy())
     if placement is not None:
         outside &= placement.content(outside.shape)
     rows: dict[str, tuple[float, float, float]] = {}
     for kind in CANDIDATES:
         pixels, logits = on_baseline(kind)
         still = (network.predicted(logits[0], threshold) & there).sum() / there.sum()
-        score = np.mean([float(target(logits)) for target in seen.targets])
+        score = np.mean([float(target(logits)) for target in prediction.targets])
         stands_out = contrast(np.abs(image - pixels).sum(axis=2), inside, outside)
         stands_out = math.inf if stands_out is None else stands_out
         rows[kind] = (stands_out, float(torch.nan_to_num(still)), float(score))

@@ -274,18 +274,19 @@ def build_targets(question: Question, context: TargetContext) -> list[Target]:
     return targets
 
 
-# --------------------------------------------------------------------------- what is seen
+# --------------------------------------------------------------------------- the prediction
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the network says of the image itself, and the targets: fixed before a path is walked."""
+class Prediction:
+    """What the network predicts for the image, and the targets that are explained. Both are fixed
+    before any path is walked."""
 
-    network: NetworkDescription  # as it is taken for
+    network: NetworkDescription  # as the user describes it
     logits: torch.Tensor  # (1, K, h, w)
     masks: torch.Tensor  # (K, h, w) bool: the predicted pixels of every label
     targets: Sequence[Target]
-    numbers: torch.Tensor | None  # (h, w) int64: of the ground-truth mask; None: it is unknown
+    numbers: torch.Tensor | None  # (h, w) int64: class numbers of the ground truth; None: unknown
 
     @classmethod
     def of(
@@ -295,7 +296,7 @@ class Seen:
         question: Question,
         truth: np.ndarray | None,
         placement: Placement | None,
-    ) -> Seen:
+    ) -> Prediction:
         """logits: (1, K, h, w), of the image. truth: (h, w) class labels. Raises InputError,
         EmptyTargetError."""
         if not len(question.targets):
@@ -312,7 +313,7 @@ class Seen:
         return cls(network, logits, masks, build_targets(question, context), numbers)
 
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of the ground truth."""
+        """Notes about the ground truth, in sentences."""
         if self.numbers is None:
             return ()
         return unknown_numbers(self.network, self.masks, self.numbers)
@@ -336,14 +337,14 @@ def unknown_numbers(
     )
 
 
-def beside_truth(seen: Seen) -> dict[str, Any]:
+def beside_truth(prediction: Prediction) -> dict[str, Any]:
     """What an explanation holds of the ground truth."""
-    numbers = seen.numbers
+    numbers = prediction.numbers
     if numbers is None:
         return {'label_scores': None, 'counted': None}
     ignored = bool((numbers < 0).any())
     return {
-        'label_scores': scores_of_labels(seen.network, seen.masks, numbers),
+        'label_scores': scores_of_labels(prediction.network, prediction.masks, numbers),
         'counted': (numbers >= 0).cpu().numpy() if ignored else None,
     }
 
@@ -371,17 +372,17 @@ def scores_of_labels(
 
 
 @dataclass(frozen=True)
-class Against:
-    """What an image is compared with, and the image, in pixel space."""
+class ChosenBaseline:
+    """The baseline that an image is compared with, as pictures, beside the image itself."""
 
     name: str
     image: np.ndarray  # (H, W, C) float32, 0-255
-    pictures: Sequence[np.ndarray]  # the baselines, (H, W, C) float32, 0-255 each
-    notes: tuple[str, ...] = ()  # why it was chosen
+    pictures: Sequence[np.ndarray]  # every draw of the baseline, (H, W, C) float32, 0-255 each
+    notes: tuple[str, ...] = ()  # why it was chosen, in sentences
 
     @property
     def pixels(self) -> np.ndarray:
-        """The first of the baselines, (H, W, C) float32, 0-255."""
+        """The first draw of the baseline, (H, W, C) float32, 0-255."""
         return self.pictures[0]
 
     def difference(self, placement: Placement | None) -> np.ndarray:
@@ -394,18 +395,18 @@ class Against:
 
 def explanations_of(
     declared: Declared,
-    seen: Seen,
-    against: Against,
+    prediction: Prediction,
+    baseline: ChosenBaseline,
     results: Sequence[MethodResult],
     cost: Cost,
     common: Mapping[str, Any],
 ) -> list[Explanation]:
     """What a method found of each target as an explanation. declared: what the method promises.
     common: fields that all of them share."""
-    network, beside = seen.network, beside_truth(seen)
+    network, beside = prediction.network, beside_truth(prediction)
     explanations = []
-    for target, result in zip(seen.targets, results, strict=True):
-        mask, prediction = network.explained(seen.logits, seen.masks, target.label)
+    for target, result in zip(prediction.targets, results, strict=True):
+        mask, probability = network.explained(prediction.logits, prediction.masks, target.label)
         total = result.total
         if total is None:
             total = float(result.attributions.cpu().double().sum())
@@ -413,21 +414,21 @@ def explanations_of(
             Explanation(
                 attributions=result.attributions,
                 uncertainty=result.uncertainty,
-                prediction=prediction.cpu(),
+                prediction=probability.cpu(),
                 predicted_mask=mask.cpu(),
                 region=target.region.cpu(),
-                baseline_pixels=against.pixels,
+                baseline_pixels=baseline.pixels,
                 target=target.name,
                 objective=replace(target, weights=target.weights.cpu()),
-                baseline=None if declared.baseline == NO_BASELINE else against.name,
+                baseline=None if declared.baseline == NO_BASELINE else baseline.name,
                 steps=result.evaluations,
-                score=float(target(seen.logits)) if result.score is None else result.score,
+                score=float(target(prediction.logits)) if result.score is None else result.score,
                 baseline_score=result.start_score,
                 attribution_sum=total,
                 map_error=result.map_error,
                 trend=result.trend,
                 cost=cost,
-                draws=len(against.pictures) if declared.baseline == GIVEN else 1,
+                draws=len(baseline.pictures) if declared.baseline == GIVEN else 1,
                 method=declared,
                 end_score=result.end_score,
                 sum_error=result.total_error,
