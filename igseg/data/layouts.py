@@ -1,8 +1,8 @@
-"""How datasets lie in folders: `LAYOUTS` names those that are told apart by looking.
+"""How datasets lie in folders: `LAYOUTS` names the layouts that are recognised from the files.
 
-The table is printed by `--help` and in docs/input.md. Each row has a function that is given the
-dataset's folder and a split ('' for none) and returns what it found there, or None where the folder
-does not lie that way. The first row that finds images counts.
+`--help` and docs/input.md show the table. Each row has a function. It takes the folder of a dataset
+and a split ('' for none), and returns the images and masks there, or None where the folder does not
+have this layout. The first row that finds images counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from igseg.errors import InputError
 COCO_FILE = '_annotations.coco.json'
 SPLITS = ('test', 'valid', 'val')
 
-VALIDATION = {'valid', 'val', 'validation'}  # the same split, in names of files
+VALIDATION = {'valid', 'val', 'validation'}  # names of one split, in the names of files
 
 OTHER_SPLITS = ('train', 'training', 'validation', 'testing', 'dev', 'trainval')
 IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'inputs', 'input', 'originals', 'original')
@@ -44,35 +44,35 @@ BESIDE_ENDINGS = ('annot', '_annot', '_annotations', '_masks', '_mask', 'masks',
                   '_label', 'labels', '_gt', '_seg')  # fmt: skip
 NNUNET_FOLDERS = {'test': 'Ts', 'train': 'Tr', '': 'Ts'}
 MOST_CHANNELS = 64
-MOST_LIST_BYTES = 1 << 20  # of a list of names
-CLASSES_FILE = '_classes.csv'  # beside the masks of Roboflow's semantic export: value, name
+MOST_LIST_BYTES = 1 << 20  # of CLASSES_FILE
+CLASSES_FILE = '_classes.csv'  # beside masks that Roboflow exported; columns: value, name
 
 Truth = MaskFile | AnnotatedImage | YoloLabels
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its truth. images: several files where each holds one channel."""
+    """An image and its ground truth."""
 
-    images: tuple[Path, ...]
+    images: tuple[Path, ...]  # one file; or several, where each holds one channel
     truth: Truth | None = None
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a layout holds."""
+    """The images and masks of a dataset."""
 
     pairs: list[Pair]
-    class_names: dict[int, str] = field(default_factory=dict)
+    class_names: dict[int, str] = field(default_factory=dict)  # by number
     notes: tuple[str, ...] = ()
-    missing: str | None = None  # a note for the images without a mask; None: all have one
+    missing: str | None = None  # a note for each image without a mask; None: no image lacks a mask
 
 
 # --------------------------------------------------------------------------- files
 
 
 def visible(folder: Path) -> Iterator[Path]:
-    """The files and folders in a folder that are not hidden (`._x`, `.DS_Store`), by name."""
+    """The files and folders in a folder, sorted by name, without hidden ones (`.DS_Store`)."""
     return iter(sorted(path for path in folder.iterdir() if not path.name.startswith('.')))
 
 
@@ -86,27 +86,30 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def folder_named(parent: Path, names: Sequence[str]) -> Path | None:
-    """The first of these folders that is there, whatever the case of its letters."""
+    """The folder in `parent` that has the first of these names (lower case). The case of its
+    letters does not matter. None where there is none."""
     if not parent.is_dir():
         return None
-    there = {path.name.lower(): path for path in visible(parent) if path.is_dir()}
-    return next((there[name] for name in names if name in there), None)
+    folders = {path.name.lower(): path for path in visible(parent) if path.is_dir()}
+    return next((folders[name] for name in names if name in folders), None)
 
 
 @dataclass(frozen=True)
 class MaskNaming:
-    """How a mask's name is made of its image's, both without file type; * is what they share."""
+    """How the name of a mask follows from the name of its image. Both are patterns without a file
+    ending; * stands for the part that the two names share."""
 
     mask: str  # for example *_manual1
     image: str = '*'  # for example *_training
 
     def image_of(self, stem: str) -> str | None:
-        """The name of the image that a mask of this name belongs to; None where it is no mask's."""
+        """The name of the image that a mask belongs to. stem: the name of the mask; None is
+        returned where it does not match the pattern of masks."""
         before, _, after = self.mask.partition('*')
-        lower, rest = stem.lower(), len(stem) - len(after)
-        named = lower.startswith(before.lower()) and lower.endswith(after.lower())
-        return self.image.replace('*', stem[len(before) : rest]) if (
-            named and len(before) < rest) else None  # fmt: skip
+        lower, end = stem.lower(), len(stem) - len(after)
+        matches = lower.startswith(before.lower()) and lower.endswith(after.lower())
+        return self.image.replace('*', stem[len(before) : end]) if (
+            matches and len(before) < end) else None  # fmt: skip
 
 
 PLAIN_NAMES: tuple[MaskNaming, ...] = ()
@@ -119,45 +122,49 @@ USUAL_NAMES = (*ENDINGS, *PREFIXES)
 
 
 def _image_of(stem: str, namings: Sequence[MaskNaming]) -> str | None:
-    """The name of a mask's image; None where it is plain."""
+    """The name of the image that a mask belongs to, by the first naming that matches the name of
+    the mask; None where none matches."""
     return next(filter(None, (naming.image_of(stem) for naming in namings)), None)
 
 
 def paired(
     images: Path, masks: Path | None, namings: Sequence[MaskNaming] = USUAL_NAMES
 ) -> Listing | None:
-    """The images of a folder, each with the mask of its name, plain or as `namings` say; images and
-    masks may lie in the same folder. None where there is no image."""
+    """The images of a folder, each with its mask. A mask has the name of its image, or a name that
+    `namings` make from it. Images and masks may lie in the same folder. None where there is no
+    image."""
     paths, mask_of, left_out = images_in(images), {}, 0
     same = masks is not None and masks == images
     if masks is not None:
         mask_of = _masks_by_name(masks, {stem_of(p) for p in paths}, namings, same)
     if same:
-        own = set(mask_of.values())
-        orphans = {path for path in paths if path not in own and _named_as_mask(path, namings, own)}
+        used = set(mask_of.values())
+        orphans = {p for p in paths if p not in used and _named_as_mask(p, namings, used)}
         left_out = len(orphans)
-        paths = [path for path in paths if path not in own and path not in orphans]
+        paths = [path for path in paths if path not in used and path not in orphans]
     if not paths:
         return None
-    found = replace(_with_masks(paths, mask_of), class_names=_names_beside(masks))
+    listing = replace(_with_masks(paths, mask_of), class_names=_names_beside(masks))
     if left_out:
         note = f'{left_out} files in {images} are named like masks, but have no image: left out'
-        return replace(found, notes=(note, *found.notes))
-    return found
+        return replace(listing, notes=(note, *listing.notes))
+    return listing
 
 
 def _named_as_mask(path: Path, namings: Sequence[MaskNaming], masks: set[Path]) -> bool:
-    """Whether a file is named like a mask: then it is not explained as an image. An image may well
-    be called mask_1: that counts where masks of other images are named so."""
+    """Whether a file is named like a mask, so that it is no image. Since images may be called
+    mask_1 too, a prefix counts only where some of the `masks` of other images have it."""
     if suffix_of(path) not in MASK_SUFFIXES:
         return False
-    used = (n for n in namings if n not in PREFIXES or any(n.image_of(stem_of(m)) for m in masks))
-    return _image_of(stem_of(path), tuple(used)) is not None
+    counted = tuple(
+        n for n in namings if n not in PREFIXES or any(n.image_of(stem_of(mask)) for mask in masks)
+    )
+    return _image_of(stem_of(path), counted) is not None
 
 
 def _names_beside(masks: Path | None) -> dict[int, str]:
-    """The names of classes by their numbers in masks, where `_classes.csv` beside them gives
-    them."""
+    """The names of classes by their numbers, from the `_classes.csv` in the folder of the masks;
+    empty where there is no such file."""
     try:
         path = masks / CLASSES_FILE if masks is not None else None
         if path is None or not path.is_file() or path.stat().st_size > MOST_LIST_BYTES:
@@ -172,22 +179,24 @@ def _names_beside(masks: Path | None) -> dict[int, str]:
 def _masks_by_name(
     folder: Path, stems: set[str], namings: Sequence[MaskNaming], same: bool
 ) -> dict[str, Path]:
-    """The mask files of a folder by the name of the image they belong to."""
-    found: dict[str, Path] = {}
+    """The mask files of a folder by the name of the image they belong to. stems: the names of the
+    images. same: whether the images lie in this folder too."""
+    masks: dict[str, Path] = {}
     for path in visible(folder):
         if suffix_of(path) not in MASK_SUFFIXES or not path.is_file():
             continue
         stem = stem_of(path)
         bare = _image_of(stem, namings)
         if bare is not None and (bare in stems or stem not in stems):
-            found[bare] = path
+            masks[bare] = path
         elif not same:
-            found.setdefault(stem, path)
-    return found
+            masks.setdefault(stem, path)
+    return masks
 
 
 def _with_masks(paths: Sequence[Path], mask_of: dict[str, Path]) -> Listing:
-    """Images with those masks that there are, whose values are read together."""
+    """Images with their masks, as far as there are masks. The values of all masks are read
+    together."""
     used = [mask_of[stem_of(path)] for path in paths if stem_of(path) in mask_of]
     masks = MaskSet(used)
     return Listing([
@@ -203,7 +212,7 @@ def _folder(root: Path, split: str) -> Path:
     return root / split if split else root
 
 
-def _of_coco(source: Path, folders: Sequence[Path]) -> Listing:
+def _coco_listing(source: Path, folders: Sequence[Path]) -> Listing:
     content = read_coco(source, folders)
     return Listing([Pair((path,), truth) for path, truth in content.truths.items()],
                  notes=content.notes)  # fmt: skip
@@ -213,11 +222,12 @@ def roboflow(root: Path, split: str) -> Listing | None:
     """`SPLIT/_annotations.coco.json` beside the images"""
     folder = _folder(root, split)
     source = folder / COCO_FILE
-    return _of_coco(source, [folder]) if source.is_file() else None
+    return _coco_listing(source, [folder]) if source.is_file() else None
 
 
 def _is_coco(path: Path) -> bool:
-    """Whether a JSON file looks like one of COCO, by its beginning and its end: it may be large."""
+    """Whether a JSON file looks like a COCO file. Only its beginning and its end are read, since it
+    may be large."""
     try:
         with path.open('rb') as stream:
             head = stream.read(1 << 20)
@@ -230,11 +240,11 @@ def _is_coco(path: Path) -> bool:
 
 
 def _coco_files(bases: Iterable[Path]) -> list[Path]:
-    """The annotation files of COCO in folders, or in `annotations/` there."""
+    """The COCO files in folders and in the `annotations/` of these folders."""
     places = [place for base in bases for place in (base / 'annotations', base) if place.is_dir()]
     files = [path for place in places for path in visible(place) if path.is_file()]
-    found = [path for path in dict.fromkeys(files) if path.suffix.lower() == '.json']
-    return [path for path in found if _is_coco(path)]
+    json_files = [path for path in dict.fromkeys(files) if path.suffix.lower() == '.json']
+    return [path for path in json_files if _is_coco(path)]
 
 
 def _words(path: Path) -> set[str]:
@@ -242,48 +252,50 @@ def _words(path: Path) -> set[str]:
     return set(re.split(r'[^a-z]+', path.stem.lower()))
 
 
-def _of_split(sources: list[Path], split: str) -> Path | None:
-    """The annotation file of a split. The first of these cases counts: the file lies in the folder
-    of the split, or in a folder in it; it is named after the split; it is the only one that is
-    named after no split at all. Raises InputError where several are named after none."""
+def _source_of_split(sources: list[Path], split: str) -> Path | None:
+    """The annotation file of a split; None where there is none. The first of these rules that finds
+    a file counts: a file in the folder of the split, or in a folder inside it; a file that is named
+    after the split; the only file that is named after no split. Raises InputError where several
+    files are named after no split."""
     in_folder = [p for p in sources if split in (p.parent.name, p.parent.parent.name)]
-    wanted = VALIDATION if split in ('valid', 'val') else {split}
-    named = [path for path in sources if _words(path) & wanted]
+    split_names = VALIDATION if split in ('valid', 'val') else {split}
+    named = [path for path in sources if _words(path) & split_names]
     for fitting in (in_folder, named):
         if split and fitting:
             return fitting[0]
-    free = [path for path in sources if not _words(path) & {*SPLITS, *OTHER_SPLITS}]
-    if len(free) > 1:
+    general = [path for path in sources if not _words(path) & {*SPLITS, *OTHER_SPLITS}]
+    if len(general) > 1:
         raise InputError(
-            f'{len(free)} annotation files fit: {", ".join(map(str, free[:5]))} (leave one of them '
-            'in the folder, or name the split)'
+            f'{len(general)} annotation files fit: {", ".join(map(str, general[:5]))} (leave one '
+            'of them in the folder, or name the split)'
         )
-    return free[0] if free else None
+    return general[0] if general else None
 
 
 def coco(root: Path, split: str) -> Listing | None:
-    """`annotations/*.json` (the one named after the split) or `*.json`, with `images/` or
+    """`annotations/*.json` (the file named after the split) or `*.json`, with `images/` or
     `images/SPLIT/`"""
     folder = _folder(root, split)
-    source = _of_split(_coco_files(dict.fromkeys((folder, root))), split)
+    source = _source_of_split(_coco_files(dict.fromkeys((folder, root))), split)
     if source is None:
         return None
     folders = [folder / 'images', root / 'images' / split, root / split / 'images', folder,
                root / 'images', root, source.parent]  # fmt: skip
-    return _of_coco(source, [place for place in folders if place.is_dir()])
+    return _coco_listing(source, [place for place in folders if place.is_dir()])
 
 
 def _two_folders(
     root: Path, split: str, image_names: Sequence[str], mask_names: Sequence[str]
 ) -> Iterator[tuple[Path, Path]]:
-    """Where images and masks may lie: in folders of the split, or of the type first."""
+    """Pairs of folders where images and masks may lie: SPLIT/images/ and SPLIT/masks/, or
+    images/SPLIT/ and masks/SPLIT/, by the names in `image_names` and `mask_names`."""
     images = folder_named(_folder(root, split), image_names)
     masks = folder_named(_folder(root, split), mask_names)
     if images is not None and masks is not None:
         yield images, masks
     here = _folder(root, split).resolve()
-    if here.name.lower() in image_names and (own := folder_named(here.parent, mask_names)):
-        yield _folder(root, split), own  # the folder of the images itself was named
+    if here.name.lower() in image_names and (masks_beside := folder_named(here.parent, mask_names)):
+        yield _folder(root, split), masks_beside  # the user named the folder of the images
     images, masks = folder_named(root, image_names), folder_named(root, mask_names)
     if split and images is not None and masks is not None:
         images, masks = folder_named(images, [split]), folder_named(masks, [split])
@@ -311,11 +323,12 @@ def yolo(root: Path, split: str) -> Listing | None:
 
 
 def _voc_list(base: Path, split: str) -> set[str] | None:
-    """The names of a split in VOC's list; None where there is none."""
-    wanted = {'valid': 'val'}.get(split, split)
-    path = base / 'ImageSets' / 'Segmentation' / f'{wanted}.txt'
+    """The names of images in the list that Pascal VOC keeps for a split; None where there is no
+    such list."""
+    list_name = {'valid': 'val'}.get(split, split)
+    path = base / 'ImageSets' / 'Segmentation' / f'{list_name}.txt'
     try:
-        if not wanted or path.stat().st_size > 1 << 26:
+        if not list_name or path.stat().st_size > 1 << 26:
             return None
         return set(path.read_text(encoding='utf-8-sig').split())
     except (OSError, UnicodeDecodeError):
@@ -330,13 +343,13 @@ def voc(root: Path, split: str) -> Listing | None:
         masks = folder_named(base, ['segmentationclass', 'segmentationclasspng'])
         if images is None or masks is None:
             continue
-        found = paired(images, masks, PLAIN_NAMES)
+        listing = paired(images, masks, PLAIN_NAMES)
         names = _voc_list(base, split)
-        if found is None or (names is None and split and base == root):
+        if listing is None or (names is None and split and base == root):
             continue
         pairs = [
             pair
-            for pair in found.pairs
+            for pair in listing.pairs
             if (pair.truth if names is None else stem_of(pair.images[0]) in names)
         ]
         if pairs:
@@ -348,7 +361,8 @@ def voc(root: Path, split: str) -> Listing | None:
 
 
 def _nnunet_names(path: Path) -> dict[int, str]:
-    """The names of classes in nnU-Net's dataset.json, {"background": 0, …} or {"0": …}."""
+    """The names of classes in nnU-Net's dataset.json, where they stand as {"background": 0, …} or
+    {"0": "background", …}; empty where they cannot be read."""
     try:
         labels = read_json(path)['labels']
         return {
@@ -362,8 +376,8 @@ def _nnunet_names(path: Path) -> dict[int, str]:
 def nnunet(root: Path, split: str) -> Listing | None:
     """`imagesTs/CASE_0000.*` (a file for each channel) with `labelsTs/CASE.*`; `imagesTr` and
     `labelsTr` for the split train"""
-    given = re.fullmatch(r'images(\w+)', split)
-    ending = given.group(1) if given else NNUNET_FOLDERS.get(split)
+    folder_split = re.fullmatch(r'images(\w+)', split)  # the split is a folder's name: imagesTr
+    ending = folder_split.group(1) if folder_split else NNUNET_FOLDERS.get(split)
     if ending is None:
         return None
     if not split and not (root / f'images{ending}').is_dir():
@@ -401,9 +415,9 @@ def two_folders(root: Path, split: str) -> Listing | None:
     """`images/` with `masks/` (`imgs`, `image`, …; `labels`, `gt`, `annotations`, …), in `SPLIT/`
     or with `SPLIT/` in each"""
     for images, masks in _two_folders(root, split, IMAGE_FOLDERS, MASK_FOLDERS):
-        found = paired(images, masks)
-        if found is not None:
-            return found
+        listing = paired(images, masks)
+        if listing is not None:
+            return listing
     return None
 
 
@@ -413,8 +427,8 @@ def beside(root: Path, split: str) -> Listing | None:
     folder = _folder(root, split)
     if not folder.is_dir():
         return None
-    found = paired(folder, folder)
-    return found if found and any(pair.truth for pair in found.pairs) else None
+    listing = paired(folder, folder)
+    return listing if listing and any(pair.truth for pair in listing.pairs) else None
 
 
 def images_alone(root: Path, split: str) -> Listing | None:
@@ -422,14 +436,14 @@ def images_alone(root: Path, split: str) -> Listing | None:
     folder = _folder(root, split)
     if not folder.is_dir():
         return None
-    own = folder_named(folder, IMAGE_FOLDERS)
-    inner = folder_named(own, [split]) if own and split else None
-    typed = folder_named(root, IMAGE_FOLDERS)
-    typed = folder_named(typed, [split]) if typed and split else None
-    for place in (folder, own, inner, typed):
-        found = paired(place, place) if place is not None else None
-        if found is not None:
-            return found
+    images = folder_named(folder, IMAGE_FOLDERS)
+    inner = folder_named(images, [split]) if images and split else None
+    at_root = folder_named(root, IMAGE_FOLDERS)
+    at_root = folder_named(at_root, [split]) if at_root and split else None
+    for place in (folder, images, inner, at_root):
+        listing = paired(place, place) if place is not None else None
+        if listing is not None:
+            return listing
     return None
 
 
@@ -442,7 +456,7 @@ class Layout:
 
     @property
     def form(self) -> str:
-        """What it looks like."""
+        """What the layout looks like, in words."""
         return ' '.join((self.find.__doc__ or '').split())
 
 
@@ -460,43 +474,43 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def layouts_text() -> str:
-    """The table, for --help."""
+    """The table of layouts as text, for --help."""
     return '; '.join(f'{layout.name}: {layout.form}' for layout in LAYOUTS).replace('`', '')
 
 
-NAMED_BY_ENDING = (two_folders, beside, images_alone)  # where --mask_suffix, … say which mask
+NAMED_BY_ENDING = (two_folders, beside, images_alone)  # layouts for which --mask_suffix, … count
 
 
-# --------------------------------------------------------------------------- finding them
+# --------------------------------------------------------------------------- finding a dataset
 
 
 def _without_type(name: str) -> str:
-    """A name, or the end of one, without its file type."""
+    """A name, or the end of a name, without its file ending."""
     kind = suffix_of(Path(f'x{name}'))
     return name[: -len(kind)] if kind in (*MASK_SUFFIXES, *IMAGE_SUFFIXES) else name
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where a dataset lies, as users say it."""
+    """Where a dataset lies, as the user's flags name it."""
 
     data_dir: Path
-    split: str | None = None  # None: the first of SPLITS that is there, else the folder itself
+    split: str | None = None  # None: the first of SPLITS that exists, else `data_dir` itself
     images_dir: Path | None = None  # instead of a layout
     masks_dir: Path | None = None
-    mask_suffix: str | None = None  # by which a mask's name differs from its image's
-    mask_prefix: str | None = None
-    mask_name: str | None = None  # IMAGE=MASK, both with a *: what the two names share
+    mask_suffix: str | None = None  # what the name of a mask has after the name of its image
+    mask_prefix: str | None = None  # what it has before the name of its image
+    mask_name: str | None = None  # IMAGE=MASK; the * in both is the part that the names share
 
     @property
     def naming(self) -> MaskNaming | None:
-        """How masks are named, where that was said. Raises InputError."""
-        ends = self.mask_suffix is not None or self.mask_prefix is not None
+        """How masks are named, by the flags; None where no flag says so. Raises InputError."""
+        has_ends = self.mask_suffix is not None or self.mask_prefix is not None
         if self.mask_name is None:
             suffix = _without_type(self.mask_suffix or '')
-            return MaskNaming(f'{self.mask_prefix or ""}*{suffix}') if ends else None
+            return MaskNaming(f'{self.mask_prefix or ""}*{suffix}') if has_ends else None
         image, _, mask = self.mask_name.partition('=')
-        if ends:
+        if has_ends:
             raise InputError('--mask_name goes without --mask_suffix and --mask_prefix')
         if image.count('*') != 1 or mask.count('*') != 1:
             raise InputError(
@@ -507,89 +521,93 @@ class DataSource:
 
     @property
     def names_folders(self) -> bool:
-        """Whether it was said where images or masks lie."""
+        """Whether a flag names the folder of the images or of the masks."""
         return self.images_dir is not None or self.masks_dir is not None
 
     def names(self) -> dict[str, str]:
-        """What was said of the names of masks, by flag."""
-        said = {name: getattr(self, name) for name in ('mask_suffix', 'mask_prefix', 'mask_name')}
-        return {name: value for name, value in said.items() if value is not None}
+        """The flags on the names of masks, with their values."""
+        flags = {name: getattr(self, name) for name in ('mask_suffix', 'mask_prefix', 'mask_name')}
+        return {name: value for name, value in flags.items() if value is not None}
 
     def names_at(self, place: DataSource) -> DataSource:
-        """Another place, with what was said here of the names of masks."""
+        """Another source, with this source's flags on the names of masks."""
         return replace(place, mask_suffix=self.mask_suffix, mask_prefix=self.mask_prefix,
                        mask_name=self.mask_name)  # fmt: skip
 
     def flags(self) -> dict[str, str]:
-        """What was said of where the masks lie, by flag: with it one image alone finds its own."""
+        """The flags that say where masks lie, with their values. A run on a single image finds its
+        mask with them."""
         folders = {'images_dir': self.images_dir or self.data_dir, 'masks_dir': self.masks_dir,
                    'data_dir': self.data_dir}  # fmt: skip
         if not self.names_folders:
             return self.names()
-        given = {name: str(value) for name, value in folders.items() if value is not None}
-        return given | self.names()
+        texts = {name: str(value) for name, value in folders.items() if value is not None}
+        return texts | self.names()
 
 
-def _sampled_said(found: Listing) -> Listing:
-    """With a note where there are more masks than are looked at to find out what values mean."""
-    masks = next((p.truth.masks for p in found.pairs if isinstance(p.truth, MaskFile)), None)
+def _with_note_on_scan(listing: Listing) -> Listing:
+    """A listing, with a note where only some of its masks are read to learn what values mean."""
+    masks = next((p.truth.masks for p in listing.pairs if isinstance(p.truth, MaskFile)), None)
     if masks is None or len(masks.paths) == len(masks.scanned):
-        return found
+        return listing
     note = (
         f'what the values of the {len(masks.paths):,} masks mean is decided by '
         f'{len(masks.scanned):,} of them, evenly spaced (--label_map says it for certain)'
     )
-    return replace(found, notes=(*found.notes, note))
+    return replace(listing, notes=(*listing.notes, note))
 
 
 def _namings(source: DataSource) -> tuple[MaskNaming, ...]:
-    """How masks may be named."""
-    own = source.naming
-    return USUAL_NAMES if own is None else (own,)
+    """How masks may be named, by the flags or else by default."""
+    naming = source.naming
+    return USUAL_NAMES if naming is None else (naming,)
 
 
-def _looked_for(source: DataSource) -> str:
-    own = source.naming
-    if own is None:
+def _namings_text(source: DataSource) -> str:
+    """`_namings` in words, for a note."""
+    naming = source.naming
+    if naming is None:
         return f"the image's name, plain or with {', '.join((*MASK_ENDINGS, *MASK_PREFIXES))}"
-    return f'{own.mask} for {own.image}, or the same name'
+    return f'{naming.mask} for {naming.image}, or the same name'
 
 
-def _given_folder(folder: Path, data_dir: Path, flag: str) -> Path:
-    """A folder that was named, also relative to the dataset's."""
+def _folder_of_flag(folder: Path, data_dir: Path, flag: str) -> Path:
+    """The folder that a flag names: as it stands, else inside `data_dir`. Raises InputError."""
     for place in (folder, data_dir / folder):
         if place.is_dir():
             return place
     raise InputError(f'{flag} is not there: {folder} (nor {data_dir / folder})')
 
 
-def _said(found: Listing, folder: Path, where: str) -> Listing:
-    """What was found, with a note where masks are missing."""
-    without = sum(pair.truth is None for pair in found.pairs)
+def _with_note_on_missing(listing: Listing, folder: Path, where: str) -> Listing:
+    """A listing, with a note where masks are missing. folder: of the images. where: masks were
+    looked for, in words."""
+    without = sum(pair.truth is None for pair in listing.pairs)
     if not without:
-        return found
-    what = f'no mask was found for {without} of {len(found.pairs)} images in {folder}'
-    if without == len(found.pairs):
-        what = f'no masks were found for the images in {folder}, so there is no truth'
+        return listing
+    problem = f'no mask was found for {without} of {len(listing.pairs)} images in {folder}'
+    if without == len(listing.pairs):
+        problem = f'no masks were found for the images in {folder}, so there is no truth'
     flags = '--masks_dir, --mask_prefix, --mask_suffix and --mask_name'
-    note = f'{what} (looked {where}; {flags} name others)'
-    return replace(found, missing=note)
+    note = f'{problem} (looked {where}; {flags} name others)'
+    return replace(listing, missing=note)
 
 
 def _by_flags(source: DataSource) -> Listing:
-    """What --images_dir, --masks_dir and --mask_suffix name."""
-    images = _given_folder(source.images_dir or source.data_dir, source.data_dir, 'images_dir')
+    """The images and masks in the folders that --images_dir and --masks_dir name. Raises
+    InputError."""
+    images = _folder_of_flag(source.images_dir or source.data_dir, source.data_dir, 'images_dir')
     masks = images
     if source.masks_dir is not None:
-        masks = _given_folder(source.masks_dir, source.data_dir, 'masks_dir')
-    found = paired(images, masks, _namings(source))
-    if found is None:
+        masks = _folder_of_flag(source.masks_dir, source.data_dir, 'masks_dir')
+    listing = paired(images, masks, _namings(source))
+    if listing is None:
         raise InputError(f'no images in {images} (looked for {", ".join(IMAGE_SUFFIXES)})')
-    return _said(found, images, f'in {masks}, {_looked_for(source)}')
+    return _with_note_on_missing(listing, images, f'in {masks}, {_namings_text(source)}')
 
 
 def _with_naming(root: Path, split: str, source: DataSource, layout: Layout) -> Listing | None:
-    """A layout of images and masks, where it was said how masks are named."""
+    """The images and masks that lie in one of NAMED_BY_ENDING, with masks named by the flags."""
     namings = _namings(source)
     if layout.find is two_folders:
         places = list(_two_folders(root, split, IMAGE_FOLDERS, MASK_FOLDERS))
@@ -600,8 +618,8 @@ def _with_naming(root: Path, split: str, source: DataSource, layout: Layout) -> 
 
 def _split_is_there(root: Path, split: str) -> bool:
     """Whether a dataset has a split, in any layout."""
-    typed = folder_named(root, IMAGE_FOLDERS)
-    places = [root / split, *([typed / split] if typed else [])]
+    images = folder_named(root, IMAGE_FOLDERS)
+    places = [root / split, *([images / split] if images else [])]
     lists = root / 'ImageSets' / 'Segmentation' / f'{split}.txt'
     files = [p for p in visible(root / 'annotations') if p.suffix == '.json'] if (
         root / 'annotations').is_dir() else []  # fmt: skip
@@ -609,7 +627,8 @@ def _split_is_there(root: Path, split: str) -> bool:
     return any(place.is_dir() for place in places) or lists.is_file() or named
 
 
-def _nothing_found(root: Path, source: DataSource) -> str:
+def _no_images_text(root: Path, source: DataSource) -> str:
+    """The error for a dataset in which no layout finds images."""
     folders = ', '.join(path.name for path in visible(root) if path.is_dir()) or 'none'
     split = source.split
     if split is not None and not (root / split).is_dir():
@@ -624,15 +643,16 @@ def _nothing_found(root: Path, source: DataSource) -> str:
     )
 
 
-def _where_masks(found: Listing, source: DataSource) -> str:
-    folder = found.pairs[0].images[0].parent
+def _places_text(folder: Path, source: DataSource) -> str:
+    """Where masks of the images in a folder were looked for, in words."""
     return (
         f'beside them or in {", ".join(MASK_FOLDERS[:5])}, … next to {folder.name}/: '
-        f'{_looked_for(source)}'
+        f'{_namings_text(source)}'
     )
 
 
 def _by_looking(source: DataSource) -> Listing:
+    """The images and masks in the first layout that finds images. Raises InputError."""
     root = Path(source.data_dir)
     if not root.is_dir():
         raise InputError(f'data folder not found: {root} (give an existing --data_dir)')
@@ -641,21 +661,22 @@ def _by_looking(source: DataSource) -> Listing:
         if source.split is None and split and not _split_is_there(root, split):
             continue
         for layout in LAYOUTS:
-            found = layout.find(root, split)
+            listing = layout.find(root, split)
             if source.naming is not None and layout.find in NAMED_BY_ENDING:
-                found = _with_naming(root, split, source, layout)
-            if found is not None and found.pairs:
-                return _said(found, found.pairs[0].images[0].parent, _where_masks(found, source))
+                listing = _with_naming(root, split, source, layout)
+            if listing is not None and listing.pairs:
+                folder = listing.pairs[0].images[0].parent
+                return _with_note_on_missing(listing, folder, _places_text(folder, source))
         if source.split is None and split and (root / split).is_dir():
-            break  # a folder of that name without images is told, not passed over
-    raise InputError(_nothing_found(root, source))
+            break  # a folder with the name of a split but without images is an error
+    raise InputError(_no_images_text(root, source))
 
 
 def find(source: DataSource) -> Listing:
-    """The images of a dataset and what is known of their truth. Raises InputError."""
+    """The images of a dataset and their ground truths. Raises InputError."""
     try:
         look = _by_flags if source.names_folders else _by_looking
-        return _sampled_said(look(source))
+        return _with_note_on_scan(look(source))
     except OSError as error:
         raise InputError(
             f'cannot read {error.filename or source.data_dir}: {error.strerror or error} '

@@ -1,8 +1,8 @@
-"""DICOM and NIfTI files, read with pydicom and nibabel where those are installed.
+"""DICOM and NIfTI files, which are read with pydicom and nibabel.
 
-Both are optional (`pip install -r requirements-medical.txt`); without them one sentence says so.
-Orientation stays as stored: rows and columns are those of the file, so that masks stored beside it
-fit. Files are read as data; nothing in them is ever run.
+Both libraries are optional (`pip install -r requirements-medical.txt`); where one is missing, an
+error says so in one sentence. Images are not reoriented: rows and columns are those of the file, so
+that masks which are stored beside the image fit. Files are read as data; nothing in them is run.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from igseg.program import install_command
 
 DICOM_SUFFIXES = ('.dcm', '.dicom', '.ima')
 NIFTI_SUFFIXES = ('.nii', '.nii.gz')
-MOST_DEFLATED = 1 << 20  # bytes of a file that is unpacked as a whole
-MOST_SAMPLED = 1 << 22  # values of a volume of which percentiles are taken
-FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG, and of JPEG-LS
+MOST_DEFLATED = 1 << 20  # bytes of a DICOM file that is compressed as a whole
+MOST_SAMPLED = 1 << 22  # values of a volume from which percentiles are computed
+FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # in JPEG and JPEG-LS
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Where a slice lies in its volume."""
 
-    path: Path | None  # None: no volume, only an image
+    path: Path | None  # the file of the volume; None: there is only an image
     axis: int
     index: int
     shape: tuple[int, int, int]  # of the volume
 
 
 def slice_ending(axis: int, index: int) -> str:
-    """What is added to a volume's name for that of one of its slices."""
+    """The ending that makes the name of a slice from the name of its volume."""
     return f'_axis{axis}_{index:04d}'
 
 
 @dataclass(frozen=True)
 class MedicalImage:
-    """What one frame of a DICOM file, or one slice of a NIfTI volume, holds."""
+    """One frame of a DICOM file, or one slice of a NIfTI volume."""
 
-    values: np.ndarray  # (H, W) or (H, W, 3), in the modality's unit (Hounsfield, for example)
-    full_range: tuple[float, float] | None  # that the stored bits can hold, in that unit
+    values: np.ndarray  # (H, W) or (H, W, 3), in the modality's unit (for example Hounsfield)
+    full_range: tuple[float, float] | None  # of the values that the stored bits can hold
     window: tuple[float, float] | None = None  # that the file asks for
     frames: int = 1
     geometry: Geometry | None = None
@@ -71,7 +71,7 @@ def _library(name: str, path: Path) -> ModuleType:
 
 
 def check_nifti() -> None:
-    """Raise InputError where no NIfTI file can be written."""
+    """Raise InputError where NIfTI files cannot be written."""
     _library('nibabel', Path('--export nifti'))
 
 
@@ -79,8 +79,9 @@ def check_nifti() -> None:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file without an ending is a DICOM file, by its first bytes."""
-    if path.suffix and not path.suffix[1:].isdecimal():  # names that end in numbers are usual
+    """Whether the first bytes of a file say that it is a DICOM file. Only a name without an ending,
+    or with a number as its ending, is looked at: DICOM files often have such names."""
+    if path.suffix and not path.suffix[1:].isdecimal():
         return False
     try:
         with path.open('rb') as stream:
@@ -90,9 +91,12 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_dicom(path: Path, frame: int | None, most_pixels: int) -> MedicalImage:
-    """One frame of a DICOM file: its modality lookup applied (rescale slope and intercept, or the
-    table), MONOCHROME1 turned so that high values are bright; the window that its VOI lookup asks
-    for, a table of which is applied at once. Raises InputError."""
+    """One frame of a DICOM file (None: the first).
+
+    The modality lookup (rescale slope and intercept, or a table) is applied. The values of a
+    MONOCHROME1 image are inverted, so that high values are bright. A VOI lookup is returned as
+    `window` where it is a window, and applied where it is a table. Raises InputError.
+    """
     pydicom = _library('pydicom', path)
     try:
         with warnings.catch_warnings():
@@ -100,7 +104,7 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int) -> MedicalImage:
             return _dicom_frame(pydicom, path, frame or 0, most_pixels)
     except InputError:
         raise
-    except Exception as error:  # pydicom and its decoders raise all kinds on damaged files
+    except Exception as error:  # pydicom and its decoders raise any kind of error on damaged files
         raise InputError(
             f'{path} cannot be read as a DICOM image: {one_line(error)} (export it again, '
             'uncompressed, or as PNG)'
@@ -119,13 +123,13 @@ def _dicom_frame(pydicom: ModuleType, path: Path, frame: int, most_pixels: int) 
     if rows * columns > most_pixels or rows * columns < 1:
         raise InputError(f'{path} has {columns}×{rows} pixels (allow more with --max_pixels)')
     if frame >= frames:
-        return MedicalImage(np.zeros((1, 1)), None, frames=frames)  # the caller says so
+        return MedicalImage(np.zeros((1, 1)), None, frames=frames)  # the caller reports the error
     if not hasattr(data, 'file_meta') or 'TransferSyntaxUID' not in data.file_meta:
         data.file_meta = pydicom.dataset.FileMetaDataset()
         data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
     if data.file_meta.TransferSyntaxUID.is_encapsulated:
         _check_codestream(pydicom, data, frame, frames, path)
-    values = pixels.pixel_array(data, index=frame)  # of this frame only
+    values = pixels.pixel_array(data, index=frame)  # decodes only this frame
     kind = str(data.get('PhotometricInterpretation', 'MONOCHROME2'))
     if values.ndim == 3:
         bits = int(data.get('BitsStored', 8))
@@ -154,7 +158,8 @@ def _dicom_frame(pydicom: ModuleType, path: Path, frame: int, most_pixels: int) 
 
 
 def _check_deflated(pydicom: ModuleType, path: Path) -> None:
-    """Raise InputError for a large file that is unpacked as a whole: it could grow thousandfold."""
+    """Raise InputError for a large file that is compressed as a whole: it could become a thousand
+    times as large."""
     if path.stat().st_size <= MOST_DEFLATED:
         return
     meta = pydicom.filereader.read_file_meta_info(path) if is_part10(path) else {}
@@ -163,14 +168,14 @@ def _check_deflated(pydicom: ModuleType, path: Path) -> None:
 
 
 def is_part10(path: Path) -> bool:
-    """Whether a file begins as DICOM files do."""
+    """Whether a file begins with the preamble of DICOM part 10."""
     with path.open('rb') as stream:
         return stream.read(132)[128:] == b'DICM'
 
 
 def _check_codestream(pydicom: ModuleType, data, frame: int, frames: int, path: Path) -> None:
-    """Raise InputError where a compressed frame says it is larger than its file says: decoders take
-    memory by what it says."""
+    """Raise InputError where the header of a compressed frame names a larger size than the file:
+    decoders reserve memory for the size in that header."""
     stream = pydicom.encaps.get_frame(data.PixelData, frame, number_of_frames=frames)
     size = codestream_size(stream)
     if size is not None and size[0] * size[1] > 2 * int(data.Rows) * int(data.Columns):
@@ -181,22 +186,24 @@ def _check_codestream(pydicom: ModuleType, data, frame: int, frames: int, path: 
 
 
 def codestream_size(stream: bytes) -> tuple[int, int] | None:
-    """(height, width) that a JPEG, JPEG-LS or JPEG 2000 codestream names; None where it is none."""
-    at = stream.find(b'\xff\x4f\xff\x51')
-    if at >= 0 and len(stream) >= at + 24:  # JPEG 2000: SIZ
-        width, height, left, top = struct.unpack('>4I', stream[at + 8 : at + 24])
+    """(height, width) in the header of a JPEG, JPEG-LS or JPEG 2000 codestream; None for other
+    bytes."""
+    start = stream.find(b'\xff\x4f\xff\x51')
+    if start >= 0 and len(stream) >= start + 24:  # JPEG 2000: SIZ
+        width, height, left, top = struct.unpack('>4I', stream[start + 8 : start + 24])
         return max(0, height - top), max(0, width - left)
-    place = 2
-    while stream[:2] == b'\xff\xd8' and place + 9 <= len(stream) and stream[place] == 0xFF:
-        marker, length = stream[place + 1], int.from_bytes(stream[place + 2 : place + 4], 'big')
+    position = 2
+    while stream[:2] == b'\xff\xd8' and position + 9 <= len(stream) and stream[position] == 0xFF:
+        marker = stream[position + 1]
+        length = int.from_bytes(stream[position + 2 : position + 4], 'big')
         if marker in FRAME_MARKERS:
-            return struct.unpack('>2H', stream[place + 5 : place + 9])
-        place += 1 if marker == 0xFF else 2 + length
+            return struct.unpack('>2H', stream[position + 5 : position + 9])
+        position += 1 if marker == 0xFF else 2 + length
     return None
 
 
 def _stored_range(data, pixels) -> tuple[float, float]:
-    """What the stored bits can hold, after the modality lookup."""
+    """The lowest and the highest value that the stored bits can hold, after the modality lookup."""
     bits = int(data.get('BitsStored', 16))
     signed = int(data.get('PixelRepresentation', 0))
     ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
@@ -210,7 +217,7 @@ def _stored_range(data, pixels) -> tuple[float, float]:
 
 
 def _window(data) -> tuple[float, float] | None:
-    """The (first) window that a file asks for: by DICOM PS3.3 C.11.2.1.2, of the linear function
+    """The (first) window that a file asks for. The linear function of DICOM PS3.3 C.11.2.1.2 runs
     from centre - 0.5 - (width - 1) / 2 to centre - 0.5 + (width - 1) / 2."""
     try:
         centre, width = _first(data.get('WindowCenter')), _first(data.get('WindowWidth'))
@@ -218,12 +225,12 @@ def _window(data) -> tuple[float, float] | None:
         return None
     if str(data.get('VOILUTFunction', 'LINEAR')).upper() != 'LINEAR_EXACT':
         centre, width = centre - 0.5, width - 1
-    fine = math.isfinite(centre) and math.isfinite(width) and width > 0
-    return (centre - width / 2, centre + width / 2) if fine else None
+    makes_sense = math.isfinite(centre) and math.isfinite(width) and width > 0
+    return (centre - width / 2, centre + width / 2) if makes_sense else None
 
 
 def _first(value) -> float:
-    """A number, or the first of several."""
+    """A number, or the first of several numbers."""
     several = hasattr(value, '__len__') and not isinstance(value, str)
     return float(value[0] if several else value)
 
@@ -232,7 +239,7 @@ def _first(value) -> float:
 
 
 def _open_nifti(path: Path):
-    """A NIfTI file whose header was read. Raises InputError."""
+    """A NIfTI image, of which only the header has been read, and its shape. Raises InputError."""
     nibabel = _library('nibabel', path)
     try:
         with warnings.catch_warnings():
@@ -242,7 +249,7 @@ def _open_nifti(path: Path):
             while len(shape) > 3 and shape[-1] == 1:
                 shape = shape[:-1]
             kind = image.get_data_dtype()
-    except Exception as error:  # nibabel raises all kinds on damaged files
+    except Exception as error:  # nibabel raises any kind of error on damaged files
         raise InputError(
             f'{path} cannot be read as a NIfTI volume: {one_line(error)} (export it again)'
         ) from None
@@ -255,35 +262,37 @@ def _open_nifti(path: Path):
 
 
 def shape_of_nifti(path: Path) -> tuple[int, ...]:
-    """The two or three sides of a volume. Raises InputError."""
+    """The lengths of a volume's axes; of a series also the number of volumes. Raises InputError."""
     return _open_nifti(path)[1]
 
 
 def read_nifti(
     path: Path, part: str | None, most_values: int, frame: int | None = None
 ) -> MedicalImage:
-    """One slice of a NIfTI volume as it is stored, (first, second remaining axis): AXIS:INDEX, or
-    the middle one; of a series, of one of its volumes. Slope and intercept of the file are applied.
-    Raises InputError."""
-    whole = read_volume(path, most_values, frame)
+    """One slice of a NIfTI volume as it is stored: rows are the first of the two remaining axes,
+    columns the second. Slope and intercept of the file are applied. Raises InputError.
+
+    part: AXIS:INDEX; without the index, the middle slice. frame: which volume of a series.
+    """
+    volume = read_volume(path, most_values, frame)
     frames = (*_open_nifti(path)[1], 1, 1)[3]
-    axis, index, chosen = _which_slice(whole.shape, part, path)
-    values = np.array(np.take(whole, index, axis), dtype=np.float32)
-    geometry = Geometry(path, axis, index, whole.shape)
-    if whole.dtype == np.uint8:
-        return MedicalImage(values, (0.0, 255.0), None, frames, geometry, chosen)
-    notes = (*chosen, *_scale_note(path, whole))
-    return MedicalImage(values, _percentiles(whole), None, frames, geometry, notes)
+    axis, index, slice_notes = _which_slice(volume.shape, part, path)
+    values = np.array(np.take(volume, index, axis), dtype=np.float32)
+    geometry = Geometry(path, axis, index, volume.shape)
+    if volume.dtype == np.uint8:
+        return MedicalImage(values, (0.0, 255.0), None, frames, geometry, slice_notes)
+    notes = (*slice_notes, *_scale_note(path, volume))
+    return MedicalImage(values, _percentiles(volume), None, frames, geometry, notes)
 
 
 def read_volume(path: Path, most_values: int, frame: int | None = None) -> np.ndarray:
-    """A whole NIfTI volume, (X, Y, Z), as it is stored; of a series one of its volumes, the first
-    by default. Raises InputError."""
+    """A whole NIfTI volume, (X, Y, Z), as it is stored. frame: which volume of a series; None: the
+    first. Raises InputError."""
     status = path.stat()
     return _volume(path, most_values, frame or 0, status.st_mtime_ns, status.st_size)
 
 
-@lru_cache(maxsize=2)  # an image and its mask, whose slices are read one after the other
+@lru_cache(maxsize=2)  # an image and its mask, whose slices are read in turn
 def _volume(path: Path, most_values: int, frame: int, changed: int, size: int) -> np.ndarray:
     image, shape = _open_nifti(path)
     frames = (*shape, 1, 1)[3]
@@ -307,14 +316,14 @@ def _volume(path: Path, most_values: int, frame: int, changed: int, size: int) -
 
 
 def _scaled_data(data, proxy) -> np.ndarray:
-    """The values of a volume, in its unit: float32 where the file scales them."""
-    plain = (proxy.slope, proxy.inter) in ((1, 0), (None, None)) or isinstance(data, np.ndarray)
-    return np.asanyarray(data) if plain else proxy.get_scaled(np.float32)
+    """The values of a volume, in the unit of the file: float32 where the file scales them."""
+    unscaled = (proxy.slope, proxy.inter) in ((1, 0), (None, None)) or isinstance(data, np.ndarray)
+    return np.asanyarray(data) if unscaled else proxy.get_scaled(np.float32)
 
 
 def _percentiles(volume: np.ndarray) -> tuple[float, float] | None:
-    """The 0.5th and 99.5th percentile of a whole volume: NIfTI knows no black and white, and every
-    slice must be scaled alike."""
+    """The 0.5th and 99.5th percentile of a whole volume: a NIfTI file does not say which values are
+    black and white, and all slices must be scaled in the same way."""
     if not np.isfinite(volume).all():
         return None
     sample = volume.reshape(-1)[:: max(1, volume.size // MOST_SAMPLED)]
@@ -338,9 +347,9 @@ def _scale_note(path: Path, volume: np.ndarray) -> tuple[str, ...]:
 def _which_slice(
     volume: tuple[int, ...], part: str | None, path: Path
 ) -> tuple[int, int, tuple[str, ...]]:
-    """Axis and index of the slice that is wanted, and what is to be said of it."""
-    along, _, index = (part or '2').partition(':')
-    axis = int(along)
+    """Axis and index of the slice that `part` names, and a note on it."""
+    axis_text, _, index = (part or '2').partition(':')
+    axis = int(axis_text)
     number = int(index) if index else volume[axis] // 2
     if number >= volume[axis]:
         raise InputError(
@@ -348,39 +357,39 @@ def _which_slice(
             '(--slice AXIS:INDEX counts from 0)'
         )
     middle = ', the middle one (another with --slice AXIS:INDEX)'
-    said = '' if index or volume[axis] == 1 else middle
-    kept = [name for name in range(3) if name != axis]
+    extra = '' if index or volume[axis] == 1 else middle
+    axes = [other for other in range(3) if other != axis]
     return axis, number, (
-        f'{path.name}: slice {number} of {volume[axis]} along axis {axis}{said}; rows are axis '
-        f'{kept[0]}, columns axis {kept[1]}, as stored',
+        f'{path.name}: slice {number} of {volume[axis]} along axis {axis}{extra}; rows are axis '
+        f'{axes[0]}, columns axis {axes[1]}, as stored',
     )  # fmt: skip
 
 
 def _check_length(path: Path, expected: int) -> None:
-    """Raise InputError where a file holds less than its header says, before memory is taken."""
+    """Raise InputError where a file holds less than its header says; no memory is reserved yet."""
     try:
-        found = 0 if path.name.lower().endswith('.gz') else path.stat().st_size
+        length = 0 if path.name.lower().endswith('.gz') else path.stat().st_size
         if path.name.lower().endswith('.gz'):
             with gzip.open(path) as stream:
-                while found < expected and (piece := stream.read(1 << 20)):
-                    found += len(piece)
+                while length < expected and (block := stream.read(1 << 20)):
+                    length += len(block)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f'{path} is damaged: {one_line(error)} (copy it again)') from None
-    if found < expected:
+    if length < expected:
         raise InputError(f'{path} is cut short (copy or export it again)')
 
 
 def save_volume(geometry: Geometry, slices: dict[int, np.ndarray], path: Path) -> None:
-    """Write maps (H, W) float32, by the index of their slice, as a volume with the geometry of the
-    one they belong to; slices that are not there hold NaN. Raises OSError, InputError."""
+    """Write maps (H, W) float32 as a volume with a given geometry. slices: the maps by the index of
+    their slice; the other slices of the volume hold NaN. Raises OSError, InputError."""
     nibabel = _library('nibabel', path)
-    whole = np.full(geometry.shape, np.nan, np.float32)
+    volume = np.full(geometry.shape, np.nan, np.float32)
     for index, values in slices.items():
-        where: list[slice | int] = [slice(None)] * 3
-        where[geometry.axis] = index
-        whole[tuple(where)] = values
-    if geometry.path is None:  # rows and columns, one apart
-        _write(nibabel.Nifti1Image(whole, np.eye(4)), path)
+        place: list[slice | int] = [slice(None)] * 3
+        place[geometry.axis] = index
+        volume[tuple(place)] = values
+    if geometry.path is None:  # an image: rows and columns at a distance of 1
+        _write(nibabel.Nifti1Image(volume, np.eye(4)), path)
         return
     source, shape = _open_nifti(geometry.path)
     header = source.header.copy()
@@ -388,7 +397,7 @@ def save_volume(geometry: Geometry, slices: dict[int, np.ndarray], path: Path) -
     with contextlib.suppress(AttributeError):
         header.set_slope_inter(1, 0)
     kind = nibabel.Nifti2Image if isinstance(source, nibabel.Nifti2Image) else nibabel.Nifti1Image
-    _write(kind(whole.reshape(shape[:3]), source.affine, header), path)
+    _write(kind(volume.reshape(shape[:3]), source.affine, header), path)
 
 
 def _write(image, path: Path) -> None:

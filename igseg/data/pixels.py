@@ -1,11 +1,11 @@
 """Reading the pixels of images, whatever file they lie in.
 
-Images come from files that strangers made, so every reader here either returns an array or raises
+The files may be damaged or of any kind, so every reader here either returns an array or raises
 :class:`InputError` with one sentence that names the file and the remedy.
 
 An image is (H, W, C) in *pixel space*, 0-255: uint8 where the file holds bytes, else float32, so
-that nothing of what a scanner measured is rounded away. Which values of the file became 0 and 255
-is told with it.
+that no measured value is rounded. `LoadedImage` also says which values of the file became 0 and
+255.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from igseg.errors import InputError, NoFrameError, one_line
 ARRAY_SUFFIXES = ('.npy',)  # images of any number of channels
 TIFF_SUFFIXES = ('.tif', '.tiff')
 LOSSY_FORMATS = ('JPEG', 'MPO', 'WEBP', 'JPEG2000')
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # of an image, unless more are allowed
-BYTES_A_PIXEL = 30  # of a large image on its way to the network: 11 to 18, measured, and a copy
-AUTO, DICOM = 'auto', 'dicom'  # of a window
-AUTO_PERCENTILES = (0.5, 99.5)  # of the values that `auto` makes 0 and 255
-MOST_SAMPLED = 1 << 24  # values of which they are taken; evenly spaced where there are more
-LEAST_RANGE = 0.1  # share of the range that an image should use
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # of an image, unless the user allows more
+BYTES_A_PIXEL = 30  # memory that reading a large image takes: measured are 11 to 18, and a copy
+AUTO, DICOM = 'auto', 'dicom'  # values of `Reading.window` that are no numbers
+AUTO_PERCENTILES = (0.5, 99.5)  # the percentiles that become 0 and 255 under `auto`
+MOST_SAMPLED = 1 << 24  # values from which percentiles are computed; evenly spaced ones of more
+LEAST_RANGE = 0.1  # share of its range that an image should use; below it, a note says so
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -58,21 +58,22 @@ TURNS = {
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
 
-warnings.filterwarnings('ignore', module=r'PIL\.')  # what matters is raised, in our own words
+warnings.filterwarnings('ignore', module=r'PIL\.')  # what matters is raised as an InputError
 
-_pillow_limit = threading.Lock()  # Pillow has one limit for the whole process
+_pillow_limit = threading.Lock()  # held while Pillow's limit, which is global, is changed
 
 
 def window_of(text: str | None) -> tuple[float, float] | None:
-    """LOW and HIGH of a window that was given in numbers, else None. Raises InputError."""
+    """The two numbers of a window LOW:HIGH; None for `auto`, `dicom` and None. Raises
+    InputError."""
     if text in (None, AUTO, DICOM):
         return None
     try:
         low, high = (float(part) for part in str(text).split(':'))
-        fine = math.isfinite(low) and math.isfinite(high) and low < high
+        makes_sense = math.isfinite(low) and math.isfinite(high) and low < high
     except ValueError:
-        fine = False
-    if not fine:
+        makes_sense = False
+    if not makes_sense:
         raise InputError(
             f'window "{text}" is neither LOW:HIGH, two numbers, nor {AUTO} nor {DICOM} '
             '(for example --window=-160:240)'
@@ -87,9 +88,9 @@ class Reading:
     Raises InputError where a value makes no sense.
     """
 
-    window: str | None = None  # LOW:HIGH, AUTO or DICOM; None: by what the file holds
-    frame: int | None = None  # of several frames or pages, from 0; None: the first, which is said
-    slice: str | None = None  # of a volume, AXIS:INDEX, or AXIS: all along it; None: the middle one
+    window: str | None = None  # LOW:HIGH, AUTO or DICOM; None: the file decides
+    frame: int | None = None  # a frame or page, from 0; None: the first, and a note says so
+    slice: str | None = None  # of a volume: AXIS:INDEX, or AXIS for all; None: the middle slice
     crop: tuple[int, int, int, int] | None = None  # X, Y, width, height, in pixels of the image
     max_pixels: int | None = None  # None: MOST_PIXELS
     any_scale: bool = False  # whether the normalisation undoes any scaling of the values
@@ -110,35 +111,35 @@ DEFAULT_READING = Reading()
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """An image as it was read."""
+    """An image that was read from a file."""
 
     pixels: np.ndarray  # (H, W, C), 0-255: uint8 or float32
-    value_range: tuple[float, float] = (0.0, 255.0)  # of the file's values, what became 0 and 255
-    orientation: int = 1  # the EXIF tag by which it was turned upright
-    geometry: Geometry | None = None  # where a volume's slice lies
+    value_range: tuple[float, float] = (0.0, 255.0)  # the values of the file that became 0 and 255
+    orientation: int = 1  # the EXIF tag by which the image was turned upright
+    geometry: Geometry | None = None  # where the slice lies in its volume
     notes: tuple[str, ...] = ()  # what was decided, in sentences
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The values of an image as they stand in its file."""
+    """The values of an image as its file stores them."""
 
     values: np.ndarray  # (H, W, C) numbers
-    full_range: tuple[float, float] | None  # 0 and 255 by default; None: the file does not say
-    window: tuple[float, float] | None = None  # that the file itself asks for
+    full_range: tuple[float, float] | None  # become 0 and 255 by default; None: the file is silent
+    window: tuple[float, float] | None = None  # that the file asks for
     orientation: int = 1
     geometry: Geometry | None = None
     notes: tuple[str, ...] = ()
 
 
 def suffix_of(path: Path) -> str:
-    """The ending of a file's name, lower case; `.nii.gz` is one."""
+    """The ending of a file's name, in lower case; `.nii.gz` counts as one ending."""
     name = path.name.lower()
     return '.nii.gz' if name.endswith('.nii.gz') else Path(name).suffix
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without that ending."""
+    """A file's name without its ending (`suffix_of`)."""
     return path.name[: -len('.nii.gz')] if suffix_of(path) == '.nii.gz' else path.stem
 
 
@@ -150,9 +151,9 @@ class Opened:
     """A picture that Pillow has decoded, turned upright."""
 
     picture: Image.Image
-    orientation: int
-    deep: bool  # whether its colours have more bits than Pillow keeps
-    lossy: bool
+    orientation: int  # the EXIF tag
+    deep: bool  # whether the colours in the file have more bits than Pillow keeps
+    lossy: bool  # whether the file format changes values
     notes: tuple[str, ...]
 
 
@@ -161,14 +162,14 @@ def open_picture(
 ) -> Image.Image:
     """Open and fully decode a picture file, turned upright by its EXIF orientation.
 
-    Raises InputError when the file is missing, empty, no picture, cut short, lacks the frame, or
-    is larger than `reading` allows (89 million pixels).
+    Raises InputError where the file is missing, empty, no picture or cut short, where it lacks the
+    frame, or where it has more pixels than `reading` allows (by default 89 million).
     """
     return opened_picture(Path(path), kind, reading).picture
 
 
 def opened_picture(path: Path, kind: str, reading: Reading) -> Opened:
-    """`open_picture`, with what was found on the way."""
+    """`open_picture`, with what else the file says."""
     check_file(path, kind)
     try:
         with _allowing(reading.limit), Image.open(path) as opened:
@@ -196,7 +197,7 @@ def opened_picture(path: Path, kind: str, reading: Reading) -> Opened:
         ) from None
     except MemoryError:
         raise InputError(f'not enough memory to open {kind} {path} (shrink it first)') from None
-    except Exception as error:  # Pillow's decoders raise all kinds on damaged files
+    except Exception as error:  # Pillow's decoders raise any kind of error on damaged files
         raise InputError(
             f'{kind} {path} is damaged and cannot be read: {one_line(error)} '
             '(copy or export it again)'
@@ -204,12 +205,12 @@ def opened_picture(path: Path, kind: str, reading: Reading) -> Opened:
 
 
 def check_file(path: Path, kind: str = 'image') -> None:
-    """Raise InputError where there is no file, or an empty one."""
+    """Raise InputError where the file is missing or empty."""
     try:
-        there, empty = path.is_file(), path.is_file() and path.stat().st_size == 0
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-        there = empty = False
-    if not there:
+        exists, empty = path.is_file(), path.is_file() and path.stat().st_size == 0
+    except (OSError, ValueError):  # the name is too long or holds a zero byte
+        exists = empty = False
+    if not exists:
         raise InputError(f'{kind} file not found: {path} (check the path)')
     if empty:
         raise InputError(f'{kind} file is empty (0 bytes): {path} (copy or export it again)')
@@ -217,20 +218,20 @@ def check_file(path: Path, kind: str = 'image') -> None:
 
 @contextlib.contextmanager
 def _allowing(pixels: int) -> Iterator[None]:
-    """Have Pillow open pictures of more pixels than it does by default."""
+    """Make Pillow open pictures of up to so many pixels."""
     if pixels <= MOST_PIXELS:
         yield
         return
     with _pillow_limit:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = before
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _go_to_frame(opened: Image.Image, path: Path, kind: str, reading: Reading) -> tuple[str, ...]:
-    """Turn to the frame that is wanted. Returns what is to be said of it."""
+    """Go to the frame that `reading` names. Returns notes on it."""
     frames = 1 if opened.format == 'MPO' else getattr(opened, 'n_frames', 1)
     notes = frame_notes(path, kind, frames, reading)
     if frames > 1:
@@ -239,8 +240,8 @@ def _go_to_frame(opened: Image.Image, path: Path, kind: str, reading: Reading) -
 
 
 def frame_notes(path: Path, kind: str, frames: int, reading: Reading) -> tuple[str, ...]:
-    """What is to be said where a file holds several frames. Raises InputError where there is no
-    such frame; a mask of a single frame belongs to all of them."""
+    """Notes on a file that holds several frames. Raises InputError where it lacks the frame that
+    `reading` names; but a mask of a single frame belongs to every frame of its image."""
     frame = reading.frame or 0
     if frame >= frames and not (kind == 'mask' and frames == 1):
         raise NoFrameError(
@@ -258,15 +259,15 @@ def frame_notes(path: Path, kind: str, frames: int, reading: Reading) -> tuple[s
 # --------------------------------------------------------------------------- values in files
 
 
-def _medical(found, channels: int, path: Path) -> Stored:
-    """What a DICOM or NIfTI file holds."""
-    values = _in_channels(found.values, channels, path)
-    return Stored(values, found.full_range, found.window, geometry=found.geometry,
-                  notes=found.notes)  # fmt: skip
+def _medical(medical, channels: int, path: Path) -> Stored:
+    """The values of a DICOM or NIfTI file."""
+    values = _in_channels(medical.values, channels, path)
+    return Stored(values, medical.full_range, medical.window, geometry=medical.geometry,
+                  notes=medical.notes)  # fmt: skip
 
 
 def _of_picture(picture: Image.Image, channels: int, path: Path) -> Stored:
-    """The values of a picture that Pillow has read."""
+    """The values of a picture that Pillow has decoded. Raises InputError."""
     if channels == 4 and picture.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
         return Stored(np.array(converted(picture, path, 'RGBA')), (0.0, 255.0))
     if channels not in (1, 3):
@@ -278,8 +279,8 @@ def _of_picture(picture: Image.Image, channels: int, path: Path) -> Stored:
         values = np.array(picture)[:, :, None]
         return Stored(np.repeat(values, channels, axis=2), _full_range(values))
     if channels == 1:
-        grey = np.array(converted(converted(picture, path), path, 'L'))
-        return Stored(grey[:, :, None], (0.0, 255.0))
+        luma = np.array(converted(converted(picture, path), path, 'L'))
+        return Stored(luma[:, :, None], (0.0, 255.0))
     return Stored(np.array(converted(picture, path)), (0.0, 255.0))
 
 
@@ -292,17 +293,17 @@ def _of_array(values: np.ndarray, channels: int, path: Path) -> Stored:
 
 
 def _in_channels(values: np.ndarray, channels: int, path: Path) -> np.ndarray:
-    """Values (H, W) or (H, W, c) in as many channels as are wanted: grey ones repeated, colours
-    without their alpha, or as their luma. Raises InputError."""
+    """Values (H, W) or (H, W, c) in a given number of channels: grey values are repeated, alpha is
+    dropped, and colours become luma where one channel is wanted. Raises InputError."""
     values = values[:, :, None] if values.ndim == 2 else values
-    own = values.shape[2]
-    if own == channels:
+    count = values.shape[2]
+    if count == channels:
         return np.ascontiguousarray(values)
-    if channels == 3 and own in (1, 2):  # grey, or grey with alpha
+    if channels == 3 and count in (1, 2):  # grey, or grey with alpha
         return np.repeat(values[:, :, :1], 3, axis=2)
-    if channels == 3 and own == 4:
+    if channels == 3 and count == 4:
         return np.ascontiguousarray(values[:, :, :3])
-    if channels == 1 and own in (3, 4):
+    if channels == 1 and count in (3, 4):
         luma = values[:, :, :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
         return luma[:, :, None]
     raise InputError(
@@ -318,7 +319,7 @@ def _deep_values(path: Path, reading: Reading) -> np.ndarray:
     values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.ndim != 3:
         raise InputError(f'image {path} is damaged and cannot be read (copy or export it again)')
-    order = [2, 1, 0, 3][: values.shape[2]]  # OpenCV's colours are the other way round
+    order = [2, 1, 0, 3][: values.shape[2]]  # OpenCV stores colours as blue, green, red
     return values[:, :, order] if values.shape[2] >= 3 else values
 
 
@@ -329,22 +330,22 @@ def _channels_last(values: np.ndarray) -> np.ndarray:
 
 def read_array(path: Path, reading: Reading = DEFAULT_READING) -> np.ndarray:
     """The array in a `.npy` or TIFF file: numbers, (H, W), (H, W, C) or (C, H, W)."""
-    import tifffile  # takes a while
+    import tifffile  # slow to import
 
     check_file(path)
     try:
         if suffix_of(path) in ARRAY_SUFFIXES:
-            lazy = np.load(path, mmap_mode='r', allow_pickle=False)
+            array = np.load(path, mmap_mode='r', allow_pickle=False)
         else:
             with tifffile.TiffFile(path) as file:
                 part = file.series[0] if reading.frame is None else file.pages[reading.frame]
                 _check_area(part.shape, path, reading)
-                lazy = part.asarray()
-        _check_area(lazy.shape, path, reading)
-        values = np.array(lazy)
+                array = part.asarray()
+        _check_area(array.shape, path, reading)
+        values = np.array(array)
     except InputError:
         raise
-    except Exception as error:  # damaged files raise all kinds
+    except Exception as error:  # damaged files raise any kind of error
         raise InputError(
             f'image {path} cannot be read: {one_line(error)} (save it as a plain .npy array)'
         ) from None
@@ -357,13 +358,13 @@ def read_array(path: Path, reading: Reading = DEFAULT_READING) -> np.ndarray:
 
 
 def _check_area(shape: Sequence[int], path: Path, reading: Reading) -> None:
-    """Raise InputError for an array of far too many numbers, before it is read."""
+    """Raise InputError for an array with far too many numbers; it has not been read yet."""
     if math.prod(shape) > 16 * reading.limit:
         raise InputError(f'image {path} has the shape {tuple(shape)} (shrink it first)')
 
 
 def converted(picture: Image.Image, path: str | Path, mode: str = 'RGB') -> Image.Image:
-    """The picture in RGB or another of Pillow's modes."""
+    """The picture in RGB or another of Pillow's modes. Raises InputError."""
     try:
         return picture if picture.mode == mode else picture.convert(mode)
     except (ValueError, OSError, MemoryError) as error:
@@ -383,7 +384,7 @@ def check_values(values: np.ndarray, path: str | Path) -> None:
 
 
 def _full_range(values: np.ndarray) -> tuple[float, float] | None:
-    """What values stand for by default: 0-65535, 0-255 or 0-1; None where they fit none."""
+    """The range that values use by default: 0-1, 0-255 or 0-65535; None where none of them fits."""
     if values.dtype == np.uint8:
         return 0.0, 255.0
     low, high = float(values.min(initial=0)), float(values.max(initial=0))
@@ -397,10 +398,10 @@ def _full_range(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def value_range(stored: Stored, path: Path, reading: Reading) -> tuple[float, float]:
-    """The values that become 0 and 255. Raises InputError where that is not known."""
-    given = window_of(reading.window)
-    if given is not None:
-        return given
+    """The values that become 0 and 255. Raises InputError where nothing says which these are."""
+    window = window_of(reading.window)
+    if window is not None:
+        return window
     if reading.window == DICOM:
         if stored.window is None:
             raise InputError(f'{path} names no window of its own (say --window=LOW:HIGH or auto)')
@@ -412,9 +413,9 @@ def value_range(stored: Stored, path: Path, reading: Reading) -> tuple[float, fl
         sample = stored.values.reshape(-1)[:: max(1, stored.values.size // MOST_SAMPLED)]
         low, high = (float(end) for end in np.percentile(sample, AUTO_PERCENTILES))
         return (low, high) if low < high else _extremes(stored.values)
-    for known in (stored.window, stored.full_range):
-        if known is not None and np.isfinite(known).all() and known[0] < known[1]:
-            return known
+    for ends in (stored.window, stored.full_range):
+        if ends is not None and np.isfinite(ends).all() and ends[0] < ends[1]:
+            return ends
     if reading.any_scale:
         return _extremes(stored.values)
     raise InputError(
@@ -429,14 +430,14 @@ def _extremes(values: np.ndarray) -> tuple[float, float]:
 
 
 def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values (H, W, C) as pixels: `low` becomes 0 and `high` 255, what lies beyond is cut off.
-    Bytes that stay what they are stay bytes; everything else is float32, not rounded."""
+    """Values (H, W, C) as pixels: `low` becomes 0, `high` becomes 255, values beyond are clipped.
+    Bytes that do not change stay uint8; all other values become float32, without rounding."""
     if values.dtype == np.uint8 and (low, high) == (0, 255):
         return np.ascontiguousarray(values)
     wide = values.dtype.itemsize > 4 or max(abs(low), abs(high)) > 1e6
     pixels: np.ndarray = values.astype(np.float64 if wide else np.float32)
     pixels -= low
-    pixels *= 255.0  # first: of 16 bits, the product is exact
+    pixels *= 255.0  # before the division: the product is exact for 16-bit values
     pixels /= high - low
     return np.clip(pixels, 0, 255, out=pixels).astype(np.float32, copy=False)
 
@@ -444,7 +445,7 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def _range_notes(
     stored: Stored, low: float, high: float, path: Path, reading: Reading
 ) -> tuple[str, ...]:
-    """What is to be said where an image uses little of its range, or is cut off by it."""
+    """A note where an image uses little of the range by which it was scaled."""
     if reading.any_scale and reading.window is None:
         return ()
     least, most = float(stored.values.min()), float(stored.values.max())
@@ -462,7 +463,7 @@ def _range_notes(
 
 
 def _picture_values(path: Path, channels: int, reading: Reading) -> Stored:
-    """What a picture that Pillow reads holds."""
+    """The values of a picture that Pillow reads."""
     return _opened_values(opened_picture(path, 'image', reading), path, channels, reading)
 
 
@@ -480,7 +481,7 @@ def _check_picture(path: Path, reading: Reading) -> None:
 
 
 def _array_values(path: Path, channels: int, reading: Reading) -> Stored:
-    """What an array of numbers holds."""
+    """The values of a file that holds an array of numbers."""
     return _of_array(read_array(path, reading), channels, path)
 
 
@@ -489,7 +490,7 @@ def _check_array(path: Path, reading: Reading) -> None:
 
 
 def _tiff_values(path: Path, channels: int, reading: Reading) -> Stored:
-    """What a TIFF file holds: a picture, or an array of any number of channels."""
+    """The values of a TIFF file: a picture, or an array of any number of channels."""
     if channels not in (1, 3):
         return _array_values(path, channels, reading)
     try:
@@ -499,7 +500,7 @@ def _tiff_values(path: Path, channels: int, reading: Reading) -> Stored:
     except InputError:
         if not path.is_file():
             raise
-        return _array_values(path, channels, reading)  # Pillow knows only some of these
+        return _array_values(path, channels, reading)  # Pillow reads only some kinds of TIFF files
     return _opened_values(opened, path, channels, reading)
 
 
@@ -511,15 +512,15 @@ def _check_tiff(path: Path, reading: Reading) -> None:
     except InputError:
         if not path.is_file():
             raise
-        read_array(path, reading)  # Pillow knows only some of these
+        read_array(path, reading)  # Pillow reads only some kinds of TIFF files
 
 
 def _dicom_values(path: Path, channels: int, reading: Reading) -> Stored:
-    """What a frame of a DICOM file holds."""
+    """The values of a frame of a DICOM file."""
     check_file(path)
-    found = read_dicom(path, reading.frame, reading.limit)
-    notes = frame_notes(path, 'image', found.frames, reading)
-    stored = _medical(found, channels, path)
+    medical = read_dicom(path, reading.frame, reading.limit)
+    notes = frame_notes(path, 'image', medical.frames, reading)
+    stored = _medical(medical, channels, path)
     return replace(stored, notes=(*notes, *stored.notes))
 
 
@@ -529,11 +530,11 @@ def _check_dicom(path: Path, reading: Reading) -> None:
 
 
 def _nifti_values(path: Path, channels: int, reading: Reading) -> Stored:
-    """What a slice of a NIfTI volume holds."""
+    """The values of a slice of a NIfTI volume."""
     check_file(path)
-    found = read_nifti(path, reading.slice, 4 * reading.limit, reading.frame)
-    stored = _medical(found, channels, path)
-    notes = frame_notes(path, 'image', found.frames, reading)
+    medical = read_nifti(path, reading.slice, 4 * reading.limit, reading.frame)
+    stored = _medical(medical, channels, path)
+    notes = frame_notes(path, 'image', medical.frames, reading)
     return replace(stored, notes=(*notes, *stored.notes))
 
 
@@ -546,9 +547,9 @@ def _check_nifti(path: Path, reading: Reading) -> None:
 class Format:
     """A row of the table of file formats of images. Both functions raise InputError."""
 
-    suffixes: tuple[str, ...]  # of its files' names, lower case
-    values: Callable[[Path, int, Reading], Stored]  # in as many channels as the network takes
-    check: Callable[[Path, Reading], None]  # for what is no image at all, whatever its channels
+    suffixes: tuple[str, ...]  # of the files' names, in lower case
+    values: Callable[[Path, int, Reading], Stored]  # the integer: how many channels are wanted
+    check: Callable[[Path, Reading], None]  # raises for a file that holds no image of any kind
 
 
 PICTURES = Format(('.jpg', '.jpeg', '.png', '.bmp'), _picture_values, _check_picture)
@@ -567,11 +568,11 @@ IMAGE_SUFFIXES = tuple(suffix for row in FORMATS for suffix in row.suffixes)
 
 
 def format_of(path: Path) -> Format:
-    """The row of FORMATS of a file: by its name, without an ending by its first bytes. What no row
-    knows may still be a picture."""
+    """The row of FORMATS that reads a file: by the ending of its name, else by its first bytes. A
+    file that no row names may still be a picture."""
     suffix = suffix_of(path)
-    unknown = DICOM_FILES if is_dicom(path) else PICTURES
-    return next((row for row in FORMATS if suffix in row.suffixes), unknown)
+    otherwise = DICOM_FILES if is_dicom(path) else PICTURES
+    return next((row for row in FORMATS if suffix in row.suffixes), otherwise)
 
 
 # --------------------------------------------------------------------------- reading images
@@ -586,10 +587,10 @@ def read_image(
     dropped, as training pipelines do). 1: any picture as grey (ITU-R 601 luma of the colours). 4:
     pictures with alpha. Any number: `.npy` arrays and TIFF files, (H, W, C) or (C, H, W).
 
-    16-bit values are scaled from their full range 0-65535; floats are taken as 0-1 if nothing
-    exceeds 1, else as 0-255; DICOM files by their own window. `reading.window` says otherwise.
-    Raises InputError as `open_picture` does, for values that are not finite or beyond those ranges,
-    and for another number of channels.
+    By default 16-bit values are scaled from their full range 0-65535; floats count as 0-1 if none
+    exceeds 1, else as 0-255; a DICOM file names its window. `reading.window` overrides all this.
+    Raises InputError as `open_picture` does, for values that are not finite or lie beyond those
+    ranges, and for another number of channels.
     """
     return load_image(path, channels, reading).pixels
 
@@ -597,7 +598,8 @@ def read_image(
 def load_image(
     path: str | Path, channels: int = 3, reading: Reading = DEFAULT_READING
 ) -> LoadedImage:
-    """`read_image`, with what was decided. The crop is left to the caller, who may have a mask."""
+    """`read_image`, with notes on what was decided. `reading.crop` is left to the caller, who may
+    have to crop a mask too."""
     path = Path(path)
     stored = format_of(path).values(path, channels, reading)
     check_values(stored.values, path)
@@ -614,7 +616,8 @@ def load_image(
 def load_channels(
     paths: Sequence[Path], channels: int, reading: Reading = DEFAULT_READING
 ) -> LoadedImage:
-    """An image whose channels lie in files of their own, in order. Raises InputError."""
+    """An image with one file for each channel, in order; or an image in a single file. Raises
+    InputError."""
     if len(paths) == 1:
         return load_image(paths[0], channels, reading)
     if len(paths) != channels:
@@ -632,14 +635,14 @@ def load_channels(
 
 
 def check_image(path: str | Path, reading: Reading = DEFAULT_READING) -> None:
-    """Raise InputError for what is no image at all, before the network says how many channels."""
+    """Raise InputError for a file that holds no image, whatever number of channels is wanted."""
     path = Path(path)
     format_of(path).check(path, reading)
 
 
 def crop_image(pixels: np.ndarray, crop: tuple[int, int, int, int] | None, name: str) -> np.ndarray:
-    """A part (X, Y, width, height) of an image or mask (H, W, ...). Raises InputError where it
-    reaches beyond."""
+    """The part (X, Y, width, height) of an image or mask (H, W, ...). name: of the image, for the
+    InputError that is raised where the part reaches beyond it."""
     if crop is None:
         return pixels
     x, y, width, height = crop

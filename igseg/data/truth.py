@@ -1,5 +1,5 @@
-"""What is known of a ground truth before it is read, the label map and what the network expects
-(`TruthReading`), and what reading it gives (`Labels`).
+"""How a ground truth is read (`TruthReading`: with which label map, for which network), and what
+reading it gives (`Labels`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from igseg.data.pixels import DEFAULT_READING, Reading, check_file
 from igseg.errors import InputError
 
 IGNORED = -1  # the label of pixels that do not count
-VOID = 255  # what most datasets write for them
+VOID = 255  # what most datasets write for such pixels
 
 MOST_MAP_BYTES = 1 << 20
 
@@ -24,12 +24,12 @@ VOID_NAMES = ('ignore', 'ignored', 'void', 'unlabeled', 'unlabelled')
 Colour = tuple[int, int, int]
 
 
-# --------------------------------------------------------------------------- what users say
+# --------------------------------------------------------------------------- label maps
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """What the values or colours of masks (of annotations: the category numbers) stand for."""
+    """The class of each value or colour in masks; in annotations, of each category number."""
 
     of_values: dict[int, int] = field(default_factory=dict)  # value -> class, or IGNORED
     of_colours: dict[Colour, int] = field(default_factory=dict)
@@ -44,7 +44,8 @@ class LabelMap:
 
 
 def _value_or_colour(text: str) -> int | Colour | None:
-    """What the left side of a line names: a number, R,G,B or #rrggbb; None where it is neither."""
+    """The number, or the colour (R,G,B or #rrggbb), on the left side of a line; None where the text
+    is neither."""
     if re.fullmatch(r'-?\d{1,9}', text):
         return int(text)
     if re.fullmatch(r'#[0-9a-fA-F]{6}', text):
@@ -57,30 +58,30 @@ def _value_or_colour(text: str) -> int | Colour | None:
 
 
 def _line_of_map(line: str, number: int, path: Path) -> tuple[int | Colour, int, str]:
-    """Value or colour, class and name of a line."""
+    """Value or colour, class, and name, as a line gives them. Raises InputError."""
     left, equals, right = line.partition('=')
     label, _, name = (part.strip() for part in right.partition(','))
-    what = _value_or_colour(left.strip())
-    ignored = label.lower() in VOID_NAMES
-    fine = ignored or re.fullmatch(r'\d{1,4}', label)
-    if not equals or not fine or what is None:
+    key = _value_or_colour(left.strip())
+    is_ignored = label.lower() in VOID_NAMES
+    is_class = is_ignored or re.fullmatch(r'\d{1,4}', label)
+    if not equals or not is_class or key is None:
         shown = line if len(line) < 60 else line[:60] + '…'
         raise InputError(
             f'label map {path}, line {number}: "{shown}" is not of the form VALUE = CLASS, NAME '
             '(VALUE: a number, R,G,B or #rrggbb; CLASS: a number, or ignore)'
         )
-    return what, IGNORED if ignored else int(label), name
+    return key, IGNORED if is_ignored else int(label), name
 
 
 def read_label_map(path: str | Path) -> LabelMap:
-    """Read a label map, a line for each value or colour of the masks:
+    """Read a label map. It has one line for each value or colour of the masks:
 
         0 = 0, background
         128 = 1, liver
         255,0,0 = 2, tumour
         #00ff00 = ignore
 
-    Lines that start with `//` or `;`, or `# `, are remarks. Raises InputError.
+    Lines that start with `//`, `;` or `# ` are remarks. Raises InputError.
     """
     path = Path(path)
     check_file(path, 'label map')
@@ -98,14 +99,14 @@ def read_label_map(path: str | Path) -> LabelMap:
         line = line.strip()
         if not line or line.startswith(('//', ';')) or re.match(r'#(?![0-9a-fA-F]{6}\s*=)', line):
             continue
-        what, label, name = _line_of_map(line, number, path)
-        before = (
-            colours.setdefault(what, label)
-            if isinstance(what, tuple)
-            else values.setdefault(what, label)
+        key, label, name = _line_of_map(line, number, path)
+        earlier_label = (
+            colours.setdefault(key, label)
+            if isinstance(key, tuple)
+            else values.setdefault(key, label)
         )
-        if before != label:
-            raise InputError(f'label map {path}, line {number}: {what} is named twice')
+        if earlier_label != label:
+            raise InputError(f'label map {path}, line {number}: {key} is named twice')
         if name and label != IGNORED and names.setdefault(label, name) != name:
             raise InputError(f'label map {path}, line {number}: class {label} has two names')
     if not values and not colours:
@@ -115,25 +116,25 @@ def read_label_map(path: str | Path) -> LabelMap:
     return LabelMap(values, colours, names, str(path), hashlib.sha256(content).hexdigest())
 
 
-def said_range(numbers: int) -> str:
-    """The numbers of a network in words."""
+def range_text(numbers: int) -> str:
+    """The numbers that a network tells apart, in words."""
     return f'{numbers} numbers, 0 to {numbers - 1}'
 
 
 @dataclass(frozen=True)
 class TruthReading:
-    """What is known when a ground truth is read: of the network, and what the user said."""
+    """How a ground truth is read: what the network expects, and what the user wants."""
 
-    numbers: int | None = None  # how many numbers masks may hold, from 0; None: not known
-    background: int | None = 0  # the number that is no object; None: there is none
-    one_class: bool = False  # whether the network knows only foreground and background
+    numbers: int | None = None  # how many numbers masks may hold, from 0; None: unknown
+    background: int | None = 0  # the number of the background; None: there is no background
+    one_class: bool = False  # whether the network tells apart only foreground and background
     label_map: LabelMap | None = None
     ignore_label: int | None = None
     pixels: Reading = DEFAULT_READING  # which frame or slice
 
     @property
     def objects(self) -> list[int] | None:
-        """The numbers of objects, in order; None where the network is not known."""
+        """The numbers of objects, in order; None where `numbers` is unknown."""
         if self.numbers is None:
             return None
         return [number for number in range(self.numbers) if number != self.background]
@@ -143,7 +144,7 @@ class TruthReading:
         if self.label_map and self.numbers is not None and self.label_map.highest >= self.numbers:
             raise InputError(
                 f'label map {self.label_map.path} names class {self.label_map.highest}, but the '
-                f'network tells apart {said_range(self.numbers)}'
+                f'network tells apart {range_text(self.numbers)}'
             )
 
 
@@ -154,5 +155,5 @@ UNKNOWN = TruthReading()
 class Labels:
     """The labels of a ground truth, and what was decided about them."""
 
-    values: np.ndarray | None  # (H, W) uint8 or int16; None: unknown for this image
-    notes: tuple[str, ...] = ()
+    values: np.ndarray | None  # (H, W) uint8 or int16; None: the truth of this image is unknown
+    notes: tuple[str, ...] = ()  # in sentences
