@@ -27,9 +27,13 @@ and the ladder, each rung on the one above it: `explain_image`, `analyse_image`,
 
 from __future__ import annotations
 
+if __name__ == '__main__':  # --help and errors of usage are answered before torch is imported
+    from igseg.start import answer_first
+
+    answer_first()
+
 import contextlib
 import importlib
-import io
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +58,7 @@ from igseg.analysis.job import (
     started_by_torchrun,
 )
 from igseg.analysis.references import ReferenceImages, other_images, references_of
-from igseg.analysis.sample import Output, finish_sample
+from igseg.analysis.sample import finish_sample
 from igseg.analysis.study import SideFiles, Study
 from igseg.analysis.summary import BatchResult
 from igseg.analysis.truth import counted_truth
@@ -75,11 +79,13 @@ from igseg.method.targets import ChosenBaseline, Prediction, explanations_of
 from igseg.method.walk import Task, dtype_name, mask_overlap
 from igseg.network.description import NetworkDescription
 from igseg.network.facts import NetworkFacts
-from igseg.network.kinds import Meaning
-from igseg.network.loading import NetworkSource, resolve_device
+from igseg.network.kinds import Meaning, NetworkSource
+from igseg.network.loading import resolve_device
 from igseg.network.outputs import LogitsOf, enlarged, explained_memory, frozen, segmentation_logits
 from igseg.network.score import Score, Target
 from igseg.preprocessing import Placement, Preprocessing
+from igseg.program import print_any_name
+from igseg.results.export import Output
 from igseg.results.files import Description, make_output_folder
 from igseg.settings import OF_AN_EXPLANATION, Settings
 
@@ -543,8 +549,7 @@ def analyse_dataset(
 def run_single(request: Request) -> int:
     """Explain one image and print its statistics."""
     settings, output = request.settings, request.output
-    if request.image_path is None:
-        raise InputError('--mode single needs --image_path (or use --mode batch with --data_dir)')
+    assert request.image_path is not None  # `parse` has told so
     say_cost(settings)
     # A bad image is told before the model is loaded.
     sample = single_sample(request.image_path, request.mask_path, request.data)
@@ -576,9 +581,7 @@ def run_batch(request: Request, stop: StopSignals) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):  # a file name that is no valid Unicode can be printed
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')
+    print_any_name()
     stop = StopSignals()
     try:
         with stop:

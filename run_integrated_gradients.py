@@ -10,6 +10,11 @@ bundled demo is offered. Any flag of `integrated_gradients.py` may be added and 
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    from igseg.program import check_packages
+
+    check_packages()
+
 import argparse
 import contextlib
 import sys
@@ -17,9 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import integrated_gradients
+from igseg.command_line import parse, read_flags
+from igseg.data.samples import Sample, list_samples
+from igseg.errors import InputError
+from igseg.method.choice import BASELINES
 from igseg.program import FILES, MAIN, RUNNER, name_of, uses_scripts
-from integrated_gradients import BASELINES, InputError, Sample, list_samples
 
 DOCUMENTED_MODEL = Path('models_20250609_105424/best_model.pth')
 DATA_DIR = Path('Dataset_no_preprocessing')
@@ -125,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = parser.parse_known_args(argv)
     interactive = sys.stdin.isatty() and not args.yes
     try:
-        answers = command(choose_source(interactive), interactive)
+        read_flags(['--model_path', '.', *flags])  # an error in them is told before any question
+        arguments = [*command(choose_source(interactive), interactive), *flags]
+        parse(arguments)
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
@@ -133,7 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('\ninterrupted: nothing was started', file=sys.stderr)
         return 130
     sys.stdout.flush()
-    return integrated_gradients.main([*answers, *flags])
+    import integrated_gradients  # torch comes with it, which takes seconds: after the questions
+
+    return integrated_gradients.main(arguments)
 
 
 if __name__ == '__main__':

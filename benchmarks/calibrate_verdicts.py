@@ -32,7 +32,7 @@ from igseg.checks.verdict import LEVELS, verdict_of
 from igseg.data.samples import Sample
 from igseg.errors import InputError
 from igseg.explanation import Explanation
-from igseg.network.loading import NetworkSource
+from igseg.network.kinds import NetworkSource
 from igseg.statistics import explanation_statistics
 from integrated_gradients import (
     CANDIDATES,

@@ -13,17 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from igseg.analysis.sample import Output, say_warnings
-from igseg.analysis.summary import BatchResult, median_lines
+from igseg.analysis.summary import BatchResult, median_lines, say_warnings
 from igseg.checks.effort import evaluation_cost
 from igseg.checks.verdict import parse_thresholds, statistics_text
 from igseg.data.layouts import DataSource, layouts_text
+from igseg.data.pixels import check_file
 from igseg.data.samples import Sample, list_samples
 from igseg.errors import InputError, attempt
-from igseg.network.kinds import ARCHITECTURES
-from igseg.network.loading import NetworkSource, parse_options
+from igseg.network.kinds import ARCHITECTURES, NetworkSource, parse_options
 from igseg.program import MAIN, name_of
-from igseg.results.export import EXPORTS
+from igseg.results.export import EXPORTS, Output
 from igseg.results.files import FIGURES
 from igseg.setting import Setting, setting
 from igseg.settings import ATTRIBUTION, CHECKING, MODEL, PREPROCESSING, Settings
@@ -111,6 +110,21 @@ class Request:
     def output(self) -> Output:
         """Where results go. Raises InputError."""
         return Output(self.output_dir, self.figures, self.overwrite, self.export)
+
+    def check(self) -> None:
+        """Raise InputError for what can be told before anything is read: files that are not there,
+        options that make no sense."""
+        self.network().check()
+        _ = self.output  # raises where it makes no sense
+        if self.mode == 'batch':
+            if not self.data.names_folders:
+                self.data.checked_folder()
+        elif self.image_path is None:
+            raise InputError(
+                '--mode single needs --image_path (or use --mode batch with --data_dir)'
+            )
+        else:
+            check_file(self.image_path)
 
 
 # --------------------------------------------------------------------------- the parser
@@ -213,9 +227,27 @@ def request_from(args: argparse.Namespace) -> Request:
     return Request(**given, settings=settings_from(args))
 
 
-def parse(argv: Sequence[str] | None = None) -> Request:
-    """What a command line asks for. Raises InputError; SystemExit for a flag that is none."""
+def read_flags(argv: Sequence[str] | None = None) -> Request:
+    """What flags ask for, whatever is there of the files that they name. Raises InputError;
+    SystemExit for an unknown flag."""
     return request_from(build_parser().parse_args(argv))
+
+
+def parse(argv: Sequence[str] | None = None) -> Request:
+    """What a command line asks for; the files that it names are there. Raises InputError;
+    SystemExit for an unknown flag."""
+    request = read_flags(argv)
+    request.check()
+    return request
+
+
+def answer(argv: Sequence[str] | None = None) -> None:
+    """Answer what needs no network: `--help` and errors of usage, after which the program ends."""
+    try:
+        parse(argv)
+    except InputError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 # --------------------------------------------------------------------------- what is said

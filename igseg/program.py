@@ -5,12 +5,24 @@ The commands that are printed for the user, and the name that help and errors sa
 
 from __future__ import annotations
 
+import io
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 PROJECT = 'integrated-gradients-segmentation'  # its name for pip
 
 MAIN, RUNNER = 'integrated-gradients', 'run-integrated-gradients'  # the installed scripts
+
+# What requirements.txt asks for, by the names that are imported.
+PACKAGES = {
+    'torch': 'torch', 'torchvision': 'torchvision', 'safetensors': 'safetensors',
+    'segmentation_models_pytorch': 'segmentation-models-pytorch', 'numpy': 'numpy',
+    'scipy': 'scipy', 'pandas': 'pandas', 'pyarrow': 'pyarrow', 'skimage': 'scikit-image',
+    'tifffile': 'tifffile', 'jinja2': 'jinja2', 'matplotlib': 'matplotlib',
+    'cv2': 'opencv-python-headless', 'PIL': 'pillow', 'pycocotools': 'pycocotools',
+    'tqdm': 'tqdm', 'loky': 'loky', 'filelock': 'filelock', 'yaml': 'pyyaml',
+}  # fmt: skip
 
 FILES = {MAIN: 'integrated_gradients.py', RUNNER: 'run_integrated_gradients.py'}  # that do the same
 
@@ -35,8 +47,29 @@ def command_of(script: str = MAIN) -> list[str]:
     return [script] if uses_scripts() else ['python', FILES[script]]
 
 
-def install_command(extra: str) -> str:
-    """The command that installs what is needed for an extra, for example `medical`."""
+def print_any_name() -> None:
+    """Have file names that are no valid Unicode printed, not stop the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
+
+
+def install_command(extra: str = '') -> str:
+    """The command that installs what the program needs, or what it needs for an extra, for example
+    `medical`."""
     if uses_scripts():
-        return f"pip install '{PROJECT}[{extra}]'"
-    return f'pip install -r requirements-{extra}.txt'
+        return f"pip install '{PROJECT}[{extra}]'" if extra else f'pip install {PROJECT}'
+    return (
+        f'pip install -r requirements-{extra}.txt' if extra else 'pip install -r requirements.txt'
+    )
+
+
+def check_packages() -> None:
+    """End the program, with one sentence, where a required package is not installed. None is
+    imported: some take seconds, and some are needed only at the end of hours of work."""
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        verb = 'is' if len(missing) == 1 else 'are'
+        print(f'error: {", ".join(missing)} {verb} not installed (run: {install_command()})',
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)

@@ -21,12 +21,13 @@ from igseg.analysis.job import (
     read_ahead,
     writer_processes,
 )
-from igseg.analysis.sample import Output, Pending, say_warnings, statistics_of
+from igseg.analysis.sample import Pending, statistics_of
 from igseg.analysis.study import Study
-from igseg.analysis.summary import BatchResult, Progress, row_of
+from igseg.analysis.summary import BatchResult, Progress, row_of, say_warnings
 from igseg.data.pixels import crop_image
 from igseg.data.samples import Sample
 from igseg.errors import EmptyTargetError, InputError, unexpected
+from igseg.results.export import Output
 from igseg.results.files import make_output_folder
 from igseg.settings import Settings
 

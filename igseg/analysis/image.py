@@ -20,8 +20,8 @@ from igseg.method.rules import Integration
 from igseg.network.description import NetworkDescription, known_description, likely_channels
 from igseg.network.factory import runs_at
 from igseg.network.facts import NetworkFacts
-from igseg.network.kinds import Meaning
-from igseg.network.loading import NetworkSource, load_model
+from igseg.network.kinds import Meaning, NetworkSource
+from igseg.network.loading import load_model
 from igseg.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from igseg.analysis.describe import ReadImage, describe, explain, fit
-from igseg.checks.verdict import accuracy_warning
-from igseg.data.medical import check_nifti
 from igseg.data.pixels import BYTES_A_PIXEL, MOST_PIXELS, LoadedImage, crop_image
 from igseg.data.samples import Sample, fitted_truth, over_image
-from igseg.errors import InputError, check_choice
-from igseg.results.export import EXPORTS, export_maps
-from igseg.results.files import FIGURES, missing_figures, redraw_missing, write_image
+from igseg.errors import InputError
+from igseg.results.export import Output
+from igseg.results.files import missing_figures, redraw_missing, write_image
 from igseg.results.finished import finished_statistics, judged_again, resume_key
 
 if TYPE_CHECKING:
@@ -28,29 +23,6 @@ if TYPE_CHECKING:
 NEED_TRUTH = ('truth', 'false-positive', 'false-negative')  # of the targets
 LARGE_IN_TILES = 10_000_000  # pixels, from which on their memory is told
 TILED_BYTES_A_PIXEL = 180  # of a picture in tiles, its maps and their figures: 165, measured
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where results go, and what is written."""
-
-    folder: Path
-    figures: str = 'all'  # of each image, a key of FIGURES
-    overwrite: bool = False  # compute finished images again
-    export: str | None = None  # a key of EXPORTS: maps in the geometry of their images
-
-    def __post_init__(self) -> None:
-        check_choice('figures', self.figures, FIGURES)
-        if self.export is not None:
-            check_choice('export', self.export, EXPORTS)
-        if self.export == 'nifti':
-            check_nifti()  # before hours are spent
-        object.__setattr__(self, 'folder', Path(self.folder))
-
-    def exported(self, folders: Sequence[str]) -> list[Path]:
-        """The files of the maps of these folders, written now, where that is wanted. Raises
-        OutputError, InputError."""
-        return [] if self.export is None else export_maps(self.folder, folders, self.export)
 
 
 # --------------------------------------------------------------------------- reading
@@ -159,10 +131,3 @@ def finish_sample(
     if write is not None:
         write()
     return by_target
-
-
-def say_warnings(statistics: dict[str, Any], said: Sequence[str] = ()) -> None:
-    """What the user must not miss about one image, on stderr. said: what was told already."""
-    for text in (*statistics['notes'], accuracy_warning(statistics)):
-        if text and text not in said:
-            tqdm.write(f'{statistics["image"]}: {text}', file=sys.stderr)

@@ -26,10 +26,15 @@ import numpy as np
 from tqdm import tqdm
 
 from igseg.analysis.job import DONE, FAILED, GRACE, NETWORK_DELAY, POLL, SKIPPED, Outcome, Share
-from igseg.checks.verdict import Thresholds, batch_findings, concerns, gap_tolerance_of
+from igseg.checks.verdict import (
+    Thresholds,
+    accuracy_warning,
+    batch_findings,
+    concerns,
+    gap_tolerance_of,
+)
 from igseg.errors import OutputError
 from igseg.maps import rank_correlation
-from igseg.results.figures import summary_figure
 from igseg.results.files import figure_writer, image_files, read_statistics, write_files
 from igseg.results.page import Page, report_html
 from igseg.settings import reproducing_command
@@ -127,6 +132,13 @@ class StatisticsFiles(Sequence[Statistics]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         return read_statistics(self._output_dir / self._folders[index])
+
+
+def say_warnings(statistics: dict[str, Any], said: Sequence[str] = ()) -> None:
+    """What the user must not miss about one image, on stderr. said: what was told already."""
+    for text in (*statistics['notes'], accuracy_warning(statistics)):
+        if text and text not in said:
+            tqdm.write(f'{statistics["image"]}: {text}', file=sys.stderr)
 
 
 # --------------------------------------------------------------------------- while it runs
@@ -446,6 +458,8 @@ def write_summary(
         writers[output_dir / 'failures.csv'] = lambda path: failures.to_csv(path, index=False)
     done = table[table['status'] == DONE]
     if len(done):
+        from igseg.results.figures import summary_figure  # with matplotlib, which takes a while
+
         figure = summary_figure(
             done, gap_tolerance_of(settings), result.overview['ratio_dice_correlation'],
             Thresholds(**settings['thresholds']),

@@ -524,6 +524,13 @@ class DataSource:
         """Whether a flag names the folder of the images or of the masks."""
         return self.images_dir is not None or self.masks_dir is not None
 
+    def checked_folder(self) -> Path:
+        """The folder of the dataset. Raises InputError where there is none."""
+        root = Path(self.data_dir)
+        if not root.is_dir():
+            raise InputError(f'data folder not found: {root} (give an existing --data_dir)')
+        return root
+
     def names(self) -> dict[str, str]:
         """The flags on the names of masks, with their values."""
         flags = {name: getattr(self, name) for name in ('mask_suffix', 'mask_prefix', 'mask_name')}
@@ -653,9 +660,7 @@ def _places_text(folder: Path, source: DataSource) -> str:
 
 def _by_looking(source: DataSource) -> Listing:
     """The images and masks in the first layout that finds images. Raises InputError."""
-    root = Path(source.data_dir)
-    if not root.is_dir():
-        raise InputError(f'data folder not found: {root} (give an existing --data_dir)')
+    root = source.checked_folder()
     splits = (*SPLITS, '') if source.split is None else (source.split,)
     for split in splits:
         if source.split is None and split and not _split_is_there(root, split):

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-import segmentation_models_pytorch as smp
 import torch
 
 from igseg.errors import InputError, one_line
+from igseg.network.kinds import check_model_path
 
 ENCODER, HEAD = 'encoder.', 'segmentation_head.'  # every network of smp has both
 AVERAGED = re.compile(r'ema|averag|swa|teacher|shadow', re.IGNORECASE)  # taken where it is alone
@@ -214,6 +214,8 @@ def _named_in(hyperparameters: object) -> dict[str, object]:
     """Architecture and encoder, where hyperparameters (of Lightning) name ones that exist."""
     if not isinstance(hyperparameters, dict):
         return {}
+    import segmentation_models_pytorch as smp  # takes seconds
+
     settings: dict[str, object] = {}
     for key, value in hyperparameters.items():
         name = value.lower() if isinstance(value, str) else ''
@@ -417,6 +419,8 @@ def _weights_of(
 
 def _pretrained_settings(config_path: Path) -> dict[str, object]:
     """What `save_pretrained` writes of a model."""
+    import segmentation_models_pytorch as smp  # takes seconds
+
     try:
         config = json.loads(config_path.read_text(encoding='utf-8'))
         name = config.pop('_model_class')
@@ -494,8 +498,5 @@ def read_checkpoint(
     """
     if path.is_dir():
         return _read_folder(path, weights_key, names)
-    if not path.is_file():
-        raise InputError(f'model file not found: {path} (check --model_path)')
-    if path.stat().st_size == 0:
-        raise InputError(f'model file is empty (0 bytes): {path} (copy or save it again)')
+    check_model_path(path)
     return _weights_of(_read_file(path), path, weights_key, names)

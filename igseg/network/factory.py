@@ -20,6 +20,7 @@ import torch
 from igseg.errors import InputError, one_line
 from igseg.network.checkpoint import Checkpoint
 from igseg.network.identity import of_library
+from igseg.network.kinds import place_and_name
 
 PROBED_SIDES = (64, 224, 256)  # pixels, of inputs on which a network is tried
 NAMED = 3  # tensors in a sentence
@@ -70,8 +71,6 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _module_of_file(path: Path) -> object:
-    if not path.is_file():
-        raise InputError(f'model factory not found: {path} (check --model_factory)')
     path = path.resolve()
     own = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
     spec = importlib.util.spec_from_file_location(own, path)
@@ -95,12 +94,7 @@ def _module_of_name(name: str) -> object:
 def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Module:
     """The module that a factory gives: FILE.py:FUNCTION or package.module:function, a function or a
     class. options: its keyword arguments. Raises InputError for whatever goes wrong in it."""
-    place, _, name = factory.rpartition(':')
-    if not place or not name:
-        raise InputError(
-            f'model factory "{factory}" is not of the form FILE.py:FUNCTION or '
-            'package.module:function'
-        )
+    place, name = place_and_name(factory)
     with _own_code(f'model factory {factory} cannot be imported'):
         module = _module_of_file(Path(place)) if place.endswith('.py') else _module_of_name(place)
     try:

@@ -8,17 +8,15 @@ names and shapes.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import segmentation_models_pytorch as smp
 import torch
 
 from igseg.errors import InputError, one_line
@@ -33,6 +31,8 @@ from igseg.network.kinds import (
     LOGITS,
     MULTILABEL,
     OUTPUT_KINDS,
+    NetworkSource,
+    check_device_name,
 )
 from igseg.network.recognise import NO_OPTIONS, defaults_of, head_weight, recognise
 from igseg.preprocessing import (
@@ -56,15 +56,11 @@ def resolve_device(name: str | torch.device = 'auto') -> torch.device:
 
     Raises InputError for an unknown device or one this machine lacks.
     """
+    check_device_name(str(name))
     if str(name) == 'auto':
         mps = torch.backends.mps.is_available()
         return torch.device('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu')
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ('cuda', 'mps', 'cpu'):
-        raise InputError(f'unknown device "{name}" (use auto, cuda, mps or cpu)')
+    device = torch.device(name)
     if device.type == 'cuda':
         if not torch.cuda.is_available():
             raise InputError('--device cuda: no CUDA GPU is available (use --device auto or cpu)')
@@ -137,6 +133,8 @@ def create_model(
     if not isinstance(encoder, str) or not re.fullmatch(r'[\w.-]+', encoder):
         # timm would look for "hf-hub:…" on the network
         raise InputError(f'"{str(encoder)[:50]}" is no name of an encoder')
+    import segmentation_models_pytorch as smp  # takes seconds
+
     try:
         return smp.create_model(
             architecture, encoder, None, in_channels=in_channels, classes=classes, **options
@@ -316,34 +314,6 @@ def described(
     return model
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, object]:
-    """Arguments of an architecture, each given as NAME=VALUE; values as Python writes them, or
-    text. Raises InputError."""
-    options: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition('=')
-        if not equals or not name.isidentifier():
-            raise InputError(f'model option "{pair}" is not of the form NAME=VALUE')
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            options[name] = value
-    return options
-
-
-@dataclass(frozen=True)
-class NetworkSource:
-    """Where a network comes from: the arguments of `load_model`."""
-
-    model_path: str | Path
-    device: str | torch.device = 'auto'
-    encoder: str | None = None
-    architecture: str | None = None
-    weights_key: str | None = None
-    model_options: Mapping[str, object] | None = None
-    model_factory: str | None = None
-
-
 def load_model(
     model_path: str | Path,
     device: str | torch.device = 'auto',
@@ -371,11 +341,12 @@ def load_model(
 
     Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
     """
+    NetworkSource(
+        model_path, device, encoder, architecture, weights_key, model_options, model_factory
+    ).check()
     path, device = Path(model_path), resolve_device(device)
     if model_factory is None:
         built = _smp_network(path, weights_key, architecture, encoder, dict(model_options or {}))
-    elif architecture or encoder:
-        raise InputError('a model factory goes without --architecture and --encoder')
     else:
         built = _network_of_factory(path, weights_key, model_factory, dict(model_options or {}))
     model, checkpoint, source, notes = built

@@ -23,12 +23,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import segmentation_models_pytorch as smp
-import timm
 import torch
 
 from igseg.errors import InputError, check_choice
 from igseg.network.checkpoint import ENCODER, HEAD, INFLATION
+from igseg.network.kinds import ARCHITECTURES
 
 DECODER = 'decoder.'
 
@@ -268,6 +267,8 @@ _READERS: dict[str, Callable[[Shapes, int], dict[str, object]]] = {
 @cache
 def defaults_of(architecture: str) -> dict[str, object]:
     """The arguments of an architecture, and what they are where nothing is said."""
+    import segmentation_models_pytorch as smp  # takes seconds
+
     parameters = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture]).parameters
     return {name: parameter.default for name, parameter in parameters.items()}
 
@@ -314,6 +315,9 @@ def encoder_index() -> dict[str, Any]:
 
 def index_is_current() -> bool:
     """Whether the index was made with the installed libraries."""
+    import segmentation_models_pytorch as smp  # takes seconds
+    import timm
+
     return encoder_index()['versions'] == {'smp': smp.__version__, 'timm': timm.__version__}
 
 
@@ -337,6 +341,8 @@ def skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
 
 def _alike(name: str, shapes: Shapes) -> bool:
     """Whether one of smp's own encoders has such tensors, whatever the number of channels."""
+    import segmentation_models_pytorch as smp  # takes seconds
+
     encoder = skeleton(lambda: smp.encoders.get_encoder(name, weights=None))
     own = tensor_shapes(encoder.state_dict()) if encoder is not None else {}
     return own.keys() == shapes.keys() and all(
@@ -356,6 +362,8 @@ def _known_encoders(state: Mapping[str, torch.Tensor], decoder: _Decoder) -> lis
             entry = encoder_index()['encoders'].get(index_key(shapes, loose), {})
             found |= {tuple(names): None for depth in depths for names in entry.get(depth, ())}
     if not found and not index_is_current():
+        import segmentation_models_pytorch as smp  # takes seconds
+
         found = {(name,): None for name in smp.encoders.get_encoder_names() if _alike(name, shapes)}
     return list(found)
 
@@ -634,7 +642,7 @@ def recognise(
     """
     options = {k: v for k, v in (options or {}).items() if k not in NO_OPTIONS}
     if architecture is not None:
-        check_choice('architecture', architecture, tuple(smp.MODEL_ARCHITECTURES_MAPPING))
+        check_choice('architecture', architecture, ARCHITECTURES)
     for spelling in _spellings(state):
         found = _recognise(spelling, path, build, architecture, encoder, options)
         if found:

@@ -10,14 +10,15 @@ a cropped image and the other slices of a volume, holds NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from igseg.data.medical import Geometry, save_volume, shape_of_nifti, slice_ending
-from igseg.errors import InputError
-from igseg.results.files import in_file_names, load_view, read_statistics, write_files
+from igseg.data.medical import Geometry, check_nifti, save_volume, shape_of_nifti, slice_ending
+from igseg.errors import InputError, check_choice
+from igseg.results.files import FIGURES, in_file_names, load_view, read_statistics, write_files
 from igseg.statistics import Statistics
 
 EXPORTS = {'nifti': '.nii.gz', 'tiff': '.tif', 'npy': '.npy'}  # and their files' endings
@@ -142,3 +143,29 @@ def export_maps(output_dir: Path, folders: Sequence[str], kind: str) -> list[Pat
         written.append(_write_volume(output_dir / names[volume], Path(volume.source), output_dir,
                                      own))  # fmt: skip
     return written
+
+
+# --------------------------------------------------------------------------- what is written where
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go, and what is written."""
+
+    folder: Path
+    figures: str = 'all'  # of each image, a key of FIGURES
+    overwrite: bool = False  # compute finished images again
+    export: str | None = None  # a key of EXPORTS: maps in the geometry of their images
+
+    def __post_init__(self) -> None:
+        check_choice('figures', self.figures, FIGURES)
+        if self.export is not None:
+            check_choice('export', self.export, EXPORTS)
+        if self.export == 'nifti':
+            check_nifti()  # before hours are spent
+        object.__setattr__(self, 'folder', Path(self.folder))
+
+    def exported(self, folders: Sequence[str]) -> list[Path]:
+        """The files of the maps of these folders, written now, where that is wanted. Raises
+        OutputError, InputError."""
+        return [] if self.export is None else export_maps(self.folder, folders, self.export)

@@ -17,7 +17,8 @@ from torch import nn
 
 from igseg.errors import InputError
 from igseg.network.factory import build_network, tried_channels
-from igseg.network.loading import load_model, parse_options
+from igseg.network.kinds import parse_options
+from igseg.network.loading import load_model
 from integrated_gradients import IntegratedGradients, main
 
 UNET = """

@@ -7,7 +7,8 @@ import segmentation_models_pytorch as smp
 import torch
 from helpers import DEMO_MODEL
 
-from igseg.network.loading import create_model, parse_options
+from igseg.network.kinds import parse_options
+from igseg.network.loading import create_model
 from integrated_gradients import ARCHITECTURES, InputError, load_model
 
 ENCODER = 'timm-mobilenetv3_small_minimal_100'
