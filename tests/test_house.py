@@ -1,4 +1,4 @@
-"""The house: which module may import which, how large they are, and which of them need no torch.
+"""The house: which module may import which, and how large they are.
 
 A module that is new gets its place in ORDER: below (after) all that it imports.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -27,23 +25,11 @@ igseg.checks: effort subject curves checks verdict
 igseg.results: regions view sheet figures files finished export page
 igseg: settings
 igseg.analysis: references image tiles study truth describe sample job summary batch
-igseg: command_line
+igseg: command_line start
 integrated_gradients run_integrated_gradients
 """
 FOLDERS = ('data', 'network', 'engine', 'method', 'checks', 'results', 'analysis')
 PICTURES, GRADIENTS = ('data',), ('network', 'engine', 'method')  # the two wings
-
-# What is imported in processes that only draw and write, and before the first question is asked.
-WITHOUT_TORCH = """
-igseg: errors program setting maps explanation preprocessing statistics
-igseg.data: medical pixels truth masks annotations layouts samples
-igseg.network: kinds
-igseg.method: choice rules
-igseg.checks: effort verdict
-igseg.results: regions view sheet figures files finished export page
-igseg: settings
-igseg.analysis: job
-"""
 
 MODULE_LINES, BODY_LINES, FILES, CHAIN = 700, 50, 10, 14
 LONG_BODIES: set[str] = set()
@@ -167,15 +153,3 @@ def test_chains_of_imports_are_short():
         return 1 + max((height(one) for one in imports(module) & MODULES.keys()), default=0)
 
     assert max(height(module) for module in MODULES) <= CHAIN
-
-
-def test_what_only_reads_draws_or_writes_needs_no_torch():
-    script = (
-        'import importlib, sys\n'
-        'for name in sys.argv[1:]:\n'
-        '    importlib.import_module(name)\n'
-        '    assert "torch" not in sys.modules, name'
-    )
-    command = [sys.executable, '-c', script, *names(WITHOUT_TORCH)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
