@@ -46,7 +46,7 @@ UNITS = {'%': 'share'}  # stored from 0 to 1, shown as per cent
 def test_readme_is_a_link_and_short():
     assert (ROOT / 'README.md').is_symlink()
     assert (ROOT / 'README.md').resolve() == ROOT / 'README_Integrated_Gradients.md'
-    assert len(README.splitlines()) <= 330
+    assert len(README.splitlines()) <= 350
 
 
 def test_every_flag_stands_in_the_table_with_its_default():
@@ -137,7 +137,7 @@ def test_the_commands_are_valid_and_name_files_that_exist(command):
     assert (ROOT / (args.image_path or args.data_dir)).exists()
 
 
-READ_BY_USERS = sorted((ROOT / 'docs').glob('*.md'))
+READ_BY_USERS = [ROOT / 'README_Integrated_Gradients.md', *sorted((ROOT / 'docs').glob('*.md'))]
 DOCUMENTS = sorted({path.resolve() for path in [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'),
                     *(ROOT / 'demo').glob('*.md'), *(ROOT / 'benchmarks').rglob('*.md')]
                     if 'work' not in path.relative_to(ROOT).parts})  # fmt: skip
@@ -211,6 +211,68 @@ def anchors(document: Path) -> set[str]:
     text = prose(document)
     headings = {anchor(line) for line in text.splitlines() if line.startswith('#')}
     return headings | set(re.findall(r'<a id="([\w-]+)"></a>', text))
+
+
+def test_the_readme_gives_the_speed_that_was_measured():
+    part = README[README.index('## Speed beside Captum') :].partition('\n## ')[0]
+    rows = re.findall(r'^\| .* \|$', part, re.MULTILINE)
+    assert len(rows) > 4
+    assert all(row in PAGES['speed'] for row in rows)
+
+
+def test_the_readme_gives_the_shares_and_medians_of_methods_that_were_measured():
+    planted: dict[str, list[int]] = {}
+    for cells in measured('planted_methods.md', '| evidence |'):
+        planted.setdefault(base(cells[3]), []).append(int(cells[5].rstrip('%')))
+    slices = {
+        base(row[0]): row for row in measured('compare_methods_demo.md', '| method | deletion')
+    }
+    rows = table(README, '| method | planted')
+    assert len(rows) == len(planted) == len(slices) + 1
+    for method, share, *figures in rows:
+        known = planted[base(method)]
+        assert share == f'{min(known)} to {max(known)} %', method
+        if base(method) != 'edges':
+            row = slices[base(method)]
+            medians = [row[place].partition(' ')[0].replace('%', ' %') for place in (6, 5, 7, 1)]
+            assert figures == medians, method
+
+
+def test_the_readme_gives_the_verdicts_that_were_counted():
+    counted = {'quick': [[0, 0], [0, 0]], 'full': [[0, 0], [0, 0]]}
+    page = PAGES['checks_and_verdict']
+    for line in re.findall(r'^\| .*, `(?:quick|full)` \| .*$', page, re.MULTILINE):
+        name, good, *broken = cells_of(line)
+        if 'reference' in name and 'quick' in name:
+            continue  # of these few images, README gives those of `full` only
+        for kind, cells in enumerate(([good], broken)):
+            for cell in cells:
+                bad, of = map(int, cell.split('/'))
+                sums = counted['quick' if 'quick' in name else 'full'][kind]
+                sums[0], sums[1] = sums[0] + bad, sums[1] + of
+    for kind, (_, quick, full) in enumerate(table(README, '| maps | called bad')):
+        assert quick == '{} of {}'.format(*counted['quick'][kind])
+        assert full == '{} of {}'.format(*counted['full'][kind])
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip('|').split('|')]
+
+
+def table(text: str, start: str) -> list[list[str]]:
+    """The rows of the table whose heading begins so."""
+    lines = text[text.index(start) :].partition('\n\n')[0].splitlines()
+    return [cells_of(line) for line in lines[2:]]
+
+
+def measured(name: str, start: str) -> list[list[str]]:
+    """The rows of a table in benchmarks/results."""
+    return table((ROOT / 'benchmarks' / 'results' / name).read_text(encoding='utf-8'), start)
+
+
+def base(method: str) -> str:
+    """The name of a method in a table, without its layer and what is said of it."""
+    return re.split(r'[: ]', method.strip('`').replace('`', ''))[0]
 
 
 def test_what_is_imported_in_the_documents_can_be_imported():

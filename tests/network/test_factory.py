@@ -378,7 +378,7 @@ def test_a_lazy_network_is_told(folder, capsys):
 
 
 def other_library(package: str, folder) -> tuple[str, list[str]]:
-    """A network of a library, saved: the factory and its options, as README has them."""
+    """A network of a library, saved: the factory and its options, as docs/input.md has them."""
     if package == 'monai':
         options = ['spatial_dims=2', 'in_channels=1', 'out_channels=2', 'channels=(4,8,16)',
                    'strides=(2,2)']  # fmt: skip
