@@ -179,7 +179,7 @@ class LogitsOfTarget:
         return Crops(target) if self.explanation.cropping.fell_back else self.engine.crops(target)
 
     def __call__(self, points: torch.Tensor) -> torch.Tensor:
-        return self.engine.seen(points, self.crops)
+        return self.engine.cropped_logits(points, self.crops)
 
 
 class Explainer(Protocol):

@@ -1,8 +1,8 @@
 """Boxes of tensors, and which box of its inputs an operation needs for a box of its result.
 
 A *box* has one span for each axis of a tensor: from and to, or None for the whole axis, as always
-for the batch. `CROP_RULES` has one rule for each kind of operation; one without a rule asks for its
-whole inputs.
+for the batch. `CROP_RULES` has a rule for each kind of operation. An operation without a rule needs
+its whole inputs.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ aten = torch.ops.aten
 
 Span = tuple[int, int] | None  # from, to; None: the whole axis
 Box = tuple[Span, ...]
-MERGE_SLACK = 256  # pixels that two boxes may grow by to become one: an operation costs too
+# Two boxes are joined where this adds at most so many pixels: each box also costs an operation.
+MERGE_SLACK = 256
 
 
 def whole(shape: Shape | None) -> Box:
-    """The box of all of a tensor."""
+    """The box that is a whole tensor."""
     return () if shape is None else (None,) * len(shape)
 
 
 def trimmed(box: Box, shape: Shape) -> Box:
-    """A box cut to a tensor; a span over all of an axis becomes None. An axis whose length depends
-    on the batch is never cut."""
+    """A box without the parts outside of its tensor. A span over a whole axis becomes None. An axis
+    whose length depends on the batch is always whole."""
     return tuple(
         None
         if span is None or size is None or (span[0] <= 0 and span[1] >= size)
@@ -48,16 +49,16 @@ def trimmed(box: Box, shape: Shape) -> Box:
     )
 
 
-def around(a: Box, b: Box) -> Box:
-    """The smallest box around two."""
+def bounding_box(a: Box, b: Box) -> Box:
+    """The smallest box that contains two boxes."""
     return tuple(
         None if p is None or q is None else (min(p[0], q[0]), max(p[1], q[1]))
         for p, q in zip(a, b, strict=True)
     )
 
 
-def holds(outer: Box, inner: Box) -> bool:
-    """Whether a box lies within another."""
+def contains(outer: Box, inner: Box) -> bool:
+    """Whether the outer box contains the inner one."""
     return all(
         o is None or (i is not None and o[0] <= i[0] and i[1] <= o[1])
         for o, i in zip(outer, inner, strict=True)
@@ -65,7 +66,7 @@ def holds(outer: Box, inner: Box) -> bool:
 
 
 def slices_of(outer: Box, inner: Box) -> tuple[slice, ...]:
-    """Where a box lies within another that holds it."""
+    """The inner box as slices of the outer box, which contains it."""
     return tuple(
         slice(None) if i is None or i == o
         else slice(i[0] - (o[0] if o else 0), i[1] - (o[0] if o else 0))
@@ -74,20 +75,20 @@ def slices_of(outer: Box, inner: Box) -> tuple[slice, ...]:
 
 
 def length_of(span: Span, size: int | None) -> int:
-    """Of a span of an axis of that size, which is known where the span is all of it."""
+    """The length of a span; size: the length of its whole axis."""
     if span is not None:
         return span[1] - span[0]
-    assert size is not None  # an axis whose length depends on the batch is never cut
+    assert size is not None  # nobody asks for the length of the batch
     return size
 
 
 def _volume(box: Box, shape: Shape, axes: Sequence[int]) -> int:
-    """The places in a box, along some axes."""
+    """The number of places in a box, counted along some axes only."""
     return math.prod(length_of(box[axis], shape[axis]) for axis in axes)
 
 
 def merged(boxes: Iterable[Box], shape: Shape | None) -> list[Box]:
-    """Boxes that cover the same, of which no two are better computed as one."""
+    """Boxes that cover the given ones. Two boxes are joined wherever that is no more work."""
     left = sorted(set(boxes), key=repr)
     if shape is None:
         return left
@@ -95,14 +96,14 @@ def merged(boxes: Iterable[Box], shape: Shape | None) -> list[Box]:
     while changed:
         changed = False
         for a, b in itertools.combinations(left, 2):
-            one = trimmed(around(a, b), shape)
+            joined = trimmed(bounding_box(a, b), shape)
             cut = [n for n, (p, q) in enumerate(zip(a, b, strict=True)) if p or q]
             apart, together = (
                 _volume(a, shape, cut) + _volume(b, shape, cut),
-                _volume(one, shape, cut),
+                _volume(joined, shape, cut),
             )
             if together <= apart + MERGE_SLACK:
-                left = [box for box in left if box not in (a, b)] + [one]
+                left = [box for box in left if box not in (a, b)] + [joined]
                 changed = True
                 break
     return sorted(set(left), key=repr)
@@ -115,44 +116,45 @@ def merged(boxes: Iterable[Box], shape: Shape | None) -> list[Box]:
 class Part:
     """How a box of an operation's result is computed."""
 
-    box: Box  # what comes out: at least what was asked for
-    needs: tuple[tuple[Operation, Box], ...]  # one for each of `inputs_of`, or for those needed
-    compute: Compute  # from their values
+    box: Box  # the box that is computed, which contains the wanted one
+    needs: tuple[tuple[Operation, Box], ...]  # inputs, in the order of `inputs_of`, and their boxes
+    compute: Compute  # the values of `needs` -> the value of the box
 
 
 class NoRule(Exception):
-    """This box cannot be had from less than the whole inputs."""
+    """A box that can only be computed from the whole inputs."""
 
 
 def whole_part(operation: Operation) -> Part:
-    """All of an operation's result from all of its inputs."""
+    """The whole result of an operation from its whole inputs."""
     needs = tuple((source, whole(source.shape)) for source in inputs_of(operation))
     return Part(whole(operation.shape), needs, call_of(operation))
 
 
 def _needs(operation: Operation, boxes: dict[str, Box]) -> tuple[tuple[Operation, Box], ...]:
-    """The needs of an operation with these boxes of the inputs so named, all of the others."""
-    given = {id(operation.arguments[name]): box for name, box in boxes.items()}
+    """The needs of an operation: the given boxes of the inputs with these names, and the whole of
+    all other inputs."""
+    box_of = {id(operation.arguments[name]): box for name, box in boxes.items()}
     return tuple(
-        (source, trimmed(given[id(source)], source.axes))
-        if id(source) in given
+        (source, trimmed(box_of[id(source)], source.axes))
+        if id(source) in box_of
         else (source, whole(source.shape))
         for source in inputs_of(operation)
     )
 
 
 def _same_place(operation: Operation, box: Box, source: Operation) -> Box:
-    """The box of an input that broadcasts to a box of the result."""
+    """The box of an input that is broadcast to a box of the result."""
     if not source.shape:  # a number
         return ()
     rank = len(source.shape)
     axes = zip(box[len(box) - rank :], operation.axes[-rank:], source.shape, strict=True)
-    same = tuple(None if own != size else span for span, size, own in axes)
-    return trimmed(same, source.shape)
+    spans = tuple(None if length != size else span for span, size, length in axes)
+    return trimmed(spans, source.shape)
 
 
 def pointwise(operation: Operation, box: Box) -> Part:
-    """Every place of the result from the same place of the inputs; broadcast axes are whole."""
+    """Each place of the result needs the same place of the inputs, and broadcast axes whole."""
     needs = tuple((source, _same_place(operation, box, source)) for source in inputs_of(operation))
     return Part(box, needs, call_of(operation))
 
@@ -163,7 +165,7 @@ def _with_whole(box: Box, axes: Iterable[int]) -> Box:
 
 
 def prelu(operation: Operation, box: Box) -> Part:
-    """A slope for each channel, whose axis is whole."""
+    """Each channel has its slope, so the axis of the channels is whole."""
     box = _with_whole(box, [1])
     return Part(box, _needs(operation, {'self': box}), call_of(operation))
 
@@ -179,8 +181,8 @@ class Window:
 
 
 def _read(span: Span, size: int | None, window: Window) -> tuple[Span, tuple[int, int]]:
-    """What a sliding window reads of an axis for a span of its result, and the padding that is
-    left: what reaches beyond the tensor's true ends."""
+    """The span of an axis that a sliding window reads for a span of its result; and the padding
+    before and after it, which is left only where the window reaches beyond the tensor's ends."""
     if span is None:
         return None, window.pads
     if size is None:
@@ -190,30 +192,30 @@ def _read(span: Span, size: int | None, window: Window) -> tuple[Span, tuple[int
     stop = last + window.dilation * (window.kernel - 1) + 1
     read = (max(start, 0), min(stop, size))
     if read[0] >= read[1]:
-        raise NoRule  # padding alone
+        raise NoRule  # nothing but padding
     return read, (max(-start, 0), max(stop - size, 0))
 
 
 def _reads(box: Box, shape: Shape, windows: Sequence[Window]) -> tuple[tuple[Span, Span], Pads]:
-    """`_read` of the rows and the columns of a box, by the window of each."""
+    """`_read` for the rows and for the columns of a box, each with its window."""
     rows, above = _read(box[2], shape[2], windows[0])
     columns, left = _read(box[3], shape[3], windows[1])
     return (rows, columns), (above, left)
 
 
 def conv2d(operation: Operation, box: Box) -> Part:
-    """All channels of the rows and columns under the kernel."""
-    how = operation.sliding()
-    sides = zip(how.kernel, how.stride, how.dilation, how.pads, strict=True)
+    """All channels of the rows and columns that the kernel covers."""
+    sliding = operation.sliding()
+    sides = zip(sliding.kernel, sliding.stride, sliding.dilation, sliding.pads, strict=True)
     reads, pads = _reads(box, operation.tensor('input').axes, [Window(*side) for side in sides])
     needs = _needs(operation, {'input': (None, None, *reads)})
-    run = call_of(operation, how=replace(how, pads=pads))
+    run = call_of(operation, sliding=replace(sliding, pads=pads))
     return Part((None, None, *box[2:]), needs, run)
 
 
 def conv_transpose2d(operation: Operation, box: Box) -> Part:
-    """Input i is spread over the results from i * stride - padding on; what is beside the span
-    is cut off afterwards."""
+    """Input i is spread over the results from i * stride - padding on. Results outside the span
+    are cut off afterwards."""
     source, weight = operation.tensor('input'), operation.tensor('weight')
     reads: list[Span] = []
     cuts, extra = [], []
@@ -230,7 +232,8 @@ def conv_transpose2d(operation: Operation, box: Box) -> Part:
         end = last * stride - padding + reach + 1
         reads.append((first, last + 1))
         cuts.append(slice(a - begin, b - begin))
-        extra.append(max(0, b - end))  # at the far end, and in gaps of a stride beyond the kernel
+        # Results at the far end that no input reaches; also gaps, if the stride exceeds the kernel.
+        extra.append(max(0, b - end))
         if a < begin:
             raise NoRule
     run = call_of(operation, padding=[0, 0], output_padding=extra)
@@ -243,20 +246,20 @@ class Pooling:
     """What a pooling needs for a box of its result."""
 
     needs: tuple[tuple[Operation, Box], ...]
-    sides: tuple[int, int, int, int]  # the padding that is left: left, right, above, below
+    sides: tuple[int, int, int, int]  # the remaining padding: left, right, above, below
     stride: list[int]
 
 
 def _pooling(operation: Operation, box: Box) -> Pooling:
-    given = operation.arguments
+    arguments = operation.arguments
     if len(operation.axes) != 4:
         raise NoRule
     kernel = operation.pair('kernel_size')
-    stride = operation.pair('stride') if given.get('stride') else kernel
-    dilation = operation.pair('dilation') if 'dilation' in given else (1, 1)
+    stride = operation.pair('stride') if arguments.get('stride') else kernel
+    dilation = operation.pair('dilation') if 'dilation' in arguments else (1, 1)
     sides = zip(kernel, stride, dilation, operation.pair('padding'), strict=True)
     windows = [Window(k, s, d, (p, p)) for k, s, d, p in sides]
-    # With ceil_mode the last window may reach further out than the padding: every span is counted.
+    # With ceil_mode the last window may reach beyond the padding, so whole axes are counted too.
     spans = [span or (0, operation.length(2 + axis)) for axis, span in enumerate(box[2:])]
     reads, ((top, bottom), (left, right)) = _reads(
         (*box[:2], *spans), operation.tensor('self').axes, windows
@@ -266,7 +269,7 @@ def _pooling(operation: Operation, box: Box) -> Pooling:
 
 
 def max_pool2d(operation: Operation, box: Box) -> Part:
-    """The windows' rows and columns; where padding is left, it is minus infinity."""
+    """The rows and columns of the windows; padding is minus infinity."""
     pooling = _pooling(operation, box)
     run = call_of(operation, padding=[0, 0], stride=pooling.stride, ceil_mode=False)
     sides = pooling.sides
@@ -279,12 +282,12 @@ def max_pool2d(operation: Operation, box: Box) -> Part:
 
 
 def avg_pool2d(operation: Operation, box: Box) -> Part:
-    """The windows' rows and columns, with the zeros that count."""
-    given, pooling = operation.arguments, _pooling(operation, box)
+    """The rows and columns of the windows, with padding zeros, which count."""
+    arguments, pooling = operation.arguments, _pooling(operation, box)
     sides = pooling.sides
-    if given['ceil_mode'] or given['divisor_override'] is not None:
+    if arguments['ceil_mode'] or arguments['divisor_override'] is not None:
         raise NoRule
-    if any(sides) and not given['count_include_pad']:
+    if any(sides) and not arguments['count_include_pad']:
         raise NoRule
     run = call_of(operation, padding=[0, 0], stride=pooling.stride)
 
@@ -296,20 +299,21 @@ def avg_pool2d(operation: Operation, box: Box) -> Part:
 
 
 def _resizing_matrix(operation: Operation, axis: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weights (out, in) of an axis, of rows (0) or columns (1)."""
-    given, inputs = dict(operation.arguments), inputs_of(operation)
+    """The matrix (out, in) that resizes an axis: the rows (0) or the columns (1)."""
+    arguments, inputs = dict(operation.arguments), inputs_of(operation)
     if len(inputs) > 1:
-        raise NoRule  # sizes that are computed
-    if given.get('output_size') is not None:
-        given['output_size'] = [operation.length(2 + axis), 1]
-    if isinstance(scales := given.get('scale_factors'), list):
-        given['scale_factors'] = [scales[axis], 1.0]
-    if 'scales_h' in given:
-        given['scales_h'], given['scales_w'] = given[('scales_h', 'scales_w')[axis]], None
+        raise NoRule  # the size is computed from the image
+    if arguments.get('output_size') is not None:
+        arguments['output_size'] = [operation.length(2 + axis), 1]
+    if isinstance(scales := arguments.get('scale_factors'), list):
+        arguments['scale_factors'] = [scales[axis], 1.0]
+    if 'scales_h' in arguments:
+        scale = arguments[('scales_h', 'scales_w')[axis]]
+        arguments['scales_h'], arguments['scales_w'] = scale, None
     length = inputs[0].length(2 + axis)
-    given[next(iter(given))] = torch.eye(length, dtype=dtype).view(1, length, length, 1)
-    assert operation.target is not None  # it is one that is computed
-    resized: torch.Tensor = operation.target(**given)
+    arguments[next(iter(arguments))] = torch.eye(length, dtype=dtype).view(1, length, length, 1)
+    assert operation.target is not None  # the operation is computed
+    resized: torch.Tensor = operation.target(**arguments)
     return resized[0, :, :, 0].T
 
 
@@ -319,10 +323,10 @@ def _columns_used(matrix: torch.Tensor) -> tuple[int, int]:
 
 
 def resize(operation: Operation, box: Box) -> Part:
-    """Resizing is linear along each axis: a matrix, read off the resized identity, so that
+    """Resizing is a product with a matrix along each axis. The matrix is the resized identity, so
     coordinates, clamping at the borders and `align_corners` are those of the whole map."""
     source, cuts = inputs_of(operation)[0], [slice(*(span or (None,))) for span in box[2:]]
-    # In both precisions, since coordinates are rounded differently in them.
+    # In both precisions, since each rounds the coordinates differently.
     double, single = (
         [_resizing_matrix(operation, axis, dtype)[cut] for axis, cut in enumerate(cuts)]
         for dtype in (torch.float64, torch.float32)
@@ -343,12 +347,12 @@ def resize(operation: Operation, box: Box) -> Part:
 
 
 def _blocks(span: Span, size: int) -> Span:
-    """A span widened to whole blocks."""
+    """A span, extended to whole blocks."""
     return span and (span[0] // size * size, -(-span[1] // size) * size)
 
 
 def upsample_nearest2d(operation: Operation, box: Box) -> Part:
-    """By whole numbers: every pixel becomes a block, and whole blocks are computed."""
+    """With whole factors every pixel becomes a block, and whole blocks are computed."""
     source = inputs_of(operation)[0]
     factors = [operation.length(axis) / source.length(axis) for axis in (2, 3)]
     if not all(factor.is_integer() for factor in factors):
@@ -382,14 +386,14 @@ def pixel_unshuffle(operation: Operation, box: Box) -> Part:
 
 
 def cat(operation: Operation, box: Box) -> Part:
-    """Those of the tensors that lie in the span, each its part."""
+    """The parts of the tensors that lie in the span."""
     axis = operation.number('dim', 0) % len(box)
     span, start = box[axis], 0
     needs: list[tuple[Operation, Box]] = []
     for source in operation.tensors('tensors'):
         shape = source.axes
         if len(shape) != len(box):
-            raise NoRule  # an empty tensor, which cat leaves out
+            raise NoRule  # an empty tensor, which torch.cat ignores
         size = source.length(axis)
         part = span and (max(span[0] - start, 0), min(span[1] - start, size))
         if part is None or part[0] < part[1]:
@@ -407,7 +411,7 @@ def stack(operation: Operation, box: Box) -> Part:
 
 
 def slice_(operation: Operation, box: Box) -> Part:
-    """The same places counted from the slice's start."""
+    """The same places, counted from the start of the slice."""
     axis = operation.number('dim') % len(box)
     size, length = operation.tensor('self').length(axis), operation.length(axis)
     start, step = operation.number('start', 0), operation.number('step')
@@ -419,7 +423,7 @@ def slice_(operation: Operation, box: Box) -> Part:
 
 
 def select(operation: Operation, box: Box) -> Part:
-    """One place of an axis, which is gone."""
+    """One place of an axis; the result lacks this axis."""
     source = operation.tensor('self')
     axis = operation.number('dim') % len(source.axes)
     index = operation.number('index') % source.length(axis)
@@ -427,8 +431,8 @@ def select(operation: Operation, box: Box) -> Part:
     return Part(box, _needs(operation, {'self': reads}), call_of(operation, index=0))
 
 
-# How much of a tensor is shown by so much padding, by its mode.
-PADDING_SHOWS: dict[str, Callable[[int], int]] = {
+# By the mode of padding: width of the padding -> how many places of the tensor it repeats.
+PADDING_REPEATS: dict[str, Callable[[int], int]] = {
     'constant': lambda beyond: 0,
     'reflect': lambda beyond: beyond + 1,
     'replicate': lambda beyond: 1,
@@ -440,30 +444,31 @@ class Padded:
     """How a span of a padded axis is computed."""
 
     read: Span  # of the axis before it is padded
-    left: tuple[int, int]  # the padding that is left, before and after it
-    cut: slice  # what is wanted of the result
+    sides: tuple[int, int]  # the padding before and after the span that is read
+    cut: slice  # the wanted part of the padded span
 
 
 def _padded(span: tuple[int, int], size: int, first: int, mode: str) -> Padded:
-    """A span of an axis of that size, before which `first` places were put."""
-    (a, b), shown = span, PADDING_SHOWS[mode]
-    left, right = max(first - a, 0), max(b - first - size, 0)
+    """How a span of a padded axis is computed. size: of the axis before it is padded. first: the
+    number of places that the padding puts before it."""
+    (a, b), repeated = span, PADDING_REPEATS[mode]
+    before, after = max(first - a, 0), max(b - first - size, 0)
     low, high = max(a - first, 0), min(b - first, size)
-    high = max(high, shown(left)) if left else high
-    low = min(low, size - shown(right)) if right else low
+    high = max(high, repeated(before)) if before else high
+    low = min(low, size - repeated(after)) if after else low
     if low >= high:
-        raise NoRule  # padding alone
-    begin = a - first - (low - left)
-    return Padded((low, high), (left, right), slice(begin, begin + b - a))
+        raise NoRule  # nothing but padding
+    begin = a - first - (low - before)
+    return Padded((low, high), (before, after), slice(begin, begin + b - a))
 
 
 def pad(operation: Operation, box: Box) -> Part:
-    """Only what is left of the padding beyond the tensor's true ends; a mirror needs what it
+    """The padding that lies in the box; padding that mirrors or repeats needs the places that it
     shows."""
     source, shape = operation.tensor('self'), operation.tensor('self').axes
     mode = str(operation.arguments.get('mode') or 'constant')
-    filled = operation.arguments.get('value') or 0.0
-    if mode not in PADDING_SHOWS or not isinstance(filled, (int, float)):
+    fill = operation.arguments.get('value') or 0.0
+    if mode not in PADDING_REPEATS or not isinstance(fill, (int, float)):
         raise NoRule
     amounts, before = operation.numbers('pad'), [0] * len(box)
     for number, amount in enumerate(amounts[::2], start=1):
@@ -473,9 +478,9 @@ def pad(operation: Operation, box: Box) -> Part:
         else Padded(None, (0, 0), slice(None))
         for span, size, first, length in zip(box, shape, before, operation.axes, strict=True)
     ]  # fmt: skip
-    sides = [side for axis in reversed(axes) for side in axis.left][: len(amounts)]
+    sides = [side for axis in reversed(axes) for side in axis.sides][: len(amounts)]
     cuts = tuple(axis.cut for axis in axes)
-    value, reads = filled if mode == 'constant' else None, tuple(axis.read for axis in axes)
+    value, reads = fill if mode == 'constant' else None, tuple(axis.read for axis in axes)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
         return F.pad(x, sides, mode, value)[cuts]
@@ -491,7 +496,7 @@ def permute(operation: Operation, box: Box) -> Part:
 
 
 def transpose(operation: Operation, box: Box) -> Part:
-    """Two axes change places."""
+    """Two axes swapped."""
     a, b = (operation.number(name) % len(box) for name in ('dim0', 'dim1'))
     reads = list(box)
     reads[a], reads[b] = box[b], box[a]
@@ -508,14 +513,14 @@ def unsqueeze(operation: Operation, box: Box) -> Part:
 def squeeze(operation: Operation, box: Box) -> Part:
     """Without an axis of length 1."""
     if operation.arguments.get('dim') is None:
-        raise NoRule  # might take an axis that is of length 1 only after cropping
+        raise NoRule  # it might remove an axis that only cropping makes 1 long
     shape = operation.tensor('self').axes
     axes = {dim % len(shape) for dim in operation.numbers('dim')}
-    gone = {axis for axis in axes if shape[axis] == 1}
-    if gone != axes:
+    removed = {axis for axis in axes if shape[axis] == 1}
+    if removed != axes:
         raise NoRule
-    left = iter(box)
-    reads = tuple(None if axis in gone else next(left) for axis in range(len(shape)))
+    spans = iter(box)
+    reads = tuple(None if axis in removed else next(spans) for axis in range(len(shape)))
     return Part(box, _needs(operation, {'self': reads}), call_of(operation))
 
 
@@ -528,13 +533,13 @@ def reduce(operation: Operation, box: Box) -> Part:
     if operation.arguments.get('keepdim'):
         reads = _with_whole(box, axes)
     else:
-        left = iter(box)
-        reads = tuple(None if axis in axes else next(left) for axis in range(rank))
+        spans = iter(box)
+        reads = tuple(None if axis in axes else next(spans) for axis in range(rank))
     return Part(box, _needs(operation, {'self': reads}), call_of(operation))
 
 
 def along_axis(operation: Operation, box: Box) -> Part:
-    """A softmax: its axis is whole."""
+    """A softmax, whose axis is whole."""
     box = _with_whole(box, [operation.number('dim')])
     return Part(box, _needs(operation, {'self': box}), call_of(operation))
 
@@ -553,21 +558,21 @@ def linear(operation: Operation, box: Box) -> Part:
 
 
 def expand(operation: Operation, box: Box) -> Part:
-    """A broadcast, to as much as is asked for."""
-    source, asked = operation.tensor('self'), operation.arguments['size']
-    if len(source.axes) != len(box) or not isinstance(asked, (list, tuple)):
+    """A broadcast, to the size of the box."""
+    source, whole_sizes = operation.tensor('self'), operation.arguments['size']
+    if len(source.axes) != len(box) or not isinstance(whole_sizes, (list, tuple)):
         raise NoRule
-    sizes, reads = list(asked), []
-    for axis, (span, own) in enumerate(zip(box, source.axes, strict=True)):
-        spread = own == 1 and operation.axes[axis] != 1
+    sizes, reads = list(whole_sizes), []
+    for axis, (span, length) in enumerate(zip(box, source.axes, strict=True)):
+        spread = length == 1 and operation.axes[axis] != 1
         reads.append(None if spread else span)
         if isinstance(sizes[axis], int):
             sizes[axis] = (length_of(span, sizes[axis]) if spread else -1)  # fmt: skip
     return Part(box, _needs(operation, {'self': tuple(reads)}), call_of(operation, size=sizes))
 
 
-# By the operator's name. What is not here and works place by place is `pointwise`; of all others
-# the whole result is computed from the whole inputs.
+# The rules, by the names of operators. An operator that is not here and works place by place has
+# the rule `pointwise`. For all others the whole result is computed from the whole inputs.
 CROP_RULES: dict[str, Callable[[Operation, Box], Part]] = {
     'conv2d': conv2d,
     'conv_transpose2d': conv_transpose2d,
@@ -602,17 +607,17 @@ CROP_RULES: dict[str, Callable[[Operation, Box], Part]] = {
 
 
 def _is_pointwise(operation: Operation) -> bool:
-    """Whether PyTorch knows an operation as one that works place by place, without chance."""
+    """Whether an operation works place by place, without random numbers, as PyTorch says."""
     tags = getattr(operation.target, 'tags', ())
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
 def part_of(operation: Operation, box: Box) -> Part:
-    """How a box of an operation's result is computed, by its rule where it has one."""
+    """How a box of an operation's result is computed, by the operation's rule if it has one."""
     rule = CROP_RULES.get(operation.kind, pointwise if _is_pointwise(operation) else None)
     if rule is None or all(span is None for span in box):
         return whole_part(operation)
     try:
         return rule(operation, box)
-    except (NoRule, NotExportable):  # or an argument that is no plain number
+    except (NoRule, NotExportable):  # NotExportable: an argument is no plain number
         return whole_part(operation)

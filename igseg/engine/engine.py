@@ -1,14 +1,13 @@
 """Running a network for many gradient evaluations: the same numbers in less time.
 
-Integrated Gradients evaluates dF/dx tens to hundreds of times on fixed weights. The engine has a
-graph of the network made once (`preparation`), whose result is compared with the network's own on
-the user's input, and computes of it, for each image, only what the targets can see (`Crops`), which
-is compared with the whole too (`GradientEngine.compared_crops`). A network without a graph runs as
-it is.
+Integrated Gradients evaluates dF/dx tens to hundreds of times with fixed weights. The engine makes
+a graph of the network once (`preparation`) and compares its results with those of the network on
+the user's input. For each image it computes only what the targets depend on (`Crops`), and compares
+this with the whole too (`GradientEngine.compared_crops`). A network without a graph runs unchanged.
 
-Here: logits and gradients at given points, counted and checked to be finite. `sampler` asks for
-them along a path, `memory` says how many points go through the network at once, `precision` in
-which types it may be reduced.
+This file gives logits and gradients at points, counts them, and checks that they are finite.
+`sampler` asks for them along a path. `memory` says how many points go through the network at once,
+and `precision` which reduced types may be used.
 """
 
 from __future__ import annotations
@@ -49,34 +48,34 @@ from igseg.network.outputs import (
 )
 from igseg.network.score import Score, Target
 
-CHECKED_NODES = (0.25, 0.5)  # evaluated in float32 too, where precision is reduced
+CHECKED_NODES = (0.25, 0.5)  # nodes evaluated in float32 too, to check a reduced precision
 
-WORTHWHILE_CROP = 0.9  # of the whole network's work; a crop that needs more is left alone
-MOST_PARTS = 64  # of a region that are cropped apart; of more, the box around all
-MOST_GRAPHS = 4  # of image sizes that are kept
+WORTHWHILE_CROP = 0.9  # a crop must take at most this share of the whole network's operations
+MOST_PARTS = 64  # parts of a region that are cropped apart; more are cropped as one box
+MOST_GRAPHS = 4  # graphs that are kept, each for one size of images
 
 
 class FiniteFlags:
-    """Whether values were finite, noted on the device and asked later, once for many: to ask is to
-    wait for a GPU until it has computed them."""
+    """Notes on the device whether values are finite. They are read later, for many values at once,
+    since a read waits until the GPU has computed the values."""
 
     def __init__(self) -> None:
-        self._noted: list[tuple[torch.Tensor, str, Sequence[float]]] = []
+        self._notes: list[tuple[torch.Tensor, str, Sequence[float]]] = []
 
     def note(self, values: torch.Tensor, what: str, alphas: Sequence[float] = ()) -> None:
-        """Look at the samples of a batch, (N, ...). what: they are. alphas: of the samples, where
-        they are interpolation steps."""
-        self._noted.append((torch.isfinite(values).flatten(1).all(dim=1), what, alphas))
+        """Note for each sample of a batch (N, ...) whether it is finite. what: the name of the
+        values. alphas: those of the samples, where they are interpolation steps."""
+        self._notes.append((torch.isfinite(values).flatten(1).all(dim=1), what, alphas))
 
     def check(self) -> None:
-        """Raise NonFiniteError, which names the first sample that holds a NaN or an infinity; and
-        forget what was noted."""
-        noted, self._noted = self._noted, []
-        if not noted or bool(torch.cat([fine for fine, _, _ in noted]).all()):
+        """Raise NonFiniteError if a sample holds a NaN or an infinity; it names the first one. The
+        notes are then deleted."""
+        notes, self._notes = self._notes, []
+        if not notes or bool(torch.cat([finite for finite, _, _ in notes]).all()):
             return
-        for fine, what, alphas in noted:
-            if not bool(fine.all()):
-                first = int((~fine).nonzero()[0])
+        for finite, what, alphas in notes:
+            if not bool(finite.all()):
+                first = int((~finite).nonzero()[0])
                 raise NonFiniteError(what, alphas[first] if alphas else None)
 
 
@@ -86,24 +85,25 @@ def check_finite(
     alphas: Sequence[float] = (),
     flags: FiniteFlags | None = None,
 ) -> None:
-    """`FiniteFlags.note`, and `check` at once where there are no flags that are asked later."""
-    noted = FiniteFlags() if flags is None else flags
-    noted.note(values, what, alphas)
+    """Note in the flags whether values are finite (see `FiniteFlags.note`). Without flags, raise
+    NonFiniteError at once if they are not."""
+    collected = FiniteFlags() if flags is None else flags
+    collected.note(values, what, alphas)
     if flags is None:
-        noted.check()
+        collected.check()
 
 
 @dataclass
 class Passes:
-    """How many samples went through a network, for results (not for preparing it)."""
+    """How many samples went through a network, not counting those that only prepare it."""
 
     forward: int = 0
     gradients: int = 0
 
 
 def boxes_of(region: torch.Tensor) -> list[Box]:
-    """The boxes around the connected parts of a region (h, w) bool, as boxes of a map (N, K, h, w);
-    of very many, the one around all."""
+    """The boxes around the connected parts of a region (h, w) bool, as boxes of a map (N, K, h, w).
+    More than MOST_PARTS parts get a single box around all of them."""
     pixels = region.cpu().numpy().astype(np.uint8)
     count, _, stats, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
     parts = stats[1:, :4] if count - 1 <= MOST_PARTS else [cv2.boundingRect(pixels)]
@@ -114,18 +114,18 @@ def boxes_of(region: torch.Tensor) -> list[Box]:
 
 
 def place_of(box: Box) -> tuple[EllipsisType | slice, ...]:
-    """The rows and columns of a box, as an index of a whole map (..., h, w)."""
+    """The rows and columns of a box, as an index into a whole map (..., h, w)."""
     return (..., *slices_of((None,) * len(box), box)[-2:])
 
 
 @dataclass(frozen=True)
 class Crops:
-    """What of the output is computed for some targets: boxes of it, or all; and how the targets'
-    scores are made of it."""
+    """Which boxes of the output are computed for some targets, and how the scores of the targets
+    are computed from these boxes."""
 
     targets: tuple[Score, ...]
-    plan: Plan | None = None  # None: all of the output
-    parts: tuple[tuple[Score | None, ...], ...] = ()  # of each target, one in each box of the plan
+    plan: Plan | None = None  # None: the whole output is computed
+    parts: tuple[tuple[Score | None, ...], ...] = ()  # for each target its part in each box
     cropping: Cropping = field(default_factory=Cropping)
 
     def scores(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -138,7 +138,7 @@ class Crops:
                 (
                     part(logits)
                     for part, logits in zip(parts, maps, strict=True)
-                    if part is not None  # which then takes no part in its gradient
+                    if part is not None  # None: the gradient does not depend on this box
                 ),
                 start=nothing,
             )
@@ -147,19 +147,19 @@ class Crops:
 
 
 def parts_of(target: Target, boxes: Sequence[Box]) -> tuple[Target | None, ...]:
-    """A target's part in each of some boxes, which may overlap: each pixel counts in the first."""
-    left = target.weights.clone()
+    """The part of a target in each box. Where boxes overlap, a pixel belongs to the first box."""
+    remaining = target.weights.clone()
     parts: list[Target | None] = []
     for box in boxes:
         place = place_of(box)
-        weights = left[place].clone()
-        left[place] = 0
+        weights = remaining[place].clone()
+        remaining[place] = 0
         parts.append(replace(target, weights=weights) if bool(weights.any()) else None)
     return tuple(parts)
 
 
 def _try_reduced(graph: NetworkGraph, x: torch.Tensor, reduced: torch.dtype) -> None:
-    """Run a graph forth and back in a reduced type."""
+    """Run a graph forward and backward in a reduced type."""
     with torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         logits = graph.run(point, graph.whole, reduced)[0]
@@ -169,27 +169,30 @@ def _try_reduced(graph: NetworkGraph, x: torch.Tensor, reduced: torch.dtype) -> 
 class GradientEngine:
     """Logits and gradients of a network, from its graph.
 
-    The graph is made on the first image of a size, and again when the network's weights have
-    changed. `passes` counts the samples that went through the network, forth and back, in whole or
-    in part.
+    The graph is made on the first image of each size, and again when the network's weights have
+    changed. `passes` counts the samples that went through the network, forward and backward, as
+    whole maps or in crops.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, step_batch: int | None) -> None:
         self.model, self.device = model, device
         self.step_batch = StepBatch(device, step_batch)
         self.passes = Passes()
-        self.runs_reduced: dict[torch.dtype, bool] = {}  # whether the graph runs whole in a type
-        self.network: Network | None = None  # the graph, or what runs instead
+        # By the reduced type: whether the whole graph runs in it.
+        self.runs_reduced: dict[torch.dtype, bool] = {}
+        self.network: Network | None = None  # the graph, or the network that runs instead of it
         self.preparation: Preparation | None = None
-        self.output_note: str | None = None  # which of several maps is taken; None: none was seen
-        self._reduced_copies: dict[torch.dtype, nn.Module] = {}  # of what runs instead of a graph
+        # Which of several logit maps is explained; None: there is only one.
+        self.output_note: str | None = None
+        self._reduced_copies: dict[torch.dtype, nn.Module] = {}  # of a network without a graph
         self._fingerprint: Fingerprint | None = None
         self._prepared: dict[torch.Size, tuple[Network, Preparation]] = {}
-        self._compared: dict[torch.Size, float] = {}  # gradients of crops with whole ones
+        # By the size of images: deviation of the gradients of crops from those of the whole map.
+        self._gradient_deviations: dict[torch.Size, float] = {}
 
     def for_network(self, network: Network) -> GradientEngine:
-        """An engine that runs another network in this one's place, without a graph of it; what it
-        does counts as this one's, and the step batch is the same."""
+        """An engine that runs another network, without a graph. It shares step batch and counters
+        with this engine."""
         engine = GradientEngine(self.model, self.device, None)
         engine.network, engine.step_batch, engine.passes = network, self.step_batch, self.passes
         return engine
@@ -201,7 +204,7 @@ class GradientEngine:
 
     @property
     def gradient_evaluations(self) -> int:
-        """Samples for which gradients went back through it."""
+        """Samples whose gradients went back through the network so far."""
         return self.passes.gradients
 
     @property
@@ -211,17 +214,16 @@ class GradientEngine:
 
     @property
     def waits(self) -> bool:
-        """Whether to ask for a value that was computed is to wait for a device: not on a CPU, which
-        computes before it goes on."""
+        """Whether reading a computed value waits for the device; a CPU has computed it already."""
         return self.device.type != 'cpu'
 
     @contextlib.contextmanager
     def running(self, x: torch.Tensor, state: Fingerprint | None = None) -> Iterator[None]:
-        """Inside, the network may be run on inputs like x (1, C, H, W), whatever autograd mode or
-        autocast the caller is in; the user's network is left as it was. Out of memory is an
-        InputError, and so is what the network raises.
+        """Inside this context the network may be run on inputs like x (1, C, H, W), whatever
+        autograd mode or autocast the caller uses. The user's network stays unchanged. Errors of the
+        network, and lack of memory, become an InputError.
 
-        state: the `fingerprint` of the network as it is now, where the caller knows it."""
+        state: the present `fingerprint` of the network, where the caller knows it."""
         with (
             torch.inference_mode(False),
             torch.autocast(self.device.type, enabled=False),
@@ -232,10 +234,12 @@ class GradientEngine:
             yield
 
     def _prepare(self, x: torch.Tensor, now: Fingerprint) -> None:
-        """Make the graph for inputs like x, unless there is one of the network as it is now."""
+        """Make the graph for inputs like x, unless there is one of the present network.
+
+        now: the present fingerprint."""
         size = x.shape[1:]
         if now != self._fingerprint:
-            self._prepared, self._compared = {}, {}
+            self._prepared, self._gradient_deviations = {}, {}
         if size not in self._prepared:
             while len(self._prepared) >= MOST_GRAPHS:
                 del self._prepared[next(iter(self._prepared))]
@@ -253,82 +257,84 @@ class GradientEngine:
         return prepared_copy(self.model, x)
 
     def crops(self, targets: Sequence[Score]) -> Crops:
-        """What must be computed of the output for some targets: boxes around their regions, where
-        that is less work than all of it."""
+        """Which part of the output is computed for some targets: boxes around their regions, if
+        that takes fewer operations than the whole output."""
         everything, graph = Crops(tuple(targets)), self.network
-        own = [target for target in targets if isinstance(target, Target)]
-        if not isinstance(graph, NetworkGraph) or len(own) < len(targets):
+        with_region = [target for target in targets if isinstance(target, Target)]
+        if not isinstance(graph, NetworkGraph) or len(with_region) < len(targets):
             return everything
-        regions = [target.region for target in own]
+        regions = [target.region for target in with_region]
         if any(region.shape != graph.output_shape[2:] for region in regions):
             return everything
         plan = graph.plan(boxes_of(torch.stack(regions).any(dim=0)))
         share = plan.flops / graph.whole.flops if graph.whole.flops else 1.0
         if share > WORTHWHILE_CROP:
             return everything
-        parts = tuple(parts_of(target, plan.boxes) for target in own)
+        parts = tuple(parts_of(target, plan.boxes) for target in with_region)
         return Crops(tuple(targets), plan, parts, Cropping(share, len(plan.boxes)))
 
     def compared_crops(
         self, x: torch.Tensor, logits: torch.Tensor, targets: Sequence[Score]
     ) -> Crops:
-        """`crops`, after their logits on an image x (1, C, H, W) were compared with those of the
-        whole map, and, on the first of its size, their gradient too. Crops that deviate are not
-        used."""
+        """`crops`, compared with the whole map on an image x (1, C, H, W): the logits always, the
+        gradient on the first image of a size. If the crops deviate, the whole map is computed.
+
+        logits: the whole map, (1, K, h, w)."""
         crops, graph = self.crops(targets), self.network
         if crops.plan is None or not isinstance(graph, NetworkGraph):
             return crops
         size, gradient = x.shape[1:], None
         deviations = [self._crop_deviation(x, logits, crops.plan)]
-        if size not in self._compared:
-            gradient = self._compared[size] = self._gradient_deviation(x, crops, graph)
+        if size not in self._gradient_deviations:
+            gradient = self._gradient_deviation(x, crops, graph)
+            self._gradient_deviations[size] = gradient
             deviations.append(gradient)
         if not within(deviations, EQUIVALENCE_TOLERANCE):
-            whole = Cropping(
+            cropping = Cropping(
                 logit_deviation=deviations[0], gradient_deviation=gradient, fell_back=True
             )
-            return Crops(crops.targets, cropping=whole)
+            return Crops(crops.targets, cropping=cropping)
         cropping = replace(
             crops.cropping, logit_deviation=deviations[0], gradient_deviation=gradient
         )
         return replace(crops, cropping=cropping)
 
     def _crop_deviation(self, x: torch.Tensor, logits: torch.Tensor, plan: Plan) -> float:
-        """Of the logits in the boxes of a plan, from the whole map's."""
+        """The deviation of the logits in the boxes of a plan from those of the whole map."""
         with torch.no_grad():
             maps = self.maps(x, plan)
         expected = [logits[place_of(box)] for box in plan.boxes]
         pairs = zip(maps, expected, strict=True)
-        return float(np.max([relative_difference(ours, theirs) for ours, theirs in pairs]))
+        return float(np.max([relative_difference(crop, whole) for crop, whole in pairs]))
 
     def _gradient_deviation(self, x: torch.Tensor, crops: Crops, graph: NetworkGraph) -> float:
-        """Of the gradient of all targets' sum, from the whole network's; 0 where only rounding can
-        be why, as double precision shows."""
+        """The deviation of the gradient of the targets' sum, with crops, from that with the whole
+        map. If double precision shows that only rounding is the cause: the deviation in it."""
 
-        def compared(dtype: torch.dtype | None) -> float:
+        def deviation_in(dtype: torch.dtype | None) -> float:
             gradients = []
-            for one in (Crops(crops.targets), crops):
+            for cropped in (Crops(crops.targets), crops):
                 point = x.detach().clone().to(dtype or self.dtype).requires_grad_()
                 with torch.enable_grad(), explained_network(x.shape):
-                    scores = one.scores(graph.run(point, one.plan or graph.whole, dtype))
+                    scores = cropped.scores(graph.run(point, cropped.plan or graph.whole, dtype))
                     pairs = zip(scores, crops.targets, strict=True)
                     scaled = (score.sum() * target.scale for score, target in pairs)
                     total = sum(scaled, start=scores[0].new_zeros(()))
                     gradients.append(torch.autograd.grad(total, point)[0])
             return relative_difference(gradients[1], gradients[0])
 
-        deviation = compared(None)
+        deviation = deviation_in(None)
         if deviation <= EQUIVALENCE_TOLERANCE or self.dtype != torch.float32:
             return deviation
-        exact, _ = attempt(partial(compared, torch.float64), Exception)
+        double, _ = attempt(partial(deviation_in, torch.float64), Exception)
         graph.forget(torch.float64)
-        return deviation if exact is None or exact > EXACT_TOLERANCE else exact
+        return deviation if double is None or double > EXACT_TOLERANCE else double
 
     def run(
         self, x: torch.Tensor, reduced: torch.dtype | None = None, alphas: Sequence[float] = ()
     ) -> torch.Tensor:
-        """Images (N, C, H, W) -> logits (N, K, h, w), both in the working precision, with a graph
-        where gradients are enabled. alphas: see `check_finite`. Raises NonFiniteError."""
+        """Images (N, C, H, W) -> logits (N, K, h, w), of the same type, with an autograd graph if
+        gradients are enabled. alphas: see `check_finite`. Raises NonFiniteError."""
         return self.maps(x, None, reduced, alphas)[0]
 
     def maps(
@@ -339,22 +345,22 @@ class GradientEngine:
         alphas: Sequence[float] = (),
         flags: FiniteFlags | None = None,
     ) -> list[torch.Tensor]:
-        """`run`, for the boxes of a plan, one after the other; None: all."""
+        """`run` for the boxes of a plan: one map for each box. plan: None: the whole output."""
         self.passes.forward += len(x)
         network = self.network
-        assert network is not None  # `running` has made one, or the caller has given one
+        assert network is not None  # `running` prepares it, or the caller sets it
         with explained_network(x.shape):
             if isinstance(network, NetworkGraph):
                 maps = self._run_graph(network, x, plan or network.whole, reduced)
             else:
                 maps = [self._run_network(network, x, reduced)]
-            maps = [one.to(x.dtype) for one in maps]
-        for one in maps:
-            check_finite(one, 'the logits', alphas, flags)
+            maps = [logits.to(x.dtype) for logits in maps]
+        for logits in maps:
+            check_finite(logits, 'the logits', alphas, flags)
         return maps
 
-    def seen(self, x: torch.Tensor, crops: Crops) -> torch.Tensor:
-        """`run`, as far as the targets of crops look: zeros beside their boxes."""
+    def cropped_logits(self, x: torch.Tensor, crops: Crops) -> torch.Tensor:
+        """`run` for the boxes of crops only; zeros outside of the boxes."""
         maps, graph = self.maps(x, crops.plan), self.network
         if crops.plan is None or not isinstance(graph, NetworkGraph):
             return maps[0]
@@ -367,8 +373,8 @@ class GradientEngine:
     def _run_graph(
         self, graph: NetworkGraph, x: torch.Tensor, plan: Plan, reduced: torch.dtype | None
     ) -> list[torch.Tensor]:
-        """Reduced precision runs whole, weights and activations, but for networks that mix types,
-        which run by autocast."""
+        """The boxes of a plan. Under reduced precision, weights and activations are all reduced;
+        a network that mixes types runs with autocast instead."""
         x = x.to(self.dtype)
         if reduced is not None and reduced not in self.runs_reduced:
             trial = partial(_try_reduced, graph, x[:1], reduced)
@@ -382,13 +388,13 @@ class GradientEngine:
     def _run_network(
         self, network: Network, x: torch.Tensor, reduced: torch.dtype | None
     ) -> torch.Tensor:
-        """What runs where there is no graph, whole; reduced precision by autocast."""
+        """The whole output of a network without a graph; reduced precision by autocast."""
         if reduced is None:
             with torch.autocast(self.device.type, enabled=False):
                 output = network(x.to(self.dtype))
         else:
             if reduced not in self._reduced_copies:
-                assert isinstance(network, nn.Module)  # a mere function keeps its precision
+                assert isinstance(network, nn.Module)  # the precision of a function is not reduced
                 self._reduced_copies[reduced] = reduced_copy(network, reduced)
             with torch.autocast(self.device.type, dtype=reduced):
                 output = self._reduced_copies[reduced](x)
@@ -406,15 +412,15 @@ class GradientEngine:
         """Gradient times velocity of every target, from one forward pass: (steps, targets, C, H,
         W).
 
-        points: (steps, C, H, W), the leaf of the graph of `scores`, (steps,) for each target.
-        velocities: of the same shape or (1, C, H, W). alphas, flags: see `check_finite`. Raises
-        NonFiniteError, or notes it in the flags.
+        points: (steps, C, H, W), the leaf of the autograd graph of `scores`. scores: (steps,) for
+        each target. velocities: (steps, C, H, W) or (1, C, H, W). alphas, flags: see
+        `check_finite`. Raises NonFiniteError, or notes it in the flags.
         """
         by_target = []
         for number, (score, target) in enumerate(zip(scores, targets, strict=True), start=1):
-            # Samples do not mix in evaluation mode: the gradient of the sum is each one's own.
-            # Scaled by the region's size, so that what flows back from each pixel does not
-            # underflow.
+            # In evaluation mode samples do not influence each other, so the gradient of the sum
+            # holds the gradient of each sample. The sum is scaled by the size of the region, so
+            # that the gradients of single pixels do not underflow.
             with explained_network(points.shape):
                 (gradient,) = torch.autograd.grad(
                     score.sum() * target.scale, points, retain_graph=number < len(targets)
@@ -434,15 +440,16 @@ class GradientEngine:
         alphas: Sequence[float] = (),
         flags: FiniteFlags | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """At points (steps, C, H, W): the maps in crops, F of their targets (steps, targets), and
-        the densities (steps, targets, C, H, W). alphas, flags: see `check_finite`. Raises
+        """At points (steps, C, H, W): the maps of the crops, F of their targets (steps, targets),
+        and the densities (steps, targets, C, H, W). alphas, flags: see `check_finite`. Raises
         NonFiniteError, or notes it in the flags."""
-        # Marked below, they may be the path's own; of inference mode, they cannot be.
+        # `requires_grad_` below changes a tensor, so it gets a detached one: the points may belong
+        # to the path. A tensor made in inference mode must be copied.
         points = points.clone() if points.is_inference() else points.detach()
         with torch.enable_grad():
             points.requires_grad_()
             maps = self.maps(points, crops.plan, reduced, alphas, flags)
             scores = crops.scores(maps)
             densities = self.densities(points, scores, crops.targets, velocities, alphas, flags)
-        seen = torch.stack([score.detach() for score in scores], dim=1)
-        return [one.detach() for one in maps], seen, densities
+        target_scores = torch.stack([score.detach() for score in scores], dim=1)
+        return [logits.detach() for logits in maps], target_scores, densities

@@ -1,15 +1,15 @@
-"""A network that computes what the original does, in whole or for some boxes of its output.
+"""The graph of a network, which computes the whole output or only some boxes of it.
 
-    trace       the network once, as torch.export sees it, for any batch of one image size
-    rewrites    everything that makes it faster, as exact rewrites of the graph
+    trace       the network as torch.export traces it, for any batch of images of one size
+    rewrites    exact rewrites of the graph, which make it faster
     crops       which box of its inputs each operation needs for a box of its result
-    this file   what is computed for some boxes of the output, in order (`Plan`)
+    this file   the order of what is computed for some boxes of the output (`Plan`)
 
 *Cropping.* An output pixel depends on a box of every tensor before it. From the output to the
-input, each operation says which box of its inputs it needs. Only these boxes are computed, which is
-exact: zero padding stays where the tensor truly ends, and what lies outside the boxes has no
-gradient. Several boxes of one tensor (of distant objects) stay apart while that is less work than
-the one around them.
+input, each operation says which box of its inputs it needs. Only these boxes are computed. This is
+exact: zero padding stays only where the tensor really ends, and values outside the boxes have no
+gradient. Several boxes of one tensor (of distant objects) stay apart as long as this is less work
+than the box around all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 from igseg.engine.crops import (
     Box,
     Part,
-    holds,
+    contains,
     length_of,
     merged,
     part_of,
@@ -48,14 +48,14 @@ def _layout_of(x: torch.Tensor) -> torch.memory_format:
 
 
 class _CutOut(torch.autograd.Function):
-    """All crops of a tensor that are read; their gradients are added into one map, in place."""
+    """All crops of a tensor at once; their gradients are added in place into one tensor."""
 
     @staticmethod
     def forward(ctx, x, slices):
         ctx.set_materialize_grads(False)
         ctx.slices, ctx.like = slices, (x.shape, x.dtype, x.device)
         ctx.format = _layout_of(x)
-        return tuple(x[one] for one in slices)
+        return tuple(x[crop] for crop in slices)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -77,46 +77,46 @@ class _CutOut(torch.autograd.Function):
 def _cut_out(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if torch.is_grad_enabled() and x.requires_grad:
         return _CutOut.apply(x, slices)
-    return tuple(x[one] for one in slices)
+    return tuple(x[crop] for crop in slices)
 
 
-def _cut_out_one(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> torch.Tensor:
+def _cut_out_single(slices: tuple[tuple[slice, ...], ...], x: torch.Tensor) -> torch.Tensor:
     return _cut_out(slices, x)[0]
 
 
 # --------------------------------------------------------------------------- plans
 
 
-# What constants are while a plan runs: tensors, and weights of convolutions.
+# The constants that a running plan uses: tensors, and weights of convolutions.
 Constants = Mapping[Operation, torch.Tensor | Kernel]
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """A step of a plan. Slots hold the values."""
+    """A step of a plan. Values are kept in numbered slots."""
 
     compute: Compute
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]  # one, or one for each of several results
-    done: tuple[int, ...]  # read here for the last time
+    reads: tuple[int, ...]  # slots
+    writes: tuple[int, ...]  # slots, one for each result
+    done: tuple[int, ...]  # slots that no later step reads
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is computed for some boxes of the output, in order."""
+    """The steps that compute some boxes of the output, in order."""
 
-    boxes: tuple[Box, ...]  # of the output: those asked for, some of them joined
+    boxes: tuple[Box, ...]  # of the output: the wanted boxes, some of them joined
     flops: float  # floating-point operations of the convolutions in a forward pass of one image
     instructions: tuple[Instruction, ...]
-    image: int | None  # its slot; None: the output does not depend on it
-    constants: tuple[tuple[int, Operation], ...]
-    sizes: tuple[tuple[int, Callable[[int], int]], ...]
+    image: int | None  # slot of the image; None: the boxes do not depend on it
+    constants: tuple[tuple[int, Operation], ...]  # slots and constants
+    sizes: tuple[tuple[int, Callable[[int], int]], ...]  # slots, and number of images -> size
     results: tuple[int, ...]  # slots, in the order of the boxes
 
     def run(self, x: torch.Tensor, constants: Constants) -> list[torch.Tensor]:
         """Images (N, C, H, W) -> the boxes of the output, one after the other."""
-        # Values of any kind: what one operator gives another takes, as the network was traced.
-        slots: dict[int, Any] = {slot: constants[which] for slot, which in self.constants}
+        # Values of any type: each operator takes what the operators before it give.
+        slots: dict[int, Any] = {slot: constants[operation] for slot, operation in self.constants}
         slots.update((slot, int(size(len(x)))) for slot, size in self.sizes)
         if self.image is not None:
             slots[self.image] = x.contiguous(memory_format=torch.channels_last)
@@ -132,25 +132,25 @@ class Plan:
         return [slots[slot] for slot in self.results]
 
 
-def _propagated(graph: Graph, wanted: Sequence[Box]) -> dict[Operation, list[Part]]:
-    """The parts of each operation that are needed, from the output to the input."""
-    needed: dict[Operation, list[Box]] = defaultdict(list)
-    needed[graph.output] = [trimmed(box, graph.output.axes) for box in wanted]
+def _needed_parts(graph: Graph, wanted: Sequence[Box]) -> dict[Operation, list[Part]]:
+    """The parts of each operation that the wanted boxes need, from the output to the input."""
+    needed_boxes: dict[Operation, list[Box]] = defaultdict(list)
+    needed_boxes[graph.output] = [trimmed(box, graph.output.axes) for box in wanted]
     parts = {}
     for operation in reversed(graph.operations):
-        if operation.target is None or operation not in needed:
+        if operation.target is None or operation not in needed_boxes:
             continue
-        boxes = merged(needed[operation], operation.shape)
-        while True:  # what is delivered may be more, and then better be one
-            found = [part_of(operation, box) for box in boxes]
-            delivered = merged([part.box for part in found], operation.shape)
+        boxes = merged(needed_boxes[operation], operation.shape)
+        while True:  # parts may be larger than the boxes, and may then be joined
+            candidates = [part_of(operation, box) for box in boxes]
+            delivered = merged([part.box for part in candidates], operation.shape)
             if delivered == boxes:
                 break
             boxes = delivered
-        parts[operation] = found
-        for part in found:
+        parts[operation] = candidates
+        for part in candidates:
             for source, box in part.needs:
-                needed[source].append(box)
+                needed_boxes[source].append(box)
     return parts
 
 
@@ -165,32 +165,32 @@ def _flops(operation: Operation, box: Box) -> float:
         source = operation.tensor('input')
         shares = [length / operation.length(2 + axis) for axis, length in enumerate(lengths)]
         places = source.length(2) * source.length(3) * math.prod(shares)
-    weights = (size or 1 for size in operation.tensor('weight').axes)  # those of one image
+    weights = (size or 1 for size in operation.tensor('weight').axes)  # for one image
     return 2.0 * places * math.prod(weights)
 
 
 class _Planner:
-    """Puts parts in order, and finds for each need the slot that holds it."""
+    """Puts parts in order, and finds the slot of every box that a part needs."""
 
     def __init__(self, graph: Graph, parts: dict[Operation, list[Part]]) -> None:
         self.graph, self.parts = graph, parts
-        self.number = itertools.count()
-        self.pieces: dict[Operation, list[tuple[Box, int]]] = {}  # what was computed, and where
-        self.crops: dict[tuple[int, Box], int] = {}
-        self.steps: list[tuple[Compute, tuple[int, ...], tuple[int, ...]]] = []
-        self.read_of: dict[Operation, list[Box]] = defaultdict(list)  # boxes that are read
-        for found in parts.values():
-            for part in found:
+        self.slot_numbers = itertools.count()
+        self.pieces: dict[Operation, list[tuple[Box, int]]] = {}  # computed boxes and their slots
+        self.crops: dict[tuple[int, Box], int] = {}  # slot and box of it -> slot of the crop
+        self.steps: list[tuple[Compute, tuple[int, ...], tuple[int, ...]]] = []  # reads, writes
+        self.boxes_read: dict[Operation, list[Box]] = defaultdict(list)
+        for parts_of_operation in parts.values():
+            for part in parts_of_operation:
                 for source, box in part.needs:
-                    if box not in self.read_of[source]:
-                        self.read_of[source].append(box)
+                    if box not in self.boxes_read[source]:
+                        self.boxes_read[source].append(box)
 
     def plan(self) -> Plan:
         graph = self.graph
         sources = [o for o in graph.operations if o.target is None
-                   and (o in self.read_of or o is graph.output)]  # fmt: skip
+                   and (o in self.boxes_read or o is graph.output)]  # fmt: skip
         for source in sources:
-            self._keep(source, [(whole(source.shape), next(self.number))])
+            self._add_pieces(source, [(whole(source.shape), next(self.slot_numbers))])
         flops = 0.0
         for operation in graph.operations:
             if operation not in self.parts:
@@ -198,11 +198,11 @@ class _Planner:
             computed = []
             for part in self.parts[operation]:
                 reads = tuple(self._slot(source, box) for source, box in part.needs)
-                slot = next(self.number)
+                slot = next(self.slot_numbers)
                 self.steps.append((part.compute, reads, (slot,)))
                 computed.append((part.box, slot))
                 flops += _flops(operation, part.box)
-            self._keep(operation, computed)
+            self._add_pieces(operation, computed)
         slots = {source: self.pieces[source][0][1] for source in sources}
         boxes, results = zip(*self.pieces[graph.output], strict=True)
         return Plan(
@@ -212,35 +212,37 @@ class _Planner:
             results,
         )  # fmt: skip
 
-    def _keep(self, operation: Operation, pieces: list[tuple[Box, int]]) -> None:
-        """Note where pieces are, and cut what is read of them: all crops of one in one step."""
+    def _add_pieces(self, operation: Operation, pieces: list[tuple[Box, int]]) -> None:
+        """Note the slots of an operation's pieces, and add a step for each piece that cuts out all
+        boxes that are read of it."""
         self.pieces[operation] = pieces
         for outer, slot in pieces:
-            read = self.read_of[operation]
+            read = self.boxes_read[operation]
             inner = [box for box in read if self._piece(operation, box)[1] == slot]
             if all(box == outer for box in inner):
                 continue
-            writes = tuple(next(self.number) for _ in inner)
+            writes = tuple(next(self.slot_numbers) for _ in inner)
             slices = tuple(slices_of(outer, box) for box in inner)
             self.crops.update(((slot, box), at) for box, at in zip(inner, writes, strict=True))
-            cut: Compute = _cut_out_one if len(writes) == 1 else _cut_out
+            cut: Compute = _cut_out_single if len(writes) == 1 else _cut_out
             self.steps.append((partial(cut, slices), (slot,), writes))
 
     def _piece(self, operation: Operation, box: Box) -> tuple[Box, int]:
-        return next(piece for piece in self.pieces[operation] if holds(piece[0], box))
+        return next(piece for piece in self.pieces[operation] if contains(piece[0], box))
 
     def _slot(self, source: Operation, box: Box) -> int:
         _, slot = self._piece(source, box)
         return self.crops.get((slot, box), slot)
 
-    def _released(self, kept: set[int]) -> tuple[Instruction, ...]:
-        """The steps, each with the values that nobody needs afterwards."""
+    def _released(self, results: set[int]) -> tuple[Instruction, ...]:
+        """The steps as instructions, each with the slots that no later step reads. results: slots
+        that are kept to the end."""
         last: dict[int, int] = {}
         for number, (_, reads, writes) in enumerate(self.steps):
             last.update(dict.fromkeys((*reads, *writes), number))
         done: dict[int, list[int]] = defaultdict(list)
         for slot, number in last.items():
-            if slot not in kept:
+            if slot not in results:
                 done[number].append(slot)
         return tuple(
             Instruction(compute, reads, writes, tuple(done[number]))
@@ -249,8 +251,8 @@ class _Planner:
 
 
 def make_plan(graph: Graph, wanted: Sequence[Box]) -> Plan:
-    """What must be computed for some boxes of a graph's output."""
-    parts = _propagated(graph, wanted)
+    """The plan that computes some boxes of a graph's output."""
+    parts = _needed_parts(graph, wanted)
     return _Planner(graph, parts).plan()
 
 
@@ -258,10 +260,11 @@ def make_plan(graph: Graph, wanted: Sequence[Box]) -> Plan:
 
 
 class NetworkGraph:
-    """A network for images of one size, rewritten to run fast; computes what the network does.
+    """The graph of a network for images of one size, rewritten to run fast. It gives the same
+    results as the network.
 
     Called with images (N, C, H, W) it gives the whole output; `plan` and `run` give boxes of it.
-    Raises NotExportable where there is no graph of the network.
+    Raises NotExportable where the network has no graph.
     """
 
     def __init__(self, network: nn.Module, example: torch.Tensor) -> None:
@@ -272,30 +275,30 @@ class NetworkGraph:
 
     @property
     def output_shape(self) -> Shape:
-        """Of the result: (None, K, h, w)."""
+        """The shape of the output, (None, K, h, w)."""
         return self.graph.output.axes
 
     @cached_property
     def whole(self) -> Plan:
-        """The plan of all of the output."""
+        """The plan that computes the whole output."""
         return self.plan([whole(self.output_shape)])
 
     def plan(self, boxes: Sequence[Box]) -> Plan:
-        """What must be computed for some boxes of the output."""
+        """The plan that computes some boxes of the output."""
         return make_plan(self.graph, boxes)
 
     def run(
         self, x: torch.Tensor, plan: Plan, dtype: torch.dtype | None = None
     ) -> list[torch.Tensor]:
-        """The boxes of a plan; dtype: that of weights and activations, if it is not their own."""
-        return plan.run(x if dtype is None else x.to(dtype), self._in(dtype))
+        """The boxes of a plan. dtype: the type of weights and activations; None: the network's."""
+        return plan.run(x if dtype is None else x.to(dtype), self._constants_in(dtype))
 
     def forget(self, dtype: torch.dtype) -> None:
-        """Free the weights of a type."""
+        """Free the copy of the weights in this type."""
         self._constants.pop(dtype, None)
 
-    def _in(self, dtype: torch.dtype | None) -> Constants:
-        """The constants in a type, in the order in which they are computed with."""
+    def _constants_in(self, dtype: torch.dtype | None) -> Constants:
+        """The constants in this type."""
         if dtype not in self._constants:
             tensors = {
                 operation: value.to(dtype) if dtype and value.is_floating_point() else value

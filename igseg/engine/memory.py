@@ -1,5 +1,4 @@
-"""How many interpolation steps go through the network at once; and what is said where memory does
-not suffice, or where the network fails on its input."""
+"""How many interpolation steps go through the network at once, and how much memory was used."""
 
 from __future__ import annotations
 
@@ -10,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-MAX_STEP_BATCH = 64  # beyond this a GPU gains nothing, and the allocator suffers
-CPU_STEP_BATCH_PIXELS = 4 * 256 * 256  # on a CPU batching pays only while images are small
+MAX_STEP_BATCH = 64  # larger batches are not faster on a GPU, and strain its memory
+CPU_STEP_BATCH_PIXELS = 4 * 256 * 256  # of a whole step batch: on a CPU it pays for small images
 WORTHWHILE = 0.95  # a larger step batch must take at most this share of the time per step
 
 
@@ -21,22 +20,22 @@ WORTHWHILE = 0.95  # a larger step batch must take at most this share of the tim
 class StepBatch:
     """How many interpolation steps go through the network at once.
 
-    A fixed size is kept. Without one, each shape of input is measured once, on steps that are
-    needed anyway: 1, 2, 4, … at a time while that saves time and fits into memory; one size that
-    does not pay is passed over, since the next may. Any size is halved when memory runs out.
+    A fixed size is used as it is. Otherwise each shape of input is measured once, on steps that are
+    needed anyway: 1, 2, 4, … at a time, while this saves time and fits into memory. One size that
+    saves no time is skipped, since the next may. Any size is halved when memory runs out.
     """
 
     def __init__(self, device: torch.device, fixed: int | None = None) -> None:
         self.device = device
         self.size = fixed or 1
         self._fixed = fixed is not None
-        self._chosen: dict[object, int] = {}  # what was found for a shape
-        self.measuring = False  # whether the size is still being looked for
-        self._times: list[float] = []  # seconds a step at the current size
+        self._chosen: dict[object, int] = {}  # (pixels, precision) -> size
+        self.measuring = False  # whether the best size is still unknown
+        self._times: list[float] = []  # seconds per step, with the current size
         self._best, self._best_size = float('inf'), 1
 
     def start(self, pixels: int, precision: torch.dtype | None = None) -> None:
-        """Prepare for an image of that many pixels."""
+        """Prepare for an image with so many pixels."""
         self._key = (pixels, precision)
         if self._fixed:
             return
@@ -51,7 +50,7 @@ class StepBatch:
 
     @contextlib.contextmanager
     def timed(self, count: int) -> Iterator[None]:
-        """Around a chunk of `count` steps; a GPU is waited for only while measuring."""
+        """Measure the time of a chunk of `count` steps. Only while measuring, wait for the GPU."""
         if not self.measuring or count < self.size:
             yield
             return
@@ -62,12 +61,12 @@ class StepBatch:
         self.judge((time.perf_counter() - started) / count)
 
     def judge(self, seconds: float) -> None:
-        """Take note of the seconds a step took, and go on to twice the size or settle."""
+        """Note the seconds that a step took; then try twice the size, or choose the best one."""
         if self.device.type == 'cuda' and self.size == 1:
             self._limit = min(MAX_STEP_BATCH, self._room())
         self._times.append(seconds)
         if len(self._times) == 1 and self._limit > 1:
-            return  # the first pass of a size also sets up its kernels
+            return  # the first pass with a new size also prepares its kernels
         if self._times[-1] <= WORTHWHILE * self._best:
             self._best, self._best_size = self._times[-1], self.size
         if self.size <= 2 * self._best_size and 2 * self.size <= self._limit:
@@ -78,7 +77,7 @@ class StepBatch:
         self._settle()
 
     def _room(self) -> int:
-        """How many steps fit into four fifths of a GPU's free memory, by what one step took."""
+        """How many steps fit into four fifths of a GPU's free memory, as measured on one step."""
         used = torch.cuda.max_memory_allocated(self.device) - self._idle_bytes
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device)
@@ -86,7 +85,7 @@ class StepBatch:
         return max(1, int(0.8 * free / max(1, used)))
 
     def halve(self) -> None:
-        """After running out of memory. Raises MemoryError when a single step does not fit."""
+        """Halve the size when memory ran out. Raises MemoryError if a single step does not fit."""
         if self.size == 1:
             raise MemoryError('out of memory for a single step')
         self.size //= 2
@@ -104,7 +103,7 @@ class StepBatch:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory so far in bytes: of the GPU's tensors, else of this process; None if unknown."""
+    """Peak memory so far, in bytes: of tensors on a GPU, else of this process; None: unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""Reduced precision: which types are worth it where, and a copy of a network in one."""
+"""Reduced precision: which type pays on which device, and a copy of a network in such a type."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def cpu_has_bfloat16() -> bool:
 
 
 def reduced_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type that convolutions run in under a precision setting; None for float32.
+    """The type of convolutions for a precision setting; None for float32.
 
-    `auto` reduces only where the hardware multiplies in that type: bfloat16 on CPUs that have
-    its instructions and on GPUs from Ampere on.
+    `auto` reduces precision only where the hardware multiplies in the reduced type: to bfloat16 on
+    CPUs that have instructions for it, and on GPUs from Ampere on.
     """
     if precision == 'auto':
         if device.type == 'cuda':
@@ -32,8 +32,8 @@ def reduced_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def reduced_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy for autocast whose convolutions and linear layers hold their weights in that type,
-    so that they are not converted again in every pass."""
+    """A copy for autocast whose convolutions and linear layers hold their weights in this type,
+    so that the weights are not converted in every pass."""
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -1,4 +1,4 @@
-"""What runs in a network's place: its graph, or a copy, compared with the original on an input."""
+"""The graph that replaces a network, or else a copy, compared with the original on one input."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from igseg.errors import InputError, attempt
 from igseg.explanation import Preparation
 from igseg.network.outputs import enlarged, frozen, segmentation_logits
 
-EQUIVALENCE_TOLERANCE = 1e-4  # relative L2; beyond this the copy is not used
+EQUIVALENCE_TOLERANCE = 1e-4  # relative L2 difference; beyond it the original is used
 EXACT_TOLERANCE = 1e-9  # the same in double precision
-ROUNDED_GRADIENT = 0.02  # what rounding alone may do to a gradient, at most
-ARBITER_SIDE = 128  # of the part of an image on which double precision is asked first
+ROUNDED_GRADIENT = 0.02  # relative difference of a gradient that rounding alone may explain
+ARBITER_SIDE = 128  # side of the part of an image that is tried first in double precision
 
 
 class LogitMap(nn.Module):
-    """A network whose result is the one logit map that is explained, at the input's size where it
-    is smaller (see `segmentation_logits` and `enlarged`)."""
+    """A network whose result is the logit map that is explained, enlarged to the size of the input
+    if it is smaller (see `segmentation_logits` and `enlarged`)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class LogitMap(nn.Module):
         return enlarged(segmentation_logits(self.network(x), size), size)
 
 
-# Images (N, C, H, W) -> whatever holds their logits.
+# Images (N, C, H, W) -> a result that contains their logits.
 Network = Callable[[torch.Tensor], object]
 
 
@@ -43,27 +43,27 @@ Network = Callable[[torch.Tensor], object]
 
 
 def relative_difference(other: torch.Tensor, expected: torch.Tensor) -> float:
-    """L2 norm of the difference, relative to the expected; 0 where both are zero."""
+    """L2 norm of the difference, relative to that of `expected`; 0 where both are zero."""
     difference, size = float((other - expected).norm()), float(expected.norm())
     return difference / size if size else (0.0 if difference == 0 else float('inf'))
 
 
 def within(deviations: Iterable[float], tolerance: float) -> bool:
-    """Whether all are; one that is not a number is not, which `max` may pass over."""
-    return all(one <= tolerance for one in deviations)
+    """Whether no deviation exceeds the tolerance; NaN does, which `max` might overlook."""
+    return all(deviation <= tolerance for deviation in deviations)
 
 
 def measure_deviation(
-    original: Network, network: Network, example: torch.Tensor
+    original: Network, other: Network, example: torch.Tensor
 ) -> tuple[float, float]:
-    """Relative L2 difference between two networks of the logits, and of the gradient of their
-    sum of squares, in which strong logits weigh most."""
+    """Relative L2 difference between two networks: of the logits, and of the gradient of the sum
+    of their squares, in which strong logits weigh most."""
     results = []
-    for one in (original, network):
+    for network in (original, other):
         x = example.detach().clone().requires_grad_()
         with torch.enable_grad():
             size = x.shape[-2:]
-            logits = enlarged(segmentation_logits(one(x), size), size)
+            logits = enlarged(segmentation_logits(network(x), size), size)
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
         results.append((logits.detach(), gradient))
     (logits, gradient), (other_logits, other_gradient) = results
@@ -74,7 +74,7 @@ def measure_deviation(
 
 
 def _middle(x: torch.Tensor, side: int) -> torch.Tensor:
-    """The middle of images (N, C, H, W), of at most that side."""
+    """The middle of images (N, C, H, W), at most `side` pixels high and wide."""
     (top, height), (left, width) = (
         ((size - min(size, side)) // 2, min(size, side)) for size in x.shape[-2:]
     )
@@ -84,37 +84,36 @@ def _middle(x: torch.Tensor, side: int) -> torch.Tensor:
 def _same_in_double_precision(
     model: nn.Module, x: torch.Tensor, logits: float, gradient: float
 ) -> bool:
-    """Whether original and graph agree where rounding cannot excuse a difference.
+    """Whether the graph agrees with the original in double precision.
 
-    In single precision it can: it alone may push a ReLU over its kink, most of all where an image
-    is flat. Where that explains what was found on an image x, since the logits agree and the
-    gradient is not far off, a part of the image shows it, in a fraction of time and memory.
-    logits, gradient: how far they deviated in single precision.
+    In single precision, rounding alone may push a ReLU over its kink, above all where an image is
+    flat. The logits then agree, and the gradient differs little. In this case the middle of the
+    image is compared first, which takes a fraction of the time and memory. logits, gradient: the
+    deviations in single precision.
     """
     likely = logits <= EQUIVALENCE_TOLERANCE and gradient <= ROUNDED_GRADIENT
     for part in [_middle(x, ARBITER_SIDE), x] if likely else [x]:
         try:
             double, part = copy.deepcopy(model).double(), part.double()
-            exact = measure_deviation(double, NetworkGraph(LogitMap(double), part), part)
-        except Exception:  # a network that takes no other size, cannot be copied, has its own types
+            deviations = measure_deviation(double, NetworkGraph(LogitMap(double), part), part)
+        except Exception:  # the network needs another size or type, or cannot be copied
             continue
-        return within(exact, EXACT_TOLERANCE)
+        return within(deviations, EXACT_TOLERANCE)
     return False
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A private copy that computes what the network does, channels_last; where it cannot be
-    copied, the network itself."""
+    """A private copy of the network, channels_last; if it cannot be copied, the network itself."""
     try:
         network = copy.deepcopy(model).eval().requires_grad_(False)
         return network.to(memory_format=torch.channels_last)
-    except Exception:  # any module must run; one that resists is left alone
+    except Exception:  # a module that cannot be copied must run too
         return model
 
 
 def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Preparation]:
-    """A network's graph, rewritten and compared with the original. Where there is none, a private
-    copy as it is; where that deviates, the original.
+    """A network's graph, rewritten and compared with the original. Where there is no graph: a
+    private copy of the network. Where graph or copy deviates: the original.
 
     example: an input (1, C, H, W) in the network's precision.
     """
@@ -122,7 +121,7 @@ def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Pre
         graph, reason = attempt(partial(NetworkGraph, LogitMap(model), example), NotExportable)
         network = plain_copy(model) if graph is None else graph
         with torch.no_grad():
-            model(example)  # one that counts its calls falls out of step with what stands for it
+            model(example)  # so that a network which counts its calls deviates from its graph
         deviations = measure_deviation(model, network, example)
         fell_back = not within(deviations, EQUIVALENCE_TOLERANCE)
         if fell_back and max(measure_deviation(model, model, example)) > EQUIVALENCE_TOLERANCE:

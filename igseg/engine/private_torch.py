@@ -1,21 +1,22 @@
-"""The private parts of PyTorch that the engine uses, all of them, and nothing else.
+"""All private parts of PyTorch that the engine uses, and nothing else.
 
-A private part may change or go with any release of torch. `requirements.txt` therefore has an
-upper bound for torch. Tried with torch 2.14.1. To try a newer torch, install it and run the tests
-of the folders `tests/engine` and `tests/network`: they compare every kind of operation and whole
-networks with what torch itself computes. Where one of these parts is gone, a network has no graph
-and runs as it is (`NotExportable`), or its weights are not packed: slower, with the same result.
+A private part may change or disappear with any release of torch. `requirements.txt` therefore has
+an upper bound for torch. These parts were tested with torch 2.14.1. To try a newer torch, install
+it and run the tests of the folders `tests/engine` and `tests/network`: they compare every kind of
+operation, and whole networks, with what torch itself computes. Where one of these parts is missing,
+the network has no graph and runs unchanged (`NotExportable`), or its weights are not packed. Both
+are slower and give the same result.
 
-    Operator, and the functions of one   `torch._ops.OpOverload`, `_schema`, `_overloadname`: which
-                                         operator a node of an exported program calls, what its
-                                         arguments are called, what it writes and what it shares
+    Operator, and its functions          `torch._ops.OpOverload`, `_schema`, `_overloadname`: which
+                                         operator a node of an exported program calls, the names of
+                                         its arguments, what it writes and which memory it shares
     expression_of                        `SymInt.node.expr`: how a size follows from the number of
                                          images
     packed_weight, convolve_packed       `torch.ops.mkldnn._reorder_convolution_weight` and
-                                         `_convolution_pointwise`: weights in oneDNN's own order
+                                         `_convolution_pointwise`: weights in the order of oneDNN
 
-Beside these, `igseg.network.identity` reads `Tensor._version` and the names of the dictionaries in
-which modules keep their hooks, since no public function tells either.
+`igseg.network.identity` also reads `Tensor._version`, and the names of the dictionaries in which
+modules keep their hooks: no public function gives them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Operator = torch._ops.OpOverload
 
-WithoutDefault = object()  # stands for the default of an argument that has none
+WithoutDefault = object()  # marks an argument that has no default
 
 
 # --------------------------------------------------------------------------- operators
@@ -53,16 +54,16 @@ def shares_memory(operator: Operator) -> bool:
 
 
 def same_overload(operator: Operator, name: str) -> Operator | None:
-    """The operator of another name that takes the same kinds of arguments; None: there is none."""
+    """The operator with another name and the same kinds of arguments; None: there is none."""
     packet = getattr(torch.ops.aten, name, None)
     return getattr(packet, operator._overloadname, None)
 
 
 def arguments_of(operator: Operator) -> Iterator[tuple[str, object]]:
-    """The names of the arguments of an operator in their order, and their defaults."""
+    """The names of an operator's arguments, in their order, and the default of each."""
     for argument in operator._schema.arguments:
-        known = argument.has_default_value()
-        yield argument.name, argument.default_value if known else WithoutDefault
+        has_default = argument.has_default_value()
+        yield argument.name, argument.default_value if has_default else WithoutDefault
 
 
 def expression_of(size: torch.SymInt) -> sympy.Expr:
@@ -81,8 +82,10 @@ def packed_weight(
     groups: int,
     shape: Sequence[int],
 ) -> torch.Tensor:
-    """The weights of a convolution in the order in which oneDNN computes with them on maps of that
-    shape. Raises AttributeError or RuntimeError where there is no oneDNN, or it takes no such."""
+    """The weights of a convolution in the order that oneDNN uses for maps of this shape.
+
+    Raises AttributeError or RuntimeError where there is no oneDNN, or where oneDNN does not support
+    such a convolution."""
     pack: Any = torch.ops.mkldnn._reorder_convolution_weight
     return pack(weight, padding, stride, dilation, groups, list(shape))
 

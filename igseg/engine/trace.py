@@ -1,4 +1,4 @@
-"""A network as a graph of operations: what `torch.export` traces, with nothing changed in place."""
+"""A network as a graph of operations, as `torch.export` traces it; none works in place."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from igseg.engine.private_torch import (
 
 aten = torch.ops.aten
 
-Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows, the columns
+Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows, and the columns
 
-Shape = tuple[int | None, ...]  # of a tensor; an axis of None depends on the number of images
+Shape = tuple[int | None, ...]  # of a tensor; None: the length depends on the number of images
 
-# What runs for an operation, or for a part of one: from the values of its inputs (tensors, and what
-# else operators take) to its result, of whatever kind.
+# Computes an operation, or a part of it: the values of its inputs (tensors, or other values that
+# operators take) -> its result, of any type.
 Compute = Callable[..., Any]
 
 
 class NotExportable(Exception):
-    """Why a network has no graph, in a sentence."""
+    """A network has no graph; the text says why, in a sentence."""
 
 
 # --------------------------------------------------------------------------- the graph
@@ -51,19 +51,19 @@ class Sliding:
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
-    pads: Pads  # negative ones cut off
+    pads: Pads  # negative padding cuts off
     dilation: tuple[int, int]
     groups: int
 
     @cached_property
     def even(self) -> tuple[int, int]:
-        """The padding that both sides have, of rows and columns."""
+        """The padding that both sides have in common, of rows and of columns."""
         rows, columns = self.pads
         return max(0, min(rows)), max(0, min(columns))
 
     @cached_property
     def uneven(self) -> tuple[int, ...]:
-        """The rest, as `F.pad` takes it; empty where there is none."""
+        """The padding beyond `even`, as `F.pad` takes it; empty where there is none."""
         (top, bottom), (left, right) = self.pads
         rows, columns = self.even
         extra = (left - columns, right - columns, top - rows, bottom - rows)
@@ -71,7 +71,7 @@ class Sliding:
 
     @cached_property
     def back(self) -> Sliding:
-        """How the flipped kernel slides over the gradient, where the stride is 1."""
+        """How the flipped kernel slides over the gradient, for a stride of 1."""
         rows, columns = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
         (top, bottom), (left, right) = self.pads
         return replace(self, pads=((rows - top, rows - bottom), (columns - left, columns - right)))
@@ -79,50 +79,50 @@ class Sliding:
 
 @dataclass(eq=False)
 class Operation:
-    """One operation, standing for its result where it is the argument of another."""
+    """An operation. As an argument of another operation it stands for its result."""
 
-    kind: str  # the operator's name; 'image', 'constant' or 'size' for what is not computed
-    target: Compute | None
-    arguments: dict[str, object]  # by the names of its schema, defaults included
-    shape: Shape | None  # None: no tensor
-    module: str = ''  # of the original network, which it comes from
+    kind: str  # the operator's name; 'image', 'constant' or 'size' where nothing is computed
+    target: Compute | None  # None: nothing is computed
+    arguments: dict[str, object]  # by their names in the operator's schema, with the defaults
+    shape: Shape | None  # of the result; None: it is no tensor
+    module: str = ''  # the module of the original network that calls the operation
 
-    # Its shape and its arguments, as what a rule or a rewrite takes them for. All of these raise
-    # NotExportable where they are something else, as a number is that follows from the image.
+    # The methods below give the shape and the arguments with the type that a rule or a rewrite
+    # needs. They raise NotExportable for any other type, as for a number computed from the image.
 
     @property
     def axes(self) -> Shape:
-        """The shape of the tensor that it is."""
+        """The shape of the result, which must be a tensor."""
         if self.shape is None:
             raise NotExportable(f'the result of {self.kind} is no tensor')
         return self.shape
 
     def length(self, axis: int) -> int:
-        """Of an axis that does not depend on the number of images."""
+        """The length of an axis that does not depend on the number of images."""
         length = self.axes[axis]
         if length is None:
             raise NotExportable(f'a size of {self.kind} depends on the number of images')
         return length
 
     def tensor(self, name: str) -> Operation:
-        """The operation that an argument is the result of."""
+        """The operation whose result is the argument."""
         value = self.arguments[name]
         if not isinstance(value, Operation):
             raise NotExportable(f'{name} of {self.kind} is no tensor')
         return value
 
     def tensors(self, name: str) -> list[Operation]:
-        """The operations that an argument is the results of."""
+        """The operations whose results are the argument, a list of tensors."""
         values = self.arguments[name]
         if not isinstance(values, (list, tuple)):
             raise NotExportable(f'{name} of {self.kind} is no list')
-        found = [value for value in values if isinstance(value, Operation)]
-        if len(found) < len(values):
+        operations = [value for value in values if isinstance(value, Operation)]
+        if len(operations) < len(values):
             raise NotExportable(f'{name} of {self.kind} holds more than tensors')
-        return found
+        return operations
 
     def number(self, name: str, default: int | None = None) -> int:
-        """An argument that is a whole number; default: where it is missing or None."""
+        """An argument that is a whole number. default: its value where it is missing or None."""
         value = self.arguments.get(name)
         value = default if value is None else value
         if not isinstance(value, int):
@@ -130,34 +130,34 @@ class Operation:
         return value
 
     def numbers(self, name: str) -> list[int]:
-        """An argument that is several whole numbers, or one."""
-        value = self.arguments[name]
-        values = list(value) if isinstance(value, (list, tuple)) else [value]
-        found = [one for one in values if isinstance(one, int)]
-        if len(found) < len(values):
+        """An argument that is a whole number or several, as a list."""
+        argument = self.arguments[name]
+        values = list(argument) if isinstance(argument, (list, tuple)) else [argument]
+        numbers = [value for value in values if isinstance(value, int)]
+        if len(numbers) < len(values):
             raise NotExportable(f'{name} of {self.kind} is not made of plain numbers')
-        return found
+        return numbers
 
     def pair(self, name: str) -> tuple[int, int]:
-        """An argument for rows and columns, which may be given as one."""
+        """An argument for rows and for columns; a single number stands for both."""
         values = self.numbers(name)
         rows, columns = values if len(values) == 2 else 2 * values
         return rows, columns
 
     def sliding(self) -> Sliding:
-        """How the kernel of a convolution slides, once that stands in one argument."""
-        how = self.arguments['how']
-        if not isinstance(how, Sliding):
+        """How the kernel of a convolution slides (see `merge_sliding`)."""
+        sliding = self.arguments['sliding']
+        if not isinstance(sliding, Sliding):
             raise NotExportable(f'{self.kind} does not say how it slides')
-        return how
+        return sliding
 
 
 def inputs_of(operation: Operation) -> list[Operation]:
-    """The operations that are arguments, in the order in which `call_of` takes their values."""
-    found: list[object] = []
+    """The operations that are arguments, in the order in which `call_of` takes their results."""
+    values: list[object] = []
     for value in operation.arguments.values():
-        found += value if isinstance(value, list) else [value]
-    return [value for value in found if isinstance(value, Operation)]
+        values += value if isinstance(value, list) else [value]
+    return [value for value in values if isinstance(value, Operation)]
 
 
 @dataclass
@@ -168,31 +168,32 @@ class Graph:
     image: Operation
     output: Operation
     constants: dict[Operation, torch.Tensor]
-    sizes: dict[Operation, Callable[[int], int]]  # what follows from the number of images
-    # Constants that are weights of `convolution`: how they slide, and over maps of which shape.
+    sizes: dict[Operation, Callable[[int], int]]  # number of images -> size
+    # Constants that are the weights of `convolution`: how the kernel slides, and the shape of the
+    # maps over which it slides.
     kernels: dict[Operation, tuple[Sliding, Shape]] = field(default_factory=dict)
 
     def readers(self) -> dict[Operation, list[Operation]]:
-        """Which operations read each; the output has one more reader, itself."""
-        found = defaultdict(list)
+        """For each operation those that read it. The output counts as a reader of itself."""
+        readers = defaultdict(list)
         for operation in self.operations:
             for source in inputs_of(operation):
-                found[source].append(operation)
-        found[self.output].append(self.output)
-        return found
+                readers[source].append(operation)
+        readers[self.output].append(self.output)
+        return readers
 
     def constant(self, value: torch.Tensor) -> Operation:
-        """A new constant."""
+        """Add a constant."""
         operation = Operation('constant', None, {}, tuple(value.shape))
         self.operations.insert(0, operation)
         self.constants[operation] = value
         return operation
 
     def replace(self, old: Operation, new: Operation) -> None:
-        """Have every reader of one operation read another, and leave the one out."""
+        """Let all readers of the old operation read the new one, and remove the old one."""
         for operation in self.operations:
             operation.arguments = {
-                name: [new if one is old else one for one in value]
+                name: [new if part is old else part for part in value]
                 if isinstance(value, list)
                 else new if value is old else value
                 for name, value in operation.arguments.items()
@@ -202,20 +203,20 @@ class Graph:
 
 
 def call_of(operation: Operation, **changes: object) -> Compute:
-    """The operation as a function of the values of its inputs; changes: of its other arguments."""
+    """The operation as a function of the values of its inputs. changes: of its other arguments."""
     arguments, target = operation.arguments | changes, operation.target
-    assert target is not None  # it is one that is computed
+    assert target is not None  # the operation is computed
     names = [name for name, value in arguments.items() if isinstance(value, Operation)]
-    if not any(isinstance(one, Operation) for value in arguments.values()
-               if isinstance(value, list) for one in value):  # fmt: skip
+    if not any(isinstance(part, Operation) for value in arguments.values()
+               if isinstance(value, list) for part in value):  # fmt: skip
         fixed = {name: value for name, value in arguments.items() if name not in names}
-        # One of hundreds in a pass: no more is done than must be.
+        # A pass calls hundreds of these, so each does as little as possible.
         return lambda *values: target(**fixed, **dict(zip(names, values, strict=True)))
 
     def compute(*values: object) -> object:
         left = iter(values)
         filled = {
-            name: [next(left) if isinstance(one, Operation) else one for one in value]
+            name: [next(left) if isinstance(part, Operation) else part for part in value]
             if isinstance(value, list)
             else next(left) if isinstance(value, Operation) else value
             for name, value in arguments.items()
@@ -230,7 +231,7 @@ def call_of(operation: Operation, **changes: object) -> Compute:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """What tracing says of a network that it cannot take is said in one sentence instead."""
+    """Hide what torch prints while it traces; where it fails, `NotExportable` says why."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -241,16 +242,16 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-class _WritesInPlace(Exception):
-    """A tensor is changed of which there are views."""
+class _InPlaceError(Exception):
+    """An operator changes a tensor in place that shares memory with others."""
 
 
 def _item_of(values: Sequence[object], index: int) -> object:
     return values[index]
 
 
-def _node(value: object) -> torch.fx.Node:
-    """A value in an exported program that must be computed."""
+def _computed(value: object) -> torch.fx.Node:
+    """A value in an exported program as the node that computes it."""
     if not isinstance(value, torch.fx.Node):
         raise NotExportable('the network gives what does not depend on its input')
     return value
@@ -263,7 +264,7 @@ def _shape_of(node: torch.fx.Node) -> Shape | None:
     return tuple(None if isinstance(size, torch.SymInt) else size for size in value.shape)
 
 
-def _made(
+def _operation_of(
     node: torch.fx.Node, kind: str, target: Compute, arguments: dict[str, object]
 ) -> Operation:
     stack = node.meta.get('nn_module_stack') or {}
@@ -271,19 +272,19 @@ def _made(
     return Operation(kind, target, arguments, _shape_of(node), module)
 
 
-def _named(
+def _named_arguments(
     target: Operator, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, object]:
     """All arguments of a call by their names."""
-    found = {}
+    named = {}
     for number, (name, default) in enumerate(arguments_of(target)):
         if number < len(args):
-            found[name] = args[number]
+            named[name] = args[number]
         elif name in kwargs:
-            found[name] = kwargs[name]
+            named[name] = kwargs[name]
         elif default is not WithoutDefault:
-            found[name] = default
-    return found
+            named[name] = default
+    return named
 
 
 class _Import:
@@ -294,8 +295,8 @@ class _Import:
         self.operations: dict[torch.fx.Node, Operation] = {}
         self.constants: dict[Operation, torch.Tensor] = {}
         self.sizes: dict[Operation, Callable[[int], int]] = {}
-        self.viewed: set[Operation] = set()  # of which there is a view, or which are one
-        self.made: list[Operation] = []
+        self.aliased: set[Operation] = set()  # operations that may share memory with others
+        self.made: list[Operation] = []  # in the order in which they run
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -304,17 +305,17 @@ class _Import:
         (image,) = signature.user_inputs  # its name
         for node in self.program.graph.nodes:
             if node.op == 'placeholder':
-                self._add(node, self._source(node, image))
+                self._add(node, self._placeholder(node, image))
             elif node.op == 'call_function':
-                self._call(node)
+                self._add_call(node)
             elif node.op == 'get_attr':
                 raise NotExportable('parts of the network run under no_grad or autocast')
         results = next(n for n in self.program.graph.nodes if n.op == 'output').args[0]
         if not isinstance(results, (list, tuple)) or len(results) != 1:
             raise NotExportable('the network gives more than one result')
-        found = next(o for o in self.made if o.kind == 'image')
-        output = self.operations[_node(results[0])]
-        return Graph(self.made, found, output, self.constants, self.sizes)
+        source = next(o for o in self.made if o.kind == 'image')
+        output = self.operations[_computed(results[0])]
+        return Graph(self.made, source, output, self.constants, self.sizes)
 
     def _add(self, node: torch.fx.Node, operation: Operation) -> Operation:
         self.operations[node] = operation
@@ -322,8 +323,8 @@ class _Import:
             self.made.append(operation)
         return operation
 
-    def _source(self, node: torch.fx.Node, image: object) -> Operation:
-        """The image, or a weight."""
+    def _placeholder(self, node: torch.fx.Node, image: object) -> Operation:
+        """The image, or a constant."""
         if node.name == image:
             operation = Operation('image', None, {}, _shape_of(node))
         else:
@@ -331,30 +332,30 @@ class _Import:
             tables = (signature.inputs_to_parameters, signature.inputs_to_buffers,
                       signature.inputs_to_lifted_tensor_constants)  # fmt: skip
             name = next(table[node.name] for table in tables if node.name in table)
-            held = self.program.state_dict.get(name)
-            value = self.program.constants[name] if held is None else held
+            parameter = self.program.state_dict.get(name)
+            value = self.program.constants[name] if parameter is None else parameter
             operation = Operation('constant', None, {}, tuple(value.shape))
             self.constants[operation] = value.detach()
-        self.viewed.add(operation)
+        self.aliased.add(operation)
         return operation
 
-    def _call(self, node: torch.fx.Node) -> None:
+    def _add_call(self, node: torch.fx.Node) -> None:
         value, target = node.meta.get('val'), node.target
         if isinstance(value, torch.SymInt):
-            self._size(node, value)
+            self._add_size(node, value)
         elif value is None or isinstance(value, torch.SymBool):
-            return  # an assertion, or what it asserts
+            return  # an assertion, or its condition
         elif target is operator.getitem:
-            self._item(node)
+            self._add_item(node)
         elif isinstance(target, Operator):
-            args = [self._operand(value) for value in node.args]
-            kwargs = {name: self._operand(value) for name, value in node.kwargs.items()}
-            self._operate(node, target, _named(target, args, kwargs))
+            args = [self._argument(value) for value in node.args]
+            kwargs = {name: self._argument(value) for name, value in node.kwargs.items()}
+            self._add_operator(node, target, _named_arguments(target, args, kwargs))
         else:
             raise NotExportable(f'the network holds {target}, which is no plain operation')
 
-    def _size(self, node: torch.fx.Node, value: torch.SymInt) -> None:
-        import sympy  # which torch.export has imported by now
+    def _add_size(self, node: torch.fx.Node, value: torch.SymInt) -> None:
+        import sympy  # torch.export has imported it by now
 
         expression = expression_of(value)
         symbols = sorted(expression.free_symbols, key=str)
@@ -363,56 +364,60 @@ class _Import:
         operation = self._add(node, Operation('size', None, {}, None))
         self.sizes[operation] = sympy.lambdify(symbols or [sympy.Symbol('n')], expression)
 
-    def _operand(self, value: object) -> object:
+    def _argument(self, value: object) -> object:
         """An argument of a call, with operations in place of nodes."""
         if isinstance(value, torch.fx.Node):
             if value not in self.operations:
                 raise NotExportable(f'{value.target} is no plain value')
             return self.operations[value]
         if isinstance(value, (list, tuple)):
-            return [self._operand(one) for one in value]
+            return [self._argument(part) for part in value]
         if isinstance(value, dict):
-            return {name: self._operand(one) for name, one in value.items()}
+            return {name: self._argument(part) for name, part in value.items()}
         return value
 
-    def _operate(self, node: torch.fx.Node, target: Operator, arguments: dict[str, object]) -> None:
+    def _add_operator(
+        self, node: torch.fx.Node, target: Operator, arguments: dict[str, object]
+    ) -> None:
         kind = name_of(target)
         if writes_in_place(target):
-            kind, target, changed = self._out_of_place(kind, target, arguments)
+            kind, target, changed = self._not_in_place(kind, target, arguments)
             for other, operation in list(self.operations.items()):
-                if operation is changed:  # from here on, whoever reads it reads the result
+                if operation is changed:  # from here on, its readers read the result
                     self.operations[other] = self._add(
-                        node, self.operations.get(node) or _made(node, kind, target, arguments)
+                        node,
+                        self.operations.get(node) or _operation_of(node, kind, target, arguments),
                     )
             return
-        operation = self._add(node, _made(node, kind, target, arguments))
+        operation = self._add(node, _operation_of(node, kind, target, arguments))
         if shares_memory(target) or 'dropout' in kind or kind == 'type_as':
-            self.viewed |= {operation, *inputs_of(operation)[:1]}
+            self.aliased |= {operation, *inputs_of(operation)[:1]}
 
-    def _out_of_place(
+    def _not_in_place(
         self, kind: str, target: Operator, arguments: dict[str, object]
     ) -> tuple[str, Operator, Operation]:
-        """The operator that gives the result of one which writes it into its first argument."""
+        """For an operator that writes into its first argument: the name of the operator that
+        returns the same result, that operator, and the argument."""
         written = next(iter(arguments.values()))
         same = same_overload(target, kind.removesuffix('_')) if kind.endswith('_') else None
-        if not isinstance(written, Operation) or same is None or written in self.viewed:
-            raise _WritesInPlace(f'{kind} changes a tensor in place')
+        if not isinstance(written, Operation) or same is None or written in self.aliased:
+            raise _InPlaceError(f'{kind} changes a tensor in place')
         return kind.removesuffix('_'), same, written
 
-    def _item(self, node: torch.fx.Node) -> None:
-        """One of an operation's results; parts of a tensor become slices of it."""
-        source, index = _node(node.args[0]), node.args[1]
+    def _add_item(self, node: torch.fx.Node) -> None:
+        """One of several results of an operation; the parts of a split tensor become slices."""
+        source, index = _computed(node.args[0]), node.args[1]
         assert isinstance(index, int)  # of a tuple
         operation = self.operations[source]
         if operation.kind in ('split', 'split_with_sizes', 'chunk'):
             dim = operation.number('dim', 0)
-            sizes = [one.shape[dim] for one in source.meta['val']]
+            sizes = [part.shape[dim] for part in source.meta['val']]
             if any(isinstance(size, torch.SymInt) for size in sizes):
                 raise NotExportable('the batch is split')
             start = sum(sizes[:index])
             arguments = {'self': inputs_of(operation)[0], 'dim': dim, 'start': start,
                          'end': start + sizes[index], 'step': 1}  # fmt: skip
-            self._add(node, _made(node, 'slice', aten.slice.Tensor, arguments))
+            self._add(node, _operation_of(node, 'slice', aten.slice.Tensor, arguments))
         elif operation.kind == '_native_batch_norm_legit_no_training' and index == 0:
             operation.shape = _shape_of(node)
             operation.kind, operation.target = 'batch_norm', aten.batch_norm.default
@@ -420,8 +425,8 @@ class _Import:
             self._add(node, operation)
         else:
             arguments = {'values': operation, 'index': index}
-            self._add(node, _made(node, 'getitem', _item_of, arguments))
-        self.viewed |= {self.operations[node], operation}
+            self._add(node, _operation_of(node, 'getitem', _item_of, arguments))
+        self.aliased |= {self.operations[node], operation}
 
 
 def trace(network: nn.Module, example: torch.Tensor) -> Graph:
@@ -431,15 +436,15 @@ def trace(network: nn.Module, example: torch.Tensor) -> Graph:
     """
     try:
         with _silence(), torch.enable_grad():
-            pair = example[:1].detach().repeat(2, 1, 1, 1)  # a batch of 1 would be taken for fixed
+            pair = example[:1].detach().repeat(2, 1, 1, 1)  # torch takes a batch of 1 as constant
             batch = {0: torch.export.Dim('batch', min=1)}
             program = torch.export.export(network, (pair,), dynamic_shapes=(batch,), strict=False)
             try:
                 return _Import(program).graph()
-            except _WritesInPlace:
+            except _InPlaceError:
                 return _Import(program.run_decompositions({})).graph()
-    except (NotExportable, _WritesInPlace) as error:
+    except (NotExportable, _InPlaceError) as error:
         raise NotExportable(str(error)) from error
-    except Exception as error:  # whatever stands in the network's forward
+    except Exception as error:  # any error that the network's code may raise
         first = next(iter(str(error).strip().splitlines()), '')
         raise NotExportable(f'{type(error).__name__}: {first[:200]}') from error

@@ -239,8 +239,8 @@ def test_logits_are_whole_where_a_target_looks_and_zero_elsewhere(x):
     points = torch.cat([x, 0.3 * x]).requires_grad_()
     with engine.running(x):
         crops = engine.crops([target])
-        found, whole = engine.seen(points, crops), engine.run(points)
-        assert torch.equal(engine.seen(points, Crops((target,))), whole)
+        found, whole = engine.cropped_logits(points, crops), engine.run(points)
+        assert torch.equal(engine.cropped_logits(points, Crops((target,))), whole)
     torch.testing.assert_close(found[..., 30:35, 59:64], whole[..., 30:35, 59:64])
     assert found.shape == whole.shape and not found[..., :20, :20].any()
     gradients = [torch.autograd.grad(target(one).sum(), points)[0] for one in (found, whole)]

@@ -389,7 +389,7 @@ def test_padding_becomes_that_of_the_convolution():
     graph = graph_of(network)
     assert graph.rewrites.padded == 1
     (convolution,) = [o for o in graph.graph.operations if o.kind == 'conv2d']
-    assert convolution.arguments['how'].pads == ((0, 1), (0, 1))
+    assert convolution.arguments['sliding'].pads == ((0, 1), (0, 1))
     assert graph_of(NETWORKS['padding that others read too']).rewrites.padded == 0
 
 
