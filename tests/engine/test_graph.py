@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from igseg.engine import crops
-from igseg.engine.crops import holds, merged, part_of, slices_of, trimmed
+from igseg.engine.crops import contains, merged, part_of, slices_of, trimmed
 from igseg.engine.graph import NetworkGraph
 from igseg.engine.rewrites import Kernel, flipped, fold_batch_norms
 from igseg.engine.trace import NotExportable, trace
@@ -91,7 +91,7 @@ def check_boxes(network: nn.Module, graph: NetworkGraph, size: int, groups, chan
             gradients.append((maps, torch.autograd.grad(total, point)[0]))
         (expected, gradient), (found, other) = gradients
         for box in boxes:
-            assert any(holds(one, trimmed(box, graph.output_shape))
+            assert any(contains(one, trimmed(box, graph.output_shape))
                        for one in plan.boxes)  # fmt: skip
         for one, same in zip(found, expected, strict=True):
             assert one.shape == same.shape and difference(one, same) < EXACT
