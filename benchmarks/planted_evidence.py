@@ -38,7 +38,7 @@ from igseg.checks.checks import evaluate_explanation
 from igseg.checks.curves import edge_map
 from igseg.checks.verdict import verdict_of
 from igseg.errors import InputError
-from igseg.explanation import GIVEN, NO_BASELINE, Declared
+from igseg.explanation import NO_BASELINE, USER_BASELINE, Declared
 from igseg.method.choice import METHODS, form_of
 from igseg.method.method import build_method, build_methods
 from igseg.preprocessing import Preprocessing
@@ -283,7 +283,7 @@ def main() -> None:
                 names = [scenario, kind, baseline]
                 if several_methods:
                     against = declared_by(method).baseline
-                    names[2:] = [baseline if against == GIVEN else against, f'`{method}`']
+                    names[2:] = [baseline if against == USER_BASELINE else against, f'`{method}`']
                 if seen:
                     print(row_of(names, seen), flush=True)
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from igseg.data.samples import list_samples
 from igseg.engine.preparation import prepared_copy
-from igseg.method.integral import Interval, PathIntegral, adaptive_rounds, alone, sum_rule
+from igseg.method.integral import Interval, PathIntegral, adaptive_rounds, run_alone, sum_rule
 from igseg.method.rules import ADAPTIVE, FIXED_RULES
 from igseg.network.loading import load_model
 from igseg.preprocessing import Preprocessing
@@ -99,9 +99,9 @@ class Case:
     def run(self, rule: str, steps: int, roughness: np.ndarray) -> PathIntegral:
         """The map that a rule gives."""
         if rule == ADAPTIVE:
-            return alone(adaptive_rounds(steps), self.evaluate)
+            return run_alone(adaptive_rounds(steps), self.evaluate)
         if rule == 'adaptive by residual':
-            return alone(adaptive_rounds(steps, priority=self.residual), self.evaluate)
+            return run_alone(adaptive_rounds(steps, priority=self.residual), self.evaluate)
         if rule == 'nuig':
             ends = np.linspace(0, 1, NUIG_INTERVALS + 1)
             found = nuig_rule(steps, [self.at(float(end))[0] for end in ends])

@@ -81,8 +81,8 @@ class LabelScores:
 BY_INTEGRAL, IN_EXPECTATION = 'integral', 'expectation'  # or BY_CONSTRUCTION
 
 
-# What a method compares the image with: what the user says, something of its own, nothing.
-GIVEN, OWN, NO_BASELINE = 'given', 'own', 'none'
+# The baseline that a method compares the image with: chosen by the user, or by the method, or none.
+USER_BASELINE, METHOD_BASELINE, NO_BASELINE = 'given', 'own', 'none'
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Declared:
     completeness: str | None = BY_INTEGRAL  # how the sum comes to F(x) - F(x'); None: it need not
     quadrature: bool = True  # an integral whose error is estimated, to a tolerance if wanted
     sequential: bool = False  # each step needs the result of the one before
-    baseline: str = GIVEN  # GIVEN, OWN or NO_BASELINE
+    baseline: str = USER_BASELINE  # USER_BASELINE, METHOD_BASELINE or NO_BASELINE
     settles_early: bool = True  # a map in a few steps is much the same: not of what is drawn
     channels: bool = True  # whether it tells the input's channels apart
     signed: bool = True  # whether its sign means raising or lowering the score

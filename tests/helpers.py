@@ -17,9 +17,9 @@ from igseg.method.integral import (
     Enough,
     Evaluate,
     PathIntegral,
-    alone,
     fixed_rule,
     rounds_of,
+    run_alone,
     sum_rule,
 )
 from igseg.method.rules import AnyRule
@@ -42,7 +42,7 @@ def integrate(
     fixed = fixed_rule(rule, steps, enough is not None)
     if fixed is not None:
         return sum_rule(evaluate, fixed)
-    return alone(rounds_of(rule, steps, enough), evaluate)
+    return run_alone(rounds_of(rule, steps, enough), evaluate)
 
 
 def save_image(path: Path, array: np.ndarray) -> Path:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from igseg.checks.effort import COMPARED_BASELINES, Effort
 from igseg.engine.engine import Crops, GradientEngine
-from igseg.explanation import GIVEN, Explanation
+from igseg.explanation import USER_BASELINE, Explanation
 from igseg.maps import contrast
 from igseg.method.baselines import baseline_pictures
 from igseg.method.choice import Question
@@ -208,7 +208,7 @@ def subject_of(
     objective = explanation.objective
     target = replace(objective, weights=objective.weights.to(x.device))  # where it is asked often
     declared = explanation.method
-    kinds = COMPARED_BASELINES if declared.baseline == GIVEN else ()
+    kinds = COMPARED_BASELINES if declared.baseline == USER_BASELINE else ()
     content = None if placement is None else placement.content(x.shape[-2:])
     return Subject(
         attributions=explanation.attributions.cpu().numpy(),

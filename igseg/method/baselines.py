@@ -1,7 +1,8 @@
 """Baselines: the images that an image is compared with.
 
-A baseline is an image in pixel space, built from the image it stands against and then normalised
-like it. `BASELINES` (in `choice`) holds what a user may ask for; here stands what its rows name.
+A baseline is built in pixel space from the image that is compared with it, and then normalised in
+the same way. `BASELINES` (in `choice`) holds the baselines that users may choose; this file holds
+the functions that its rows name.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from igseg.preprocessing import Placement, Preprocessing, strong_blur
 if TYPE_CHECKING:
     from igseg.engine.engine import GradientEngine
 
-LEAST_CONTRAST = 0.8  # of the best candidate's, that a baseline must have to be chosen
-STILL_PREDICTED = 0.1  # share of the target that may still be predicted on it
+# A baseline is chosen automatically only if the target's contrast is at least this share of the
+# best candidate's contrast,
+LEAST_CONTRAST = 0.8
+# and if at most this share of the target is still predicted on the baseline.
+STILL_PREDICTED = 0.1
 
 
-# --------------------------------------------------------------------------- what rows name
+# --------------------------------------------------------------------------- builders of baselines
 #
-# Builders of baselines: (pixels (H, W, C) float32 0-255, generator) -> (H, W, C) float32 0-255.
+# The rows of BASELINES name these functions: (pixels (H, W, C) float32 0-255, generator) ->
+# (H, W, C) float32 0-255.
 
 
 def zero_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -58,16 +63,16 @@ def mean_baseline(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.broadcast_to(pixels.mean(axis=(0, 1)), pixels.shape).astype(np.float32)
 
 
-# --------------------------------------------------------------------------- those of an image
+# --------------------------------------------------------------------------- of an image
 
 
 def baseline_pictures(
     question: Question, kind: str, pixels: np.ndarray, fit: Preprocessing
 ) -> list[np.ndarray]:
-    """The baselines of a kind for an image (H, W, C) float32, 0-255, of the same shape and range:
-    several draws for one that is drawn, one for the others.
+    """The baseline of a kind for an image (H, W, C) float32, 0-255: pictures of the same shape and
+    range. A random baseline has several draws, any other a single picture.
 
-    kind: a key of BASELINES, or the file whose picture `question.baseline_image` is.
+    kind: a key of BASELINES, or the name of the file with the picture `question.baseline_image`.
     """
     if kind in BASELINES:
         row, rng = BASELINES[kind], np.random.default_rng(question.seed)
@@ -79,7 +84,7 @@ def baseline_pictures(
 
 
 def fitted_baseline(image: np.ndarray, size: tuple[int, int], fit: Preprocessing) -> np.ndarray:
-    """The picture (h, w, C) of a baseline's file at the size (H, W) of the image, float32."""
+    """The picture (h, w, C) from a baseline's file, resized to the image's size (H, W), float32."""
     return replace(fit, image_size=size).resize_image(image).astype(np.float32)
 
 
@@ -91,8 +96,8 @@ def choose_baseline(
     fit: Preprocessing,
     placement: Placement | None,
 ) -> tuple[ChosenBaseline, list[torch.Tensor]]:
-    """The baselines of an input x (1, C, H, W) that was made by `fit`, as pictures and as inputs.
-    Raises InputError."""
+    """The baseline of an input x (1, C, H, W), as pictures, and all draws of it as inputs. fit: the
+    preprocessing that made x. Raises InputError."""
     image = fit.to_pixels(x)
     if len(question.baselines):
         tensors = _of_the_shape(question.baselines, x)
@@ -112,14 +117,15 @@ def choose_baseline(
     if kind == AUTO:
         kind, *notes = best_baseline(image, prediction, question.threshold, placement, on_baseline)
     baseline = ChosenBaseline(kind, image, pictures(kind), (*notes,))
-    return baseline, [fit.normalise(one).to(x) for one in baseline.pictures]
+    return baseline, [fit.normalise(picture).to(x) for picture in baseline.pictures]
 
 
-def _of_the_shape(given: Sequence[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
-    """Baselines that were given, each (1, C, H, W) like x. Raises InputError."""
-    if any(tuple(one.shape) not in (tuple(x.shape), tuple(x.shape[1:])) for one in given):
+def _of_the_shape(baselines: Sequence[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+    """The user's baselines, each as (1, C, H, W) like x. Raises InputError."""
+    shapes = (tuple(x.shape), tuple(x.shape[1:]))
+    if any(tuple(baseline.shape) not in shapes for baseline in baselines):
         raise InputError(f'the baseline must have the shape {tuple(x.shape)} of the input')
-    return [one.detach().to(x).reshape(x.shape) for one in given]
+    return [baseline.detach().to(x).reshape(x.shape) for baseline in baselines]
 
 
 def best_baseline(
@@ -129,13 +135,14 @@ def best_baseline(
     placement: Placement | None,
     on_baseline: Callable[[str], tuple[np.ndarray, torch.Tensor]],
 ) -> tuple[str, str]:
-    """Which of CANDIDATES explains the targets of an image (H, W, C) best, and why: where they
-    stand out against it, and the network does not see them in it; of those the one with the lowest
-    score. on_baseline: of a kind, the baseline (H, W, C) and the logits (1, K, h, w) there, a
-    forward pass each."""
+    """The candidate that suits the targets of an image (H, W, C) best, and a note that says why.
+
+    The targets must stand out against the baseline, and the network must not predict them on it.
+    Of such candidates the one with the lowest score is chosen. on_baseline: kind -> the baseline
+    (H, W, C) and its logits (1, K, h, w), which costs a forward pass."""
     network = prediction.network
     weights = torch.stack([target.weights for target in prediction.targets]).amax(dim=0)
-    there = prediction.masks & (weights > 0)  # (K, h, w): what is predicted of the targets
+    predicted = prediction.masks & (weights > 0)  # (K, h, w): the predicted part of the targets
     inside = (weights != 0).any(dim=0).cpu().numpy()
     outside = ~(inside | network.foreground(prediction.masks).cpu().numpy())
     if placement is not None:
@@ -143,17 +150,18 @@ def best_baseline(
     rows: dict[str, tuple[float, float, float]] = {}
     for kind in CANDIDATES:
         pixels, logits = on_baseline(kind)
-        still = (network.predicted(logits[0], threshold) & there).sum() / there.sum()
+        share = (network.predicted(logits[0], threshold) & predicted).sum() / predicted.sum()
         score = np.mean([float(target(logits)) for target in prediction.targets])
-        stands_out = contrast(np.abs(image - pixels).sum(axis=2), inside, outside)
-        stands_out = math.inf if stands_out is None else stands_out
-        rows[kind] = (stands_out, float(torch.nan_to_num(still)), float(score))
+        target_contrast = contrast(np.abs(image - pixels).sum(axis=2), inside, outside)
+        target_contrast = math.inf if target_contrast is None else target_contrast
+        rows[kind] = (target_contrast, float(torch.nan_to_num(share)), float(score))
     best = max(row[0] for row in rows.values())
-    fit = {k: v for k, v in rows.items() if v[1] <= STILL_PREDICTED}
-    fit = {k: v for k, v in fit.items() if v[0] >= LEAST_CONTRAST * best} or fit or rows
-    chosen = min(fit, key=lambda kind: fit[kind][2])
-    said = ', '.join(f'{k} {v[0]:.2g} ({v[1]:.0%})' for k, v in rows.items())
+    hidden = {k: v for k, v in rows.items() if v[1] <= STILL_PREDICTED}
+    contrasting = {k: v for k, v in hidden.items() if v[0] >= LEAST_CONTRAST * best}
+    suitable = contrasting or hidden or rows
+    chosen = min(suitable, key=lambda kind: suitable[kind][2])
+    figures = ', '.join(f'{k} {v[0]:.2g} ({v[1]:.0%})' for k, v in rows.items())
     return chosen, (
         f'baseline auto: {chosen}; contrast of the target against each, and how much of it is '
-        f'still predicted there: {said}'
+        f'still predicted there: {figures}'
     )

@@ -1,8 +1,9 @@
-"""What users may ask for: the tables of targets, baselines and methods, as plain data.
+"""The tables of targets, baselines and methods that users may choose from, as plain data.
 
-A row says how a thing is written, what it means, which options it has, and, as text, which function
-or class makes it. So `--help` and the checks of settings need neither torch nor any network. A new
-target, baseline or method is one row here and the function or class that the row names.
+A row says how users write the target, baseline or method, what it means, which options it has,
+and, as text, which function or class makes it. So `--help` and the checks of settings need neither
+torch nor a network. A new target, baseline or method is a row here, and the function or class that
+the row names.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from igseg.errors import InputError, check_choice
 from igseg.explanation import (
     BY_CONSTRUCTION,
     IN_EXPECTATION,
+    METHOD_BASELINE,
     NO_BASELINE,
-    OWN,
     Declared,
 )
 from igseg.network.kinds import Meaning
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-Made = str | Callable[..., Any]  # what makes a thing: 'package.module:name', or the function itself
+Factory = str | Callable[..., Any]  # 'package.module:name', or the function or class itself
 
 # --------------------------------------------------------------------------- targets
 
@@ -39,10 +40,11 @@ class TargetKind:
 
     form: str  # how the user writes it
     meaning: str  # in --help
-    made_by: Made  # (TargetContext, what stands behind the colon) -> Target; of a name that stands
-    # for several: (TargetContext) -> their names
-    argument: str = ''  # what may stand behind the colon, a regular expression
-    first: str = ''  # of a name that stands for several: the one there is in every image
+    # (TargetContext, the text behind the colon) -> Target. For a name that stands for several
+    # targets: (TargetContext) -> their names.
+    made_by: Factory
+    argument: str = ''  # a regular expression for the text behind the colon
+    first: str = ''  # for a name that stands for several: the target that every image has
 
     @property
     def several(self) -> bool:
@@ -90,7 +92,7 @@ def kind_of(spec: str) -> TargetKind:
 
 
 def check_form(spec: str) -> None:
-    """Raise InputError for a target that no image can have, before anything is computed."""
+    """Raise InputError for a target that no image can have, without computing anything."""
     kind, argument = kind_of(spec), spec.partition(':')[2]
     if argument and not re.fullmatch(kind.argument, argument):
         raise InputError(f'target "{spec}" is not of the form {kind.form} ({kind.meaning})')
@@ -104,8 +106,8 @@ class BaselineKind:
     """A row of the table of baselines."""
 
     meaning: str  # in --help
-    made_by: Made  # (pixels (H, W, C) float32 0-255, generator) -> the same shape and range
-    drawn: bool = False  # whether the attributions are averaged over several draws
+    made_by: Factory  # (pixels (H, W, C) float32 0-255, generator) -> the same shape and range
+    drawn: bool = False  # whether it is random; the attributions are averaged over several draws
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The baseline of an image, (H, W, C) float32, 0-255."""
@@ -128,16 +130,16 @@ BASELINES: dict[str, BaselineKind] = {
     'white': BaselineKind('a white image', 'igseg.method.baselines:white_baseline'),
 }  # fmt: skip
 
-AUTO = 'auto'  # a baseline: chosen for each image from CANDIDATES
+AUTO = 'auto'  # the baseline is chosen from CANDIDATES, for each image
 CANDIDATES = ('mean', 'blur', 'zero', 'white')
 
 
 def check_baseline(kind: str) -> None:
-    """Raise InputError for what is neither a key of BASELINES, `auto` nor a file."""
-    known = (*BASELINES, AUTO)
-    if not isinstance(kind, str) or (kind not in known and not Path(kind).is_file()):
+    """Raise InputError for a name that is no key of BASELINES, not `auto` and no file."""
+    kinds = (*BASELINES, AUTO)
+    if not isinstance(kind, str) or (kind not in kinds and not Path(kind).is_file()):
         raise InputError(
-            f'unknown baseline "{kind}" (choose from {", ".join(known)}, or give the path '
+            f'unknown baseline "{kind}" (choose from {", ".join(kinds)}, or give the path '
             'of an image file)'
         )
 
@@ -150,28 +152,29 @@ class Option:
     """An option of a method."""
 
     default: float | str | None
-    reads: type  # what its text is read as
-    known: Setting
+    reads: type  # the type to which its text is converted
+    setting: Setting
 
 
 def option(
-    default: float | str | None, meaning: str, reads: type | None = None, **known: Any
+    default: float | str | None, meaning: str, reads: type | None = None, **limits: Any
 ) -> Option:
-    """An option and what is known of it; see `Setting`. reads: by default the default's type."""
-    return Option(default, reads or type(default), Setting('option', meaning, **known))
+    """An option. reads: the type of its values; by default the type of the default. limits: see
+    `Setting`."""
+    return Option(default, reads or type(default), Setting('option', meaning, **limits))
 
 
 @dataclass(frozen=True)
 class MethodKind:
     """A row of the table of methods."""
 
-    declared: Declared  # what it promises; its options may take some of it back
+    declared: Declared  # what the method promises; its options may withdraw some of it
     meaning: str  # in --help
-    source: str  # paper, equation
-    made_by: Made  # its class, a `Method`
+    source: str  # paper and equation
+    made_by: Factory  # a class derived from `Method`
     options: Mapping[str, Option] = field(default_factory=dict)
-    layer_of: bool = False  # whether a layer is named with it
-    multiplies: bool = False  # whether --no_multiply goes with it
+    layer_of: bool = False  # whether users name a layer with the method
+    multiplies: bool = False  # whether --no_multiply applies to the method
 
 
 METHODS: dict[str, MethodKind] = {
@@ -181,7 +184,7 @@ METHODS: dict[str, MethodKind] = {
         'Sundararajan, Taly, Yan 2017, eq. 1',
         'igseg.method.methods:IntegratedGradientsMethod', multiplies=True),
     'expected': MethodKind(
-        Declared('expected', IN_EXPECTATION, baseline=OWN, settles_early=False),
+        Declared('expected', IN_EXPECTATION, baseline=METHOD_BASELINE, settles_early=False),
         'ig from other images, drawn anew for every step: what sets this image apart from them',
         'Erion et al. 2021, eq. 3',
         'igseg.method.methods:ExpectedMethod',
@@ -196,7 +199,7 @@ METHODS: dict[str, MethodKind] = {
          'kind': option('mean', 'what is taken of them', choices=('mean', 'square', 'variance'))},
         multiplies=True),
     'blur': MethodKind(
-        Declared('blur', baseline=OWN, settles_early=False),
+        Declared('blur', baseline=METHOD_BASELINE, settles_early=False),
         'gradients while the image comes into focus, from a strong blur of it to itself',
         'Xu, Venugopalan, Sundararajan 2020, eq. 5',
         'igseg.method.methods:BlurMethod',
@@ -250,13 +253,13 @@ METHODS: dict[str, MethodKind] = {
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """A method as a user asked for it."""
+    """A method as the user chose it."""
 
     name: str  # as on the command line
     kind: MethodKind
-    layer: str  # empty where none is named with it
-    options: tuple[tuple[str, Any], ...]  # names and values of all that it has
-    multiply: bool = True  # by image minus baseline, where that is a question
+    layer: str  # empty: no layer is named with the method
+    options: tuple[tuple[str, Any], ...]  # names and values of all its options
+    multiply: bool = True  # whether gradients are multiplied by image minus baseline
 
 
 def form_of(name: str) -> str:
@@ -265,22 +268,26 @@ def form_of(name: str) -> str:
 
 
 def chosen_methods(
-    wanted: Sequence[str], given: Sequence[str], multiply: bool = True
+    wanted: Sequence[str], assignments: Sequence[str], multiply: bool = True
 ) -> tuple[MethodChoice, ...]:
-    """The methods of these names, with options that were given as NAME=VALUE. An option goes to
-    every method that has it. Raises InputError."""
-    pairs = [text.partition('=') for text in given]
+    """The methods with the wanted names, and their options.
+
+    assignments: NAME=VALUE each; an option is given to every method that has it. Raises
+    InputError."""
+    pairs = [text.partition('=') for text in assignments]
     kinds = {name: _kind_of(name) for name in wanted}
-    known = {name for kind in kinds.values() for name in kind.options}
+    names = {name for kind in kinds.values() for name in kind.options}
     for name, equals, _ in pairs:
-        if name not in known or not equals:
-            said = f'unknown option "{name}"' if equals else f'option "{name}" lacks its =VALUE'
-            raise InputError(f'{said} ({"; ".join(map(options_text, kinds.values()))})')
+        if name not in names or not equals:
+            problem = f'unknown option "{name}"' if equals else f'option "{name}" lacks its =VALUE'
+            raise InputError(f'{problem} ({"; ".join(map(options_text, kinds.values()))})')
     if not multiply:
         for name, kind in kinds.items():
             if not kind.multiplies:
-                can = ', '.join(n for n, k in METHODS.items() if k.multiplies)
-                raise InputError(f'--no_multiply goes with {can}, not with {name.split(":")[0]}')
+                multiplying = ', '.join(n for n, k in METHODS.items() if k.multiplies)
+                raise InputError(
+                    f'--no_multiply goes with {multiplying}, not with {name.split(":")[0]}'
+                )
     texts = {name: text for name, _, text in pairs}
     return tuple(
         MethodChoice(name, kind, name.partition(':')[2], _values(kind, texts), multiply)
@@ -289,7 +296,7 @@ def chosen_methods(
 
 
 def _kind_of(wanted: str) -> MethodKind:
-    """The row of a method. Raises InputError for an unknown one, or another form of it."""
+    """The row of a method. Raises InputError for an unknown method or a wrong form."""
     name, colon, layer = wanted.partition(':')
     if name not in METHODS:
         forms = ', '.join(map(form_of, METHODS))
@@ -301,15 +308,15 @@ def _kind_of(wanted: str) -> MethodKind:
 
 
 def _values(kind: MethodKind, texts: Mapping[str, str]) -> tuple[tuple[str, Any], ...]:
-    """The values of all options of a method, from texts where some were given. Raises
+    """The values of all options of a method: from the user's texts, else the defaults. Raises
     InputError."""
-    values: dict[str, Any] = {name: one.default for name, one in kind.options.items()}
-    for name, one in kind.options.items():
+    values: dict[str, Any] = {name: option.default for name, option in kind.options.items()}
+    for name, option in kind.options.items():
         if name not in texts:
             continue
         try:
-            values[name] = one.known.checked(name, one.reads(texts[name]))
-        except ValueError as error:  # an InputError is one
+            values[name] = option.setting.checked(name, option.reads(texts[name]))
+        except ValueError as error:  # InputError is derived from ValueError
             no_number = f'{name} is no number: "{texts[name]}"'
             reason = str(error) if isinstance(error, InputError) else no_number
             raise InputError(f'{reason} ({options_text(kind)})') from None
@@ -318,24 +325,24 @@ def _values(kind: MethodKind, texts: Mapping[str, str]) -> tuple[tuple[str, Any]
 
 def options_text(kind: MethodKind) -> str:
     """The options of a method with their defaults, in words."""
-    said = ', '.join(f'{name}={default_text(one)}' for name, one in kind.options.items())
-    return f'{kind.declared.name} has {said or "no options"}'
+    defaults = ', '.join(f'{name}={default_text(option)}' for name, option in kind.options.items())
+    return f'{kind.declared.name} has {defaults or "no options"}'
 
 
-def default_text(one: Option) -> str:
+def default_text(option: Option) -> str:
     """The default of an option."""
-    return one.known.default_text if one.default is None else str(one.default)
+    return option.setting.default_text if option.default is None else str(option.default)
 
 
-def option_texts(given: object) -> tuple[str, ...]:
-    """Options as NAME=VALUE, from such texts or from a dictionary. Raises InputError."""
-    if isinstance(given, dict):
-        given = [f'{name}={value}' for name, value in given.items()]
-    if isinstance(given, str):
-        given = given.split()
-    if not isinstance(given, (list, tuple)) or not all(isinstance(one, str) for one in given):
-        raise InputError(f'method_option must be NAME=VALUE, or several, not {given!r}')
-    return tuple(given)
+def option_texts(options: object) -> tuple[str, ...]:
+    """Options as texts NAME=VALUE, from such texts or from a dictionary. Raises InputError."""
+    if isinstance(options, dict):
+        options = [f'{name}={value}' for name, value in options.items()]
+    if isinstance(options, str):
+        options = options.split()
+    if not isinstance(options, (list, tuple)) or not all(isinstance(text, str) for text in options):
+        raise InputError(f'method_option must be NAME=VALUE, or several, not {options!r}')
+    return tuple(options)
 
 
 def methods_text() -> str:
@@ -348,31 +355,31 @@ def methods_text() -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the network: F, and what the image is compared with.
+    """What is explained: the score F, and the baseline that the image is compared with.
 
     Texts are as users write them. `ig.explain_targets` also takes targets as `Target` objects or
-    masks (h, w) bool, and baselines as tensors (1, C, H, W) of which the mean is taken.
+    masks (h, w) bool, and baselines as tensors (1, C, H, W). The map is the mean over baselines.
     """
 
     targets: Sequence[Any] = ('predicted',)  # texts, Target objects or masks
-    score: str = 'logit'  # what is averaged over the target: the logit, or the probability
+    score: str = 'logit'  # averaged over the target: 'logit' or 'probability'
     threshold: float = 0.5  # probability above which a pixel is predicted
     min_object_area: int = 1  # output pixels; smaller objects are no targets
     skip_empty: bool = False  # leave out empty targets, unless all are empty
     on_empty: str = 'skip'  # 'image': explain the whole image where all targets are empty
-    baseline: str = 'zero'  # a key of BASELINES, AUTO, or the name of what `baselines` are
-    baselines: Sequence[torch.Tensor] = ()  # given ones, (1, C, H, W) each
-    baseline_image: np.ndarray | None = None  # (H, W, C): of the file that `baseline` names
-    baseline_draws: int = 4  # of drawn baselines
-    seed: int = 0  # of drawn baselines, and of methods that draw
-    meaning: Meaning = field(default_factory=Meaning)  # what the user says of the network's outputs
+    baseline: str = 'zero'  # a key of BASELINES, AUTO, a file, or a name for `baselines`
+    baselines: Sequence[torch.Tensor] = ()  # the user's tensors, (1, C, H, W) each
+    baseline_image: np.ndarray | None = None  # (H, W, C): the picture in the file `baseline`
+    baseline_draws: int = 4  # number of draws of a random baseline
+    seed: int = 0  # of random baselines, and of methods that draw random numbers
+    meaning: Meaning = field(default_factory=Meaning)  # what the user says about the outputs
 
     @property
     def several_targets(self) -> bool:
-        """Whether an image may have several explanations, each in a folder of its own."""
+        """Whether an image may have several explanations; each then has a separate folder."""
         return len(self.targets) > 1 or kind_of(self.targets[0]).several
 
     @property
     def possible_first_targets(self) -> tuple[str, ...]:
-        """The targets of which one is explained first, in whatever image."""
+        """All targets that may be the first explained target of an image."""
         return (*(kind_of(target).first or target for target in self.targets), 'image')

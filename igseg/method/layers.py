@@ -1,9 +1,10 @@
-"""Layers of a user's network by name: what they give, and the network from there on.
+"""Layers of a user's network by name: their outputs, and the network behind them.
 
-A layer is a module that gives one map (N, C, h, w) once in a forward pass. It is named as PyTorch
-names it, or, of an encoder that gives a list of features, `encoder.stageK`: the module inside that
-feature number K comes from, so that all that follows from it follows, and not the skip connection
-alone. The network is the user's own, not a rewritten graph of it: there, layers are folded away.
+A layer is a module that gives one map (N, C, h, w), once in a forward pass. Its name is that in
+PyTorch. If an encoder gives a list of features, `encoder.stageK` is the module inside the encoder
+that computes feature number K; so the rest of the encoder depends on it too, and not only the skip
+connection. The network is the user's network and not its rewritten graph, in which some layers are
+folded into others.
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ from igseg.errors import InputError
 from igseg.method.walk import Task
 from igseg.network.outputs import enlarged, explained_network, segmentation_logits
 
-MOST_NAMED = 24  # layers in an error
+MOST_NAMED = 24  # layers that an error names
 
 
 def layers_of(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module]:
-    """The layers of a network by name, stages of encoders first, found by running it on x."""
-    given: dict[str, list[weakref.ref[torch.Tensor]]] = defaultdict(list)  # maps of each module
-    stages: dict[str, str] = {}  # by the name of the module
+    """The layers of a network by name, stages of encoders first. The network is run on x."""
+    maps: dict[str, list[weakref.ref[torch.Tensor]]] = defaultdict(list)  # module name -> outputs
+    stages: dict[str, str] = {}  # module name -> name of the stage
 
     def note(name: str, module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, torch.Tensor) and output.ndim == 4:
-            given[name].append(weakref.ref(output))
-        several = output if isinstance(output, (list, tuple)) else ()
-        for number, feature in enumerate(several):
-            inside = [n for n, refs in given.items() if n.startswith(f'{name}.') and len(refs) == 1]
-            same = [n for n in inside if given[n][0]() is feature]
-            if same:  # the last to finish is the outermost
-                stages[same[-1]] = f'{name}.stage{number}'  # of lists in lists, the outer one's
+            maps[name].append(weakref.ref(output))
+        features = output if isinstance(output, (list, tuple)) else ()
+        for number, feature in enumerate(features):
+            inner = [n for n, refs in maps.items() if n.startswith(f'{name}.') and len(refs) == 1]
+            candidates = [n for n in inner if maps[n][0]() is feature]
+            if candidates:  # the last of these to finish contains the others
+                # Where lists contain lists, the outer list comes last and names the stage.
+                stages[candidates[-1]] = f'{name}.stage{number}'
 
     modules = dict(model.named_modules())
     handles = [module.register_forward_hook(partial(note, name)) for name, module in
@@ -52,67 +54,68 @@ def layers_of(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
-    once = {name: modules[name] for name, refs in given.items() if len(refs) == 1}
-    return {**{stage: modules[name] for name, stage in stages.items()}, **once}
+    single = {name: modules[name] for name, refs in maps.items() if len(refs) == 1}
+    return {**{stage: modules[name] for name, stage in stages.items()}, **single}
 
 
 def layer_named(model: nn.Module, x: torch.Tensor, name: str) -> nn.Module:
-    """A layer of a network. Raises InputError, which names those there are."""
+    """A layer of a network. Raises InputError, which names the existing layers."""
     layers = layers_of(model, x)
-    wrapped = [child for child, _ in model.named_children()]
-    for place in (name, f'{wrapped[0]}.{name}' if len(wrapped) == 1 else name):
-        if place in layers:
-            return layers[place]
+    children = [child for child, _ in model.named_children()]
+    for full_name in (name, f'{children[0]}.{name}' if len(children) == 1 else name):
+        if full_name in layers:
+            return layers[full_name]
     stages = [layer for layer in layers if '.stage' in layer]
     shallow = [layer for layer in layers if layer.count('.') <= 2 and layer not in stages]
     names = ', '.join([*stages, *shallow][:MOST_NAMED]) or 'none'
-    why = f'unknown layer "{name}"'
+    reason = f'unknown layer "{name}"'
     if name in dict(model.named_modules()):
-        why = f'layer "{name}" gives no map (N, C, H, W), or several'
-    raise InputError(f'{why} (choose from {names}, or another module that gives one map)')
+        reason = f'layer "{name}" gives no map (N, C, H, W), or several'
+    raise InputError(f'{reason} (choose from {names}, or another module that gives one map)')
 
 
 class FromLayer(nn.Module):
-    """A network from one of its layers on: what the layer gives (N, c, h, w) -> the logit map at
-    the image's size, where everything beside the layer sees the image."""
+    """The part of a network behind a layer: output of the layer (N, c, h, w) -> the logit map at
+    the image's size. Everything that does not depend on the layer is computed from the image x."""
 
     def __init__(self, model: nn.Module, layer: nn.Module, x: torch.Tensor) -> None:
         super().__init__()
         self.model, self.layer, self.x = model, layer, x
-        self.given: torch.Tensor | None = None  # what the layer is to give; None: what it does
-        self.seen: torch.Tensor | None = None  # what it gave
+        self.replacement: torch.Tensor | None = None  # for the layer's output; None: not replaced
+        self.activations: torch.Tensor | None = None  # the layer's last output
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        self.given = activations
+        self.replacement = activations
         try:
             return self.logits(self.x.expand(len(activations), *self.x.shape[1:]))
         finally:
-            self.given = None
+            self.replacement = None
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """The whole network's, of images (N, C, H, W)."""
+        """The logits of the whole network for images (N, C, H, W)."""
         size = x.shape[-2:]
         return enlarged(segmentation_logits(self.model(x), size), size)
 
     def see(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of an image (1, C, H, W), and what the layer gives of it."""
+        """The logits of an image (1, C, H, W), and the layer's output for it."""
         with torch.no_grad(), explained_network(x.shape):
             logits = self.logits(x)
-        assert self.seen is not None  # by the hook, which is in place
-        return logits, self.seen
+        assert self.activations is not None  # the hook sets it
+        return logits, self.activations
 
     def hook(self, module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
-        """Stands in for what the layer gives; cloned, since what follows may change it in place."""
-        if self.given is None:
-            self.seen = output.detach().clone()
+        """Replace the layer's output, or note it. It is cloned, since the network may change it in
+        place."""
+        if self.replacement is None:
+            self.activations = output.detach().clone()
             return None
-        return self.given.to(output.dtype).clone()
+        return self.replacement.to(output.dtype).clone()
 
 
 @contextlib.contextmanager
 def at_layer(task: Task, name: str, baselines: bool = True) -> Iterator[Task]:
-    """The same task at the output of a layer: image and baselines are what the layer gives of
-    them. baselines: whether they are needed. The network is left as it was."""
+    """The same task at a layer: the layer's outputs take the place of image and baselines. Inside
+    this context the network has a hook. baselines: whether they are needed."""
     model, dtype, of_image = task.engine.model, task.engine.dtype, task.x.dtype
     layer = layer_named(model, task.x.to(dtype), name)
     network = FromLayer(model, layer, task.x.to(dtype))
@@ -120,20 +123,20 @@ def at_layer(task: Task, name: str, baselines: bool = True) -> Iterator[Task]:
     handle = layer.register_forward_hook(network.hook)
     try:
         logits, activations = network.see(task.x.to(dtype))
-        inside = [activations, *(network.see(one.to(dtype))[1] for one in others)]
-        engine.passes.forward += len(inside)
-        x, *starts = (one.to(of_image) for one in inside)
+        all_activations = [activations, *(network.see(image.to(dtype))[1] for image in others)]
+        engine.passes.forward += len(all_activations)
+        x, *starts = (image.to(of_image) for image in all_activations)
         targets = tuple(task.at_image.targets)
-        here = AtImage(x, logits.to(of_image), targets, None, Crops(targets))
-        yield replace(task, engine=engine, at_image=here, baselines=starts,
+        at_image = AtImage(x, logits.to(of_image), targets, None, Crops(targets))
+        yield replace(task, engine=engine, at_image=at_image, baselines=starts,
                       pixels_of_pass=task.pixels)  # fmt: skip
     finally:
         handle.remove()
 
 
 def enlarged_sum(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """A map (c, h, w) at another size, (c, H, W), bilinear, its sum kept: each value is shared out
-    over the pixels that it weighs in, by its weights there."""
+    """A map (c, h, w), enlarged bilinearly to (c, H, W) with the same sum: each value is divided
+    among the pixels to which it contributes, in proportion to its weights there."""
     resize = partial(F.interpolate, size=size, mode='bilinear', align_corners=False)
     with torch.enable_grad():
         ones = torch.ones_like(values[None, :1]).requires_grad_()

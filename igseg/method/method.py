@@ -1,4 +1,4 @@
-"""What a method of attribution is, and what becomes of what it finds."""
+"""What a method of attribution is, and how it is built and run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from igseg.engine.sampler import AttributionPath
 from igseg.explanation import Declared, MethodResult
 from igseg.method.choice import MethodChoice, chosen_methods
 from igseg.method.paths import UnitVelocity
-from igseg.method.rules import ADAPTIVE, Integration, OwnRule
+from igseg.method.rules import ADAPTIVE, Integration, MethodRule
 from igseg.method.walk import Task, in_precision, plain_task
 from igseg.network.score import Score
 from igseg.setting import resolved
@@ -25,52 +25,54 @@ from igseg.setting import resolved
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method of attribution. Its row in METHODS says what it promises and which options it has;
-    those are fields of the class."""
+    """A method of attribution. Its row in METHODS says what it promises and which options it has.
+    The options are fields of the class."""
 
-    declared: Declared  # of its row
-    counts: ClassVar[str] = 'interpolation steps'  # what its progress is told in
+    declared: Declared  # as its row says
+    counts: ClassVar[str] = 'interpolation steps'  # the unit of its progress bar
 
     @property
     def declares(self) -> Declared:
-        """What it says of itself, with its options as they are."""
+        """What the method promises, with its present options."""
         return self.declared
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """The name on the command line."""
         return self.declares.name
 
     @property
     def most_references(self) -> int:
-        """Of other images that it compares with, at most."""
+        """The largest number of other images that the method compares with."""
         return 0
 
-    def rule(self, seed: int) -> OwnRule | None:
-        """By which it integrates, if not by the rule that was asked for."""
+    def rule(self, seed: int) -> MethodRule | None:
+        """The rule by which the method integrates; None: the rule that the user chose."""
         return None
 
-    def rule_name(self, asked: str) -> str | None:
-        """The name of the rule by which it integrates; None where it computes no integral."""
-        own = self.rule(0)
+    def rule_name(self, rule: str) -> str | None:
+        """The name of the rule by which the method integrates; None: it computes no integral.
+
+        rule: the rule that the user chose."""
+        method_rule = self.rule(0)
         if not self.declares.quadrature:
             return None
-        return asked if own is None or isinstance(own, str) else own.name
+        return rule if method_rule is None or isinstance(method_rule, str) else method_rule.name
 
     def baseline(self, task: Task) -> tuple[str, torch.Tensor] | None:
-        """Name and image (1, C, H, W) of a baseline of its own; None: it has none."""
+        """Name and image (1, C, H, W) of a baseline that the method makes; None: it makes none."""
         return None
 
     def check_network(self, model: nn.Module, x: torch.Tensor) -> None:
-        """Raise InputError where a network can be seen not to suit it before it is prepared for
-        images like x (1, C, H, W)."""
+        """Raise InputError if the method cannot be used with a network and images like x
+        (1, C, H, W); called before the network is prepared."""
 
     def steps_in_all(self, task: Task) -> int | None:
-        """How many steps it will take; None: not known beforehand."""
+        """How many steps the method will take; None: not known beforehand."""
         return None
 
     def explain(self, task: Task) -> list[MethodResult]:
-        """What it finds of each target."""
+        """The result for each target."""
         raise NotImplementedError
 
     def map_for_check(
@@ -83,10 +85,10 @@ class Method:
         target: Score,
         steps: int,
     ) -> np.ndarray:
-        """The map of one target, (C or 1, H, W), of whatever network, image and baseline, in a few
-        midpoint steps; the last five arguments are those of `plain_map`. network: may have the
-        module that it is, as `module`."""
-        module: Any = getattr(network, 'module', network)  # what is no module may stand for one
+        """The map of one target, (C or 1, H, W), in a few midpoint steps, for any network, image
+        and baseline. The last five arguments are those of `plain_map`. A network that is no module
+        may have its module as the attribute `module`."""
+        module: Any = getattr(network, 'module', network)
         few = Integration('midpoint', steps, seed=seed)
         task = plain_task(network, module, x, baseline, target, few, references)
         return self.explain(task)[0].attributions.cpu().numpy()
@@ -97,7 +99,7 @@ class PathMethod(Method):
     """A method that integrates along paths."""
 
     def paths(self, task: Task) -> Iterator[AttributionPath]:
-        """The paths of which the mean is taken."""
+        """The paths; the map is the mean over them."""
         raise NotImplementedError
 
     def explain(self, task: Task) -> list[MethodResult]:
@@ -108,8 +110,8 @@ class PathMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Multiplied(PathMethod):
-    """A method whose gradients are multiplied by image minus baseline, unless that is not wanted:
-    then they are their mean, and sum to nothing in particular."""
+    """A method whose gradients are multiplied by image minus baseline, unless the user does not
+    want that. The map is then the mean of the gradients, and its sum has no meaning."""
 
     multiply: bool = True  # set by --no_multiply
 
@@ -120,14 +122,14 @@ class Multiplied(PathMethod):
 
     def steps_in_all(self, task: Task) -> int | None:
         """See `Method`."""
-        own_nodes = len(task.at_image.targets) > 1 and task.integration.rule == ADAPTIVE
-        if task.integration.tolerance is not None or own_nodes:  # each target has nodes of its own
+        nodes_by_target = len(task.at_image.targets) > 1 and task.integration.rule == ADAPTIVE
+        if task.integration.tolerance is not None or nodes_by_target:
             return None
         return task.integration.steps * len(task.baselines) * self._copies
 
     @property
     def _copies(self) -> int:
-        """Of the image that are explained."""
+        """The number of copies of the image that are explained."""
         return 1
 
     def _along(self, path: AttributionPath) -> AttributionPath:
@@ -152,11 +154,12 @@ def build_methods(
     return tuple(map(build_method, chosen_methods(wanted, given, multiply)))
 
 
-# --------------------------------------------------------------------------- what comes of it
+# --------------------------------------------------------------------------- running a method
 
 
 def run_method(method: Method, task: Task, progress: bool) -> tuple[list[MethodResult], str | None]:
-    """What a method finds, in the precision that was asked for, or why that was not possible."""
+    """The result of a method for each target. They are in the precision that the user wants, or in
+    float32 with a sentence that says why."""
     with tqdm(total=method.steps_in_all(task), unit='', leave=False, disable=not progress,
               desc=f'{method.name}, {method.counts}') as bar:  # fmt: skip
 
@@ -164,6 +167,7 @@ def run_method(method: Method, task: Task, progress: bool) -> tuple[list[MethodR
             integration = replace(task.integration, precision=precision)
             return method.explain(replace(task, integration=integration, on_steps=bar.update))
 
-        # Where no error of the map is estimated, reduced precision could not be judged.
+        # Without an estimated error of the map, nobody could tell whether reduced precision is
+        # accurate enough.
         wanted = task.integration.precision if method.declares.quadrature else 'float32'
         return in_precision(explain_in, wanted)

@@ -1,11 +1,11 @@
-"""The methods of attribution: Integrated Gradients, its family, and the field's yardsticks.
+"""The methods of attribution: Integrated Gradients, its variants, and methods to compare with.
 
-A method is one class and the row of METHODS (in `choice`) that names it. The row declares what it
-promises (see `Declared`: completeness, a quadrature, a baseline, …), which is all that statistics,
-figures, checks and resume ask of it, and its options, which are the fields of the class. The class
-turns `Task` (an image, its targets, its
-baselines, an engine) into what it found of each target. Most only name paths: the integral along
-them, its error, precision, batches and memory are `Task.walk`'s.
+A method is a class, and the row of METHODS (in `choice`) that names the class. The row declares
+what the method promises (see `Declared`: completeness, a quadrature, a baseline, …); statistics,
+figures, checks and resume depend on nothing else. It also lists the options, which are fields of
+the class. The class turns a `Task` (an image, its targets, its baselines, an engine) into a result
+for each target. Most classes only name paths; `Task.walk` does the rest: the integral along the
+paths, its error, precision, batches and memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from igseg.explanation import (
 from igseg.method.layers import at_layer, enlarged_sum, layer_named
 from igseg.method.method import Method, Multiplied, PathMethod
 from igseg.method.paths import BlurPath, DrawnPath, StraightPath, UnitVelocity
-from igseg.method.rules import OwnRule, Rule, Stratified
+from igseg.method.rules import MethodRule, Rule, Stratified
 from igseg.method.walk import Task, trend_of
 
-AT_IMAGE = Rule('at the image', np.ones(1), np.ones(1), degree=0)  # no integral: one gradient
+# One gradient, at the image: no integral.
+AT_IMAGE = Rule('at the image', np.ones(1), np.ones(1), degree=0)
 
 
 # --------------------------------------------------------------------------- integrals along paths
@@ -44,7 +45,7 @@ class IntegratedGradientsMethod(Multiplied):
     """`ig`: Sundararajan, Taly, Yan 2017, eq. 1."""
 
     def paths(self, task: Task) -> Iterator[AttributionPath]:
-        """One from each baseline."""
+        """A path from each baseline."""
         for baseline in task.baselines:
             yield self._along(StraightPath(baseline, task.x))
 
@@ -59,7 +60,7 @@ class SmoothMethod(Multiplied):
 
     @property
     def declares(self) -> Declared:
-        """Only the mean sums to something: to the mean change of the score."""
+        """Only the sum of the mean is known: it is the mean change of the score."""
         if self.kind == 'mean':
             return super().declares
         return replace(self.declared, completeness=None, signed=False)
@@ -69,7 +70,7 @@ class SmoothMethod(Multiplied):
         return self.samples
 
     def paths(self, task: Task) -> Iterator[AttributionPath]:
-        """From each baseline to each copy."""
+        """A path from each baseline to each noisy copy."""
         spread = self.noise * float(task.x.max() - task.x.min())
         generator = torch.Generator().manual_seed(task.integration.seed)
         for _ in range(self.samples):
@@ -85,7 +86,7 @@ class SmoothMethod(Multiplied):
         results = []
         for number, mean in enumerate(walk.means):
             moment, error = mean.second_moment(about_mean=self.kind == 'variance')
-            summed = None if error is None else error.sum(dim=1)  # at most
+            summed = None if error is None else error.sum(dim=1)  # an upper bound
             results.append(walk.result_of(number, moment[0], error, summed))
         return results
 
@@ -101,8 +102,8 @@ class ExpectedMethod(PathMethod):
         """See `Method`."""
         return self.references
 
-    def rule(self, seed: int) -> OwnRule:
-        """Steps at random, two in each of equal strata, which tell the standard error."""
+    def rule(self, seed: int) -> MethodRule:
+        """Random steps, two in each of equal strata, from which the standard error is estimated."""
         return Stratified(seed)
 
     def steps_in_all(self, task: Task) -> int | None:
@@ -111,18 +112,18 @@ class ExpectedMethod(PathMethod):
 
     def baseline(self, task: Task) -> tuple[str, torch.Tensor]:
         """The mean of the other images."""
-        others = _others(task)
-        name = f'{len(others)} other image{"" if len(others) == 1 else "s"}'
-        return name, others.mean(dim=0, keepdim=True)
+        references = _references(task)
+        name = f'{len(references)} other image{"" if len(references) == 1 else "s"}'
+        return name, references.mean(dim=0, keepdim=True)
 
     def paths(self, task: Task) -> Iterator[AttributionPath]:
-        """One, which starts anywhere."""
-        yield DrawnPath(_others(task), task.x, task.integration.seed)
+        """One path, which starts at another image for every step."""
+        yield DrawnPath(_references(task), task.x, task.integration.seed)
 
 
-def _others(task: Task) -> torch.Tensor:
-    """The other images, (n, C, H, W), which are there for a method that asks for some."""
-    assert task.references is not None
+def _references(task: Task) -> torch.Tensor:
+    """The other images, (n, C, H, W)."""
+    assert task.references is not None  # the method asks for references
     return task.references
 
 
@@ -142,14 +143,14 @@ class BlurMethod(PathMethod):
         return f'blurred (sigma {path.sigma:.3g} px)', path.at(task.x.new_zeros(1))[0]
 
     def paths(self, task: Task) -> Iterator[AttributionPath]:
-        """One."""
+        """One path."""
         yield self._path(task)
 
     def _path(self, task: Task) -> BlurPath:
         return BlurPath(task.x, self.sigma * max(task.x.shape[-2:]))
 
 
-# --------------------------------------------------------------------------- steps of their own
+# --------------------------------------------------------------------------- other sums of steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,8 @@ class IdgiMethod(Method):
         return task.integration.steps * len(task.baselines)
 
     def explain(self, task: Task) -> list[MethodResult]:
-        """See `Method`; the sum is F(x) - F(x'), since the changes of the steps are."""
+        """See `Method`; the sum is F(x) - F(x'), since the changes of F over all steps add up to
+        that."""
         steps, starts = task.integration.steps, []
         nothing = total = task.x.new_zeros(())
         first: PathSampler | None = None
@@ -181,9 +183,11 @@ class IdgiMethod(Method):
 
 
 def _shares(gradients: torch.Tensor) -> torch.Tensor:
-    """The squares of gradients (targets, C, H, W), each target's summing to 1; 0 where all are."""
+    """The squares of gradients (targets, C, H, W), divided by their sum for each target; all 0
+    where all gradients are."""
     largest = gradients.abs().flatten(1).amax(dim=1).clamp(min=torch.finfo(gradients.dtype).tiny)
-    squares = (gradients / largest.view(-1, 1, 1, 1)).square()  # which would underflow
+    # Scaled first: the squares of small gradients would underflow.
+    squares = (gradients / largest.view(-1, 1, 1, 1)).square()
     sums = squares.flatten(1).sum(dim=1).clamp(min=torch.finfo(gradients.dtype).tiny)
     return squares / sums.view(-1, 1, 1, 1)
 
@@ -206,14 +210,14 @@ class GuidedMethod(Method):
         return (task.integration.steps + 1) * paths
 
     def explain(self, task: Task) -> list[MethodResult]:
-        """See `Method`; each target has a path of its own."""
+        """See `Method`; each target has another path."""
         results = []
         for number in range(len(task.at_image.targets)):
             walks = [self._walk(task, baseline, number) for baseline in task.baselines]
             maps, scores = [walk[0] for walk in walks], [walk[1] for walk in walks]
             alphas = tuple(k / task.integration.steps for k in range(task.integration.steps + 1))
             trend = Trend(alphas, tuple(scores[0]), (None,) * len(alphas))
-            start = float(np.mean([one[0] for one in scores]))
+            start = float(np.mean([walk_scores[0] for walk_scores in scores]))
             mean = torch.stack(maps).mean(dim=0)
             results.append(MethodResult(mean.to(task.x), task.integration.steps, trend, start))
         return results
@@ -221,25 +225,26 @@ class GuidedMethod(Method):
     def _walk(
         self, task: Task, baseline: torch.Tensor, target: int
     ) -> tuple[torch.Tensor, list[float]]:
-        """The map (C, H, W) of one path, and F at every step of it and at its end."""
+        """The map (C, H, W) of one path, and F at the start of every step and at the end."""
         steps, change = task.integration.steps, task.x - baseline
         exact = torch.float32 if change.device.type == 'mps' else torch.float64
         change = change.to(exact)
-        progress = torch.zeros_like(change)  # of each input from 0, baseline, to 1, image
+        progress = torch.zeros_like(change)  # of each input, from 0 (baseline) to 1 (image)
         total, scores = torch.zeros_like(change), []
-        made = torch.zeros_like(change)  # by the last step
+        last_change = torch.zeros_like(change)  # of the inputs, in the last step
         for step in range(steps + 1):
             point = (baseline + progress * change).to(task.x)
             score, gradient = task.gradients(point, target, (step / steps,))
             scores.append(float(score))
-            # Of each step the mean of the gradients at its two ends (trapezoid rule), where the
-            # paper takes that at its start: the same path, and a sum that is exact to second order.
-            total += gradient * made / 2
+            # The paper takes the gradient at the start of a step. This is the mean of the gradients
+            # at both ends (trapezoid rule): the path is the same, and the sum is exact to second
+            # order.
+            total += gradient * last_change / 2
             if step < steps:
                 moved = guided_step(progress, change.abs(), gradient.abs().to(exact),
                                     (step + 1) / steps, self.fraction, self.max_dist)  # fmt: skip
-                made, progress = (moved - progress) * change, moved
-                total += gradient * made / 2
+                last_change, progress = (moved - progress) * change, moved
+                total += gradient * last_change / 2
             task.on_steps(1)
         return total[0], scores
 
@@ -252,28 +257,28 @@ def guided_step(
     fraction: float,
     max_dist: float,
 ) -> torch.Tensor:
-    """Where every input is when, all together, they have come a share alpha of their way.
+    """The progress of every input when all inputs together have made the share alpha of their way.
 
-    progress: where each is, from 0 to 1. weight: how long its way is. gradient: its magnitude. No
-    input stays behind alpha - max_dist or runs ahead of alpha + max_dist; of the others, a fraction
-    of all moves at a time, those with the least gradient first, until the way is made.
+    progress: of each input, from 0 to 1. weight: the length of its way. gradient: its magnitude.
+    After the step no input lies below alpha - max_dist or above alpha + max_dist. The inputs with
+    the least gradient move first, a fraction of all inputs at a time, until the way is made.
     """
     low, high = max(alpha - max_dist, 0.0), min(alpha + max_dist, 1.0)
     progress = progress.clamp(min=low)
-    most = int(fraction * (progress.numel() - 1)) + 1
+    count = int(fraction * (progress.numel() - 1)) + 1
     whole = float(weight.sum())
-    left = whole * alpha - float((weight * progress).sum())  # of the way, to go
+    remaining = whole * alpha - float((weight * progress).sum())  # of the way
     movable = (weight > 0) & (progress < high)
-    while left > 1e-9 * whole:
+    while remaining > 1e-9 * whole:
         candidates = gradient[movable]
         if not candidates.numel():
             break
-        threshold = candidates.kthvalue(min(most, candidates.numel())).values
+        threshold = candidates.kthvalue(min(count, candidates.numel())).values
         chosen = movable & (gradient <= threshold)
         room = float((weight * (high - progress))[chosen].sum())
-        share = min(1.0, left / room) if room > 0 else 1.0
+        share = min(1.0, remaining / room) if room > 0 else 1.0
         progress = torch.where(chosen, progress + share * (high - progress), progress)
-        left -= share * room
+        remaining -= share * room
         movable &= ~chosen
     return progress
 
@@ -293,24 +298,26 @@ class LayerMethod(Method):
         return replace(self.declared, name=f'{self.declared.name}:{self.layer}')
 
     def check_network(self, model: nn.Module, x: torch.Tensor) -> None:
-        """See `Method`; only a name that no module has, as of a stage, costs a forward pass."""
+        """See `Method`; this costs a forward pass only for a name that is no module's, as that of a
+        stage."""
         if self.layer not in dict(model.named_modules()):
             layer_named(model, x, self.layer)
 
     def explain(self, task: Task) -> list[MethodResult]:
-        """See `Method`; completeness is of the sum over the layer."""
-        with at_layer(task, self.layer) as inside:
-            paths = (StraightPath(baseline, inside.x) for baseline in inside.baselines)
-            return [_at_size(result, task.x.shape[-2:]) for result in inside.walk(paths).results()]
+        """See `Method`; the sum over the layer is complete."""
+        with at_layer(task, self.layer) as layer_task:
+            paths = (StraightPath(baseline, layer_task.x) for baseline in layer_task.baselines)
+            results = layer_task.walk(paths).results()
+            return [_at_size(result, task.x.shape[-2:]) for result in results]
 
 
 def _at_size(result: MethodResult, size: Sequence[int]) -> MethodResult:
-    """What was found at a layer, enlarged."""
-    fine, doubt = result.attributions, result.uncertainty
+    """The result at a layer, enlarged to the size (H, W)."""
+    fine, uncertainty = result.attributions, result.uncertainty
     return replace(
         result,
         attributions=enlarged_sum(fine.sum(dim=0, keepdim=True), size),
-        uncertainty=None if doubt is None else enlarged_sum(doubt[None], size)[0],
+        uncertainty=None if uncertainty is None else enlarged_sum(uncertainty[None], size)[0],
         total=float(fine.double().sum()),
         fine=fine.cpu(),
     )
@@ -324,19 +331,19 @@ class GradCamMethod(LayerMethod):
 
     def explain(self, task: Task) -> list[MethodResult]:
         """See `Method`."""
-        with at_layer(task, self.layer, baselines=False) as inside:
-            here = UnitVelocity(StraightPath(inside.x, inside.x))
-            gradients = inside.walk([here], AT_IMAGE, complete=False).means
+        with at_layer(task, self.layer, baselines=False) as layer_task:
+            path = UnitVelocity(StraightPath(layer_task.x, layer_task.x))
+            gradients = layer_task.walk([path], AT_IMAGE, complete=False).means
             results = []
             for mean in gradients:
                 weights = mean.integral[0].mean(dim=(1, 2), keepdim=True)  # (c, 1, 1)
-                cam = (weights * inside.x[0]).sum(dim=0, keepdim=True).relu()  # (1, h, w)
-                large = F.interpolate(cam[None], task.x.shape[-2:], mode='bilinear')[0]
-                results.append(MethodResult(large, 1, fine=cam.cpu()))
+                layer_map = (weights * layer_task.x[0]).sum(dim=0, keepdim=True).relu()  # (1, h, w)
+                enlarged = F.interpolate(layer_map[None], task.x.shape[-2:], mode='bilinear')[0]
+                results.append(MethodResult(enlarged, 1, fine=layer_map.cpu()))
         return results
 
 
-# --------------------------------------------------------------------------- yardsticks
+# --------------------------------------------------------------------------- to compare with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,12 +356,12 @@ class GradientMethod(PathMethod):
         """See `Method`."""
         return 1
 
-    def rule(self, seed: int) -> OwnRule:
+    def rule(self, seed: int) -> MethodRule:
         """A single gradient."""
         return AT_IMAGE
 
     def paths(self, task: Task) -> Iterator[AttributionPath]:
-        """A path that goes nowhere."""
+        """A path that stays at the image."""
         yield UnitVelocity(StraightPath(task.x, task.x))
 
     def explain(self, task: Task) -> list[MethodResult]:
@@ -373,12 +380,12 @@ class InputTimesGradient(PathMethod):
         """See `Method`."""
         return len(task.baselines)
 
-    def rule(self, seed: int) -> OwnRule:
+    def rule(self, seed: int) -> MethodRule:
         """A single gradient."""
         return AT_IMAGE
 
     def paths(self, task: Task) -> Iterator[AttributionPath]:
-        """One from each baseline, asked at its end alone."""
+        """A path from each baseline, evaluated at its end only."""
         for baseline in task.baselines:
             yield StraightPath(baseline, task.x)
 
@@ -393,8 +400,8 @@ class OcclusionMethod(Method):
     stride: int | None
 
     def windows(self, size: Sequence[int]) -> list[tuple[slice, slice]]:
-        """All squares on an image (H, W), row by row; the last ones end at its border. Raises
-        InputError: pixels between them."""
+        """All squares on an image (H, W), row by row; the last ones are cut off at its border.
+        Raises InputError if squares are too large, or leave pixels between them."""
         window = self.window or max(1, max(size) // 8)
         stride = self.stride or max(1, window // 2)
         if window > max(size):
@@ -426,14 +433,14 @@ class OcclusionMethod(Method):
         for baseline in task.baselines:
             covered = (_covered(task.x, baseline, place) for place in places)
             for place, scores in zip(places, task.scores(covered), strict=True):
-                there = (..., *place)
-                total[there] += (full - scores).view(-1, 1, 1, 1)
-                count[there] += 1
-        return [MethodResult(one, len(places)) for one in total / count]
+                index = (..., *place)
+                total[index] += (full - scores).view(-1, 1, 1, 1)
+                count[index] += 1
+        return [MethodResult(attributions, len(places)) for attributions in total / count]
 
 
 def _covered(x: torch.Tensor, baseline: torch.Tensor, place: tuple[slice, slice]) -> torch.Tensor:
-    """An image (1, C, H, W) with a part of another laid over it."""
-    x, there = x.clone(), (..., *place)
-    x[there] = baseline[there]
+    """An image (1, C, H, W) with a part of the baseline laid over it."""
+    x, index = x.clone(), (..., *place)
+    x[index] = baseline[index]
     return x

@@ -1,17 +1,17 @@
-"""Paths from a baseline to an image: where the gradient is asked, and what is summed.
+"""Paths from a baseline to an image: the points at which gradients are computed.
 
 For a network f (logit map), a target score F (one number made of f), an image x and a baseline x',
 
     IG_i(x) = (x_i - x'_i) * integral over alpha in [0, 1] of dF(x' + alpha (x - x')) / dx_i
 
 (Sundararajan, Taly, Yan: Axiomatic Attribution for Deep Networks, ICML 2017, eq. 1). The straight
-line from x' to x is one *path*; for any path gamma the same theorem holds, and what is integrated
-is the *density*, gradient times velocity:
+line from x' to x is a *path*. The same theorem holds for any path gamma. The integral is then over
+the *density*, gradient times velocity:
 
     dF(gamma(alpha)) / dx_i * dgamma_i / dalpha
 
-`plain_map`, in the user's module, is the method in ten lines. Here a path class says where to ask
-(points, and velocities there), `integral` how to sum; between them stands `PathSampler` (engine).
+`plain_map`, in the user's module, is the method in ten lines. A path class gives points and the
+velocities there. `PathSampler` (in the engine) computes the densities, and `integral` sums them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class StraightPath:
 
 @dataclass(frozen=True)
 class DrawnPath:
-    """A straight line from a baseline that is drawn anew at every alpha, with replacement; the
-    same alpha always draws the same one."""
+    """A straight line from a baseline that is drawn anew at every alpha, with replacement. The
+    same alpha always gives the same baseline."""
 
     starts: torch.Tensor  # (n, C, H, W): the baselines
     image: torch.Tensor  # (1, C, H, W)
@@ -56,7 +56,7 @@ class DrawnPath:
 
 
 def cosines(side: int, like: torch.Tensor) -> torch.Tensor:
-    """The orthonormal cosine transform (DCT-II) of that many values, a matrix (side, side)."""
+    """The orthonormal cosine transform (DCT-II) of `side` values, a matrix (side, side)."""
     n = torch.arange(side, device=like.device, dtype=torch.float64)
     basis: torch.Tensor = torch.cos(torch.pi / side * (n + 0.5) * n[:, None]) * (2 / side) ** 0.5
     basis[0] /= 2**0.5
@@ -64,7 +64,8 @@ def cosines(side: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _squared_frequencies(image: torch.Tensor) -> torch.Tensor:
-    """Of each coefficient of an image's cosine transform, (H, W), in radians a pixel."""
+    """The squared frequency of each coefficient of an image's cosine transform, (H, W); frequencies
+    are in radians per pixel."""
     down, across = (
         torch.arange(side, device=image.device, dtype=image.dtype) * torch.pi / side
         for side in image.shape[-2:]
@@ -76,11 +77,11 @@ def _squared_frequencies(image: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class BlurPath:
     """From the most blurred image to the image, through Gaussian scale space (Xu, Venugopalan,
-    Sundararajan 2020, eq. 5): the blur's sigma falls evenly from `sigma` pixels to 0.
+    Sundararajan 2020, eq. 5). The sigma of the blur falls linearly from `sigma` pixels to 0.
 
-    Blurring is done on the cosine transform, where it is a product: that is the convolution with a
-    Gaussian of the image reflected at its borders, nothing cut off, and its derivative by sigma is
-    as exact. Of an infinite sigma the mean colour is left.
+    The blur is computed as a product with the cosine transform. This is exactly the convolution of
+    the image, reflected at its borders, with a whole Gaussian, and the derivative by sigma is exact
+    too. With an infinite sigma only the mean colour remains.
     """
 
     image: torch.Tensor  # (1, C, H, W)
@@ -93,23 +94,23 @@ class BlurPath:
         frequency = _squared_frequencies(self.image)  # (H, W)
         sigma = (self.sigma * (1 - alphas)).view(-1, 1, 1, 1)
         blurred = spectrum * torch.exp(-0.5 * frequency * sigma**2)  # (steps, C, H, W)
-        # d(blurred)/d(alpha): sigma falls by self.sigma over the path.
+        # d(blurred)/d(alpha); sigma falls by self.sigma over the path.
         change = blurred * frequency * sigma * self.sigma
         points = down.T @ blurred @ across
-        points[alphas == 1] = self.image  # exactly, not to rounding
+        points[alphas == 1] = self.image  # exactly, without rounding errors
         return points, down.T @ change @ across
 
 
 @dataclass(frozen=True)
 class UnitVelocity:
-    """Another path's points, where a change of 1 counts in every input: its densities are plain
+    """The points of another path with velocity 1 for every input, so that the densities are plain
     gradients."""
 
     path: AttributionPath
 
     @property
     def image(self) -> torch.Tensor:
-        """Where it ends."""
+        """The end of the path."""
         return self.path.image
 
     def at(self, alphas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,7 @@
-"""Quadrature rules: at which nodes of [0, 1] the density is evaluated, with which weights; those
-with fixed nodes in `FIXED_RULES`, and the adaptive and the drawn ones as far as they begin."""
+"""Quadrature rules: the nodes of [0, 1] at which the density is evaluated, and their weights.
+
+`FIXED_RULES` holds the rules whose nodes are known beforehand. Of the adaptive rule, this file has
+the first nodes; of the rule with random nodes, how they are drawn."""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import numpy as np
 from igseg.errors import InputError
 
 ADAPTIVE = 'adaptive'
-PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')  # that gradients are computed in
+PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')  # of gradients
 
-FIRST_NODES = 5  # of the adaptive rule: both ends and three between
+FIRST_NODES = 5  # of the adaptive rule: both ends, and three nodes between them
 
-DRAWN_AT_ONCE = 16  # nodes that are drawn between two questions whether it is enough
+DRAWN_AT_ONCE = 16  # random nodes between two tests whether the tolerance is reached
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Integration:
 
     rule: str = ADAPTIVE  # one of RULE_NAMES
     steps: int = 50  # interpolation steps for each baseline; with a tolerance at most
-    tolerance: float | None = None  # of map error and completeness gap; None: all steps are taken
+    tolerance: float | None = None  # of map error and completeness gap; None: take all steps
     precision: str = 'float32'  # one of PRECISIONS
     precision_tolerance: float = 0.03  # relative L2 deviation of the map that `auto` accepts
-    seed: int = 0  # of methods that draw
+    seed: int = 0  # of methods that draw random numbers
 
 
 # --------------------------------------------------------------------------- rules
@@ -50,14 +52,14 @@ def midpoint_rule(steps: int) -> Rule:
     return Rule('midpoint', nodes, np.full(steps, 1 / steps), degree=1)
 
 
-def _at_least_two(steps: int, name: str) -> None:
+def _check_two_steps(steps: int, name: str) -> None:
     if steps < 2:
         raise InputError(f'the {name} rule needs at least 2 steps (use num_steps 2 or more)')
 
 
 def trapezoid_rule(steps: int) -> Rule:
-    """Equal cells, evaluated at their ends; the two outermost nodes count half."""
-    _at_least_two(steps, 'trapezoid')
+    """Equal cells, evaluated at their ends; the first and the last node count half."""
+    _check_two_steps(steps, 'trapezoid')
     weights = np.full(steps, 1 / (steps - 1))
     weights[[0, -1]] /= 2
     return Rule('trapezoid', np.linspace(0, 1, steps), weights, degree=1)
@@ -77,7 +79,7 @@ def _interpolatory_weights(nodes: np.ndarray) -> np.ndarray:
 
 def clenshaw_curtis_rule(steps: int) -> Rule:
     """Chebyshev points, both ends included; 2^k + 1 of them are nested."""
-    _at_least_two(steps, 'clenshaw-curtis')
+    _check_two_steps(steps, 'clenshaw-curtis')
     nodes = -np.cos(np.pi * np.arange(steps) / (steps - 1))
     nodes[(steps - 1) // 2 : (steps + 1) // 2] *= steps % 2 == 0  # the centre is exactly 0
     degree = steps - 1 if steps % 2 == 0 else steps
@@ -86,10 +88,12 @@ def clenshaw_curtis_rule(steps: int) -> Rule:
 
 @cache
 def _patterson_nodes(extensions: int) -> np.ndarray:
-    """The 3 Gauss-Legendre nodes on [-1, 1] after that many optimal extensions of n by n + 1.
+    """The 3 Gauss-Legendre nodes on [-1, 1] after so many optimal extensions. Each extension adds
+    n + 1 nodes to n.
 
-    The new nodes are the roots of the polynomial E of degree n + 1 that is orthogonal, with the
-    old nodes' polynomial G as weight, to all of lower degree (Patterson, Math. Comp. 22, 1968).
+    G is the polynomial whose roots are the old nodes. The new nodes are the roots of the polynomial
+    E of degree n + 1 that is orthogonal, with G as weight, to all polynomials of lower degree
+    (Patterson, Math. Comp. 22, 1968).
     """
     if extensions == 0:
         first: np.ndarray = np.polynomial.legendre.leggauss(3)[0]
@@ -102,12 +106,12 @@ def _patterson_nodes(extensions: int) -> np.ndarray:
     products = basis[:, :-1].T @ (basis * (weights * old_polynomial)[:, None])  # (n + 1, n + 2)
     coefficients = np.append(np.linalg.solve(products[:, :-1], -products[:, -1]), 1.0)
     new = np.polynomial.legendre.legroots(coefficients).real
-    both = np.sort(np.concatenate([old, new]))
-    symmetric: np.ndarray = (both - both[::-1]) / 2  # exactly
+    nodes = np.sort(np.concatenate([old, new]))
+    symmetric: np.ndarray = (nodes - nodes[::-1]) / 2  # exactly symmetric
     return symmetric
 
 
-# Numbers of steps whose nodes contain those of the one before.
+# Numbers of steps. The nodes of each contain the nodes of the number before it.
 NESTED: dict[str, tuple[int, ...]] = {
     'midpoint': tuple(3**k for k in range(1, 9)),
     'trapezoid': tuple(2**k + 1 for k in range(1, 14)),
@@ -141,35 +145,35 @@ RULE_NAMES = (ADAPTIVE, *FIXED_RULES)
 
 @dataclass(frozen=True)
 class Stratified:
-    """Two nodes at random in each of equal strata of [0, 1]; refined by drawing further sets of
-    such nodes, of which the mean is taken. The differences within the pairs tell the variance of
-    what is drawn (Cochran: Sampling Techniques, 1977, section 5.4)."""
+    """Two random nodes in each of equal strata of [0, 1]. To refine the integral, further sets of
+    nodes are drawn; it is the mean over all sets. The differences within the pairs give the
+    variance of the drawn densities (Cochran: Sampling Techniques, 1977, section 5.4)."""
 
     seed: int
     name: str = 'stratified'
 
     def sets(self, steps: int, refined: bool) -> Iterator[np.ndarray]:
-        """Nodes, rising: all at once, or set by set; a single step has no pair."""
-        size = min(DRAWN_AT_ONCE, steps) if refined else steps
-        size -= size % 2 if size > 1 else 0
-        strata, rng = max(1, size // 2), np.random.default_rng(self.seed)
-        for _ in range(steps // size):
-            within = np.sort(rng.random((strata, min(2, size))), axis=1)
-            yield ((np.arange(strata)[:, None] + within) / strata).ravel()
+        """Rising nodes. refined: set by set; else all in one set. A single step has no pair."""
+        count = min(DRAWN_AT_ONCE, steps) if refined else steps
+        count -= count % 2 if count > 1 else 0
+        strata, rng = max(1, count // 2), np.random.default_rng(self.seed)
+        for _ in range(steps // count):
+            offsets = np.sort(rng.random((strata, min(2, count))), axis=1)
+            yield ((np.arange(strata)[:, None] + offsets) / strata).ravel()
 
 
-OwnRule = Rule | Stratified  # a rule that a method brings along
+MethodRule = Rule | Stratified  # a rule that a method prescribes
 
-AnyRule = str | OwnRule  # or a name of RULE_NAMES
+AnyRule = str | MethodRule  # or one of RULE_NAMES
 
 
 def first_rule(steps: int) -> Rule:
-    """What the adaptive rule starts from."""
+    """The rule from which the adaptive rule starts."""
     return midpoint_rule(1) if steps == 1 else trapezoid_rule(min(FIRST_NODES, steps))
 
 
 def nested_counts(rule: str, steps: int) -> list[int]:
-    """The levels of a nested rule up to a number of steps."""
+    """The levels of a nested rule up to a number of steps. Raises InputError."""
     if rule not in NESTED:
         raise InputError(
             f'the {rule} rule cannot be refined to a tolerance, its nodes are not nested '
@@ -184,9 +188,9 @@ def nested_counts(rule: str, steps: int) -> list[int]:
 
 
 def first_nodes(rule: AnyRule, steps: int, refined: bool) -> np.ndarray:
-    """The nodes that are evaluated whatever is found there: all of a fixed rule's, else the first.
+    """The nodes that are always evaluated: all nodes of a fixed rule, the first nodes of another.
 
-    Raises InputError: a number of steps the rule does not have, a rule that is not nested.
+    Raises InputError: the rule does not have this number of steps, or is not nested.
     """
     if isinstance(rule, Rule):
         return rule.nodes

@@ -1,9 +1,9 @@
-"""Targets: the one number of a segmentation that is explained.
+"""Targets: the number of a segmentation that is explained.
 
-Everything hangs on choosing it well and saying so. `TARGETS` (in `choice`) holds what a user may
-ask for; here stands what its rows name: functions from the network's answer on the original image
-to a `Target`, or to the names of targets that a name stands for. Beside them, what the ground truth
-says of the network's answer.
+An explanation is only as good as the choice of its target. `TARGETS` (in `choice`) holds the
+targets that users may choose. This file holds the functions that its rows name: from the network's
+prediction for the original image to a `Target`, or, for a name that stands for several targets, to
+their names. It also compares the prediction with the ground truth, and makes the explanations.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from igseg.errors import EmptyTargetError, InputError, attempt
 from igseg.explanation import (
-    GIVEN,
     NO_BASELINE,
+    USER_BASELINE,
     Cost,
     Declared,
     Explanation,
@@ -35,62 +35,63 @@ from igseg.network.score import ANY_NETWORK, Target
 from igseg.preprocessing import Placement
 from igseg.setting import resolved
 
-MOST_OBJECTS = 250  # of an image: each has maps of its own in memory, and a folder
+MOST_OBJECTS = 250  # of an image: each object needs memory for its maps, and a folder
 
 
 @dataclass(frozen=True)
 class TargetContext:
-    """What a target may be built from: the network's answer on the original image."""
+    """The network's prediction for the original image, from which targets are built."""
 
     logits: torch.Tensor  # (K, h, w)
     masks: torch.Tensor  # (K, h, w) bool: the predicted pixels of every label
-    truth: torch.Tensor | None = None  # (h, w) int64: numbers of the ground-truth mask; below 0:
-    # pixels that do not count
+    # (h, w) int64: class numbers of the ground truth; negative: pixels that do not count.
+    truth: torch.Tensor | None = None
     placement: Placement | None = None  # where the original image lies in the input
     network: NetworkDescription = ANY_NETWORK
     min_object_area: int = 1  # pixels; smaller objects are left out
 
     @cached_property
     def labels(self) -> torch.Tensor:
-        """(h, w) int64: the label of every pixel; of independent ones that of the highest logit."""
+        """(h, w) int64: the label of every pixel; of independent labels that with the highest
+        logit."""
         return self.logits.argmax(dim=0) if len(self.logits) > 1 else self.masks[0].long()
 
     @cached_property
     def counted(self) -> torch.Tensor:
-        """`masks` without the pixels that do not count in the ground truth, where that is known:
-        they are in no target but those that name them, `image` and `pixel:X,Y`."""
+        """`masks` without the pixels that do not count in the ground truth, if there is one. Only
+        the targets `image` and `pixel:X,Y` contain such pixels."""
         return self.masks if self.truth is None else self.masks & (self.truth >= 0)
 
     @property
     def foreground(self) -> torch.Tensor:
-        """The predicted mask, (h, w) bool: what is not background."""
+        """The predicted mask, (h, w) bool: every pixel that is not background."""
         return self.network.foreground(self.masks)
 
     @cached_property
     def objects(self) -> list[tuple[torch.Tensor, int]]:
         """Connected components (8 neighbours) of the predicted mask of each label, (h, w) bool,
-        with the label; largest first. Raises InputError where there are too many."""
-        found: list[tuple[int, int, np.ndarray, int]] = []
+        with the label; the largest first. Raises InputError if there are too many."""
+        components: list[tuple[int, int, np.ndarray, int]] = []
         for label, mask in enumerate(self.network.without_background(self.counted)):
             pixels = mask.cpu().numpy().astype(np.uint8)
             count, numbers, sizes, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
             for number in range(1, count):
                 if sizes[number, cv2.CC_STAT_AREA] >= self.min_object_area:
-                    found.append((-sizes[number, cv2.CC_STAT_AREA], label, numbers, number))
-        if len(found) > MOST_OBJECTS:
+                    components.append((-sizes[number, cv2.CC_STAT_AREA], label, numbers, number))
+        if len(components) > MOST_OBJECTS:
             raise InputError(
-                f'the predicted mask has {len(found):,} objects, more than {MOST_OBJECTS} '
+                f'the predicted mask has {len(components):,} objects, more than {MOST_OBJECTS} '
                 '(leave out small ones with --min_object_area)'
             )
-        found.sort(key=lambda one: one[0])
+        components.sort(key=lambda component: component[0])
         return [
             (torch.from_numpy(numbers == number).to(self.masks.device), label)
-            for _, label, numbers, number in found
+            for _, label, numbers, number in components
         ]
 
-    def known_truth(self, target: str) -> torch.Tensor:
-        """The ground truth as masks (K, h, w) bool of every label. Raises InputError where it is
-        unknown."""
+    def truth_masks(self, target: str) -> torch.Tensor:
+        """The ground truth as masks (K, h, w) bool of every label. Raises InputError if there is
+        none."""
         if self.truth is None:
             raise InputError(
                 f'target "{target}" needs a ground-truth mask (give --mask_path, or use '
@@ -99,44 +100,43 @@ class TargetContext:
         return self.network.drawn(self.truth, self.masks)
 
     def check_truth(self) -> None:
-        """Raise InputError where the ground truth holds a class that the network lacks."""
+        """Raise InputError if the ground truth holds a class that the network does not have."""
         classes = len(self.masks)
         if self.truth is None or classes == 1:
             return
-        known = classes + (self.network.kind(self.masks) == MULTILABEL)
-        if int(self.truth.max()) >= known:
+        end = classes + (self.network.kind(self.masks) == MULTILABEL)
+        if int(self.truth.max()) >= end:
             raise InputError(
                 f'the ground truth holds class {int(self.truth.max())}, but the model has '
-                f'only {classes} classes ({known - classes} to {known - 1})'
+                f'only {classes} classes ({end - classes} to {end - 1})'
             )
 
     def mean_of(self, masks: torch.Tensor, label: int | None = None) -> Target:
-        """The mean over masks (K, h, w) bool, each in its label's logit map; label: the class that
-        is explained."""
+        """The mean over masks (K, h, w) bool, each in the logit map of its label. label: the class
+        that is explained."""
         weights = masks.float() / max(1, int(masks.sum()))
         return Target('mask', weights, label=label, network=self.network)
 
     def mean_over(
         self, region: torch.Tensor, labels: torch.Tensor, label: int | None = None
     ) -> Target:
-        """The mean over a region (h, w) bool, in each pixel of the logit map of its label (h, w);
-        label: the class that is explained."""
+        """The mean over a region (h, w) bool; each pixel counts in the logit map of its label.
+        labels: (h, w). label: the class that is explained."""
         channels = labels if len(self.logits) > 1 else torch.zeros_like(labels)
         masks = torch.zeros_like(self.masks)
         return self.mean_of(masks.scatter_(0, channels[None], region[None]), label)
 
 
-# --------------------------------------------------------------------------- what rows name
+# --------------------------------------------------------------------------- builders of targets
 #
-# Builders of targets, which the rows of TARGETS name: (context, what stands behind the colon) ->
-# Target.
+# The rows of TARGETS name these functions: (context, the text behind the colon) -> Target.
 def predicted_target(context: TargetContext, argument: str) -> Target:
     """The mean over the predicted mask."""
     return context.mean_of(context.network.without_background(context.counted))
 
 
 def object_target(context: TargetContext, argument: str) -> Target:
-    """The mean over one connected part of the predicted mask."""
+    """The mean over a connected part of the predicted mask."""
     if not argument.isdecimal() or int(argument) < 1:
         raise InputError(f'target "object:{argument}": K must be a whole number from 1')
     if int(argument) > len(context.objects):
@@ -150,27 +150,27 @@ def object_target(context: TargetContext, argument: str) -> Target:
 
 
 def each_object(context: TargetContext) -> list[str]:
-    """The names of all objects; of the first one also where there is none."""
+    """The names of all objects; `object:1` also where there is no object."""
     return [f'object:{k + 1}' for k in range(max(1, len(context.objects)))]
 
 
 def truth_target(context: TargetContext, argument: str) -> Target:
     """The mean over the ground-truth mask."""
-    truth = context.known_truth('truth')
+    truth = context.truth_masks('truth')
     context.check_truth()
     return context.mean_of(context.network.without_background(truth))
 
 
 def false_positive_target(context: TargetContext, argument: str) -> Target:
-    """The mean over what was predicted and is not so."""
-    truth = context.known_truth('false-positive')
+    """The mean over pixels that were predicted wrongly."""
+    truth = context.truth_masks('false-positive')
     wrong = context.counted & ~truth
     return context.mean_of(context.network.without_background(wrong))
 
 
 def false_negative_target(context: TargetContext, argument: str) -> Target:
-    """The mean over what is so and was not predicted."""
-    truth = context.known_truth('false-negative')
+    """The mean over pixels of the ground truth that were not predicted."""
+    truth = context.truth_masks('false-negative')
     context.check_truth()
     return context.mean_of(context.network.without_background(truth) & ~context.masks)
 
@@ -185,7 +185,7 @@ def image_target(context: TargetContext, argument: str) -> Target:
 def pixel_target(context: TargetContext, argument: str) -> Target:
     """One output pixel."""
     try:
-        x, y = (int(part) for part in argument.split(','))
+        x, y = (int(number) for number in argument.split(','))
     except ValueError:
         raise InputError(f'target "pixel:{argument}" is not of the form pixel:X,Y') from None
     height, width = context.placement.original_size if context.placement else context.labels.shape
@@ -202,7 +202,7 @@ def pixel_target(context: TargetContext, argument: str) -> Target:
 
 
 def class_target(context: TargetContext, argument: str) -> Target:
-    """The mean of one class's logit over the pixels of that class."""
+    """The mean of the logit of a class over the predicted pixels of this class."""
     classes = len(context.logits)
     if classes == 1:
         raise InputError(f'target "class:{argument}": the model has one class (use predicted)')
@@ -237,7 +237,7 @@ def build_target(spec: str, context: TargetContext, score: str = 'logit') -> Tar
 
 
 def as_target(form: str | Target | torch.Tensor, score: str, context: TargetContext) -> Target:
-    """A target given as a spec, a region (h, w) or a target object."""
+    """A target from a spec, a region (h, w) or a target object."""
     if isinstance(form, Target):
         return form
     if isinstance(form, str):
@@ -254,8 +254,8 @@ def as_target(form: str | Target | torch.Tensor, score: str, context: TargetCont
 
 
 def build_targets(question: Question, context: TargetContext) -> list[Target]:
-    """The targets that were asked for, in whichever form, those that stand for several expanded.
-    Raises InputError, EmptyTargetError."""
+    """The targets of a question. A name that stands for several targets gives all of them. Raises
+    InputError, EmptyTargetError."""
     expanded: list[str | Target | torch.Tensor] = []
     for form in question.targets:
         several = isinstance(form, str) and kind_of(form).several
@@ -319,16 +319,16 @@ class Prediction:
         return unknown_numbers(self.network, self.masks, self.numbers)
 
 
-# --------------------------------------------------------------------------- beside the truth
+# --------------------------------------------------------------------------- the ground truth
 
 
 def unknown_numbers(
     network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor
 ) -> tuple[str, ...]:
-    """A sentence on numbers of a ground-truth mask (h, w) for which a network has no class."""
+    """A note about numbers of a ground-truth mask (h, w) for which the network has no class."""
     first = 1 if network.kind(masks) == MULTILABEL else 0
-    there = torch.unique(numbers).tolist()
-    unknown = [n for n in there if n >= len(masks) + first] if len(masks) > 1 else []
+    numbers_present = torch.unique(numbers).tolist()
+    unknown = [n for n in numbers_present if n >= len(masks) + first] if len(masks) > 1 else []
     if not unknown:
         return ()
     return (
@@ -337,8 +337,8 @@ def unknown_numbers(
     )
 
 
-def beside_truth(prediction: Prediction) -> dict[str, Any]:
-    """What an explanation holds of the ground truth."""
+def truth_fields(prediction: Prediction) -> dict[str, Any]:
+    """The fields of an explanation that depend on the ground truth."""
     numbers = prediction.numbers
     if numbers is None:
         return {'label_scores': None, 'counted': None}
@@ -352,8 +352,9 @@ def beside_truth(prediction: Prediction) -> dict[str, Any]:
 def scores_of_labels(
     network: NetworkDescription, masks: torch.Tensor, numbers: torch.Tensor
 ) -> LabelScores | None:
-    """How well each label was predicted; None for one class. masks: (K, h, w) bool, those
-    predicted. numbers: (h, w), of the ground-truth mask."""
+    """How well each label was predicted; None for a single class.
+
+    masks: (K, h, w) bool, the predicted masks. numbers: (h, w), of the ground-truth mask."""
     if len(masks) == 1:
         return None
     kind = network.kind(masks)
@@ -362,13 +363,13 @@ def scores_of_labels(
     if not counted.any():
         return None
     exclusive = kind == EXCLUSIVE
-    right = (masks & truth).any(dim=0) if exclusive else masks == truth
+    correct = (masks & truth).any(dim=0) if exclusive else masks == truth
     background = network.background if exclusive else None
     scores = label_scores(masks.cpu().numpy(), truth.cpu().numpy())
-    return LabelScores(scores, background, float(right.cpu().double().mean()))
+    return LabelScores(scores, background, float(correct.cpu().double().mean()))
 
 
-# --------------------------------------------------------------------------- what comes of it
+# --------------------------------------------------------------------------- explanations
 
 
 @dataclass(frozen=True)
@@ -401,9 +402,10 @@ def explanations_of(
     cost: Cost,
     common: Mapping[str, Any],
 ) -> list[Explanation]:
-    """What a method found of each target as an explanation. declared: what the method promises.
-    common: fields that all of them share."""
-    network, beside = prediction.network, beside_truth(prediction)
+    """The explanation of each target, from the results of a method.
+
+    declared: what the method promises. common: fields that are equal in all explanations."""
+    network, of_truth = prediction.network, truth_fields(prediction)
     explanations = []
     for target, result in zip(prediction.targets, results, strict=True):
         mask, probability = network.explained(prediction.logits, prediction.masks, target.label)
@@ -428,13 +430,13 @@ def explanations_of(
                 map_error=result.map_error,
                 trend=result.trend,
                 cost=cost,
-                draws=len(baseline.pictures) if declared.baseline == GIVEN else 1,
+                draws=len(baseline.pictures) if declared.baseline == USER_BASELINE else 1,
                 method=declared,
                 end_score=result.end_score,
                 sum_error=result.total_error,
                 fine=result.fine,
                 tiles=result.tiles,
-                **beside,
+                **of_truth,
                 **common,
             )
         )

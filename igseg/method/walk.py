@@ -41,17 +41,17 @@ Result = TypeVar('Result')
 
 @dataclass(frozen=True)
 class Walk:
-    """What came of all paths of one image."""
+    """The integrals along all paths of one image."""
 
     means: list[MeanIntegral]  # of each target
     sampler: PathSampler  # of the first path
     starts: list[torch.Tensor]  # F at the start of each path, (targets,) each
-    ends: list[torch.Tensor]  # at its end
-    reduced: torch.dtype | None
-    deviation: float  # of the map from float32, where reduced
+    ends: list[torch.Tensor]  # F at the end of each path, (targets,) each
+    reduced: torch.dtype | None  # reduced precision; None: the precision of the network
+    deviation: float  # of the map from float32, where precision is reduced
 
     def results(self) -> list[MethodResult]:
-        """The means along the paths, for each target."""
+        """The mean over the paths, for each target."""
         return [self.result_of(t, mean.integral[0], mean.uncertainty, mean.summed_uncertainty)
                 for t, mean in enumerate(self.means)]  # fmt: skip
 
@@ -62,18 +62,21 @@ class Walk:
         uncertainty: torch.Tensor | None,
         summed: torch.Tensor | None,
     ) -> MethodResult:
-        """What was found of one target: a map (C, H, W) that was made of its integrals, with its
-        estimated error (targets, C, H, W), and that of the sum over the channels (targets, H, W).
-        """
-        attributions = attributions.clone()  # a slice may keep all targets' alive
+        """The result for one target.
+
+        number: of the target. attributions: its map (C, H, W), made from its integrals.
+        uncertainty: the estimated error of the map, (1, C, H, W). summed: the same for the sum over
+        the channels, (1, H, W)."""
+        attributions = attributions.clone()  # a slice would keep the maps of all targets in memory
         rounding = self.deviation if self.reduced else 0.0
+        # Both errors are unknown if the error by rounding is unknown.
         error: float | None = None
-        doubt: torch.Tensor | None = None  # both unknown, where that of rounding is
+        summed_error: torch.Tensor | None = None
         if uncertainty is not None and summed is not None and math.isfinite(rounding):
             error = math.hypot(float(uncertainty[0].norm() / attributions.norm()), rounding)
-            size = attributions.sum(dim=0).square().mean().sqrt()  # of a pixel, root mean square
-            doubt = summed[0].hypot(rounding * size).cpu()
-        drawn = self.means[number].sum_variance
+            size = attributions.sum(dim=0).square().mean().sqrt()  # root mean square of the pixels
+            summed_error = summed[0].hypot(rounding * size).cpu()
+        sum_variance = self.means[number].sum_variance
         return MethodResult(
             attributions,
             self.means[number].evaluations,
@@ -81,18 +84,18 @@ class Walk:
             start_score=_mean_of(self.starts, number),
             end_score=_mean_of(self.ends, number),
             map_error=error if error is None or math.isfinite(error) else None,
-            uncertainty=doubt,
-            total_error=None if drawn is None else float(drawn[0]) ** 0.5,
+            uncertainty=summed_error,
+            total_error=None if sum_variance is None else float(sum_variance[0]) ** 0.5,
             reduced=self.reduced,
             deviation=self.deviation if self.reduced else None,
         )
 
 
 def _mean_of(scores: Sequence[torch.Tensor], number: int) -> float:
-    return float(np.mean([float(one[number]) for one in scores]))
+    return float(np.mean([float(row[number]) for row in scores]))
 
 
-# --------------------------------------------------------------------------- what a method is given
+# --------------------------------------------------------------------------- the task of a method
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class Task:
     integration: Integration
     overlap: Callable[[torch.Tensor], torch.Tensor]  # logits (N, K, h, w) -> (N,), of the mask
     references: torch.Tensor | None = None  # (n, C, H, W): other images
-    on_steps: Callable[[int], object] = lambda count: None  # told how many were done
-    pixels_of_pass: int | None = None  # of the network's input, where x is not that
+    on_steps: Callable[[int], object] = lambda count: None  # called with the number of steps done
+    pixels_of_pass: int | None = None  # of the network's input, if x is the output of a layer
 
     @property
     def x(self) -> torch.Tensor:
@@ -119,8 +122,8 @@ class Task:
         return self.pixels_of_pass or self.x.shape[-2] * self.x.shape[-1]
 
     def sampler(self, path: AttributionPath) -> PathSampler:
-        """Of densities along a path, for methods that sum them in a way of their own; the whole map
-        at its ends is seen."""
+        """The densities along a path, for methods that sum them without a rule. Scores and masks at
+        both ends are logged."""
         sampler = PathSampler(self.engine, path, self.at_image, self.overlap, self.on_steps)
         sampler.see_the_ends(density_at_start=False)
         self.engine.step_batch.start(self.pixels)
@@ -135,12 +138,12 @@ class Task:
     ) -> Walk:
         """Integrate along paths, one after the other, and average.
 
-        rule: by default that of `integration`. complete: whether the sums should be the changes of
-        the scores, which a tolerance then asks for. second: see `MeanIntegral`.
+        rule: by default that of `integration`. complete: whether the sum of a map must equal the
+        change of the score; a tolerance then applies to this too. second: see `MeanIntegral`.
         """
-        wanted, rule = self.integration, self.integration.rule if rule is None else rule
-        refined = wanted.tolerance is not None
-        nodes = first_nodes(rule, wanted.steps, refined)
+        integration, rule = self.integration, self.integration.rule if rule is None else rule
+        refined = integration.tolerance is not None
+        nodes = first_nodes(rule, integration.steps, refined)
         means = [MeanIntegral(second=second) for _ in self.at_image.targets]
         starts, ends, at_image = [], [], self.at_image
         first: PathSampler | None = None
@@ -154,16 +157,16 @@ class Task:
             if first is None:
                 first = sampler
                 share = at_image.crops.cropping.computed_share if at_image.crops else 1.0
-                planned = len(nodes) if refined else wanted.steps
+                planned = len(nodes) if refined else integration.steps
                 sampler.see_maps(mask_nodes(nodes, planned, share))
                 reduced, deviation = self._choose_precision(sampler, nodes)
                 self.engine.step_batch.start(self.pixels, reduced)
             sampler.reduced = reduced
             rounding = deviation if reduced else 0.0
             enough = None
-            if wanted.tolerance is not None:
-                enough = partial(exact_enough, wanted.tolerance, rounding, complete, sampler)
-            integrals = integrate_targets(sampler.some, len(means), rule, wanted.steps, enough)
+            if integration.tolerance is not None:
+                enough = partial(exact_enough, integration.tolerance, rounding, complete, sampler)
+            integrals = integrate_targets(sampler.some, len(means), rule, integration.steps, enough)
             for mean, integral in zip(means, integrals, strict=True):
                 mean.add(integral)
             starts.append(sampler.scores[0.0])
@@ -172,32 +175,36 @@ class Task:
         return Walk(means, first, starts, ends, reduced, deviation)
 
     def _with_gradient(self, at_image: AtImage) -> AtImage:
-        """With the gradient of every target at the image itself."""
+        """The results at the image, with the gradient of every target."""
         x, crops = at_image.x, at_image.crops or Crops(tuple(at_image.targets))
-        # A velocity of 1: each path that ends here multiplies by its own.
+        # With velocity 1; each path that ends at the image multiplies by its velocity.
         gradient = self.engine.look(x, torch.ones_like(x), crops, alphas=(1.0,))[2][0]
         return replace(at_image, gradient=gradient)
 
     def _choose_precision(
         self, sampler: PathSampler, nodes: np.ndarray
     ) -> tuple[torch.dtype | None, float]:
-        """The reduced type, where it is wanted and, under `auto`, accurate enough; and the map's
-        deviation from float32 in it. nodes: those that are evaluated whatever is found."""
-        wanted = self.integration
-        reduced = reduced_dtype(wanted.precision, self.engine.device)
+        """The reduced type and the deviation of the map from float32. The type is None if the user
+        wants none, or if it is not accurate enough and the user leaves the choice (`auto`).
+
+        nodes: the nodes that are always evaluated."""
+        integration = self.integration
+        reduced = reduced_dtype(integration.precision, self.engine.device)
         if reduced is None or self.engine.dtype != torch.float32:
             return None, 0.0
-        near = {int(np.abs(nodes - alpha).argmin()) for alpha in CHECKED_NODES}
-        deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(near)])
-        limit = min(wanted.precision_tolerance, (wanted.tolerance or 1.0) / 2)
-        refused = wanted.precision == 'auto' and not deviation <= limit  # also where it is NaN
+        rows = {int(np.abs(nodes - alpha).argmin()) for alpha in CHECKED_NODES}
+        deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(rows)])
+        limit = min(integration.precision_tolerance, (integration.tolerance or 1.0) / 2)
+        refused = integration.precision == 'auto' and not deviation <= limit  # also where it is NaN
         return None if refused else reduced, deviation
 
     def crops_of(self, target: int) -> Crops:
-        """What must be computed for one of the targets."""
-        every = self.at_image.crops
-        alone = (self.at_image.targets[target],)
-        return self.engine.crops(alone) if every and not every.cropping.fell_back else Crops(alone)
+        """The crops of one target."""
+        all_crops = self.at_image.crops
+        targets = (self.at_image.targets[target],)
+        if all_crops is None or all_crops.cropping.fell_back:
+            return Crops(targets)
+        return self.engine.crops(targets)
 
     def gradients(
         self, points: torch.Tensor, target: int, alphas: Sequence[float] = ()
@@ -209,8 +216,8 @@ class Task:
         return scores[:, 0], densities[:, 0]
 
     def scores(self, points: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """F of every target, (targets,), at each of many points (1, C, H, W), which go through the
-        network in step batches, without gradients."""
+        """F of every target, (targets,), at each of many points (1, C, H, W). The points go through
+        the network in step batches, without gradients."""
         batch = self.engine.step_batch
         crops = self.at_image.crops or Crops(tuple(self.at_image.targets))
         batch.start(self.pixels)
@@ -228,13 +235,13 @@ class Task:
                     maps = self.engine.maps(torch.cat(chunk), crops.plan)
                     return torch.stack(crops.scores(maps), dim=1)  # (n, targets)
 
-            found, _ = attempt(evaluate, OutOfMemory)
-            if found is None:
+            scores, _ = attempt(evaluate, OutOfMemory)
+            if scores is None:
                 batch.halve()
                 continue
             waiting = waiting[len(chunk) :]
             self.on_steps(len(chunk))
-            yield from found
+            yield from scores
 
 
 def plain_task(
@@ -270,8 +277,8 @@ def in_precision(compute: Callable[[str], Result], precision: str) -> tuple[Resu
     result, overflow = attempt(partial(compute, precision), NonFiniteError)
     if result is not None:
         return result, None
-    wanted = 'reduced precision' if precision == 'auto' else precision
-    return compute('float32'), f'computed again in float32, since in {wanted} {overflow}'
+    wanted_precision = 'reduced precision' if precision == 'auto' else precision
+    return compute('float32'), f'computed again in float32, since in {wanted_precision} {overflow}'
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -282,7 +289,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def mask_overlap(
     mask: torch.Tensor, network: NetworkDescription, threshold: float, logits: torch.Tensor
 ) -> torch.Tensor:
-    """(N, K, h, w) logits -> (N,): IoU of the predicted masks with that of the image, (h, w)."""
+    """Logits (N, K, h, w) -> (N,): IoU of their predicted masks with the mask (h, w)."""
     masks = network.foreground(network.predicted(enlarged(logits, mask.shape), threshold))
     both = (masks & mask).sum(dim=(1, 2))
     union = (masks | mask).sum(dim=(1, 2))
@@ -297,9 +304,11 @@ def exact_enough(
     number: int,
     running: PathIntegral,
 ) -> bool:
-    """Whether map error and, where the sum is promised, completeness gap of a target are below the
-    tolerance. rounding: what reduced precision adds to the error of the map. number: of the target;
-    running: its own."""
+    """Whether the map error of a target is below the tolerance; also its completeness gap, if the
+    map must be complete.
+
+    rounding: error of the map by reduced precision. number: of the target. running: its integral.
+    """
     errors = running.relative_errors()
     if errors is None:
         return False
@@ -310,12 +319,12 @@ def exact_enough(
 
 
 def mask_nodes(nodes: np.ndarray, steps: int, share: float) -> list[float]:
-    """The nodes between the ends at which the predicted mask is followed too, on a cropped path:
-    a few, spread evenly, since each takes a forward pass of the whole network. None of a path that
-    is not cropped, where the mask is seen at every node.
+    """The nodes between the ends at which the predicted mask is computed too, on a cropped path.
+    They are few and spread evenly, since each costs a forward pass of the whole network. On a path
+    without crops the list is empty, since the mask is computed at every node anyway.
 
-    nodes: those that are asked whatever is found. steps: of the path. share: of the work of a whole
-    gradient that a cropped one takes.
+    nodes: the nodes that are always evaluated. steps: of the path. share: cost of a cropped
+    gradient, relative to that of a whole gradient.
     """
     count = min(MOST_MASKS, int(MASK_SHARE * steps * share / FORWARD_SHARE))
     if share == 1:
@@ -325,12 +334,12 @@ def mask_nodes(nodes: np.ndarray, steps: int, share: float) -> list[float]:
 
 
 def trend_of(sampler: PathSampler, number: int) -> Trend:
-    """What one target saw along a path, at the nodes where it was asked."""
+    """The trend of one target along a path, at the nodes where the target was evaluated."""
     scores = {alpha: float(sampler.scores[alpha][number]) for alpha in sorted(sampler.scores)}
     alphas = [alpha for alpha, score in scores.items() if not math.isnan(score)]
-    seen = sampler.overlaps
+    overlaps = sampler.overlaps
     return Trend(
         tuple(alphas),
         tuple(scores[alpha] for alpha in alphas),
-        tuple(float(seen[alpha]) if alpha in seen else None for alpha in alphas),
+        tuple(float(overlaps[alpha]) if alpha in overlaps else None for alpha in alphas),
     )

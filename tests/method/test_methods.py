@@ -32,7 +32,7 @@ from igseg.checks.subject import subject_of
 from igseg.data.pixels import Reading
 from igseg.data.samples import list_samples
 from igseg.errors import InputError
-from igseg.explanation import GIVEN, NO_BASELINE, Declared
+from igseg.explanation import NO_BASELINE, USER_BASELINE, Declared
 from igseg.method.choice import METHODS, MethodKind, Question, form_of
 from igseg.method.layers import enlarged_sum
 from igseg.method.method import Method, build_methods
@@ -423,7 +423,7 @@ def test_the_checks_make_the_methods_own_map(method, images, others, small):
     subject = subject_of(ig, x, found)
     again = torch.from_numpy(subject.map_of(8, baseline=baseline[None]))
     torch.testing.assert_close(again, found.attributions, rtol=1e-6, atol=1e-9)
-    assert bool(subject.others) == (found.method.baseline == GIVEN)
+    assert bool(subject.others) == (found.method.baseline == USER_BASELINE)
     checked = evaluate(subject, 'quick').metrics
     assert checked['randomised_correlation'] is not None
     assert (checked['recomputed_correlation'] is None) == (not found.method.settles_early)
