@@ -25,7 +25,7 @@ import torch
 from runs import explanations
 from tqdm import tqdm
 
-from igseg.checks.checks import evaluate, own_weights, redraw
+from igseg.checks.checks import evaluate, redraw, weights_of
 from igseg.checks.curves import displaced, edge_map
 from igseg.checks.subject import subject_of
 from igseg.checks.verdict import LEVELS, verdict_of
@@ -57,7 +57,7 @@ def randomised(ig: IntegratedGradients, seed: int) -> IntegratedGradients:
     network = copy.deepcopy(ig.model)
     generator = torch.Generator().manual_seed(seed)
     for layer in network.modules():
-        if [*own_weights(layer)]:
+        if [*weights_of(layer)]:
             redraw(layer, generator)
     return IntegratedGradients(network, ig.device, ig.preprocessing)
 

@@ -1,18 +1,20 @@
 """How far can an attribution map be trusted? Checks for any map of any segmentation network.
 
-A heatmap convinces whether or not it is true, so each check has something to fail against:
+A heatmap looks convincing whether or not it is true. Therefore each check can fail:
 
-- deletion and insertion curves beside those of the same map in the wrong place (displaced and
-  mirrored: same texture), of a random map and of the image's edges;
-- the map computed afresh in a few steps (it should be much the same), and that of a network whose
-  weights are redrawn layer by layer (it should change);
-- the map of the image under a little noise, and against other baselines (it should not);
-- what the map says a patch is worth against what removing the patch really does (infidelity);
-- where the map lies: inside masks, how far from the target, in the rim and the padding;
-- whether the score hangs on a spot far from the target, which is filled to see (a shortcut).
+- deletion and insertion curves of the map are compared with those of the same map in the wrong
+  place (displaced and mirrored: same texture), of a random map, and of the image's edges;
+- the map is computed again in a few steps, which should change little; and for a network whose
+  weights are redrawn layer by layer, which should change it;
+- the map is computed for the image with a little noise, and with other baselines: both should
+  change it little;
+- the sum of the map over a patch is compared with the change of the score without this patch
+  (infidelity);
+- the place of the map is measured: inside masks, the distance from the target, rim and padding;
+- a spot far from the target is filled, to see whether the score depends on it (a shortcut).
 
 Arrays are NumPy, at model resolution; a *relevance* is a map (H, W). `evaluate` runs all checks on
-one `Subject`, which may hold the map of any tool. METRICS defines every number, and names the check
+a `Subject`, which may hold the map of any tool. METRICS defines every number, and names the check
 that measures it.
 """
 
@@ -56,16 +58,16 @@ from igseg.preprocessing import Placement, Preprocessing
 from igseg.setting import resolved
 from igseg.statistics import METRICS
 
-BROAD = 0.02  # of the longer side: sigma of the blur that leaves a map's broad features
+BROAD = 0.02  # sigma of the blur that keeps a map's broad features, relative to the longer side
 
-RADIUS_SHARES = (50, 90, 95)  # per cent of a map that a radius holds
+RADIUS_SHARES = (50, 90, 95)  # a radius is measured within which the map has this share, in percent
 
 
-# --------------------------------------------------------------------------- where it lies
+# --------------------------------------------------------------------------- where the map lies
 
 
 def places(subject: Subject, effort: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
-    """Localisation in the target, the predicted mask and the truth, and what lies in rim and
+    """Localisation in the target, the predicted mask and the truth; and the attribution in rim and
     padding."""
     metrics = edge_excess(subject.magnitude, subject.region, subject.content)
     masks = {'target': subject.region, 'prediction': subject.prediction, 'truth': subject.truth}
@@ -79,10 +81,10 @@ def places(subject: Subject, effort: Effort, seed: int = 0, progress: bool = Fal
 
 
 def context(subject: Subject, effort: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
-    """How far from the target the map reaches, beside the network's effective receptive field.
+    """How far the map reaches from the target, beside the network's effective receptive field.
 
-    The receptive field is |dF/dx| at the image (Luo et al. 2016): what could matter at once; the
-    attribution is what did, compared with the baseline.
+    The receptive field is |dF/dx| at the image (Luo et al. 2016): the pixels on which the score can
+    depend. The attribution shows the pixels that changed the score from that of the baseline.
     """
     with progress_bar('context', 1, progress, 'gradient') as bar:
         point = subject.x.detach().clone().requires_grad_()
@@ -94,10 +96,10 @@ def context(subject: Subject, effort: Effort, seed: int = 0, progress: bool = Fa
     distance = signed_distance(subject.region)
     metrics: dict[str, float | None] = {}
     profiles = {}
-    for who, values in (('context', subject.magnitude), ('receptive', receptive_field)):
+    for name, values in (('context', subject.magnitude), ('receptive', receptive_field)):
         radii = holding_radii(values, distance, RADIUS_SHARES)
-        metrics |= {f'{who}_radius_{share}': radius for share, radius in radii.items()}
-        profiles[who] = profile(values, distance)
+        metrics |= {f'{name}_radius_{share}': radius for share, radius in radii.items()}
+        profiles[name] = profile(values, distance)
     total = subject.magnitude.sum()
     near = (distance > 0) & (distance <= NEAR * max(distance.shape))
     for name, mask in (('context_inside', distance <= 0), ('context_near', near)):
@@ -112,7 +114,7 @@ def context(subject: Subject, effort: Effort, seed: int = 0, progress: bool = Fa
 
 
 def random_patch(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A rectangle (H, W) bool at a random place, each side 1/8 to 1/2 of the image's."""
+    """A rectangle (H, W) bool at a random place; its sides are 1/8 to 1/2 of the image's sides."""
     mask = np.zeros(shape, bool)
     spans = []
     for side in shape:
@@ -142,8 +144,10 @@ def patches(subject: Subject, effort: Effort, seed: int = 0, progress: bool = Fa
 def strongest_square(
     magnitude: np.ndarray, distance: np.ndarray, share: float
 ) -> np.ndarray | None:
-    """The square (H, W) bool that holds most of a map (H, W), of all that lie wholly farther than
-    FAR from what `distance` is measured from; None: none does. share: of the longer side."""
+    """The square (H, W) bool with the largest sum of a map (H, W), among all squares in which
+    `distance` is larger than FAR everywhere; None: there is no such square.
+
+    distance: (H, W), in pixels. share: side of the square, relative to the map's longer side."""
     longer = max(magnitude.shape)
     half = max(1, round(share * longer / 2))
     side = 2 * half + 1
@@ -161,10 +165,12 @@ def strongest_square(
 def distant_spots(
     subject: Subject, effort: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
-    """How far the score falls when the squares that hold most of the attribution, of all that lie
-    far from the target and from other predicted objects, are filled with the mean of what is left
-    nearby. A watermark in a corner may hold less of the map than the corner's area explains, and
-    still carry the whole mask: only removing it tells."""
+    """How far the score falls when a distant spot is filled with the mean of the pixels nearby. The
+    spots are the squares with the most attribution among those far from the target and from other
+    predicted objects.
+
+    A watermark in a corner may hold less attribution than the corner's area explains, although the
+    whole mask depends on it. Only its removal shows that."""
     distance = signed_distance(subject.region | subject.prediction)
     if subject.content is not None:
         distance = np.where(subject.content, distance, -np.inf)
@@ -178,17 +184,17 @@ def distant_spots(
     rng = np.random.default_rng(seed)
     everything = np.ones(distance.shape, bool)
     masks = [everything, *spots]
-    filled = (without(subject, 'local mean', mask, rng) for mask in masks)
+    images = (without(subject, 'local mean', mask, rng) for mask in masks)
     with progress_bar('distant spots', 1 + len(masks), progress) as bar:
-        full, empty, *others = subject.scores(chain([subject.pixels], filled), bar)
+        full, empty, *scores = subject.scores(chain([subject.pixels], images), bar)
     if is_noise(full, empty):
         return Evaluation()
-    effects = [(full - score) / abs(full - empty) for score in others]
-    worst = int(np.argmax(effects))
-    rows, columns = np.nonzero(spots[worst])
+    effects = [(full - score) / abs(full - empty) for score in scores]
+    strongest = int(np.argmax(effects))
+    rows, columns = np.nonzero(spots[strongest])
     return Evaluation(
         {
-            'distant_spot_effect': effects[worst],
+            'distant_spot_effect': effects[strongest],
             'distant_spot_x': float(columns.mean()),
             'distant_spot_y': float(rows.mean()),
         }
@@ -198,34 +204,34 @@ def distant_spots(
 # --------------------------------------------------------------------------- model randomisation
 
 
-def own_weights(layer: nn.Module) -> Iterator[torch.Tensor]:
-    """The weights that belong to a layer itself, not to one inside it."""
+def weights_of(layer: nn.Module) -> Iterator[torch.Tensor]:
+    """The weights of a layer, without those of layers inside it."""
     return layer.parameters(recurse=False)
 
 
 def redraw(layer: nn.Module, generator: torch.Generator) -> None:
-    """Replace a layer's own weights by random ones of the same mean and deviation, in place."""
+    """Replace `weights_of` a layer by random weights with the same mean and deviation, in place."""
     with torch.no_grad():
-        for weight in own_weights(layer):
+        for weight in weights_of(layer):
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             spread = weight.std() if weight.numel() > 1 else weight.abs().mean()
             weight.copy_(weight.mean() + spread * noise)
 
 
 def survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
-    """How much of a map (C, H, W) is left in another.
+    """How similar a map (C, H, W) is after a change of the network.
 
-    The ranks of a map of one sign say little but where the network can see, which no weights
-    change; then the values of the magnitudes have to agree as well.
+    The ranks of a map of one sign mainly show the receptive field, which does not depend on the
+    weights. For such maps the values of the magnitudes have to agree as well.
     """
     if not np.isfinite(after).all():
         return {'correlation': None, 'ssim': None}
     signed = before.sum(axis=0), after.sum(axis=0)
-    found = rank_correlation(*signed)
-    if found is not None and has_one_sign(signed[0]):
-        found = min(found, linear_correlation(*map(np.abs, signed)) or 0.0)
+    correlation = rank_correlation(*signed)
+    if correlation is not None and has_one_sign(signed[0]):
+        correlation = min(correlation, linear_correlation(*map(np.abs, signed)) or 0.0)
     return {
-        'correlation': found,
+        'correlation': correlation,
         'ssim': similarity(np.abs(before).sum(axis=0), np.abs(after).sum(axis=0)),
     }
 
@@ -233,25 +239,25 @@ def survival(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
 def randomisation(
     subject: Subject, effort: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
-    """Compute the map afresh in a few steps, which should find it again; and compare it with those
-    of copies of the network whose weights are redrawn, from the head down (cascading
+    """Compute the map again in a few steps, which should give a similar map. Then compare it with
+    the maps of copies of the network whose weights are redrawn, from the head down (cascading
     randomisation, Adebayo et al. 2018).
 
-    A layer's weights are drawn from the normal distribution of its own mean and deviation, so
-    that signals keep their size and only what was learned is lost.
+    The weights of a layer are drawn from a normal distribution with the layer's mean and deviation.
+    So signals keep their size, and only what the network has learned is lost.
     """
     if not effort.stages or subject.again is None:
         return Evaluation()
     generator = torch.Generator().manual_seed(seed)
     network = copy.deepcopy(subject.network).eval().requires_grad_(False)
-    layers = [module for module in network.modules() if [*own_weights(module)]]
+    layers = [module for module in network.modules() if [*weights_of(module)]]
     if not layers:
         return Evaluation()
     layers = layers[::-1]
     redrawn = replace(subject, network=network, run=None)
-    stages_there = min(effort.stages, len(layers))  # a single one redraws all of them
-    cuts = np.unique(np.linspace(len(layers), 1, stages_there).astype(int))
-    before = redrawn.map_of(effort.map_steps)
+    count = min(effort.stages, len(layers))  # a single stage redraws all layers
+    cuts = np.unique(np.linspace(len(layers), 1, count).astype(int))
+    original = redrawn.map_of(effort.map_steps)
     stages = []
     with progress_bar('model randomisation', len(cuts), progress, 'stage') as bar:
         done = 0
@@ -261,15 +267,15 @@ def randomisation(
             done = int(cut)
             stages.append(
                 {'layers': done, 'of': len(layers)}
-                | survival(before, redrawn.map_of(effort.map_steps))
+                | survival(original, redrawn.map_of(effort.map_steps))
             )
             bar.update()
     last = stages[-1]
     early = subject.settles_early
-    again = rank_correlation(subject.signed, before.sum(axis=0)) if early else None
+    recomputed = rank_correlation(subject.signed, original.sum(axis=0)) if early else None
     return Evaluation(
         {
-            'recomputed_correlation': again,
+            'recomputed_correlation': recomputed,
             'randomised_correlation': last['correlation'],
             'randomised_ssim': last['ssim'],
         },
@@ -288,19 +294,19 @@ def broad_features(signed: np.ndarray) -> np.ndarray:
 def noise_sensitivity(
     subject: Subject, effort: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
-    """Max-sensitivity of the method under small uniform noise on the image."""
+    """Max-sensitivity of the method to small uniform noise on the image."""
     if not effort.noisy or subject.again is None:
         return Evaluation()
     rng = np.random.default_rng(seed)
     maps = []
     with progress_bar('noise', effort.noisy + 1, progress, 'map') as bar:
         for number in range(effort.noisy + 1):
-            radius = 255 * NOISE_RADIUS if number else 0.0  # the first is the image itself
+            radius = 255 * NOISE_RADIUS if number else 0.0  # the first map is of the image itself
             noise = rng.uniform(-radius, radius, subject.pixels.shape)
             noisy = subject.as_input(subject.pixels + noise.astype(np.float32))
             maps.append(subject.map_of(effort.map_steps, x=noisy))
             bar.update()
-    broad = [broad_features(one.sum(axis=0)) for one in maps]
+    broad = [broad_features(attributions.sum(axis=0)) for attributions in maps]
     return Evaluation(
         {
             'max_sensitivity': max_sensitivity(maps[0], maps[1:]),
@@ -312,8 +318,8 @@ def noise_sensitivity(
 def baseline_agreement(
     subject: Subject, effort: Effort, seed: int = 0, progress: bool = False
 ) -> Evaluation:
-    """Rank correlation and top overlap of |attribution| between baselines, pair by pair: of those
-    that do not hide the target, since maps against others cannot agree with any."""
+    """Rank correlation and top overlap of |attribution| between baselines, pair by pair. Baselines
+    that hide the target are left out, since their maps cannot agree with others."""
     if not effort.baselines or subject.again is None:
         return Evaluation()
     others = {name: image for name, image in subject.others.items() if subject.stands_out(image)}
@@ -326,21 +332,22 @@ def baseline_agreement(
             maps[name] = np.abs(signed).sum(axis=0)
             bar.update()
     pairs = {
-        (one, other): {
-            'correlation': rank_correlation(maps[one], maps[other]),
-            'overlap': top_overlap(maps[one], maps[other]),
+        (first, second): {
+            'correlation': rank_correlation(maps[first], maps[second]),
+            'overlap': top_overlap(maps[first], maps[second]),
         }
-        for one, other in combinations(maps, 2)
+        for first, second in combinations(maps, 2)
     }
     medians = {
-        f'baseline_{key}': known_median(found[key] for found in pairs.values())
+        f'baseline_{key}': known_median(agreement[key] for agreement in pairs.values())
         for key in ('correlation', 'overlap')
     }
-    rows = [{'one': one, 'other': other, **found} for (one, other), found in pairs.items()]
+    rows = [{'one': first, 'other': second, **agreement}
+            for (first, second), agreement in pairs.items()]  # fmt: skip
     return Evaluation(medians, {'baselines': rows})
 
 
-# --------------------------------------------------------------------------- all of them
+# --------------------------------------------------------------------------- all checks
 
 CHECKS = tuple(dict.fromkeys(row.check for row in METRICS.values()))  # 'package.module:name'
 
@@ -348,13 +355,14 @@ CHECKS = tuple(dict.fromkeys(row.check for row in METRICS.values()))  # 'package
 def evaluate(
     subject: Subject, effort: str | Effort = 'full', seed: int = 0, progress: bool = False
 ) -> Evaluation:
-    """Run the checks on one attribution map. effort: a key of EFFORTS. Same seed, same result."""
-    amount = EFFORTS[effort] if isinstance(effort, str) else effort
+    """Run all checks on an attribution map. effort: a key of EFFORTS. The same seed gives the same
+    result."""
+    chosen_effort = EFFORTS[effort] if isinstance(effort, str) else effort
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     details: dict[str, object] = {}
     for name in CHECKS:
         check: Check = resolved(name)
-        result = check(subject, amount, seed, progress)
+        result = check(subject, chosen_effort, seed, progress)
         metrics |= result.metrics
         details |= result.details
     return Evaluation(metrics, details)
@@ -374,11 +382,11 @@ def evaluate_explanation(
 ) -> dict:
     """Check how far an explanation can be trusted.
 
-    input_tensor: what was explained. effort: a key of EFFORTS. truth: (h, w) bool, for
-    localisation. placement: for the padding check. preprocessing: that made the input; by default
-    the explainer's. unchanged: the network is known to be as it was when it was explained. Returns,
-    ready for the statistics, the figures of METRICS (None where one does not apply) and under
-    `evaluation` what they were taken from.
+    input_tensor: the input that was explained. effort: a key of EFFORTS. truth: (h, w) bool, for
+    localisation. placement: for the padding check. preprocessing: of the input; by default that of
+    the explainer. unchanged: whether the network is surely the same as at the explanation. Returns
+    the figures of METRICS, ready for the statistics (None where a figure does not apply), and under
+    `evaluation` the details from which they were computed.
     """
     if effort not in EFFORTS:
         raise InputError(f'unknown evaluate "{effort}" (choose from {", ".join(EFFORTS)})')

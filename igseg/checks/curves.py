@@ -1,7 +1,7 @@
-"""Deletion and insertion: the score while what the map names is removed, or put back.
+"""Deletion and insertion: the score while the pixels that a map names are removed, or put back.
 
-What stands in for removed pixels is a fill, of `FILLS`; the order of removal is that of the map, or
-of one of its controls: the map in the wrong place, a random map, the edges of the image.
+Removed pixels are replaced by a fill, one of `FILLS`. They are removed in the order of the map, or
+of a control: the map in the wrong place, a random map, the edges of the image.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from igseg.checks.subject import Evaluation, Subject, progress_bar
 from igseg.maps import known_mean
 from igseg.preprocessing import resized
 
-FILL_NOISE = 0.01  # of the pixel range: standard deviation on top of local means
-LEAST_CHANGE = 0.01  # of the score by a fill, relative, below which its curve is only noise
-BEYOND = 1.0  # ranges beyond 0 and 1 that a curve may leave them by, before its fill is not counted
+FILL_NOISE = 0.01  # standard deviation of noise that is added to local means, of the pixel range
+LEAST_CHANGE = 0.01  # relative change of the score by a fill; a smaller change is only noise
+BEYOND = 1.0  # how far below 0 or above 1 a curve may lie; if it lies farther, its fill is ignored
 
 SUPERPIXELS = 100
 
@@ -35,30 +35,30 @@ class Curve:
     """A deletion or insertion curve: relative score against the share of pixels changed."""
 
     shares: list[float]  # rising from 0 to 1
-    scores: list[float] | None  # 1: as on the image; 0: as on the filled image; None: the scores of
-    # the two hardly differ
+    # 1: the score of the image; 0: that of the filled image. None: these two hardly differ.
+    scores: list[float] | None
 
     @property
     def area(self) -> float | None:
-        """Under the curve; None where its scores are unknown."""
+        """The area under the curve; None where the scores are None."""
         if self.scores is None:
             return None
-        from scipy.integrate import trapezoid  # takes a while
+        from scipy.integrate import trapezoid  # slow to import
 
         return float(trapezoid(self.scores, self.shares))
 
 
-def mean_curve(several: Sequence[Curve]) -> Curve:
-    """The mean of curves, at the mean of their shares."""
-    shares = np.mean([curve.shares for curve in several], axis=0).tolist()
-    known = [curve.scores for curve in several if curve.scores is not None]
-    return Curve(shares, np.mean(known, axis=0).tolist() if len(known) == len(several) else None)
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean of curves, at the means of their shares."""
+    shares = np.mean([curve.shares for curve in curves], axis=0).tolist()
+    scores = [curve.scores for curve in curves if curve.scores is not None]
+    return Curve(shares, np.mean(scores, axis=0).tolist() if len(scores) == len(curves) else None)
 
 
 # --------------------------------------------------------------------------- fills
 #
-# A fill is an image for the pixels that were removed: (subject, removed (H, W) bool, random
-# generator) -> (H, W, C) float32, 0-255, of which only the removed pixels are used.
+# A fill makes an image that replaces the removed pixels: (subject, removed (H, W) bool, random
+# generator) -> (H, W, C) float32, 0-255. Only the removed pixels of this image are used.
 
 
 def fill_with_baseline(
@@ -76,32 +76,33 @@ def fill_with_blur(subject: Subject, removed: np.ndarray, rng: np.random.Generat
 def fill_with_local_mean(
     subject: Subject, removed: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The mean of the pixels left nearby, and a little noise, so that the shape of what was
-    removed is not itself a signal.
+    """The mean of the remaining pixels nearby, with a little noise, so that the network does not
+    recognise the shape of the removed region.
 
-    After ROAD (Rong et al. 2022), which solves one linear system for all removed pixels; here
-    each is the mean of its surroundings at the finest scale at which any of them are left.
+    This is similar to ROAD (Rong et al. 2022), which solves one linear system for all removed
+    pixels. Here each removed pixel is the mean of its surroundings, at the finest scale at which
+    pixels remain there.
     """
     pixels = subject.pixels
     if removed.all():
-        filled = np.broadcast_to(pixels.mean(axis=(0, 1)), pixels.shape)
+        means = np.broadcast_to(pixels.mean(axis=(0, 1)), pixels.shape)
     else:
-        filled = local_means(pixels, ~removed)
+        means = local_means(pixels, ~removed)
     noise = rng.normal(0, 255 * FILL_NOISE, pixels.shape)
-    return np.clip(filled + noise, 0, 255).astype(np.float32)
+    return np.clip(means + noise, 0, 255).astype(np.float32)
 
 
 def local_means(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Values (H, W, C) where known, elsewhere interpolated from the means of the known ones at
-    half the resolution, and so on. At least one must be known."""
+    """Values (H, W, C) with unknown values interpolated from the means of the known values at half
+    the resolution, and so on. known: (H, W) bool; at least one value must be known."""
     if known.all():
         return values
     height, width = known.shape
     half = ((width + 1) // 2, (height + 1) // 2)
     weight = cv2.resize(known.astype(np.float32), half, interpolation=cv2.INTER_AREA)
     total = resized(values * known[..., None], half, cv2.INTER_AREA)
-    means = total / np.maximum(weight, 1e-6)[..., None]
-    coarse = local_means(means, weight > 0)
+    half_values = total / np.maximum(weight, 1e-6)[..., None]
+    coarse = local_means(half_values, weight > 0)
     smooth = resized(coarse, (width, height), cv2.INTER_LINEAR)
     return np.where(known[..., None], values, smooth)
 
@@ -120,16 +121,17 @@ def without(
     return np.where(removed[..., None], FILLS[fill](subject, removed, rng), subject.pixels)
 
 
-# --------------------------------------------------------------------------- what goes first
+# --------------------------------------------------------------------------- order of removal
 
 
 def removal_order(
     relevance: np.ndarray, segments: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """When each pixel goes: the share of the image (0 up to, not including, 1) gone before it.
+    """For each pixel the share of the image that is removed before it, from 0 to below 1; (H, W).
 
-    relevance: (H, W), highest first; ties are broken at random, so that a constant map is no order.
-    segments: (H, W) labels of superpixels that go as one, by their mean relevance; None: pixels.
+    relevance: (H, W); the highest is removed first, and ties are broken at random, so that a
+    constant map gives a random order. segments: (H, W) labels of superpixels, each of which is
+    removed at once, by its mean relevance; None: single pixels.
     """
     if segments is None:
         segments = np.arange(relevance.size).reshape(relevance.shape)
@@ -143,7 +145,7 @@ def removal_order(
 
 def superpixels(pixels: np.ndarray) -> np.ndarray:
     """SLIC superpixels of an image (H, W, C) 0-255: labels (H, W)."""
-    from skimage.segmentation import slic  # takes a while
+    from skimage.segmentation import slic  # slow to import
 
     return slic(pixels / 255, n_segments=SUPERPIXELS, compactness=10, start_label=0,
                 channel_axis=-1)  # fmt: skip
@@ -156,8 +158,8 @@ def edge_map(pixels: np.ndarray) -> np.ndarray:
 
 
 def displaced(relevance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A map (H, W) in the wrong place: mirrored and moved around by a quarter to three quarters of
-    each side, so that it keeps its texture and loses its meaning."""
+    """A map (H, W) in the wrong place: mirrored, and shifted by a quarter to three quarters of each
+    side, around the border. It keeps its texture and loses its meaning."""
     mirrored = relevance[:: rng.choice((-1, 1)), ::-1]
     steps = [int(side * rng.uniform(0.25, 0.75)) for side in relevance.shape]
     return np.roll(mirrored, steps, axis=(0, 1))
@@ -167,8 +169,8 @@ def displaced(relevance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def is_noise(full: float, empty: float) -> bool:
-    """Whether the scores of an image and of the filled image are so near to each other that what
-    lies between them is only noise."""
+    """Whether the scores of an image and of the filled image are so close that differences between
+    them are only noise."""
     return abs(full - empty) <= LEAST_CHANGE * max(abs(full), abs(empty), 1e-6)
 
 
@@ -182,22 +184,23 @@ def _curve(
     bar: tqdm,
     order: np.ndarray,
 ) -> Curve:
-    """One curve; `ends`: the scores of the image and of the filled image, which are known."""
+    """A curve. ends: the scores of image and filled image. order: see `removal_order`."""
     full, empty = ends
-    touched = [order < point / points for point in range(1, points)]
-    removed = touched if kind == 'deletion' else [~gone for gone in touched]
-    inner = subject.scores((without(subject, fill, gone, rng) for gone in removed), bar)
+    changed = [order < point / points for point in range(1, points)]
+    removed = changed if kind == 'deletion' else [~mask for mask in changed]
+    inner = subject.scores((without(subject, fill, mask, rng) for mask in removed), bar)
     scores = [full, *inner, empty] if kind == 'deletion' else [empty, *inner, full]
-    shares = [0.0, *(float(gone.mean()) for gone in touched), 1.0]
+    shares = [0.0, *(float(mask.mean()) for mask in changed), 1.0]
     if is_noise(full, empty):
         return Curve(shares, None)
     return Curve(shares, [(score - empty) / (full - empty) for score in scores])
 
 
 def stays_between(curve: Curve) -> bool:
-    """Whether a fill can tell maps apart: whether the score stays about between that of the image
-    (1) and of the filled image (0) while random parts are filled. Where it leaves that range by
-    far, the fill itself, not what it hides, drives the score."""
+    """Whether a fill is suitable to compare maps, as its curve for a random map shows. The score
+    must stay roughly between that of the image (1) and of the filled image (0). If it leaves this
+    range by far, the score depends on the fill itself, and not on the pixels that the fill hides.
+    """
     if curve.scores is None:
         return False
     return min(curve.scores) >= -BEYOND and max(curve.scores) <= 1 + BEYOND
@@ -211,30 +214,30 @@ def _curve_record(part: object) -> object:
 
 
 def curve_metrics(rows: Sequence[dict]) -> dict[str, float | None]:
-    """Mean areas of the map over the sane fills and units, and its margins over the controls."""
+    """Mean areas of the map over suitable fills and units, and its margins over the controls."""
     metrics: dict[str, float | None] = {}
     for kind in ('deletion', 'insertion'):
-        mine = [row for row in rows if row['kind'] == kind and row['sane']]
-        known = {
+        kind_rows = [row for row in rows if row['kind'] == kind and row['sane']]
+        means = {
             name: mean
             for name in ('attribution', 'displaced', 'random', 'edges')
-            if (mean := known_mean(row[name].area for row in mine)) is not None
+            if (mean := known_mean(row[name].area for row in kind_rows)) is not None
         }
-        if 'attribution' not in known:
+        if 'attribution' not in means:
             continue
         sign = -1 if kind == 'deletion' else 1
-        metrics[f'{kind}_area'] = known['attribution']
-        metrics[f'{kind}_margin'] = sign * (known['attribution'] - known['displaced'])
-        others = max(sign * known[name] for name in ('random', 'edges'))
-        metrics[f'{kind}_margin_others'] = sign * known['attribution'] - others
+        metrics[f'{kind}_area'] = means['attribution']
+        metrics[f'{kind}_margin'] = sign * (means['attribution'] - means['displaced'])
+        best_control = max(sign * means[name] for name in ('random', 'edges'))
+        metrics[f'{kind}_margin_others'] = sign * means['attribution'] - best_control
     return metrics
 
 
 def curves(subject: Subject, effort: Effort, seed: int = 0, progress: bool = False) -> Evaluation:
-    """Deletion and insertion of the map and its controls, by every unit and fill.
+    """Deletion and insertion of the map and its controls, for every unit and fill.
 
-    Pixels go in the order of |attribution|: what pulls a logit down can carry the mask as well as
-    what lifts it, and without it the network answers something else altogether.
+    Pixels are removed in the order of |attribution|: pixels that lower a logit can be as important
+    for the mask as pixels that raise it, and without them the network's answer changes completely.
     """
     rng = np.random.default_rng(seed)
     pixels = subject.pixels
@@ -248,21 +251,21 @@ def curves(subject: Subject, effort: Effort, seed: int = 0, progress: bool = Fal
     rows = []
     with progress_bar('deletion and insertion', effort.curve_forwards(), progress) as bar:
         (full,) = subject.scores(iter([pixels]), bar)
-        empty: dict[str, float] = {}  # the score of the image that is all fill
+        empty: dict[str, float] = {}  # fill -> score of the image that is completely filled
         for fill, unit in product(effort.fills, effort.units):
             if fill not in empty:
                 (empty[fill],) = subject.scores(
                     iter([without(subject, fill, everything, rng)]), bar
                 )
             orders = {
-                name: [removal_order(relevance, segments[unit], rng) for relevance in several]
-                for name, several in maps.items()
+                name: [removal_order(relevance, segments[unit], rng) for relevance in relevances]
+                for name, relevances in maps.items()
             }
             for kind in ('deletion', 'insertion'):
                 ends = (full, empty[fill])
                 draw = partial(_curve, subject, kind, fill, ends, effort.points, rng, bar)
-                row = {name: mean_curve(list(map(draw, several)))
-                       for name, several in orders.items()}  # fmt: skip
+                row = {name: mean_curve(list(map(draw, map_orders)))
+                       for name, map_orders in orders.items()}  # fmt: skip
                 sane = stays_between(row['random'])
                 rows.append({'kind': kind, 'fill': fill, 'unit': unit, 'sane': sane} | row)
     details = [{name: _curve_record(part) for name, part in row.items()} for row in rows]

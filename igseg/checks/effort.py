@@ -1,42 +1,43 @@
-"""How much work the checks of a map do, as plain data: no torch is needed to choose an effort."""
+"""How much the checks of a map compute, as plain data: choosing an effort needs no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SPOT_SIDES = (0.08, 0.16)  # of the longer side: sides of the squares that a spot is looked for in
+SPOT_SIDES = (0.08, 0.16)  # sides of the squares that may be a spot, relative to the longer side
 COMPARED_BASELINES = ('zero', 'blur', 'mean', 'white')
 FORWARDS_A_GRADIENT = 3  # a gradient costs about as much as three forward passes
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work an evaluation does."""
+    """How much an evaluation computes."""
 
-    fills: tuple[str, ...]  # what removed pixels are replaced by, of FILLS
-    units: tuple[str, ...]  # what is removed: 'pixel', 'superpixel'
+    fills: tuple[str, ...]  # keys of FILLS: they replace removed pixels
+    units: tuple[str, ...]  # 'pixel' or 'superpixel': what is removed at once
     points: int  # intervals of a curve
-    displaced: int  # copies of the map in the wrong place, that this control averages over
-    random_maps: int  # that the random control averages over
-    patches: int = 0  # removed for infidelity
-    stages: int = 0  # of model randomisation
+    displaced: int  # copies of the map in the wrong place, over which this control is averaged
+    random_maps: int  # over which the random control is averaged
+    patches: int = 0  # patches removed for infidelity
+    stages: int = 0  # stages of model randomisation
     noisy: int = 0  # noisy images for max-sensitivity
-    baselines: int = 0  # whose maps are compared: all of the subject's, if this is not 0
-    map_steps: int = 0  # interpolation steps of each map computed for a check
+    baselines: int = 0  # maps of other baselines that are compared, at most; 0: no comparison
+    map_steps: int = 0  # interpolation steps of each map that is computed for a check
 
     def forwards(self) -> int:
-        """Forward passes of one evaluation."""
+        """The number of forward passes of an evaluation."""
         patches = self.patches + 1 if self.patches else 0
         return self.curve_forwards() + patches + 2 + len(SPOT_SIDES)
 
     def curve_forwards(self) -> int:
-        """Those of the deletion and insertion curves: ends once, what lies between for each."""
+        """The forward passes of the deletion and insertion curves. The images at the ends of curves
+        are computed once, the images between them for each curve."""
         maps = 2 + self.displaced + self.random_maps
         inner = len(self.units) * 2 * maps * (self.points - 1)
         return 1 + len(self.fills) * (1 + inner)
 
     def gradients(self) -> int:
-        """Gradient evaluations of one evaluation, at most."""
+        """The largest number of gradients of an evaluation."""
         maps = self.baselines
         maps += self.stages + 1 if self.stages else 0
         maps += self.noisy + 1 if self.noisy else 0
@@ -70,7 +71,7 @@ EFFORTS: dict[str, Effort] = {
 
 
 def evaluation_cost(effort: str) -> str:
-    """What the checks of an effort will cost for each image and target, in words."""
+    """The cost of the checks of an effort, for each image and target, in words."""
     chosen = EFFORTS[effort]
     steps = chosen.gradients() + chosen.forwards() / FORWARDS_A_GRADIENT
     return (

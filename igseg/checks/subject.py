@@ -1,5 +1,5 @@
-"""What the checks are given, a `Subject`: the map with all that it explains; and what they give
-back, an `Evaluation`.
+"""The input of the checks, a `Subject`: a map with everything that it explains; and their result,
+an `Evaluation`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from igseg.network.outputs import segmentation_logits
 from igseg.network.score import Score
 from igseg.preprocessing import Placement, Preprocessing, strong_blur
 
-# --------------------------------------------------------------------------- what is checked
+# --------------------------------------------------------------------------- the checked map
 
-# (network, x, baseline, target, steps) -> a map (C, H, W), as `plain_map` does.
+# (network, x, baseline, target, steps) -> a map (C, H, W), like `plain_map`.
 Method = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class MethodOfMap:
-    """A method and the map that it made: of no other map does it tell anything."""
+    """A method and the map that it made. Checks must not use the method for another map."""
 
     make: Method
-    made: np.ndarray  # (C, H, W)
+    map: np.ndarray  # (C, H, W)
 
     def __call__(self, *arguments: object) -> np.ndarray:
         """A map (C, H, W) of this method."""
@@ -45,8 +45,8 @@ class MethodOfMap:
 
 @dataclass(frozen=True)
 class NetworkCall:
-    """A network as a method that makes further maps is given it: a function, images (N, C, H, W) ->
-    logits; and the module itself, for a method that looks inside."""
+    """The network that a method gets to make further maps: a function images (N, C, H, W) ->
+    logits, with the module itself for methods that need its layers."""
 
     logits: Callable[[torch.Tensor], torch.Tensor]
     module: nn.Module
@@ -59,28 +59,28 @@ class NetworkCall:
 class Subject:
     """An attribution map, and the network, input and target that it explains.
 
-    `method` makes further maps for the checks that need them. It is that of the map it was given
-    with: `replace(subject, attributions=another)` gives a subject whose map no method is known of,
-    `replace(subject, method=one)` says how the map that is held was made.
+    `method` makes further maps for the checks that need them. It belongs to the map with which it
+    was given: the method of `replace(subject, attributions=another)` is unknown, and
+    `replace(subject, method=other)` says by which method the present map was made.
     """
 
-    attributions: np.ndarray  # (C, H, W), signed, in units of the score where the tool has any
+    attributions: np.ndarray  # (C, H, W), signed; in units of the score, if the tool has units
     network: nn.Module  # (N, C, H, W) -> logits; in evaluation mode, no parameter gradients
     target: Score  # logits (N, K, h, w) -> (N,)
     x: torch.Tensor  # (1, C, H, W), normalised, on the network's device
-    baseline: torch.Tensor  # the same
+    baseline: torch.Tensor  # (1, C, H, W), normalised, on the network's device
     preprocessing: Preprocessing
     region: np.ndarray  # (H, W) bool: the target region
     prediction: np.ndarray  # (H, W) bool: the predicted mask
     truth: np.ndarray | None = None  # (H, W) bool
-    counted: np.ndarray | None = None  # (H, W) bool: where it counts; None: everywhere
-    content: np.ndarray | None = None  # (H, W) bool: not letterbox padding; None: all of it
-    others: dict[str, np.ndarray] = field(default_factory=dict)  # baselines (H, W, C), 0-255
+    counted: np.ndarray | None = None  # (H, W) bool: where the truth counts; None: everywhere
+    content: np.ndarray | None = None  # (H, W) bool: not letterbox padding; None: everywhere
+    others: dict[str, np.ndarray] = field(default_factory=dict)  # other baselines, (H, W, C), 0-255
     batch: int = 1  # images that go through the network at once
-    run: Callable[[torch.Tensor], torch.Tensor] | None = None  # a faster way to the same logits,
-    # which may be zero where the target does not look
-    method: Method | None = None  # that made the map, see `again`
-    settles_early: bool = True  # a few steps give much the same map, so that it is computed afresh
+    # A faster way to the same logits. They may be zero where the target does not depend on them.
+    run: Callable[[torch.Tensor], torch.Tensor] | None = None
+    method: Method | None = None  # which made the map; see `again`
+    settles_early: bool = True  # whether a few steps give nearly the same map
 
     def __post_init__(self) -> None:
         if self.method is not None and not isinstance(self.method, MethodOfMap):
@@ -88,10 +88,12 @@ class Subject:
 
     @property
     def again(self) -> Method | None:
-        """The method that made the map that is held. None: it is not known, so that the map cannot
-        be made again, and the checks that need further maps say nothing."""
-        known = self.method
-        return known if isinstance(known, MethodOfMap) and known.made is self.attributions else None
+        """The method that made the present map. None: it is unknown; then the checks that need
+        further maps have no result."""
+        method = self.method
+        if isinstance(method, MethodOfMap) and method.map is self.attributions:
+            return method
+        return None
 
     def logits(self, points: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, K, h, w)."""
@@ -100,15 +102,16 @@ class Subject:
     def map_of(
         self, steps: int, x: torch.Tensor | None = None, baseline: torch.Tensor | None = None
     ) -> np.ndarray:
-        """The method's map (C, H, W), of another image or against another baseline if given."""
+        """A map (C, H, W) by the same method: of another image, or with another baseline, if these
+        are given."""
         x = self.x if x is None else x
         baseline = self.baseline if baseline is None else baseline
         network = NetworkCall(self.logits, self.network)
-        assert self.again is not None  # the checks that call this ask first
+        assert self.again is not None  # the callers have checked this
         return self.again(network, x, baseline, self.target, steps)
 
     def as_input(self, pixels: np.ndarray) -> torch.Tensor:
-        """An image (H, W, C), 0-255, as the network takes it."""
+        """An image (H, W, C), 0-255, as input of the network, (1, C, H, W)."""
         return self.preprocessing.normalise(pixels).to(self.x)
 
     @cached_property
@@ -137,16 +140,17 @@ class Subject:
         return np.abs(self.attributions).sum(axis=0, dtype=np.float64)
 
     def stands_out(self, baseline: np.ndarray) -> bool:
-        """Whether the target differs from a baseline (H, W, C), 0-255, more than the rest does."""
+        """Whether the target differs from a baseline (H, W, C), 0-255, more than the rest of the
+        image does."""
         difference = np.abs(self.pixels - baseline).sum(axis=2)
         rest = ~(self.region | self.prediction)
         if self.content is not None:
             rest &= self.content
-        found = contrast(difference, self.region, rest)
-        return found is None or found >= 1
+        ratio = contrast(difference, self.region, rest)
+        return ratio is None or ratio >= 1
 
     def scores(self, images: Iterator[np.ndarray], bar: tqdm) -> list[float]:
-        """The target score of images (H, W, C) in pixel space."""
+        """The target score of images (H, W, C), 0-255."""
         scores: list[float] = []
         waiting: list[torch.Tensor] = []
 
@@ -167,14 +171,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class LogitsOfTarget:
-    """The logits that the target of an explanation looks at, by what the engine computes of it."""
+    """The logits on which the target of an explanation depends, computed by the engine."""
 
     engine: GradientEngine
     explanation: Explanation
 
     @cached_property
     def crops(self) -> Crops:
-        """Of the target alone; known only while the engine runs."""
+        """The crops of the target; available only while the engine runs."""
         target = (self.explanation.objective,)
         return Crops(target) if self.explanation.cropping.fell_back else self.engine.crops(target)
 
@@ -183,13 +187,13 @@ class LogitsOfTarget:
 
 
 class Explainer(Protocol):
-    """What is asked here of the user's `IntegratedGradients`."""
+    """The part of the user's `IntegratedGradients` that is needed here."""
 
     facts: NetworkFacts
 
     @property
     def engine(self) -> GradientEngine:
-        """What computes gradients of the network."""
+        """The engine that computes gradients of the network."""
 
 
 def subject_of(
@@ -201,12 +205,12 @@ def subject_of(
     seed: int = 0,
     preprocessing: Preprocessing | None = None,
 ) -> Subject:
-    """What is checked of an explanation. Arguments: see `evaluate_explanation`."""
+    """The subject of the checks of an explanation. Arguments: see `evaluate_explanation`."""
     x = ig.facts.checked(input_tensor)  # (1, C, H, W)
     fit, question = preprocessing or ig.facts.preprocessing, Question(seed=seed)
     image = fit.to_pixels(x)
     objective = explanation.objective
-    target = replace(objective, weights=objective.weights.to(x.device))  # where it is asked often
+    target = replace(objective, weights=objective.weights.to(x.device))
     declared = explanation.method
     kinds = COMPARED_BASELINES if declared.baseline == USER_BASELINE else ()
     content = None if placement is None else placement.content(x.shape[-2:])
@@ -232,16 +236,16 @@ def subject_of(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the checks found; numbers that do not apply are missing or None."""
+    """The results of checks; numbers that do not apply are missing or None."""
 
-    metrics: dict[str, float | None] = field(default_factory=dict)  # of the names of METRICS
+    metrics: dict[str, float | None] = field(default_factory=dict)  # by the names of METRICS
     details: dict[str, object] = field(default_factory=dict)  # curves, stages, tables, profile
 
 
-# One check: (subject, effort, seed, progress) -> what it found; nothing where it does not apply.
+# A check: (subject, effort, seed, progress) -> its results; empty where the check does not apply.
 Check = Callable[[Subject, Effort, int, bool], Evaluation]
 
 
 def progress_bar(name: str, total: int, progress: bool, unit: str = 'image') -> tqdm:
-    """A bar that is gone when it is full, on stderr where progress is wanted."""
+    """A progress bar on stderr, which disappears when it is full. progress: whether it is shown."""
     return tqdm(total=total, desc=name, unit=unit, leave=False, disable=not progress)

@@ -1,8 +1,9 @@
-"""What the figures of an explanation mean, in plain words: findings from stated thresholds.
+"""What the figures of an explanation mean, in plain words: findings, by stated thresholds.
 
-One table, `FINDING_RULES`, holds every rule; `Thresholds` holds every number they compare with.
-Each rule looks at an image's statistics and says nothing where its figures were not measured. At
-the end, the statistics of an image as lines to read, with what its accuracy means. Needs no torch.
+The table `FINDING_RULES` holds every rule, and `Thresholds` every number that the rules compare
+with. A rule reads an image's statistics; it gives no finding where its figures were not measured.
+At the end of this file the statistics of an image become lines of text, which also say what its
+accuracy means. This file needs no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _threshold(default: float, meaning: str) -> float:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a figure begins to mean something. Each can be set on the command line."""
+    """The values from which figures lead to a finding. Each can be set on the command line."""
 
     focus_ratio: float = _threshold(
         2.0, 'attribution ratio of the target above which the focus is good'
@@ -81,19 +82,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class FindingRule:
-    """A finding and when it holds; `holds` is asked only where every figure in `needs` is known."""
+    """A finding, and when it holds."""
 
     flag: str
     level: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # statistics; `holds` is called only where none of them is None
     holds: Callable[[dict, Thresholds], bool]
     text: str  # formatted with the statistics
-    fatal: str = ''  # why nothing is left to trust, in a few words; empty: something is
-    of_model: str = ''  # what a true map says against the model; empty: it speaks of the map
+    fatal: str = ''  # why the map cannot be trusted at all, in a few words; empty: it may be
+    of_model: str = ''  # a fault of the model that the map shows; empty: it is one of the map
 
 
 def _margin(figures: dict) -> float:
-    """Of deletion and insertion together, over copies of the map in the wrong place."""
+    """The mean margin of deletion and insertion over copies of the map in the wrong place."""
     return (figures['deletion_margin'] + figures['insertion_margin']) / 2
 
 
@@ -102,23 +103,24 @@ def _fails_controls(figures: dict, limits: Thresholds) -> bool:
 
 
 def hides_target(figures: dict, limits: Thresholds) -> bool:
-    """Whether the baseline is so like the target that a map against it cannot be believed. No check
-    excuses it: maps that beat their controls against such a baseline still gave the target less
-    than half of the weight that it has against others."""
+    """Whether the baseline is so similar to the target that the map cannot be trusted.
+
+    This holds even if the map beats its controls: with such baselines, maps that did so still gave
+    the target less than half of the weight that it had with other baselines."""
     contrast = figures.get('baseline_contrast')
     return contrast is not None and contrast < limits.baseline_contrast
 
 
 def _explains_nothing(figures: dict, limits: Thresholds) -> bool:
-    """Whether the score is about the same on the baseline as on the image, by what it does on the
-    way."""
+    """Whether the scores of baseline and image are nearly equal, compared with the range of the
+    score between them."""
     scores = figures['trend']['scores']
     change = abs(figures['score'] - figures['baseline_score'])
     return change < limits.baseline_change * (max(scores) - min(scores))
 
 
 def gap_tolerance_of(settings: dict) -> float:
-    """The gap above which to warn: a tolerance that was asked for and reached is kept to."""
+    """The gap above which to warn; never below the tolerance that the user chose."""
     return max(settings['gap_tolerance'], settings.get('tolerance') or 0.0)
 
 
@@ -211,8 +213,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
 )  # fmt: skip
 
 
-# The sentence that comes first, which says what to do with the map: its flags, their levels, and
-# what they say.
+# The first sentence says what to do with the map. By its flag: level and text.
 TRUST = {
     'trust broadly': (GOOD, 'This map can be trusted broadly: {why}.'),
     'trust in part': (NOTE, 'Trust this map only in its broad features: {why}.'),
@@ -226,24 +227,24 @@ LEVELS = {  # of every flag, in order
 }
 
 
-def first_sentence(found: Sequence[Finding], unchecked: str | None) -> Finding:
-    """What a reader should do with a map, from its findings. unchecked: why it was not checked;
-    None: it was."""
-    flags = {finding.flag for finding in found}
-    doubts = [finding.flag for finding in found if finding.level != GOOD]
+def first_sentence(findings: Sequence[Finding], unchecked: str | None) -> Finding:
+    """What a reader should do with a map, by its findings. unchecked: why the map was not checked;
+    None: it was checked."""
+    flags = {finding.flag for finding in findings}
+    doubts = [finding.flag for finding in findings if finding.level != GOOD]
     of_model = {rule.flag: rule.of_model for rule in FINDING_RULES}
     fatal = [rule.fatal for rule in FINDING_RULES if rule.fatal and rule.flag in flags]
     if fatal:
         flag, why = 'do not trust', '; '.join(fatal)
     elif unchecked:
-        against = (
+        objections = (
             f'already against it: {", ".join(doubts)}' if doubts else 'nothing is against it yet'
         )
-        flag, why = 'not checked', f'{unchecked}; {against}'
+        flag, why = 'not checked', f'{unchecked}; {objections}'
     elif doubts and all(of_model.get(flag) for flag in doubts):
-        what = '; '.join(of_model[flag] for flag in doubts)
+        reasons = '; '.join(of_model[flag] for flag in doubts)
         text = 'This map can be trusted; trust the model only once you know why {why}.'
-        return Finding('trust in part', NOTE, text.format(why=what))
+        return Finding('trust in part', NOTE, text.format(why=reasons))
     elif doubts:
         flag, why = 'trust in part', ', '.join(doubts)
     else:
@@ -253,22 +254,23 @@ def first_sentence(found: Sequence[Finding], unchecked: str | None) -> Finding:
 
 
 def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding]:
-    """The findings about one image: first what to do with its map, then concerns, notes and what is
-    good. statistics: of its statistics file; a figure that is missing or None was not measured."""
+    """The findings about an image: first what to do with its map, then concerns, notes and good
+    findings. statistics: of its statistics file; a figure that is missing or None was not measured.
+    """
     limits = limits or Thresholds()
-    holding = [
+    results = [
         Finding(rule.flag, rule.level, rule.text.format(**statistics))
         for rule in FINDING_RULES
         if all(statistics.get(name) is not None for name in rule.needs)
         and rule.holds(statistics, limits)
     ]
     order = (CONCERN, NOTE, GOOD)
-    holding.sort(key=lambda finding: order.index(finding.level))
-    return [first_sentence(holding, _unchecked(statistics)), *holding]
+    results.sort(key=lambda finding: order.index(finding.level))
+    return [first_sentence(results, _unchecked(statistics)), *results]
 
 
 def _unchecked(statistics: dict) -> str | None:
-    """Why a map was not checked; None: it was."""
+    """Why a map was not checked; None: it was checked."""
     if statistics.get('deletion_margin') is not None:
         return None
     if statistics.get('tiles'):
@@ -279,13 +281,13 @@ def _unchecked(statistics: dict) -> str | None:
 
 
 def verdict_of(statistics: dict, limits: Thresholds | None = None) -> list[dict]:
-    """The findings about one image, ready for JSON."""
+    """The findings about an image, ready for JSON."""
     return [asdict(finding) for finding in findings(statistics, limits)]
 
 
 def batch_findings(images: Sequence[Sequence[str]]) -> list[str]:
-    """How many images have each flag, what to do with them first, then in the order of
-    FINDING_RULES. images: the flags of each."""
+    """How many images have each flag. The flags of the first sentence come first, then the others
+    in the order of FINDING_RULES. images: the flags of each image."""
     counts = Counter(flag for flags in images for flag in flags)
     return [f'{flag}: {counts[flag]} of {len(images)} images' for flag in LEVELS if counts[flag]]
 
@@ -304,7 +306,7 @@ def thresholds_table() -> list[str]:
 
 
 def parse_thresholds(pairs: Sequence[str]) -> Thresholds:
-    """The thresholds with some replaced, each given as NAME=VALUE. Raises InputError."""
+    """The thresholds, of which some are replaced by texts NAME=VALUE. Raises InputError."""
     limits = Thresholds()
     names = [field.name for field in fields(Thresholds)]
     for pair in pairs:
@@ -321,11 +323,11 @@ def parse_thresholds(pairs: Sequence[str]) -> Thresholds:
     return limits
 
 
-# --------------------------------------------------------------------------- how exact a map is
+# --------------------------------------------------------------------------- accuracy of a map
 
 
 def accuracy_warning(statistics: dict) -> str | None:
-    """The sentence for a map that is less exact than was asked for; None where all is well."""
+    """The warning for a map that is less accurate than the user wants; None: there is none."""
     settings = statistics['settings']
     gap_tolerance = gap_tolerance_of(settings)
     error = shown('map_error', statistics['map_error'])
@@ -366,12 +368,12 @@ def map_verdict(error: float | None) -> str:
 
 
 def _of_channels(names: Sequence[str]) -> str:
-    """What shares of channels are headed with."""
+    """The heading of the shares of channels."""
     return f'{" / ".join(names)} share'.capitalize() if len(names) == 3 else 'Share of each channel'
 
 
 def statistics_text(statistics: dict) -> str:
-    """The statistics of one image as lines to read."""
+    """The statistics of an image as lines of text."""
 
     def show(key: str) -> str:
         return shown(key, statistics[key], precise=True)
