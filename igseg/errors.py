@@ -1,7 +1,8 @@
-"""What can go wrong through no fault of the program. Each message says what, where, and the remedy.
+"""Errors that are no fault of the program. Each message says what is wrong, where, and what to do.
 
-The command line prints such a message as one sentence and ends with status 2; in a batch it costs
-one image. Everything else that is raised is a bug of ours or of the user's network.
+The command line prints such a message as one sentence and ends with status 2; in a batch only the
+image with the error is left out. Any other exception is a bug of this program or of the user's
+network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Result = TypeVar('Result')
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, which file, what to do."""
+    """The user's input cannot be used; the message says what is wrong, where, and what to do."""
 
 
 class EmptyTargetError(InputError):
@@ -22,7 +23,7 @@ class EmptyTargetError(InputError):
 
 
 class NoFrameError(InputError):
-    """A file has fewer frames than were asked for."""
+    """A file does not have the frame that the user wants."""
 
 
 class OutputError(InputError):
@@ -33,7 +34,7 @@ class NonFiniteError(InputError):
     """Logits or gradients hold values that are not finite."""
 
     def __init__(self, what: str, alpha: float | None = None) -> None:
-        """what: they are. alpha: of the interpolation step, where it was one."""
+        """what: the name of the values. alpha: of the interpolation step, if they belong to one."""
         place = '' if alpha is None else f' at alpha = {alpha:.4g} between baseline and image'
         super().__init__(
             f'{what} are not finite{place} (is the checkpoint damaged? with reduced precision, '
@@ -42,21 +43,20 @@ class NonFiniteError(InputError):
 
 
 def one_line(error: BaseException, length: int = 200) -> str:
-    """An error's text on one line, for a message of ours."""
+    """The text of an error on one line, to be part of a message."""
     return ' '.join(str(error).split())[:length] or type(error).__name__
 
 
 def attempt(
-    work: Callable[[], Result], *expected: type[Exception]
+    compute: Callable[[], Result], *expected: type[Exception]
 ) -> tuple[Result | None, str | None]:
-    """What some work gives, and None; or None, and the text of an expected error.
+    """The result of `compute`, and None; or None, and the text of an expected error.
 
-    The error itself ends here: its traceback would keep every tensor of the work alive while the
-    caller tries something else, and a variable that holds it would do so until Python's garbage
-    collector comes by.
+    The error itself is not kept: its traceback would keep all tensors of the computation in memory
+    while the caller tries something else.
     """
     try:
-        return work(), None
+        return compute(), None
     except expected as error:
         return None, str(error)
 
@@ -68,6 +68,6 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 
 def unexpected(error: Exception) -> str:
-    """What is said of an error that nobody foresaw: a line, and below it the traceback."""
+    """The message for an unexpected error: a line, and below it the traceback."""
     trace = ''.join(traceback.format_exception(error)).strip()
     return f'unexpected {type(error).__name__}: {one_line(error)} (please report it)\n{trace}'

@@ -1,4 +1,5 @@
-"""What an explanation is: the attributions of one image and everything needed to judge them."""
+"""The data classes of an explanation: the attributions of an image and everything needed to judge
+them."""
 
 from __future__ import annotations
 
@@ -16,69 +17,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What was done to a private copy of a network, and what it changed."""
+    """How a private copy of a network was changed, and how far it deviates from the original."""
 
     folded: int  # batch norms folded into convolutions
-    transposed: int  # convolutions whose backward runs as a forward convolution
-    logit_deviation: float  # relative L2 difference of the logits from the original's
-    gradient_deviation: float  # of one gradient
+    transposed: int  # convolutions whose gradient is computed as a forward convolution
+    logit_deviation: float  # relative L2 difference of the logits from those of the original
+    gradient_deviation: float  # the same for a gradient
     fell_back: bool  # the original is used, because the copy deviated too much
     padded: int = 0  # paddings folded into convolutions
-    no_graph: str | None = None  # why the network runs as it is, without these and without cropping
+    no_graph: str | None = None  # why the network runs unchanged and without cropping
 
 
 @dataclass(frozen=True)
 class Cropping:
-    """What is computed for some targets of an image, and how exact that was measured to be."""
+    """Which part of the network is computed for some targets of an image, and how exact that is."""
 
-    computed_share: float = 1.0  # of the convolutions' operations of the whole network
+    computed_share: float = 1.0  # of the operations in the convolutions of the whole network
     boxes: int = 1  # of the output
-    logit_deviation: float | None = None  # in them, from the whole map's; None: nothing is cropped
+    # Relative L2 difference of the logits from those of the whole map; None: nothing is cropped.
+    logit_deviation: float | None = None
     gradient_deviation: float | None = None  # None: measured on another image of this size
     fell_back: bool = False  # nothing is cropped, because the crops deviated too much
 
 
-BY_CONSTRUCTION = 'construction'  # of a method's completeness: whatever is computed
-
-
 @dataclass(frozen=True)
 class Trend:
-    """What happens along the path, at the nodes used, from the baseline to the image."""
+    """Score and mask along the path from the baseline to the image, at the evaluated nodes."""
 
-    alphas: tuple[float, ...]  # rising
-    scores: tuple[float, ...]  # F there
-    mask_iou: tuple[float | None, ...]  # of the predicted mask there with the one on the image;
-
-    # None where only the target's part of the map was computed
+    alphas: tuple[float, ...]  # of the nodes, rising
+    scores: tuple[float, ...]  # F at each node
+    # IoU of the predicted mask at each node with that on the image; None where only the target's
+    # part of the logit map was computed.
+    mask_iou: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """How an explanation was computed, and what it cost, for all targets of the image together."""
+    """How an explanation was computed, and its cost, for all targets of the image together."""
 
-    gradient_evaluations: int  # all gradients, those of the precision check included
+    gradient_evaluations: int  # all gradients, with those of the precision check
     forward_passes: int  # images through the network, for the prediction and the gradients
     seconds: float
-    step_batch: int
+    step_batch: int  # interpolation steps computed at once
     peak_memory_bytes: int | None
-    precision: str  # what the gradients were computed in; they are summed in float32 or better
+    precision: str  # type of the gradients; they are summed in float32 or better
     precision_deviation: float | None  # of the map from float32, relative L2; None: not reduced
-    retried: str | None  # why it was computed again in float32; None: it was not
+    retried: str | None  # why the map was computed again in float32; None: it was not
     preparation: Preparation
-    cropping: Cropping = field(default_factory=Cropping)  # to all targets together
+    cropping: Cropping = field(default_factory=Cropping)  # for all targets together
 
 
 @dataclass(frozen=True)
 class LabelScores:
-    """How well each label of a network with several was predicted."""
+    """How well each label of a network with several labels was predicted."""
 
-    scores: dict[int, dict[str, float | None]]  # dice, iou, accuracy of each label that is there
-    background: int | None  # the label that is no object
-    pixel_accuracy: float  # share of pixels whose class is right; of independent labels, of pairs
+    # By the label: dice, iou and accuracy, for labels that are predicted or true somewhere.
+    scores: dict[int, dict[str, float | None]]
+    background: int | None  # the label of the background
+    # Share of pixels with the right class; of independent labels, share of pairs (pixel, label).
+    pixel_accuracy: float
 
 
-# What a method promises of the sum of its map.
-BY_INTEGRAL, IN_EXPECTATION = 'integral', 'expectation'  # or BY_CONSTRUCTION
+# Why the sum of a method's map is the change of the score: by the integral, only in expectation, or
+# always, whatever is computed.
+BY_INTEGRAL, IN_EXPECTATION, BY_CONSTRUCTION = 'integral', 'expectation', 'construction'
 
 
 # The baseline that a method compares the image with: chosen by the user, or by the method, or none.
@@ -87,26 +89,26 @@ USER_BASELINE, METHOD_BASELINE, NO_BASELINE = 'given', 'own', 'none'
 
 @dataclass(frozen=True)
 class Declared:
-    """What a method says of itself: all that figures, statistics and checks ask of it."""
+    """What a method promises; figures, statistics and checks depend on nothing else of it."""
 
     name: str = 'ig'  # as on the command line
-    completeness: str | None = BY_INTEGRAL  # how the sum comes to F(x) - F(x'); None: it need not
-    quadrature: bool = True  # an integral whose error is estimated, to a tolerance if wanted
-    sequential: bool = False  # each step needs the result of the one before
+    completeness: str | None = BY_INTEGRAL  # why the sum is F(x) - F(x'); None: it is not
+    quadrature: bool = True  # the map is an integral whose error is estimated
+    sequential: bool = False  # each step needs the result of the step before
     baseline: str = USER_BASELINE  # USER_BASELINE, METHOD_BASELINE or NO_BASELINE
-    settles_early: bool = True  # a map in a few steps is much the same: not of what is drawn
-    channels: bool = True  # whether it tells the input's channels apart
-    signed: bool = True  # whether its sign means raising or lowering the score
+    settles_early: bool = True  # a few steps give nearly the same map
+    channels: bool = True  # the map has values for each channel of the input
+    signed: bool = True  # the sign means that the score is raised or lowered
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a picture was explained that is larger than the network's input."""
+    """How a picture that is larger than the network's input was explained in tiles."""
 
-    count: int  # of tiles that the picture has
-    explained: int  # of these, those that hold pixels of the target
-    size: tuple[int, int]  # (height, width) of each, in pixels of the picture
-    overlap: int  # of neighbours, at least
+    count: int  # of all tiles of the picture
+    explained: int  # number of tiles with pixels of the target
+    size: tuple[int, int]  # (height, width) of a tile, in pixels of the picture
+    overlap: int  # of neighbouring tiles, in pixels, at least
 
 
 def _of_the_cost(name: str) -> property:
@@ -115,41 +117,44 @@ def _of_the_cost(name: str) -> property:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The attributions of one image and everything needed to judge them.
+    """The attributions of an image and everything needed to judge them.
 
-    Tensors are on the CPU, except `attributions`, which are where the input was.
+    Tensors are on the CPU, except `attributions`, which are on the device of the input.
     """
 
     attributions: torch.Tensor  # (C, H, W), in units of the score
-    uncertainty: torch.Tensor | None  # (H, W): estimated error of their sum over the channels;
-    # None: a single step. Where precision was reduced, its deviation is spread evenly.
-    prediction: torch.Tensor  # (h, w) float32: probability of what is explained, 0-1
+    # (H, W): estimated error of the sum of attributions over the channels; None: a single step.
+    # Where precision was reduced, the deviation is spread evenly over the pixels.
+    uncertainty: torch.Tensor | None
+    prediction: torch.Tensor  # (h, w) float32: probability of the explained class, 0-1
     predicted_mask: torch.Tensor  # (h, w) bool
     region: torch.Tensor  # (h, w) bool: the target region R
     baseline_pixels: np.ndarray  # (H, W, C) float32, 0-255: the (first) baseline
     target: str
     objective: Target  # F itself: logits -> score
-    baseline: str | None  # None: it is compared with nothing
+    baseline: str | None  # None: the method has no baseline
     rule: str | None  # None: no integral is computed
-    steps: int  # interpolation steps per baseline (the most, where draws differ); without an
-    # integral, what else the method takes many of
+    # Interpolation steps per baseline (the largest number, where draws differ); without an
+    # integral, the number of whatever else the method takes many of.
+    steps: int
     score: float  # F(x)
     baseline_score: float | None  # F(x'), mean over the draws; None: no path starts there
     attribution_sum: float
     map_error: float | None  # estimated relative L2 error of the map; None: a single step
     tolerance: float | None
-    trend: Trend  # on the way from the (first) baseline
+    trend: Trend  # along the path from the (first) baseline
     cost: Cost
-    difference: np.ndarray | None = None  # (h, w) float32: |x - x'| of each pixel, summed over the
-    # channels, 0-255 each, of the (first) baseline; NaN in letterbox padding
-    label_scores: LabelScores | None = None  # None: one class, or truth unknown
-    draws: int = 1  # baselines that the map is the mean over
+    # (h, w) float32: |x - x'| of each pixel for the (first) baseline, summed over the channels,
+    # 0-255 each; NaN in letterbox padding.
+    difference: np.ndarray | None = None
+    label_scores: LabelScores | None = None  # None: a single class, or truth unknown
+    draws: int = 1  # number of baselines over which the map is averaged
     counted: np.ndarray | None = None  # (h, w) bool: where the truth counts; None: everywhere
-    notes: tuple[str, ...] = ()  # what was found out about the network on the way, in sentences
+    notes: tuple[str, ...] = ()  # about the network and choices of the program, in sentences
     method: Declared = Declared()
-    end_score: float | None = None  # F where the paths end; None: at the image
+    end_score: float | None = None  # F where the paths end; None: they end at the image
     sum_error: float | None = None  # standard error of the sum, where baselines are drawn
-    fine: torch.Tensor | None = None  # (c, h, w): the map of a layer in its own resolution
+    fine: torch.Tensor | None = None  # (c, h, w): the map of a layer in the layer's resolution
     again: Callable[..., np.ndarray] | None = None  # the method's map of another input, for checks
     tiles: Tiles | None = None  # None: in one piece
 
@@ -158,7 +163,7 @@ class Explanation:
         """What is averaged over the region, one of SCORES."""
         return self.objective.score
 
-    # What it cost may be asked of the explanation itself.
+    # The fields of `cost` are also attributes of the explanation.
     gradient_evaluations = _of_the_cost('gradient_evaluations')
     forward_passes = _of_the_cost('forward_passes')
     seconds = _of_the_cost('seconds')
@@ -172,16 +177,16 @@ class Explanation:
 
     @property
     def promised_sum(self) -> float | None:
-        """What the attributions should sum to: the change of F along the paths; None where the
-        method promises nothing."""
+        """The promised sum of the attributions: the change of F along the paths; None: the method
+        promises nothing."""
         if self.method.completeness is None or self.baseline_score is None:
             return None
         return (self.score if self.end_score is None else self.end_score) - self.baseline_score
 
     @property
     def completeness_gap(self) -> float | None:
-        """|sum of attributions - (F(x) - F(x'))| / |F(x) - F(x')|; None where F(x) = F(x'), or
-        where nothing is promised."""
+        """|sum of attributions - (F(x) - F(x'))| / |F(x) - F(x')|; None if F(x) = F(x'), or if the
+        method promises nothing."""
         change, start = self.promised_sum, self.baseline_score
         if change is None or start is None:
             return None
@@ -189,7 +194,7 @@ class Explanation:
 
     @property
     def gap_error(self) -> float | None:
-        """Standard error of the gap, where baselines are drawn."""
+        """Standard error of the completeness gap, if baselines are drawn."""
         change = self.promised_sum
         if self.sum_error is None or change is None or self.completeness_gap is None:
             return None
@@ -197,7 +202,7 @@ class Explanation:
 
     @property
     def within_tolerance(self) -> bool | None:
-        """Whether map error and completeness gap are below the tolerance; None without one."""
+        """Whether map error and completeness gap are below the tolerance; None: no tolerance."""
         if self.tolerance is None:
             return None
         reached = self.map_error is not None and self.map_error <= self.tolerance
@@ -205,7 +210,7 @@ class Explanation:
 
 
 def completeness_gap(total: float, score: float, baseline_score: float) -> float | None:
-    """The relative completeness gap; None where the two scores agree to float32 precision."""
+    """The relative completeness gap; None if the two scores are equal in float32 precision."""
     change = score - baseline_score
     if abs(change) <= 1e-6 * max(abs(score), abs(baseline_score), 1e-6):
         return None

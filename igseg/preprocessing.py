@@ -1,8 +1,9 @@
 """Turning an image into the input of a network, and back: sizes, resizing, normalising.
 
-An image is (H, W, C) in *pixel space* (0-255), C being the channels that the network takes: 3 for
-RGB, 1 for grey; uint8, or float32 where the file holds finer values. Model input is (1, C, H, W)
-float32, normalised. No files are known here, and torch only where an input is made or read.
+An image is (H, W, C) in *pixel space* (0-255). C is the number of channels that the network takes:
+3 for RGB, 1 for grey. Its type is uint8, or float32 if the file holds finer values. Model input is
+(1, C, H, W) float32, normalised. This file reads no image files, and imports torch only where a
+model input is made or read.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZE_MODES = ('stretch', 'letterbox')
 NORMALIZE_MODES = ('auto', 'imagenet', 'none', 'minmax', 'zscore')
-OF_EACH_IMAGE = ('minmax', 'zscore')  # of these, those by the numbers of the image itself
+OF_EACH_IMAGE = ('minmax', 'zscore')  # modes that normalise by the values of the image itself
 CHANNEL_ORDERS = ('rgb', 'bgr')
 
 DEFAULT_IMAGE_SIZE, MAX_IMAGE_SIZE = 640, 16384
 
 SIZE_MULTIPLE = 32  # the deepest encoder stage halves the image five times
 
-BLUR_SIGMA = 0.05  # of the longer side: of `strong_blur`
+BLUR_SIGMA = 0.05  # sigma of `strong_blur`, relative to the longer side
 
 
 # --------------------------------------------------------------------------- sizes
@@ -51,31 +52,31 @@ def size_text(size: ImageSize) -> str:
 
 
 def checked_size(size: object, name: str = 'image_size') -> ImageSize:
-    """A size from a number, (height, width), or text such as 640 or 384x640; a square's as
-    one number. Raises InputError."""
-    given: Any = size.lower().replace('×', 'x').split('x') if isinstance(size, str) else size
+    """A size from a number, from (height, width), or from text such as 640 or 384x640. The size of
+    a square is a single number. Raises InputError."""
+    value: Any = size.lower().replace('×', 'x').split('x') if isinstance(size, str) else size
     try:
-        parts: list[Any] = [given] if isinstance(given, numbers.Real) else list(given)
-        whole = [int(part) for part in parts]
-        exact = all(isinstance(part, str) or part == int(part) for part in parts)
+        parts: list[Any] = [value] if isinstance(value, numbers.Real) else list(value)
+        lengths = [int(part) for part in parts]
+        valid = all(isinstance(part, str) or part == int(part) for part in parts)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        whole, exact = [], False
-    if not exact or len(whole) not in (1, 2) or min(whole) < 1 or isinstance(size, bool):
+        lengths, valid = [], False
+    if not valid or len(lengths) not in (1, 2) or min(lengths) < 1 or isinstance(size, bool):
         raise InputError(
             f'{name} must be a whole number of at least 1, or HEIGHTxWIDTH, not {size!r}'
         )
-    if max(whole) > MAX_IMAGE_SIZE:
+    if max(lengths) > MAX_IMAGE_SIZE:
         raise InputError(f'{name} must be at most {MAX_IMAGE_SIZE}, not {size}')
-    return whole[0] if whole[0] == whole[-1] else (whole[0], whole[1])
+    return lengths[0] if lengths[0] == lengths[-1] else (lengths[0], lengths[1])
 
 
 def by_channels(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
-    """What a function of OpenCV, which takes up to four channels and drops the axis of one, makes
-    of an image (H, W, C)."""
+    """The result of a function of OpenCV for an image (H, W, C) with any number of channels. Such a
+    function takes at most four channels, and drops the axis of a single channel."""
     groups = [image[..., first : first + 4] for first in range(0, image.shape[2], 4)]
-    done = [function(np.ascontiguousarray(group)) for group in groups]
-    done = [one if one.ndim == 3 else one[:, :, None] for one in done]
-    return done[0] if len(done) == 1 else np.concatenate(done, axis=2)
+    results = [function(np.ascontiguousarray(group)) for group in groups]
+    results = [result if result.ndim == 3 else result[:, :, None] for result in results]
+    return results[0] if len(results) == 1 else np.concatenate(results, axis=2)
 
 
 def resized(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
@@ -96,10 +97,10 @@ class Placement:
     left: int
     height: int
     width: int
-    origin: tuple[int, int] = (0, 0)  # (x, y) of the image in a larger one that it was cut from
+    origin: tuple[int, int] = (0, 0)  # (x, y) of the image in the larger image it was cut from
 
     def to_model(self, x: int, y: int) -> tuple[int, int]:
-        """Original pixel (x, y) to the model-input pixel (column, row) that holds its centre."""
+        """Original pixel (x, y) -> pixel (column, row) of the model input that holds its centre."""
         height, width = self.original_size
         x, y = x - self.origin[0], y - self.origin[1]
         column = self.left + int((x + 0.5) * self.width / width)
@@ -111,7 +112,7 @@ class Placement:
         return array[self.top : self.top + self.height, self.left : self.left + self.width]
 
     def content(self, shape: Sequence[int]) -> np.ndarray:
-        """The pixels (H, W) bool of an input of that shape that are not letterbox padding."""
+        """(H, W) bool: the pixels of an input of this shape that are not letterbox padding."""
         content = np.zeros(shape, bool)
         self.crop(content)[:] = True
         return content
@@ -119,24 +120,24 @@ class Placement:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes model input: resized, scaled to 0-1, its channels put into the network's
-    order, normalised."""
+    """How an image becomes model input: it is resized and scaled to 0-1, its channels are put into
+    the network's order, and it is normalised."""
 
     image_size: ImageSize = DEFAULT_IMAGE_SIZE
     resize: str = 'stretch'  # one of RESIZE_MODES
     mean: tuple[float, ...] = IMAGENET_MEAN  # of each channel, in the network's order
     std: tuple[float, ...] = IMAGENET_STD
-    channel_order: str = 'rgb'  # one of CHANNEL_ORDERS: what the network was given
-    of_each: str | None = None  # one of OF_EACH_IMAGE: mean and std are those of each image
+    channel_order: str = 'rgb'  # one of CHANNEL_ORDERS: the order of the network's channels
+    of_each: str | None = None  # one of OF_EACH_IMAGE: mean and std come from each image
 
     @property
     def channels(self) -> int:
-        """C, of image and input."""
+        """The number of channels C, of image and input."""
         return len(self.mean)
 
     @property
     def channel_names(self) -> tuple[str, ...]:
-        """Of the input's channels, in the network's order."""
+        """The names of the input's channels, in the network's order."""
         if self.channels == 1:
             return ('grey',)
         if self.channels == 3:
@@ -145,13 +146,13 @@ class Preprocessing:
 
     @property
     def _step(self) -> int:
-        """Of the slice that puts the channels of an image into the network's order, or back."""
+        """The step of the slice that puts an image's channels into the network's order, or back."""
         return -1 if self.channel_order == 'bgr' else 1
 
     def of_image(self, image: np.ndarray) -> Preprocessing:
-        """The same with the numbers of an image (H, W, C), where those of each image are wanted:
-        all its channels together, at the input's size, without padding. Its baselines are
-        normalised with them too."""
+        """The same preprocessing; if `of_each` is set, with mean and std of an image (H, W, C): of
+        all its channels together, at the input's size, without padding. The image's baselines are
+        normalised with these numbers too."""
         if self.of_each is None:
             return self
         image = image[:, :, None] if image.ndim == 2 else image
@@ -163,12 +164,12 @@ class Preprocessing:
             mean, std = float(pixels.min()), float(pixels.max() - pixels.min())
         else:
             mean, std = float(pixels.mean()), float(pixels.std())
-        std = std if std > 1e-9 else 1.0  # an image of one shade
+        std = std if std > 1e-9 else 1.0  # the image is constant
         return replace(self, mean=(mean,) * self.channels, std=(std,) * self.channels)
 
     def for_channels(self, channels: int) -> Preprocessing:
-        """The same for images of C channels: ImageNet's mean and deviation are of three, so that
-        others are taken as they are, from 0 to 1. Raises InputError."""
+        """The same preprocessing for images with C channels. ImageNet's mean and deviation are for
+        three channels, so other images are only scaled to 0-1. Raises InputError."""
         if channels == self.channels:
             return self
         if (self.mean, self.std) != (IMAGENET_MEAN, IMAGENET_STD):
@@ -188,23 +189,23 @@ class Preprocessing:
         return Placement(size, (rows - height) // 2, (columns - width) // 2, height, width)
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
-        """An image (H, W, C) at the input's size, of the same type; shrunk by area, enlarged
-        linearly, padded black."""
+        """An image (H, W, C) at the input's size, of the same type. It is shrunk by area averages
+        or enlarged linearly, and padded with black."""
         place = self.place(image.shape[:2])
         shrinks = place.height * place.width < image.shape[0] * image.shape[1]
         return self._fit(image, place, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
     def resize_mask(self, mask: np.ndarray, nothing: int = 0) -> np.ndarray:
-        """(H, W) labels at the input's size, nearest neighbour. nothing: that of padding."""
+        """Labels (H, W) at the input's size, by nearest neighbours. nothing: label of padding."""
         mask = mask.astype(np.int16) if nothing < 0 and mask.dtype == np.uint8 else mask
         return self._fit(mask, self.place(mask.shape[:2]), cv2.INTER_NEAREST_EXACT, nothing)
 
     def _fit(
         self, array: np.ndarray, place: Placement, interpolation: int, padding: int = 0
     ) -> np.ndarray:
-        whole = np.full((*sides(self.image_size), *array.shape[2:]), padding, array.dtype)
-        place.crop(whole)[:] = resized(array, (place.width, place.height), interpolation)
-        return whole
+        canvas = np.full((*sides(self.image_size), *array.shape[2:]), padding, array.dtype)
+        place.crop(canvas)[:] = resized(array, (place.width, place.height), interpolation)
+        return canvas
 
     def normalise(self, pixels: np.ndarray) -> torch.Tensor:
         """(H, W, C) pixels, 0-255 -> (1, C, H, W) float32 model input."""
@@ -227,8 +228,8 @@ class Preprocessing:
 
 
 def as_picture(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, C), 0-255, to look at: (H, W, 3) uint8. Grey stays grey; of more than three
-    channels the first three are shown, of two the first."""
+    """An image (H, W, C), 0-255, for display: (H, W, 3) uint8. Grey stays grey. Of more than three
+    channels the first three are shown, and of two channels the first."""
     shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
     return shown if shown.dtype == np.uint8 else np.clip(np.rint(shown), 0, 255).astype(np.uint8)
 

@@ -1,6 +1,6 @@
 """How the user starts this program: by a file of the project's folder, or by an installed script.
 
-The commands that are printed for the user, and the name that help and errors say, come from here.
+Commands that are printed for the user, and the program's name in help and errors, come from here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-PROJECT = 'integrated-gradients-segmentation'  # its name for pip
+PROJECT = 'integrated-gradients-segmentation'  # the name for pip
 
 MAIN, RUNNER = 'integrated-gradients', 'run-integrated-gradients'  # the installed scripts
 
-# What requirements.txt asks for, by the names that are imported.
+# The packages in requirements.txt, by the names that are imported.
 PACKAGES = {
     'torch': 'torch', 'torchvision': 'torchvision', 'safetensors': 'safetensors',
     'segmentation_models_pytorch': 'segmentation-models-pytorch', 'numpy': 'numpy',
@@ -24,11 +24,12 @@ PACKAGES = {
     'tqdm': 'tqdm', 'loky': 'loky', 'filelock': 'filelock', 'yaml': 'pyyaml',
 }  # fmt: skip
 
-FILES = {MAIN: 'integrated_gradients.py', RUNNER: 'run_integrated_gradients.py'}  # that do the same
+# The file that does the same as each script.
+FILES = {MAIN: 'integrated_gradients.py', RUNNER: 'run_integrated_gradients.py'}
 
 
 def is_checkout() -> bool:
-    """Whether this code lies in the project's folder; a wheel's lies among the libraries."""
+    """Whether this code lies in the project's folder, and not in that of an installed package."""
     return (Path(__file__).resolve().parent.parent / 'pyproject.toml').is_file()
 
 
@@ -38,7 +39,7 @@ def uses_scripts() -> bool:
 
 
 def name_of(script: str = MAIN) -> str:
-    """What the user calls a script."""
+    """The name by which the user starts a script."""
     return script if uses_scripts() else FILES[script]
 
 
@@ -48,15 +49,15 @@ def command_of(script: str = MAIN) -> list[str]:
 
 
 def print_any_name() -> None:
-    """Have file names that are no valid Unicode printed, not stop the program."""
+    """Make printing possible for file names that are no valid Unicode."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
 
 
 def install_command(extra: str = '') -> str:
-    """The command that installs what the program needs, or what it needs for an extra, for example
-    `medical`."""
+    """The command that installs the packages that the program needs, or those of an extra, for
+    example `medical`."""
     if uses_scripts():
         return f"pip install '{PROJECT}[{extra}]'" if extra else f'pip install {PROJECT}'
     return (
@@ -65,8 +66,8 @@ def install_command(extra: str = '') -> str:
 
 
 def check_packages() -> None:
-    """End the program, with one sentence, where a required package is not installed. None is
-    imported: some take seconds, and some are needed only at the end of hours of work."""
+    """End the program with one sentence if a required package is not installed. The packages are
+    not imported here: some are slow to import, and some are needed only at the end of a run."""
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
         verb = 'is' if len(missing) == 1 else 'are'

@@ -1,8 +1,8 @@
-"""The settings of an explanation: one table, of which flags, help, checks and records are made.
+"""The settings of an explanation: a table from which flags, help, checks and records are made.
 
-A setting is one row: a field of `Settings` with its default, its meaning and its check. Nothing is
-read from a file here, and neither torch nor a network is needed. What travels on from here are
-parts: the `Question`, the `Integration`, the methods, the way files are read.
+A setting is a row: a field of `Settings` with its default, its meaning and its check. This file
+reads no files, and needs neither torch nor a network. Other parts of the program get only parts of
+the settings: the `Question`, the `Integration`, the methods, the `Reading` of image files.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ON_EMPTY = ('skip', 'image')
 MOST_STEPS = 100_000
 PIXEL_RANGES = {'0-1': 1.0, '0-255': 255.0}
 OUTPUTS = ('auto', LOGITS, PROBABILITIES)
-AGAINST_TILES = {  # settings, and why they go without --tile
+AGAINST_TILES = {  # settings that cannot be used with --tile, and why
     'crop': 'it explains a part of the image in one piece',
     'image_size': 'tiles go into the network at their own size',
     'resize': 'tiles are not resized',
@@ -70,9 +70,9 @@ MODEL, PREPROCESSING, ATTRIBUTION, CHECKING = 'model', 'preprocessing', 'attribu
 class Settings:
     """Everything that decides the numbers of an explanation; one object for CLI, API, notebook.
 
-    `target` may be given as text, several separated by spaces; so may `image_size`, `tile` and
-    `crop`, as on the command line. The types are those of what is kept. Raises InputError where a
-    value makes no sense.
+    `target`, `image_size`, `tile` and `crop` may also be given as text, as on the command line;
+    several targets are then separated by spaces. The fields have the types of the stored values.
+    Raises InputError for values that are not allowed.
     """
 
     # fmt: off
@@ -200,11 +200,11 @@ class Settings:
         if not isinstance(targets, (list, tuple)) or not all(isinstance(t, str) for t in targets):
             raise InputError(f'target must be text, or several, not {self.target!r}')
         object.__setattr__(self, 'target', tuple(targets))
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if value is not None or one.default is not None:  # None: not said
-                value = one.metadata['setting'].checked(one.name, value)
-                object.__setattr__(self, one.name, value)
+        for row in fields(self):
+            value = getattr(self, row.name)
+            if value is not None or row.default is not None:  # None: not given
+                value = row.metadata['setting'].checked(row.name, value)
+                object.__setattr__(self, row.name, value)
         if not isinstance(self.thresholds, Thresholds):
             raise InputError('thresholds must be of class Thresholds')
         if not isinstance(self.no_multiply, bool):
@@ -223,16 +223,16 @@ class Settings:
         object.__setattr__(self, 'ignore_label', _checked_value(self.ignore_label))
         if self.label_map is not None:
             check_file(Path(self.label_map), 'label map')  # it is read when a run begins
-        _ = self.reading  # raises where it makes no sense
+        _ = self.reading  # raises InputError
         if not self.target:
             raise InputError('no target is given (use --target predicted)')
         for target in self.target:
             check_form(target)
-        first_nodes(self.rule, self.steps, self.tolerance is not None)  # the rule has them
+        first_nodes(self.rule, self.steps, self.tolerance is not None)  # raises InputError
 
     def _check_methods(self) -> None:
-        """Raise InputError for unknown methods, options they do not have, or a tolerance or a
-        precision that one of them cannot keep to."""
+        """Raise InputError for unknown methods, for unknown options, and for a tolerance or a
+        precision that a method does not support."""
         names = self.method.split() if isinstance(self.method, str) else self.method
         if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
             raise InputError(f'method must be text, or several, not {names!r}')
@@ -240,13 +240,15 @@ class Settings:
             raise InputError('method must name different methods (use --method ig)')
         object.__setattr__(self, 'method', tuple(names))
         object.__setattr__(self, 'method_option', option_texts(self.method_option))
-        exact = self.precision in ('auto', 'float32')
-        wanted = 'tolerance' if self.tolerance is not None else None if exact else 'precision'
-        for one in self.methods:
-            if wanted and not one.kind.declared.quadrature:
+        full_precision = self.precision in ('auto', 'float32')
+        option = (
+            'tolerance' if self.tolerance is not None else None if full_precision else 'precision'
+        )
+        for method in self.methods:
+            if option and not method.kind.declared.quadrature:
                 raise InputError(
-                    f'--{wanted} goes with methods whose error is estimated, which {one.name} has '
-                    'no integral for (leave it out)'
+                    f'--{option} goes with methods whose error is estimated, which {method.name} '
+                    'has no integral for (leave it out)'
                 )
 
     @property
@@ -255,7 +257,7 @@ class Settings:
         return chosen_methods(self.method, self.method_option, not self.no_multiply)
 
     def _check_tile(self) -> None:
-        """Raise InputError for a tile that makes no sense, or beside what makes none with it."""
+        """Raise InputError for a tile that is not allowed, or settings that it does not go with."""
         if self.tile is None:
             if self.overlap is not None:
                 raise InputError('--overlap goes with --tile (give --tile SIZE)')
@@ -275,17 +277,17 @@ class Settings:
 
     @classmethod
     def table(cls) -> dict[str, Setting]:
-        """What is known of each setting, by its name."""
+        """The description of each setting, by its name."""
         return {f.name: f.metadata['setting'] for f in fields(cls)}
 
     @property
     def steps(self) -> int:
-        """Interpolation steps for each baseline; with a tolerance at most."""
+        """Interpolation steps for each baseline; with a tolerance the largest number of them."""
         return self.num_steps if self.tolerance is None else self.max_steps
 
     @property
     def question(self) -> Question:
-        """What is asked of the network."""
+        """What is explained, and with which baseline."""
         return Question(
             targets=self.target,
             score=self.score,
@@ -315,20 +317,20 @@ class Settings:
                        self.normalize in OF_EACH_IMAGE)  # fmt: skip
 
     def record(self) -> dict[str, object]:
-        """For the statistics file; targets and methods as on the command line."""
+        """The settings for the statistics file, with targets and methods as on the command line."""
         joined = {name: ' '.join(getattr(self, name)) for name in ('target', 'method')}
         return {**asdict(self), **joined}
 
 
 def _check_numbers(name: str, values: Sequence[float] | None, least: float) -> None:
-    """Raise InputError for what is no finite numbers above `least`."""
+    """Raise InputError if the values are not finite numbers above `least`."""
     if values is None:
         return
     try:
-        fine = len(values) > 0 and all(math.isfinite(v) and v > least for v in values)
+        valid = len(values) > 0 and all(math.isfinite(v) and v > least for v in values)
     except TypeError:
-        fine = False
-    if not fine:
+        valid = False
+    if not valid:
         above = ' above 0' if least == 0 else ''
         raise InputError(f'{name} must be numbers{above}, one for each channel, not {values}')
 
@@ -358,8 +360,7 @@ def _checked_value(value: int | None) -> int | None:
 
 
 def _checked_class(value: int | str | None) -> int | str | None:
-    """A background class: a whole number, 'none', or None where it was not said. Raises
-    InputError."""
+    """A background class: a whole number, 'none', or None: not given. Raises InputError."""
     if value is None or value == 'none':
         return value
     try:
@@ -372,47 +373,48 @@ def _checked_class(value: int | str | None) -> int | str | None:
 
 
 def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of classes, each of its own. Raises InputError."""
-    fine = isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)
-    if not fine or len(set(names)) < len(names):
+    """Names of classes, which must differ. Raises InputError."""
+    valid = isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)
+    if not valid or len(set(names)) < len(names):
         raise InputError(f'class_names must be different names, not {names!r}')
     return tuple(names)
 
 
-# What an explanation is made from, beside targets, baseline, steps and rule: what `explain` takes.
+# The names of the options of `explain`, beside targets, baseline, steps and rule.
 OF_AN_EXPLANATION = tuple(sorted(
-    {name for name, known in Settings.table().items()
-     if known.group == ATTRIBUTION and not known.describes}
+    {name for name, row in Settings.table().items()
+     if row.group == ATTRIBUTION and not row.describes}
     - {'target', 'baseline', 'num_steps', 'rule'}
     | {row.name for row in fields(Meaning)} - {'class_names'}
 ))  # fmt: skip
 
 
-# --------------------------------------------------------------------------- the way back
+# --------------------------------------------------------------------------- command lines
 
 
 def arguments_of(used: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Settings as they took effect -> the words of a command line that asks for them: the way back
-    from `settings_from`. defaults: those that need not be said."""
+    """The words of a command line that gives these settings; the inverse of `settings_from`.
+
+    used: the settings as they took effect. defaults: values that are left out."""
     words: list[str] = []
     for name, default in defaults.items():
         value = used[name]
         if value is None or value in (default, []):
             continue
         if name in ('normalize', 'pixel_range') and used.get('mean') and not used.get('of_each'):
-            continue  # mean and std are given as they took effect
+            continue  # mean and std, as they took effect, are among the words
         if name == 'output_kind' and value == 'foreground':
-            continue  # nothing else is possible
+            continue  # the network has no other kind
         if name in ('mean', 'std') and used.get('of_each'):
-            continue  # of this image only
+            continue  # they are those of this image
         if name in ('image_size', 'resize') and used.get('tile'):
-            continue  # that of a tile
+            continue  # they are those of a tile
         if name in ('image_size', 'tile'):
             words += [f'--{name}', size_text(value)]
         elif name == 'crop':
             words += ['--crop', ','.join(map(str, value))]
         elif name == 'window':
-            words += [f'--window={value}']  # which may begin with a minus
+            words += [f'--window={value}']  # the value may begin with a minus
         elif isinstance(value, list | tuple):
             words += [f'--{name}', *map(str, value)]
         elif name == 'target':
@@ -428,9 +430,9 @@ def arguments_of(used: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[s
 
 
 def reproducing_command(statistics: Statistics, defaults: dict[str, Any]) -> str:
-    """The command that explains one image again with the same settings.
+    """The command that explains an image again with the same settings.
 
-    defaults: of the settings, which need not be said.
+    defaults: values of settings that are left out.
     """
     used = statistics['settings']
     words = [*command_of(), '--model_path', str(used.get('model_path'))]

@@ -1,8 +1,8 @@
-"""The figures of one explanation: `STATISTICS` says of each what it is and how it is got.
+"""The figures of an explanation: the table `STATISTICS` says what each is and how it is computed.
 
 The statistics file, the columns of a batch's tables, its medians, the page, the printed text and
-the tables in docs/ are all made, or checked, from that table: a figure is added by adding a
-row. Nothing here needs torch, so that processes which only draw and write start quickly.
+the tables in docs/ are all made, or checked, from this table; a new figure is a new row. This file
+needs no torch, so that processes which only draw and write start quickly.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from igseg.maps import FAR, NEAR, NOISE_RADIUS, RIM, STRONGEST, contrast, mask_s
 
 Statistics = dict[str, Any]  # the content of a statistics file, by the names of STATISTICS
 
-TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'  # kinds: types of columns
-COMPOUND = ''  # a kind: lists and dictionaries, in the image's own file only
+# Kinds of figures: types of columns; and lists and dictionaries, which are in no table.
+TEXT, WHOLE, NUMBER, TRUTH = 'string', 'Int64', 'float64', 'boolean'
+COMPOUND = ''
 WORK, RESULT, COST, CHECK, RECORD = 'work', 'result', 'cost', 'check', 'record'  # groups
 
-CLIP_PERCENTILE = 99  # a few extreme pixels would leave the rest of a heatmap black
+CLIP_PERCENTILE = 99  # with 100, a few extreme pixels would make the rest of a heatmap black
 
 
-# --------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------- measured figures
 
 
 class Measured:
-    """An explanation, as statistics are taken from it."""
+    """An explanation, with the figures that statistics are computed from."""
 
     def __init__(self, explanation: Explanation, truth: np.ndarray | None) -> None:
-        """truth: (H, W) bool, the pixels that really are of the explained class, if known."""
+        """truth: (H, W) bool, the true pixels of the explained class; None: unknown."""
         self.explanation, self.truth = explanation, truth
         self.mask = explanation.predicted_mask.numpy()  # (H, W) bool
 
@@ -51,7 +52,7 @@ class Measured:
 
     @cached_property
     def total(self) -> float:
-        """All |attribution| there is."""
+        """The sum of |attribution|."""
         return float(self.magnitude.sum())
 
     @cached_property
@@ -71,14 +72,14 @@ class Measured:
         return np.ones(self.mask.shape, bool) if counted is None else counted
 
     def share_in(self, mask: np.ndarray | None) -> float | None:
-        """The share of |attribution| that lies in a mask (H, W) bool."""
+        """The share of |attribution| in a mask (H, W) bool."""
         if mask is None or not (self.total and mask.any()):
             return None
         return float(self.magnitude[mask].sum()) / self.total
 
     @property
     def share_in_truth(self) -> float | None:
-        """The same of the truth, of what lies where that counts."""
+        """The share of |attribution| in the truth, relative to that where the truth counts."""
         counted = self.magnitude[self.counted].sum()
         if self.truth is None or not (counted and self.truth.any()):
             return None
@@ -100,7 +101,7 @@ class Measured:
 
     @property
     def ratio_in_target(self) -> float | None:
-        """Mean |attribution| of a pixel of the target by that of one elsewhere."""
+        """Mean |attribution| of the target's pixels, divided by that of pixels elsewhere."""
         return contrast(self.magnitude, self.region, self.elsewhere)
 
     @property
@@ -110,21 +111,21 @@ class Measured:
 
     @property
     def contrast(self) -> float | None:
-        """Mean |x - x'| in the target region by its mean elsewhere."""
+        """Mean |x - x'| in the target region, divided by its mean elsewhere."""
         difference = self.explanation.difference
         if difference is None:
             return None
-        known = np.isfinite(difference)
-        return contrast(difference, self.region & known, self.elsewhere & known)
+        finite = np.isfinite(difference)
+        return contrast(difference, self.region & finite, self.elsewhere & finite)
 
     @cached_property
     def summed(self) -> np.ndarray:
-        """(H, W) float64: |sum over the channels|, which the uncertainty is of."""
+        """(H, W) float64: |sum over the channels|, to which the uncertainty refers."""
         return np.asarray(np.abs(self.signed.sum(axis=0)))
 
     @property
     def settled_share(self) -> float | None:
-        """The share of it on pixels whose sign the uncertainty leaves no doubt about."""
+        """The share of `summed` on pixels where it is at least its uncertainty."""
         uncertainty = self.explanation.uncertainty
         if uncertainty is None or not self.summed.any():
             return None
@@ -133,7 +134,7 @@ class Measured:
 
     @property
     def uncertainty_level(self) -> float | None:
-        """The 99th percentile of the uncertainty by that of what it is of."""
+        """The 99th percentile of the uncertainty, divided by that of `summed`."""
         uncertainty = self.explanation.uncertainty
         level = np.percentile(self.summed, CLIP_PERCENTILE)
         if uncertainty is None or not level:
@@ -142,7 +143,7 @@ class Measured:
 
     @property
     def uncertainty_ratio(self) -> float | None:
-        """The mean of the uncertainty by that of what it is of."""
+        """The mean of the uncertainty, divided by that of `summed`."""
         uncertainty = self.explanation.uncertainty
         if uncertainty is None or not self.summed.any():
             return None
@@ -150,7 +151,7 @@ class Measured:
 
     @cached_property
     def scores(self) -> dict[str, float | None]:
-        """Of the predicted mask against the truth."""
+        """Dice, IoU and pixel accuracy of the predicted mask."""
         if self.truth is None:
             return {'dice': None, 'iou': None, 'pixel_accuracy': None}
         counted = self.counted
@@ -160,23 +161,23 @@ class Measured:
 
     @property
     def class_scores(self) -> dict[str, dict[str, float | None]] | None:
-        """By the number of the label."""
+        """Scores of each label, by its number as text."""
         by_label = self.explanation.label_scores
         if by_label is None:
             return None
         return {str(label): scores for label, scores in by_label.scores.items()}
 
     def class_mean(self, name: str) -> float | None:
-        """Of a score over the classes that are there, but the background."""
+        """The mean of a score over all classes in the image, without the background."""
         by_label = self.explanation.label_scores
         if by_label is None:
             return None
-        known = [
+        values = [
             value
             for label, scores in by_label.scores.items()
             if label != by_label.background and (value := scores[name]) is not None
         ]
-        return sum(known) / len(known) if known else None
+        return sum(values) / len(values) if values else None
 
     @property
     def channel_shares(self) -> list[float] | None:
@@ -187,13 +188,14 @@ class Measured:
 
 
 def names_of_channels(statistics: Statistics) -> list[str]:
-    """Of the input's channels; results of earlier versions name none, and are of colours."""
+    """The names of the input's channels. Results of earlier versions have no names; their images
+    are in colour."""
     return list(statistics.get('channel_names') or ('red', 'green', 'blue'))
 
 
 def tiles_text(statistics: Statistics) -> str:
-    """How an image was cut into tiles; empty where it was not."""
-    tiles = statistics.get('tiles')  # older results have none
+    """How an image was cut into tiles; empty for an image in one piece."""
+    tiles = statistics.get('tiles')  # missing in older results
     if not tiles:
         return ''
     height, width = tiles['size']
@@ -204,16 +206,16 @@ def tiles_text(statistics: Statistics) -> str:
 
 
 def counts_text(names: Sequence[str], most: int = 3) -> str:
-    """A name, or how often there is each of several, the most frequent first; so many of them."""
+    """A single name; or at most `most` names with their counts, the most frequent first."""
     counts = Counter(names).most_common()
     if len(counts) == 1:
         return counts[0][0]
-    named = [f'{name} ({count})' for name, count in counts[:most]]
-    return ', '.join([*named, *(['…'] if len(counts) > most else [])])
+    parts = [f'{name} ({count})' for name, count in counts[:most]]
+    return ', '.join([*parts, *(['…'] if len(counts) > most else [])])
 
 
 def span_text(numbers: Sequence[int]) -> str:
-    """A number, or the least and the greatest of several."""
+    """A single number; or the smallest and the largest of several numbers."""
     return ' to '.join(map(str, sorted({min(numbers), max(numbers)}))) if len(numbers) else ''
 
 
@@ -222,21 +224,21 @@ def span_text(numbers: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Statistic:
-    """The meaning of one figure, and all that is done with it."""
+    """The meaning of a figure, how it is computed, and where it is shown."""
 
     meaning: str
     kind: str = NUMBER  # TEXT, WHOLE, NUMBER, TRUTH or COMPOUND
     group: str = RESULT  # WORK, RESULT, COST, CHECK or RECORD
-    of: Callable[[Measured], object] | None = None  # None: other parts of the program give it
+    of: Callable[[Measured], object] | None = None  # None: computed in another part of the program
     unit: str = ''  # '%': a share from 0 to 1, shown as per cent; 'px' of the model input; …
-    summarised: bool = False  # whether a batch gives its median
-    page: int | None = None  # its place in the page's detail view
-    label: str = ''  # its name there
-    heading: str = ''  # of its column in the page's table, where it has one
-    check: str = ''  # that measures it with --evaluate, 'package.module:name'
-    range: str = ''  # of a check: the values there are
-    better: str = ''  # of a check: 'higher', 'lower', '' where neither is
-    source: str = ''  # of a check
+    summarised: bool = False  # whether the summary of a batch has its median
+    page: int | None = None  # place in the detail view of the page; None: not shown there
+    label: str = ''  # name in the detail view of the page
+    heading: str = ''  # of its column in the page's table; empty: no column
+    check: str = ''  # the check that measures it with --evaluate, 'package.module:name'
+    range: str = ''  # of a check: possible values
+    better: str = ''  # of a check: 'higher', 'lower', or '' if neither is better
+    source: str = ''  # of a check: where it was published
 
     @property
     def explanation(self) -> str:
@@ -246,7 +248,7 @@ class Statistic:
 
 
 def _check(check: str, meaning: str, range: str, better: str, source: str) -> Statistic:
-    """A row that a check measures."""
+    """A row for a figure that a check measures."""
     return Statistic(meaning, NUMBER, CHECK, summarised=True, check=check, range=range,
                      better=better, source=source)  # fmt: skip
 
@@ -261,7 +263,7 @@ _PLACES = 'igseg.checks.checks:places'
 _CONTEXT = 'igseg.checks.checks:context'
 _SPOTS = 'igseg.checks.checks:distant_spots'
 
-# Where they are from.
+# Where the checks were published.
 _ARRAS = 'Arras et al. 2022'
 _YEH = 'Yeh et al. 2019'
 _PETSIUK = 'Petsiuk et al. 2018'
@@ -536,15 +538,14 @@ STATISTICS: dict[str, Statistic] = {
     'resume_key': Statistic('hash of everything that decides the files', TEXT, RECORD),
 }  # fmt: skip
 
-METRICS = {key: row for key, row in STATISTICS.items() if row.check}  # what checks measure
+METRICS = {key: row for key, row in STATISTICS.items() if row.check}  # measured by checks
 
 
 def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = None) -> Statistics:
-    """The figures of one explanation, flat and ready for JSON; None where one does not apply.
+    """The figures of an explanation, flat and ready for JSON. A figure that does not apply is None.
 
-    truth: (h, w) bool, the pixels that really are of the explained class; None if unknown.
-    STATISTICS says what each figure is. Those of METRICS are None until `evaluate_explanation` has
-    measured them.
+    truth: (h, w) bool, the true pixels of the explained class; None: unknown. STATISTICS says what
+    each figure is. The figures of METRICS are None here: `evaluate_explanation` measures them.
     """
     measured = Measured(explanation, truth)
     return {
@@ -555,12 +556,12 @@ def explanation_statistics(explanation: Explanation, truth: np.ndarray | None = 
 
 
 def _listed(values: dict[str, object]) -> dict[str, object]:
-    """A dictionary with lists for tuples, as JSON gives it back."""
+    """A dictionary with lists instead of tuples, as JSON reads it back."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _plain(value: object) -> object:
-    """NumPy numbers as Python's; numbers that JSON cannot hold as None."""
+    """NumPy numbers as Python's numbers; numbers that JSON cannot hold as None."""
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
@@ -570,16 +571,16 @@ def _plain(value: object) -> object:
 
 
 def how_text(statistics: Statistics) -> str:
-    """By which rule, if any, and in how many steps a map was computed."""
+    """The rule, if there is one, and the number of steps with which a map was computed."""
     count, rule = statistics['steps'], statistics['rule']
     steps = f'{count} step{"" if count == 1 else "s"}'
     return f'{rule} rule, {steps}' if rule else steps
 
 
 def gap_text(statistics: Statistics, precise: bool = False) -> str:
-    """The completeness gap, and how far it tells anything."""
+    """The completeness gap, with its standard error or a note that it is 0 by construction."""
     gap = shown('completeness_gap', statistics['completeness_gap'], precise)
-    error = statistics.get('gap_error')  # older results have none
+    error = statistics.get('gap_error')  # missing in older results
     if error is not None:
         return f'{gap} (standard error {shown("gap_error", error, precise)})'
     if statistics.get('completeness') == BY_CONSTRUCTION:
@@ -588,11 +589,11 @@ def gap_text(statistics: Statistics, precise: bool = False) -> str:
 
 
 def shown(key: str, value: float | None, precise: bool = False) -> str:
-    """A figure as text, by its unit. precise: with a digit more."""
+    """A figure as text, by its unit. precise: with one digit more."""
     if value is None:
         return 'n/a'
     if key in STATISTICS and STATISTICS[key].unit == '%':
         text = f'{100 * value:.2f}' if precise else f'{100 * value:.3g}'
-        whole = float(text) == 100 and value < 1  # nearly all is not all
+        whole = float(text) == 100 and value < 1  # rounded to 100 %, but less
         return f'{"above 99.9" if whole else text} %'
     return f'{value:.4g}' if precise else f'{value:.3g}'
