@@ -1,9 +1,13 @@
 """The table of targets."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
+from igseg.method import choice, targets
 from igseg.network.description import NetworkDescription
 from igseg.preprocessing import Preprocessing
 from igseg.setting import resolved
@@ -179,3 +183,17 @@ def test_mask_and_target_objects_as_target(ig, brain):
 def test_the_table_documents_itself():
     for kind in (*TARGETS.values(), *BASELINES.values(), *METHODS.values()):
         assert kind.meaning and callable(resolved(kind.made_by))
+
+
+def test_the_worked_example_of_contributing_works(monkeypatch):
+    """Its function, its row and its test, as they stand there."""
+    page = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    part = page.partition('### A worked example')[2].partition('\n## ')[0]
+    function, row, test = re.findall(r'```python\n(.*?)```', part, re.DOTALL)
+    given = vars(targets).copy()
+    exec(function, given)
+    monkeypatch.setattr(targets, 'border_target', given['border_target'], raising=False)
+    monkeypatch.setitem(TARGETS, 'border', eval(f'{{{row}}}', vars(choice))['border'])
+    names = globals().copy()
+    exec(test, names)
+    names['test_the_border_by_hand']()
