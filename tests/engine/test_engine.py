@@ -1,5 +1,5 @@
-"""A network is prepared so that it computes the same, and what cannot be prepared runs as it is;
-the rewrites themselves are tested in test_graph."""
+"""A prepared network computes the same, and a network that cannot be prepared runs unchanged. The
+rewrites themselves are tested in test_graph."""
 
 import math
 
@@ -26,7 +26,7 @@ def engine_of(network: nn.Module) -> GradientEngine:
 
 
 def decoder() -> nn.Module:
-    """Sees three pixels around."""
+    """A network whose output depends on three pixels around each pixel."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU(),
@@ -80,8 +80,8 @@ def test_a_deviation_that_is_not_a_number_is_one(monkeypatch, x, deviations):
 
     monkeypatch.setattr(preparation, 'measure_deviation', measure)
     for network, example in ((decoder(), x), (decoder().float(), x.float())):
-        prepared, told = prepared_copy(network, example)
-        assert told.fell_back and prepared is network
+        copied, prepared = prepared_copy(network, example)
+        assert prepared.fell_back and copied is network
 
 
 def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain):
@@ -103,7 +103,8 @@ def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain
     'off, taken, sides', [(1e-3, 1, [128]), (1e-3, 160, [128, 160]), (0.5, 1, [160])]
 )
 def test_double_precision_is_asked_on_a_part_where_that_is_enough(monkeypatch, off, taken, sides):
-    """off: the gradient in single precision. taken: the least side that the network takes."""
+    """off: deviation of the gradient in single precision. taken: the least side of images that the
+    network accepts."""
 
     class Picky(nn.Conv2d):
         def forward(self, x):
@@ -111,21 +112,21 @@ def test_double_precision_is_asked_on_a_part_where_that_is_enough(monkeypatch, o
                 raise ValueError('too small')
             return super().forward(x)
 
-    asked, measure = [], preparation.measure_deviation
+    tried, measure = [], preparation.measure_deviation
 
     def measured(original, other, example):
         if example.dtype == torch.float64:
-            asked.append(example.shape[-1])
+            tried.append(example.shape[-1])
             return measure(original, other, example)
         return (1e-7, off if original is not other else 0.0)
 
     monkeypatch.setattr(preparation, 'measure_deviation', measured)
     _, prepared = prepared_copy(Picky(3, 1, 3).eval(), torch.rand(1, 3, 160, 160))
-    assert asked[-1] == sides[-1] and set(asked) <= set(sides) and not prepared.fell_back
+    assert tried[-1] == sides[-1] and set(tried) <= set(sides) and not prepared.fell_back
 
 
 class Branching(nn.Conv2d):
-    """Asks for a value on the way, which no graph holds."""
+    """Its code depends on a computed value, so that it has no graph."""
 
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else super().forward(2 * x)
@@ -149,8 +150,8 @@ def test_what_cannot_be_copied_either_is_run_itself(brain):
     assert copied is network and prepared.no_graph
 
 
-def test_a_gradient_of_ones_own_is_not_lost(brain):
-    """Exporting drops a custom backward: the comparison of gradients notices."""
+def test_a_custom_gradient_is_not_lost(brain):
+    """The export drops a custom backward; the comparison of gradients detects this."""
 
     class Doubled(torch.autograd.Function):
         @staticmethod
@@ -216,7 +217,7 @@ def test_a_pixel_in_two_boxes_counts_once():
 
 @pytest.mark.parametrize('score', ['logit', 'probability'])
 def test_what_is_seen_of_some_targets_is_what_the_whole_map_gives(x, score):
-    """Alone and in company, at corners and edges, a pixel and overlapping regions."""
+    """For single targets and several, at corners and edges, a pixel and overlapping regions."""
     engine = engine_of(decoder())
     targets = [square(0, 0, 5), square(30, 59, 5), square(40, 20, 1), square(41, 18, 8)]
     targets = [Target(t.name, t.weights, score) for t in targets]
@@ -239,11 +240,11 @@ def test_logits_are_whole_where_a_target_looks_and_zero_elsewhere(x):
     points = torch.cat([x, 0.3 * x]).requires_grad_()
     with engine.running(x):
         crops = engine.crops([target])
-        found, whole = engine.cropped_logits(points, crops), engine.run(points)
+        cropped, whole = engine.cropped_logits(points, crops), engine.run(points)
         assert torch.equal(engine.cropped_logits(points, Crops((target,))), whole)
-    torch.testing.assert_close(found[..., 30:35, 59:64], whole[..., 30:35, 59:64])
-    assert found.shape == whole.shape and not found[..., :20, :20].any()
-    gradients = [torch.autograd.grad(target(one).sum(), points)[0] for one in (found, whole)]
+    torch.testing.assert_close(cropped[..., 30:35, 59:64], whole[..., 30:35, 59:64])
+    assert cropped.shape == whole.shape and not cropped[..., :20, :20].any()
+    gradients = [torch.autograd.grad(target(maps).sum(), points)[0] for maps in (cropped, whole)]
     torch.testing.assert_close(*gradients)
 
 
@@ -275,25 +276,25 @@ def test_crops_whose_deviation_is_not_a_number_are_not_used(monkeypatch, x):
 
 
 def test_a_target_is_explained_alike_alone_and_in_company(x):
-    """Also where nodes are chosen on the way, and where it is finished before the others."""
+    """Also where nodes are chosen on the way, and where a target needs fewer steps than others."""
     ig = IntegratedGradients(decoder().eval(), 'cpu', step_batch=2)
     targets = [square(0, 0, 5), square(30, 50, 9), square(40, 20, 1)]
     options = {'baseline_type': torch.zeros_like(x), 'tolerance': 0.002, 'max_steps': 40}
     together = ig.explain_targets(x, targets, **options)
-    for target, one in zip(targets, together, strict=True):
+    for target, explanation in zip(targets, together, strict=True):
         alone = ig.explain(x, target, **options)
-        assert relative_error(one.attributions, alone.attributions) < 1e-9
-        assert (one.steps, one.trend.alphas) == (alone.steps, alone.trend.alphas)
-        assert one.within_tolerance and one.cropping.computed_share < 0.9
-    assert len({one.steps for one in together}) > 1
+        assert relative_error(explanation.attributions, alone.attributions) < 1e-9
+        assert (explanation.steps, explanation.trend.alphas) == (alone.steps, alone.trend.alphas)
+        assert explanation.within_tolerance and explanation.cropping.computed_share < 0.9
+    assert len({explanation.steps for explanation in together}) > 1
 
 
 def test_the_mask_is_followed_where_a_whole_map_is_there(x):
     ig = IntegratedGradients(decoder().eval(), 'cpu')
-    found = ig.explain(x, square(0, 0, 5), torch.zeros_like(x), 6, 'midpoint')
-    trend = dict(zip(found.trend.alphas, found.trend.mask_iou, strict=True))
+    explanation = ig.explain(x, square(0, 0, 5), torch.zeros_like(x), 6, 'midpoint')
+    trend = dict(zip(explanation.trend.alphas, explanation.trend.mask_iou, strict=True))
     assert trend[0.0] is not None and trend[1.0] == 1 and None in trend.values()
-    assert not any(np.isnan(found.trend.scores))
+    assert not any(np.isnan(explanation.trend.scores))
 
 
 def test_the_mask_is_followed_at_few_nodes_that_cost_less_than_a_twentieth(x):
@@ -302,15 +303,15 @@ def test_the_mask_is_followed_at_few_nodes_that_cost_less_than_a_twentieth(x):
     assert mask_nodes(nodes, 1000, 0.9) == [0.25, 0.5, 0.75]
     assert mask_nodes(nodes[::25], 5, 0.5) == mask_nodes(nodes, 101, 1) == []
     ig = IntegratedGradients(decoder().eval(), 'cpu')
-    found = ig.explain(x, square(0, 0, 30), torch.zeros_like(x), 101, 'trapezoid')
-    seen = [a for a, iou in zip(found.trend.alphas, found.trend.mask_iou, strict=True)
-            if iou is not None]  # fmt: skip
-    between = mask_nodes(nodes, 101, found.cropping.computed_share)
-    assert between and seen == pytest.approx([0, *between, 1])
+    explanation = ig.explain(x, square(0, 0, 30), torch.zeros_like(x), 101, 'trapezoid')
+    trend = zip(explanation.trend.alphas, explanation.trend.mask_iou, strict=True)
+    nodes_with_mask = [alpha for alpha, iou in trend if iou is not None]
+    between = mask_nodes(nodes, 101, explanation.cropping.computed_share)
+    assert between and nodes_with_mask == pytest.approx([0, *between, 1])
 
 
 class MixedTypes(nn.Module):
-    """Computes a part in float32 whatever comes in, which weights in bfloat16 do not go with."""
+    """Computes a part always in float32, which does not work with weights in bfloat16."""
 
     def __init__(self):
         super().__init__()
@@ -347,14 +348,14 @@ def test_a_network_that_changed_is_prepared_again(brain):
 
 def test_the_fingerprint_is_not_computed_again_where_the_caller_knows_it(monkeypatch, x):
     network = decoder()
-    engine, known = engine_of(network), fingerprint(network)
-    again = 'igseg.engine.engine.fingerprint'
-    monkeypatch.setattr(again, lambda model: pytest.fail('computed again'))
-    with engine.running(x, known):
+    engine, state = engine_of(network), fingerprint(network)
+    function = 'igseg.engine.engine.fingerprint'
+    monkeypatch.setattr(function, lambda model: pytest.fail('computed again'))
+    with engine.running(x, state):
         graph = engine.network
-    with engine.running(x, known):
+    with engine.running(x, state):
         assert engine.network is graph
-    with engine.running(x, (*known, 'changed')):
+    with engine.running(x, (*state, 'changed')):
         assert engine.network is not graph
 
 

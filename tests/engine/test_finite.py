@@ -1,5 +1,5 @@
-"""Values that are not finite are found at once on a CPU, and once a round on a GPU, which here is a
-CPU that is asked as rarely."""
+"""Values that are not finite are found at once on a CPU, and once per round on a GPU. Here a CPU
+takes the part of the GPU."""
 
 import re
 
@@ -21,7 +21,7 @@ X = torch.ones(1, 3, 16, 16)
 
 
 class Breaking(nn.Module):
-    """Gives what is not finite from the middle of the way on: logits, or gradients alone."""
+    """From the middle of the path on, its logits are not finite, or only its gradients."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Breaking(nn.Module):
         beyond = x.mean(dim=(1, 2, 3), keepdim=True) - 0.5
         if self.what == 'logits':
             return self.head(x) + (-beyond).log()
-        root = (-beyond).sqrt()  # which is left out beyond, but for its gradient: 0 times NaN
+        root = (-beyond).sqrt()  # beyond the middle NaN, and not used, but its gradient is 0 * NaN
         return self.head(x) + torch.where(beyond < 0, root, 0.0)
 
 
@@ -53,23 +53,23 @@ def sampler_of(network: nn.Module, batch: int) -> PathSampler:
 @pytest.mark.parametrize('batch', [1, 2, 3])
 @pytest.mark.parametrize('what', ['logits', 'gradients'])
 def test_the_first_node_that_is_not_finite_is_named(waits, what, batch):
-    given = []
+    densities = []
     with pytest.raises(NonFiniteError) as error:
         for density in sampler_of(Breaking(what), batch)(np.array([0.1, 0.3, 0.6, 0.8, 0.9])):
-            given.append(density)
+            densities.append(density)
     assert str(error.value).startswith(
         f'the {what} are not finite at alpha = 0.6 between baseline and image'
     )
-    assert len(given) < 5  # nobody has all densities of the round
+    assert len(densities) < 5  # not all densities of the round were yielded
 
 
 def test_a_round_of_many_step_batches_is_asked_once(monkeypatch, waits):
-    asked = []
+    checks = []
     check = FiniteFlags.check
-    monkeypatch.setattr(FiniteFlags, 'check', lambda flags: [asked.append(1), check(flags)][1])
+    monkeypatch.setattr(FiniteFlags, 'check', lambda flags: [checks.append(1), check(flags)][1])
     sampler = sampler_of(nn.Conv2d(3, 1, 1), 2)
     densities = list(sampler(np.linspace(0.1, 0.9, 12)))
-    assert len(densities) == 12 and len(asked) == (1 if waits else 12)  # two for each of six
+    assert len(densities) == 12 and len(checks) == (1 if waits else 12)  # two for each of six
 
 
 @pytest.mark.parametrize('rule, tolerance', [('midpoint', None), ('midpoint', 0.1),
@@ -95,7 +95,7 @@ def test_the_map_is_the_same_however_often_it_is_asked(monkeypatch, brain):
 
 
 class Overflowing(nn.Conv2d):
-    """Whose logits are beyond what float16 holds."""
+    """A convolution that overflows in float16."""
 
     def __init__(self) -> None:
         super().__init__(3, 1, 1)
@@ -107,8 +107,10 @@ class Overflowing(nn.Conv2d):
 
 def test_overflow_in_reduced_precision_is_computed_again_in_float32(waits):
     ig = IntegratedGradients(Overflowing().eval(), 'cpu', step_batch=2)
-    found = ig.explain(X, 'image', torch.zeros_like(X), num_steps=9, precision='float16')
-    assert found.cost.precision == 'float32'
-    assert re.search(r'float16 the (logits|gradients) are not finite at alpha', found.cost.retried)
+    explanation = ig.explain(X, 'image', torch.zeros_like(X), num_steps=9, precision='float16')
+    assert explanation.cost.precision == 'float32'
+    assert re.search(
+        r'float16 the (logits|gradients) are not finite at alpha', explanation.cost.retried
+    )
     exact = ig.explain(X, 'image', torch.zeros_like(X), num_steps=9)
-    assert relative_error(found.attributions, exact.attributions) == 0
+    assert relative_error(explanation.attributions, exact.attributions) == 0

@@ -1,4 +1,4 @@
-"""The graph of a network computes what the network does, in whole and for any box of its output."""
+"""The graph of a network gives the same results, for the whole output and for any box of it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Formula(nn.Module):
 
 
 def randomised(network: nn.Module) -> nn.Module:
-    """In double precision, with weights and statistics that matter."""
+    """The network in double precision, with random weights and statistics of batch norms."""
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
@@ -60,20 +60,20 @@ def graph_of(network: nn.Module, size: int = SIZE, channels: int = 3) -> Network
     return NetworkGraph(randomised(network), image(size, channels))
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).norm() / (expected.norm() + 1e-30))
+def difference(values: torch.Tensor, expected: torch.Tensor) -> float:
+    values, expected = values.detach(), expected.detach()
+    return float((values - expected).norm() / (expected.norm() + 1e-30))
 
 
 def spans(size: int) -> list[tuple[int, int]]:
-    """At both ends, in the middle, one pixel, all but the border, and all."""
+    """Spans at both ends, in the middle, of one pixel, of all but the border, and of everything."""
     third = max(1, size // 3)
     within = (1, size - 1) if size > 2 else (0, 1)
     return [(0, third), (size - third, size), (third, third + 1), within, (0, size)]
 
 
 def check_boxes(network: nn.Module, graph: NetworkGraph, size: int, groups, channels: int = 3):
-    """Each group of boxes of the output, and its gradient, from a plan and from the network."""
+    """Compare each group of boxes of the output, and its gradient, from a plan and the network."""
     x = torch.cat([image(size, channels), 0.5 * image(size, channels).flip(2)])
     for boxes in groups:
         plan = graph.plan(boxes)
@@ -85,21 +85,21 @@ def check_boxes(network: nn.Module, graph: NetworkGraph, size: int, groups, chan
             else:
                 y = network(point)
                 maps = [y[slices_of((None,) * y.ndim, box)] for box in plan.boxes]
-            weights = [torch.linspace(-1, 2, one.numel(), dtype=one.dtype).view(one.shape)
-                       for one in maps]  # fmt: skip
-            total = sum((w * one * one).sum() for w, one in zip(weights, maps, strict=True))
+            weights = [torch.linspace(-1, 2, part.numel(), dtype=part.dtype).view(part.shape)
+                       for part in maps]  # fmt: skip
+            total = sum((w * part * part).sum() for w, part in zip(weights, maps, strict=True))
             gradients.append((maps, torch.autograd.grad(total, point)[0]))
-        (expected, gradient), (found, other) = gradients
+        (expected, gradient), (maps_of_plan, gradient_of_plan) = gradients
         for box in boxes:
-            assert any(contains(one, trimmed(box, graph.output_shape))
-                       for one in plan.boxes)  # fmt: skip
-        for one, same in zip(found, expected, strict=True):
-            assert one.shape == same.shape and difference(one, same) < EXACT
-        assert difference(other, gradient) < EXACT
+            assert any(contains(part, trimmed(box, graph.output_shape))
+                       for part in plan.boxes)  # fmt: skip
+        for part, expected_part in zip(maps_of_plan, expected, strict=True):
+            assert part.shape == expected_part.shape and difference(part, expected_part) < EXACT
+        assert difference(gradient_of_plan, gradient) < EXACT
 
 
 def check_everywhere(network: nn.Module, size: int = SIZE, channels: int = 3) -> NetworkGraph:
-    """The whole, boxes at corners, edges and within, and several at once."""
+    """Check the whole output, boxes at corners, edges and inside, and several boxes at once."""
     graph = graph_of(network, size, channels)
     *_, height, width = graph.output_shape
     single = [[(None, None, rows, columns)]
@@ -113,11 +113,11 @@ def check_everywhere(network: nn.Module, size: int = SIZE, channels: int = 3) ->
 # ------------------------------------------------------------------ rules, in closed form
 
 
-def up(**how):
-    return lambda net, x: F.interpolate(x, **how)
+def up(**options):
+    return lambda net, x: F.interpolate(x, **options)
 
 
-# An operation, a span of its result's rows, and the rows of its input (16 of them) that it needs.
+# An operation, a span of rows of its result, and the span of its 16 input rows that it needs.
 NEEDED = [
     (nn.Conv2d(3, 2, 3, padding=1), (5, 7), (4, 8)),
     (nn.Conv2d(3, 2, 3, padding=1), (0, 2), (0, 3)),
@@ -175,7 +175,7 @@ NEEDED = [
 
 @pytest.mark.parametrize('network, span, expected', NEEDED)
 def test_what_an_operation_needs(network, span, expected):
-    """Of the rows; None: all of them."""
+    """expected: rows; None: all of them."""
     graph = graph_of(network).graph
     source, needed = graph.output, (None, None, span, span)
     while source is not graph.image:
@@ -280,7 +280,7 @@ def test_boxes_are_those_of_the_whole(name):
 
 
 def test_a_bad_box_would_be_noticed(monkeypatch):
-    """Zero padding where a crop ends, instead of where the map does."""
+    """The error: zero padding at the ends of a crop, and not of the map."""
     monkeypatch.setattr(crops, '_read', lambda span, size, window: (span, window.pads))
     with pytest.raises(AssertionError):
         check_everywhere(nn.Conv2d(3, 2, 3, padding=1))
@@ -361,13 +361,15 @@ def test_packed_weights_compute_the_same(layer, dtype, close):
     plans = [graph.whole, graph.plan([(None, None, (1, 4), (0, 5))])]
     for count, plan in product((1, 2, 3, 4, 1), plans):
         x = torch.randn(count, 8, 16, 16).requires_grad_()
-        (box,), (found,) = plan.boxes, graph.run(x, plan, dtype)
+        (box,), (result,) = plan.boxes, graph.run(x, plan, dtype)
         expected = layer(x)[(..., *(slice(*(span or (None,))) for span in box[2:]))]
-        gradients = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (found, expected)]
-        assert difference(found.detach().float(), expected.detach()) < close
+        sums = [y.float().square().sum() for y in (result, expected)]
+        gradients = [torch.autograd.grad(value, x)[0] for value in sums]
+        assert difference(result.detach().float(), expected.detach()) < close
         assert difference(*gradients) < close
-    kernels = [one for one in graph._constants_in(dtype).values() if isinstance(one, Kernel)]
-    assert all(1 <= len(one.packed) <= 2 for one in kernels)
+    constants = graph._constants_in(dtype).values()
+    kernels = [constant for constant in constants if isinstance(constant, Kernel)]
+    assert all(1 <= len(kernel.packed) <= 2 for kernel in kernels)
 
 
 def test_squeeze_and_excitation_is_a_product_of_matrices():
@@ -464,25 +466,25 @@ LAYER = st.tuples(st.sampled_from(sorted(LAYERS)), st.integers(1, 3), st.integer
 
 
 class RandomNetwork(nn.Module):
-    """Layers one after the other; some results are joined with an earlier one, cut to fit."""
+    """Layers one after the other; some results are joined with an earlier result, cut to fit."""
 
     def __init__(self, layers):
         super().__init__()
-        self.layers = nn.ModuleList(LAYERS[kind](3, *how) for kind, *how, _ in layers)
+        self.layers = nn.ModuleList(LAYERS[kind](3, *sizes) for kind, *sizes, _ in layers)
         self.joins = [back for *_, back in layers]
 
     def forward(self, x):
-        seen = [x]
+        results = [x]
         for layer, back in zip(self.layers, self.joins, strict=True):
-            y = layer(seen[-1])
-            other = seen[max(0, len(seen) - back)] if back else None
+            y = layer(results[-1])
+            other = results[max(0, len(results) - back)] if back else None
             if other is not None:
                 height = min(y.shape[2], other.shape[2])
                 width = min(y.shape[3], other.shape[3])
                 y, other = y[..., :height, :width], other[..., -height:, :width]
                 y = torch.cat([y[:, :1], other[:, 1:]], dim=1) if back == 1 else y + 0.5 * other
-            seen.append(y)
-        return seen[-1]
+            results.append(y)
+        return results[-1]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck),

@@ -1,4 +1,4 @@
-"""How many steps go through the network at once, and what memory holds."""
+"""How many steps go through the network at once, and how much memory is used."""
 
 import contextlib
 import gc
@@ -41,17 +41,17 @@ def of_batch(exact_ig):
 
 @pytest.mark.parametrize('steps, batch', [(8, 4), (9, 4), (11, 4), (1, 4), (8, 8), (8, 9), (7, 1)])
 def test_step_batch_changes_nothing(of_batch, brain_detail, steps, batch):
-    one, many = (of_batch(size).explain(brain_detail, num_steps=steps) for size in (1, batch))
-    assert one.gradient_evaluations == many.gradient_evaluations == steps
-    assert relative_error(many.attributions, one.attributions) < 1e-6
+    single, many = (of_batch(size).explain(brain_detail, num_steps=steps) for size in (1, batch))
+    assert single.gradient_evaluations == many.gradient_evaluations == steps
+    assert relative_error(many.attributions, single.attributions) < 1e-6
 
 
 def test_step_batch_in_single_precision_changes_only_what_rounding_does(ig, brain):
-    one, many = (
+    single, many = (
         IntegratedGradients(ig.model, 'cpu', ig.preprocessing, size).explain(brain, num_steps=11)
         for size in (1, 4)
     )
-    assert relative_error(many.attributions, one.attributions) < 1e-3
+    assert relative_error(many.attributions, single.attributions) < 1e-3
 
 
 def test_a_batch_of_images_gives_what_each_gives_alone(ig, brain):
@@ -65,11 +65,11 @@ def test_a_batch_of_images_gives_what_each_gives_alone(ig, brain):
 
 
 class Hungry(nn.Module):
-    """Runs out of memory on more than `room` images at once; remembers the path it was shown."""
+    """Runs out of memory with more than `room` images at once, and remembers the images."""
 
     def __init__(self, room, error):
         super().__init__()
-        self.room, self.error, self.seen = room, error, []
+        self.room, self.error, self.path = room, error, []
 
     def __deepcopy__(self, memo):
         raise TypeError('watched as it is')
@@ -78,7 +78,7 @@ class Hungry(nn.Module):
         if len(x) > self.room:
             raise self.error
         if torch.is_grad_enabled():
-            self.seen += x.detach()[:, 0, 0, 0].tolist()
+            self.path += x.detach()[:, 0, 0, 0].tolist()
         return (x**3).sum((1, 2, 3)).reshape(-1, 1, 1, 1)
 
 
@@ -98,7 +98,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(error):
     model = Hungry(3, error)
     result = explain(model, x, baseline, num_steps=13, step_batch=16, rule='midpoint')
     assert result.cost.step_batch == 2
-    on_path = [value for value in model.seen if value < 1]  # not the image itself, which prepares
+    on_path = [value for value in model.path if value < 1]  # not the image itself, which prepares
     assert sorted(on_path) == pytest.approx([(i + 0.5) / 13 for i in range(13)])
     expected = explain(lambda v: (v**3).sum((1, 2, 3)), x, baseline, num_steps=13, rule='midpoint')
     torch.testing.assert_close(result.attributions, expected.attributions)
@@ -197,13 +197,13 @@ def test_peak_memory_does_not_grow_with_the_number_of_steps():
 
 @pytest.mark.parametrize('on_empty', ['skip', 'image'])
 def test_an_empty_target_leaves_nothing_for_the_garbage_collector(ig, on_empty):
-    """An exception that is kept keeps the frames it went through, with the network's graph."""
+    """An exception that is kept also keeps the frames it went through, with all their tensors."""
     settings = Settings(num_steps=1, threshold=0.999999, on_empty=on_empty)
 
     def living_tensors() -> int:
         with contextlib.suppress(EmptyTargetError):
             explain_image(ig, np.zeros((64, 64, 3), np.uint8), settings)
-        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     living_tensors()  # what is prepared once stays
     gc.collect()

@@ -1,4 +1,4 @@
-"""Reduced precision: checked, chosen where it pays, and left where it overflows."""
+"""Reduced precision is checked, chosen where it is faster, and not used where it overflows."""
 
 import math
 import re
@@ -15,8 +15,8 @@ def test_an_outer_autocast_does_not_matter(smooth_network, brain):
     engine = IntegratedGradients(smooth_network, 'cpu')
     expected = engine.compute_integrated_gradients(brain, num_steps=3, target='image')
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        found = engine.compute_integrated_gradients(brain, num_steps=3, target='image')
-    assert torch.equal(found, expected)
+        attributions = engine.compute_integrated_gradients(brain, num_steps=3, target='image')
+    assert torch.equal(attributions, expected)
 
 
 def test_double_precision_model_agrees_with_single(brain):
@@ -31,7 +31,7 @@ def test_double_precision_model_agrees_with_single(brain):
 
 
 class Overflowing(nn.Module):
-    """Linear, but the intermediate sum of an all-bright image does not fit into float16."""
+    """A linear network whose intermediate sum, for a white image, does not fit into float16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,13 +46,15 @@ class Overflowing(nn.Module):
 def test_overflow_in_reduced_precision_is_computed_again_in_float32():
     x = torch.ones(3, 32, 32)
     engine = IntegratedGradients(Overflowing(), 'cpu')
-    found = engine.explain(x, 'image', torch.zeros_like(x), num_steps=9, precision='float16')
-    assert found.cost.precision == 'float32' and found.cost.precision_deviation is None
-    assert re.search(r'float16 the (logits|gradients) are not finite at alpha', found.cost.retried)
-    assert found.completeness_gap < 1e-5
+    explanation = engine.explain(x, 'image', torch.zeros_like(x), num_steps=9, precision='float16')
+    assert explanation.cost.precision == 'float32' and explanation.cost.precision_deviation is None
+    assert re.search(
+        r'float16 the (logits|gradients) are not finite at alpha', explanation.cost.retried
+    )
+    assert explanation.completeness_gap < 1e-5
     exact = engine.explain(x, 'image', torch.zeros_like(x), num_steps=9)
     assert exact.cost.retried is None
-    assert torch.equal(found.attributions, exact.attributions)
+    assert torch.equal(explanation.attributions, exact.attributions)
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def test_reduced_precision_of_a_gpu_follows_its_generation(monkeypatch):
 
 
 def test_float16_does_not_underflow(smooth_network, brain):
-    """Weights of 1 / (region's size) would vanish in half precision on the way back."""
+    """Weights of 1 / (size of the region) would become 0 in half precision in the backward pass."""
     engine = IntegratedGradients(smooth_network, 'cpu')
     exact = engine.explain(brain, 'image', num_steps=4)
     half = engine.explain(brain, 'image', num_steps=4, precision='float16')
@@ -112,13 +114,13 @@ def test_float16_does_not_underflow(smooth_network, brain):
 
 
 def test_a_target_whose_map_is_zero_leaves_the_others_error_known():
-    """Both maps of it are zero, in float32 and reduced: they do not deviate from each other."""
+    """Its maps are zero both in float32 and in reduced precision, so they do not deviate."""
     x = torch.ones(1, 3, 8, 8)
     network = nn.Conv2d(3, 1, 1)
     none, whole = (Target('t', torch.full((1, 8, 8), weight)) for weight in (0.0, 1 / 64))
-    found = IntegratedGradients(network, 'cpu').explain_targets(
+    explanations = IntegratedGradients(network, 'cpu').explain_targets(
         x, [none, whole], torch.zeros_like(x), 5, precision='bfloat16'
     )
-    assert not found[0].attributions.any()
-    assert all(math.isfinite(one.cost.precision_deviation) for one in found)
-    assert found[1].map_error is not None
+    assert not explanations[0].attributions.any()
+    assert all(math.isfinite(explanation.cost.precision_deviation) for explanation in explanations)
+    assert explanations[1].map_error is not None

@@ -12,7 +12,7 @@ ENGINE = ROOT / 'igseg' / 'engine'
 
 
 def private_parts(file) -> list[str]:
-    """Attributes that begin with an underscore, of anything but an object's own `self`."""
+    """Attributes that begin with an underscore, except those of `self` and `cls`."""
     attributes = (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute))
     return sorted(
         {
@@ -26,11 +26,11 @@ def private_parts(file) -> list[str]:
 
 @pytest.mark.parametrize('file', sorted(ENGINE.glob('*.py')), ids=lambda file: file.name)
 def test_no_other_file_of_the_engine_uses_a_private_part_of_torch(file):
-    found = private_parts(file)
+    names = private_parts(file)
     if file.name == 'private_torch.py':
-        assert all(name in private_torch.__doc__ for name in found), found
+        assert all(name in private_torch.__doc__ for name in names), names
     else:
-        assert found == []
+        assert names == []
 
 
 def test_torch_has_an_upper_bound():
