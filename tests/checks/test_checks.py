@@ -1,4 +1,4 @@
-"""Checks of faithfulness: against other tools, and on networks whose important pixels are known."""
+"""Checks of maps: compared with other tools, and on networks whose important pixels are known."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL = replace(EFFORTS['full'], points=8, patches=20, noisy=2, map_steps=4, bas
 
 
 class Watermarked(nn.Module):
-    """A Clever Hans: it draws a disc in the middle where a corner of the image is bright."""
+    """A network with a shortcut: it draws a disc in the middle if an image corner is bright."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def test_infidelity_by_hand():
 
 
 def test_infidelity_is_captums_relative_to_the_change():
-    """Captum leaves the error in squared units of the score; ours is relative to the change."""
+    """Captum gives the error in squared units of the score; ours is relative to the change."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3))
     x, black = torch.rand(1, 3, 12, 12), torch.zeros(1, 3, 12, 12)
@@ -102,15 +102,15 @@ def test_max_sensitivity_is_captums():
         lambda inputs: (explain(inputs[0] if isinstance(inputs, tuple) else inputs),),
         x, perturb_func=lambda points: noisy, n_perturb_samples=5,
     )  # fmt: skip
-    found = max_sensitivity(explain(x)[0].numpy(), list(explain(noisy).numpy()))
-    assert found == pytest.approx(float(theirs), rel=1e-5)
+    ours = max_sensitivity(explain(x)[0].numpy(), list(explain(noisy).numpy()))
+    assert ours == pytest.approx(float(theirs), rel=1e-5)
     assert max_sensitivity(np.zeros((3, 2, 2)), [np.ones((3, 2, 2))]) is None
 
 
 def test_plain_map_of_a_linear_network_is_exact():
     subject = patch_subject(PERFECT)
-    found = plain_map(subject.network, subject.x, subject.baseline, subject.target, 2)
-    assert found == pytest.approx(PERFECT, rel=1e-5)
+    attributions = plain_map(subject.network, subject.x, subject.baseline, subject.target, 2)
+    assert attributions == pytest.approx(PERFECT, rel=1e-5)
 
 
 # ------------------------------------------------------------------ model randomisation
@@ -148,13 +148,14 @@ def test_the_map_of_another_tool_is_not_compared_with_those_of_the_first_method(
     ours = replace(patch_subject(PERFECT), method=plain_map)
     theirs = replace(ours, attributions=np.roll(PERFECT, SIDE // 2, axis=1))
     needing_maps = ('recomputed_correlation', 'randomised_correlation', 'broad_sensitivity')
-    known = evaluate(ours, SMALL).metrics
-    assert all(known[name] is not None for name in needing_maps)
-    unknown = evaluate(theirs, SMALL).metrics
-    assert all(unknown[name] is None for name in needing_maps)
-    assert unknown['deletion_margin'] is not None
-    told = evaluate(replace(theirs, method=lambda *_: theirs.attributions), SMALL).metrics
-    assert told['recomputed_correlation'] == pytest.approx(1)
+    with_method = evaluate(ours, SMALL).metrics
+    assert all(with_method[name] is not None for name in needing_maps)
+    without_method = evaluate(theirs, SMALL).metrics
+    assert all(without_method[name] is None for name in needing_maps)
+    assert without_method['deletion_margin'] is not None
+    their_method = replace(theirs, method=lambda *_: theirs.attributions)
+    with_other_method = evaluate(their_method, SMALL).metrics
+    assert with_other_method['recomputed_correlation'] == pytest.approx(1)
     both = replace(ours, attributions=theirs.attributions, method=plain_map)
     assert evaluate(both, SMALL).metrics['recomputed_correlation'] < 0.5
 
@@ -172,11 +173,11 @@ def judged(metrics: dict) -> set[str]:
 
 
 def test_the_exact_map_of_a_patch_scorer_passes():
-    found = evaluate(patch_subject(PERFECT), SMALL).metrics
-    assert found['mass_in_truth'] == pytest.approx(1)
-    assert found['infidelity'] == pytest.approx(0, abs=1e-9)
-    assert found['deletion_margin'] > 0.2 and found['insertion_margin'] > 0.2
-    assert 'beats its controls' in judged(found)
+    metrics = evaluate(patch_subject(PERFECT), SMALL).metrics
+    assert metrics['mass_in_truth'] == pytest.approx(1)
+    assert metrics['infidelity'] == pytest.approx(0, abs=1e-9)
+    assert metrics['deletion_margin'] > 0.2 and metrics['insertion_margin'] > 0.2
+    assert 'beats its controls' in judged(metrics)
 
 
 def test_the_map_of_a_randomised_network_fails_its_control():
@@ -184,9 +185,9 @@ def test_the_map_of_a_randomised_network_fails_its_control():
     other = PatchScorer(np.ones((3, SIDE, SIDE)))
     nn.init.normal_(other.weight, generator=torch.Generator().manual_seed(3))
     wrong = plain_map(other, subject.x, subject.baseline, subject.target, 1)
-    found = evaluate(replace(subject, attributions=wrong), SMALL).metrics
-    assert found['infidelity'] > 0.5
-    assert 'fails its control' in judged(found)
+    metrics = evaluate(replace(subject, attributions=wrong), SMALL).metrics
+    assert metrics['infidelity'] > 0.5
+    assert 'fails its control' in judged(metrics)
 
 
 def test_a_method_that_ignores_the_network_survives_randomisation():
@@ -199,10 +200,10 @@ def test_a_method_that_ignores_the_network_survives_randomisation():
         x=torch.as_tensor(rng.random((1, 3, SIDE, SIDE)), dtype=torch.float32),
         method=edges,
     )
-    found = evaluate(subject, SMALL).metrics
-    assert found['randomised_correlation'] == pytest.approx(1)
-    assert found['randomised_ssim'] == pytest.approx(1)
-    assert 'survives randomisation' in judged(found)
+    metrics = evaluate(subject, SMALL).metrics
+    assert metrics['randomised_correlation'] == pytest.approx(1)
+    assert metrics['randomised_ssim'] == pytest.approx(1)
+    assert 'survives randomisation' in judged(metrics)
     honest = evaluate(replace(subject, method=plain_map), SMALL).metrics
     assert abs(honest['randomised_correlation']) < 0.5
     assert 'survives randomisation' not in judged(honest)
@@ -211,16 +212,18 @@ def test_a_method_that_ignores_the_network_survives_randomisation():
 def test_a_map_of_one_sign_does_not_survive_by_where_the_network_can_see():
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:48, :48] - 24
-    seen = np.exp(-(rows**2 + columns**2) / 30.0)  # falls by many orders: all ranks hang on it
-    one, other = seen * rng.exponential(size=(2, 1, 48, 48)) ** 2
-    assert rank_correlation(one, other) > 0.8
-    assert checks.survival(one, other)['correlation'] < 0.5
-    assert checks.survival(one, 2 * one)['correlation'] == pytest.approx(1)
-    smooth = seen[None] * np.where(columns > 0, -1, 1)  # lies there too, and means another thing
-    assert checks.survival(seen[None], smooth)['correlation'] < 0.5
-    mixed = one * rng.choice((-1, 1), one.shape)  # of both signs: as before
-    assert checks.survival(mixed, other)['correlation'] == pytest.approx(
-        rank_correlation(mixed, other)
+    # It falls by many orders of magnitude, so that all ranks depend on it.
+    receptive_field = np.exp(-(rows**2 + columns**2) / 30.0)
+    first, second = receptive_field * rng.exponential(size=(2, 1, 48, 48)) ** 2
+    assert rank_correlation(first, second) > 0.8
+    assert checks.survival(first, second)['correlation'] < 0.5
+    assert checks.survival(first, 2 * first)['correlation'] == pytest.approx(1)
+    # A map at the same place with another meaning.
+    smooth = receptive_field[None] * np.where(columns > 0, -1, 1)
+    assert checks.survival(receptive_field[None], smooth)['correlation'] < 0.5
+    mixed = first * rng.choice((-1, 1), first.shape)  # of both signs: as before
+    assert checks.survival(mixed, second)['correlation'] == pytest.approx(
+        rank_correlation(mixed, second)
     )
 
 
@@ -231,18 +234,18 @@ def test_a_watermark_is_found_out():
     ig = IntegratedGradients(network, 'cpu', AS_IT_IS)
     explanation = ig.explain(x, num_steps=8)
     assert explanation.predicted_mask.any()
-    found = evaluate_explanation(ig, x, explanation, 'quick')
-    assert found['mass_in_prediction'] == pytest.approx(0, abs=1e-6)
-    assert found['rim_excess'] == pytest.approx(1 / (1 - (28 / 32) ** 2))  # all of it is there
-    assert found['context_radius_50'] > 5
-    assert {'border artefact', 'distant spot'} <= set(judged(found))
+    figures = evaluate_explanation(ig, x, explanation, 'quick')
+    assert figures['mass_in_prediction'] == pytest.approx(0, abs=1e-6)
+    assert figures['rim_excess'] == pytest.approx(1 / (1 - (28 / 32) ** 2))  # all of it is there
+    assert figures['context_radius_50'] > 5
+    assert {'border artefact', 'distant spot'} <= set(judged(figures))
 
 
 # ------------------------------------------------------------------ distant spots
 
 
 def spot_subject(attributions: np.ndarray, decisive: np.ndarray) -> Subject:
-    """A dark image with two bright spots far from the target, one of which alone is the score."""
+    """A dark image with two bright spots far from the target; the score depends on one of them."""
     x = torch.full((1, 3, SIDE, SIDE), 0.25)
     x[:, :, 1:3, 1:3] = x[:, :, -3:-1, -3:-1] = 1.0
     subject = patch_subject(attributions)
@@ -256,17 +259,18 @@ def test_a_spot_far_from_the_target_that_is_the_score(corner):
     where = slice(1, 3) if corner == 'near' else slice(-3, -1)
     spot[where, where] = 1
     patch_and_spot = PERFECT + 1e-5 * spot  # which holds next to nothing of the map
-    found = evaluate(spot_subject(patch_and_spot, spot), SMALL).metrics
-    assert found['distant_spot_effect'] == pytest.approx(1, abs=0.1)  # noise of the fill
+    metrics = evaluate(spot_subject(patch_and_spot, spot), SMALL).metrics
+    assert metrics['distant_spot_effect'] == pytest.approx(1, abs=0.1)  # noise of the fill
     middle = np.nonzero(spot)[0].mean()
-    assert abs(found['distant_spot_x'] - middle) <= 2 and abs(found['distant_spot_y'] - middle) <= 2
+    assert abs(metrics['distant_spot_x'] - middle) <= 2
+    assert abs(metrics['distant_spot_y'] - middle) <= 2
 
 
 def test_a_spot_that_decides_nothing_is_not_cried_over():
     spot = np.zeros((SIDE, SIDE))
     spot[1:3, 1:3] = 1
-    found = evaluate(spot_subject(np.repeat(spot[None], 3, axis=0), PATCH), SMALL).metrics
-    assert found['distant_spot_effect'] in (None, pytest.approx(0, abs=0.05))
+    metrics = evaluate(spot_subject(np.repeat(spot[None], 3, axis=0), PATCH), SMALL).metrics
+    assert metrics['distant_spot_effect'] in (None, pytest.approx(0, abs=0.05))
 
 
 def test_the_strongest_square_is_wholly_far_away():
@@ -287,9 +291,9 @@ def test_the_strongest_square_is_wholly_far_away():
 
 
 def test_where_the_target_leaves_no_far_place_nothing_is_said_of_spots():
-    found = evaluate(replace(patch_subject(PERFECT), prediction=np.ones_like(PATCH)), SMALL)
-    assert found.metrics['distant_spot_effect'] is None
-    assert found.metrics['distant_spot_x'] is None
+    evaluation = evaluate(replace(patch_subject(PERFECT), prediction=np.ones_like(PATCH)), SMALL)
+    assert evaluation.metrics['distant_spot_effect'] is None
+    assert evaluation.metrics['distant_spot_x'] is None
 
 
 # ------------------------------------------------------------------ the whole
@@ -299,19 +303,19 @@ def test_where_the_target_leaves_no_far_place_nothing_is_said_of_spots():
     'attributions', [np.zeros((3, SIDE, SIDE)), np.ones((3, SIDE, SIDE))], ids=['zero', 'constant']
 )
 def test_maps_that_say_nothing_never_give_nan(attributions):
-    found = evaluate(patch_subject(attributions), SMALL)
-    assert set(found.metrics) == set(METRICS)
-    assert all(value is None or math.isfinite(value) for value in found.metrics.values())
-    json.dumps(found.details, allow_nan=False)
+    evaluation = evaluate(patch_subject(attributions), SMALL)
+    assert set(evaluation.metrics) == set(METRICS)
+    assert all(value is None or math.isfinite(value) for value in evaluation.metrics.values())
+    json.dumps(evaluation.details, allow_nan=False)
 
 
 def test_the_same_seed_gives_the_same_result():
-    one, again = (evaluate(patch_subject(PERFECT), SMALL, seed=5) for _ in range(2))
-    assert one == again
+    first, second = (evaluate(patch_subject(PERFECT), SMALL, seed=5) for _ in range(2))
+    assert first == second
 
 
 class Counting(nn.Module):
-    """Counts what goes through a network."""
+    """A network that counts its forward passes and gradients."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -37,11 +37,11 @@ def areas(attributions: np.ndarray, fill: str = 'baseline', points: int = 16) ->
 
 
 def test_curves_of_the_exact_map_by_hand():
-    found = areas(PERFECT)  # a quarter of the pixels hold the whole score
-    assert found['deletion']['attribution'] == pytest.approx(1 / 8)
-    assert found['insertion']['attribution'] == pytest.approx(7 / 8)
-    assert found['deletion']['random'] == pytest.approx(0.5, abs=0.03)
-    assert found['insertion']['random'] == pytest.approx(0.5, abs=0.03)
+    areas_of_map = areas(PERFECT)  # a quarter of the pixels hold the whole score
+    assert areas_of_map['deletion']['attribution'] == pytest.approx(1 / 8)
+    assert areas_of_map['insertion']['attribution'] == pytest.approx(7 / 8)
+    assert areas_of_map['deletion']['random'] == pytest.approx(0.5, abs=0.03)
+    assert areas_of_map['insertion']['random'] == pytest.approx(0.5, abs=0.03)
 
 
 def test_curves_of_an_inverted_and_of_a_constant_map():
@@ -55,16 +55,16 @@ def test_curves_of_an_inverted_and_of_a_constant_map():
 def test_a_displaced_map_is_the_same_elsewhere():
     relevance = np.random.default_rng(0).random((20, 30))
     moved = [displaced(relevance, np.random.default_rng(seed)) for seed in range(3)]
-    for one in moved:
-        assert sorted(one.ravel()) == sorted(relevance.ravel())
-        assert (one == relevance).mean() < 0.1
+    for copy in moved:
+        assert sorted(copy.ravel()) == sorted(relevance.ravel())
+        assert (copy == relevance).mean() < 0.1
     assert not np.array_equal(moved[0], moved[1])
     again = displaced(relevance, np.random.default_rng(0))
     assert np.array_equal(moved[0], again)
 
 
 def test_the_exact_map_beats_itself_in_the_wrong_place_and_a_random_one_does_not():
-    """What the patch network sees: a quarter of the image."""
+    """The network depends on a patch, a quarter of the image."""
     exact = evaluate(patch_subject(PERFECT), CHECKED).metrics
     assert exact['deletion_margin'] > 0.3 and exact['insertion_margin'] > 0.3
     noise = np.random.default_rng(0).normal(size=PERFECT.shape)
@@ -94,15 +94,15 @@ def test_what_is_not_sane_is_not_counted():
 
 
 def test_quick_costs_no_more_than_77_forward_passes_and_full_than_487():
-    """And one gradient; a gradient is as much work as three forward passes."""
+    """Also one gradient, which costs as much as three forward passes."""
     quick = EFFORTS['quick']
     assert quick.forwards() + FORWARDS_A_GRADIENT * quick.gradients() <= 77 + FORWARDS_A_GRADIENT
     assert EFFORTS['full'].forwards() <= 487 and EFFORTS['full'].gradients() <= 121
 
 
 def test_deletion_by_pixel_is_quantus_pixel_flipping():
-    """The same scores at the same steps; Quantus leaves them in units of the model's output, and
-    its area in steps, which makes images incomparable."""
+    """The scores are the same at the same steps. Quantus gives them in units of the model's output,
+    and the area in steps, so that images cannot be compared."""
     quantus = pytest.importorskip('quantus', reason='pip install --no-deps quantus')
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.Tanh(), nn.Conv2d(4, 1, 1)).eval()
@@ -136,8 +136,9 @@ def test_deletion_by_pixel_is_quantus_pixel_flipping():
 def test_a_fill_that_changes_nothing_gives_no_area():
     subject = patch_subject(PERFECT)
     effort = Effort(fills=('blur',), units=('pixel',), points=4, displaced=1, random_maps=1)
-    found = evaluate(subject, effort)  # the image is even: its blur is itself
-    assert found.metrics['deletion_area'] is None and found.metrics['insertion_margin'] is None
+    evaluation = evaluate(subject, effort)  # the image is even: its blur is itself
+    assert evaluation.metrics['deletion_area'] is None
+    assert evaluation.metrics['insertion_margin'] is None
 
 
 def test_removal_order_by_hand():

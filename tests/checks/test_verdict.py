@@ -89,9 +89,9 @@ def test_each_rule_at_its_threshold(figures, expected):
 
 def test_what_to_do_comes_first_then_concerns():
     figures = {'attribution_ratio_in_target': 3.0, 'map_error': 0.5, 'rim_excess': 3.0}
-    found = findings(figures | SETTINGS)
-    assert [finding.level for finding in found[1:]] == [CONCERN, NOTE, GOOD]
-    assert found[0].flag == 'not checked' and '--evaluate quick' in found[0].text
+    results = findings(figures | SETTINGS)
+    assert [finding.level for finding in results[1:]] == [CONCERN, NOTE, GOOD]
+    assert results[0].flag == 'not checked' and '--evaluate quick' in results[0].text
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_what_to_do_comes_first_then_concerns():
     ],
 )
 def test_the_first_sentence_says_what_to_do(figures, flag):
-    found = findings(figures | SETTINGS)
-    assert found[0].flag == flag and found[0].text.endswith('.')
-    assert [one.flag for one in found].count(flag) == 1
+    results = findings(figures | SETTINGS)
+    assert results[0].flag == flag and results[0].text.endswith('.')
+    assert [finding.flag for finding in results].count(flag) == 1
 
 
 def test_a_true_map_may_raise_doubts_about_the_model():
@@ -124,7 +124,7 @@ def test_a_true_map_may_raise_doubts_about_the_model():
 
 
 def test_a_check_that_tells_nothing_is_not_said_to_be_missing():
-    """Of an image so small that removing parts of it tells nothing about any map."""
+    """The image is so small that removing parts of it says nothing about any map."""
     settings = {'settings': SETTINGS['settings'] | {'evaluate': 'quick'}}
     (first,) = findings(SETTINGS | settings | {'deletion_margin': None})
     assert first.flag == 'not checked' and '--evaluate' not in first.text
@@ -132,9 +132,9 @@ def test_a_check_that_tells_nothing_is_not_said_to_be_missing():
 
 def test_what_a_tolerance_promises_is_no_concern():
     figures = {'completeness_gap': 0.08, 'settings': {'gap_tolerance': 0.05, 'tolerance': 0.1}}
-    assert 'gap too large' not in [one.flag for one in findings(figures)]
+    assert 'gap too large' not in [finding.flag for finding in findings(figures)]
     figures['completeness_gap'] = 0.11
-    assert 'gap too large' in [one.flag for one in findings(figures)]
+    assert 'gap too large' in [finding.flag for finding in findings(figures)]
 
 
 def test_every_text_can_be_written_and_every_threshold_is_used():
@@ -150,8 +150,8 @@ def test_every_text_can_be_written_and_every_threshold_is_used():
     shown = figures | {'baseline_contrast': None, 'deletion_margin': None}  # nothing is hidden
     for threshold in (field.name for field in fields(Thresholds)):
         assert any(
-            flags(one, **{threshold: -9.0}) != flags(one, **{threshold: 9.0})
-            for one in (figures, shown)
+            flags(example, **{threshold: -9.0}) != flags(example, **{threshold: 9.0})
+            for example in (figures, shown)
         ), threshold
 
 

@@ -111,11 +111,11 @@ def test_implementation_invariance_batch_norm_folded_or_not():
 def test_linearity_in_the_target(exact_ig, brain_detail):
     generator = torch.Generator().manual_seed(0)
     first, second = torch.rand(2, 1, 64, 64, generator=generator) / 64**2
-    one, two, both = (
+    map_of_first, map_of_second, map_of_sum = (
         exact_ig.explain(brain_detail, Target('t', weights), num_steps=5).attributions
         for weights in (first, second, 2 * first - 3 * second)
     )
-    assert relative_error(both, 2 * one - 3 * two) < 1e-5
+    assert relative_error(map_of_sum, 2 * map_of_first - 3 * map_of_second) < 1e-5
 
 
 def test_exchanging_image_and_baseline_changes_the_sign(exact_ig, brain_detail):
@@ -136,8 +136,8 @@ def test_image_equal_to_baseline_gives_zero_and_no_gap(ig, brain):
     [(9.0, 10.0, 0.0, 0.1), (-9.0, -10.0, 0.0, 0.1), (1.0, 5.0, 5.0, None), (0.0, 0.0, 0.0, None)],
 )
 def test_completeness_gap_by_hand(total, score, low, gap):
-    found = module.completeness_gap(total, score, low)
-    assert found == (None if gap is None else pytest.approx(gap))
+    computed = module.completeness_gap(total, score, low)
+    assert computed == (None if gap is None else pytest.approx(gap))
 
 
 # ------------------------------------------------------------------ an independent implementation

@@ -1,4 +1,4 @@
-"""Baselines in pixel space, and whether one of them hides the target."""
+"""Baselines in pixel space, and whether a baseline hides the target."""
 
 from dataclasses import replace
 
@@ -97,7 +97,7 @@ def discs(dark: bool) -> np.ndarray:
 
 
 def finder(dark: bool) -> IntegratedGradients:
-    """A network that predicts what is dark, or bright, and answers to its surroundings."""
+    """A network that predicts dark pixels, or bright ones, by their surroundings."""
     net = torch.nn.Conv2d(3, 1, 3, padding=1)
     with torch.no_grad():
         net.weight.fill_(-1.0 if dark else 1.0)
@@ -117,7 +117,9 @@ def test_auto_takes_no_baseline_that_hides_the_target(dark):
     hidden, chosen = by_kind[hiding], by_kind['auto']
     assert hidden['baseline_contrast'] < 0.8 < chosen['baseline_contrast']
     assert chosen['baseline'] != hiding and 'baseline auto' in chosen['notes'][0]
-    flags = [[finding['flag'] for finding in one['verdict']] for one in (hidden, chosen)]
+    flags = [
+        [finding['flag'] for finding in statistics['verdict']] for statistics in (hidden, chosen)
+    ]
     assert flags[0][:2] == ['do not trust', 'baseline hides the target']
     assert not {'good focus', 'background focus'} & set(flags[0]) and 'good focus' in flags[1]
     assert 'hides the target' in accuracy_warning(hidden)
@@ -126,11 +128,11 @@ def test_auto_takes_no_baseline_that_hides_the_target(dark):
 
 def test_a_target_is_judged_by_its_own_region():
     ig, image = finder(True), discs(True)
-    one, other = (
+    first, second = (
         describe_image(ig, 'a', image, None, Settings(num_steps=4, target=target, baseline='white'))
         for target in ('object:1', 'object:2')
     )
-    for statistics, arrays in (one, other):
+    for statistics, arrays in (first, second):
         maps, region = np.abs(arrays['attributions']).sum(axis=0), arrays['region']
         others = arrays['predicted_mask'] & ~region
         elsewhere = ~(region | others)
@@ -140,8 +142,8 @@ def test_a_target_is_judged_by_its_own_region():
             maps[others].sum() / maps.sum(), abs=1e-9)  # fmt: skip
         assert statistics['attribution_ratio_in_target'] == pytest.approx(
             maps[region].mean() / maps[elsewhere].mean(), rel=1e-5)  # fmt: skip
-    assert one[0]['target_area'] > other[0]['target_area']
-    assert one[0]['share_in_target'] > 0.5
+    assert first[0]['target_area'] > second[0]['target_area']
+    assert first[0]['share_in_target'] > 0.5
 
 
 def test_letterbox_padding_counts_in_no_contrast():
@@ -161,7 +163,9 @@ def test_letterbox_padding_counts_in_no_contrast():
 
 def test_auto_never_takes_the_black_image_for_stained_nuclei():
     ig = IntegratedGradients(load_model(ROOT / 'demo' / 'nuclei_model.pth', 'cpu'), 'cpu')
-    samples = [one for one in list_samples(ROOT / 'demo' / 'nuclei') if 'histology' in one.name]
+    samples = [
+        sample for sample in list_samples(ROOT / 'demo' / 'nuclei') if 'histology' in sample.name
+    ]
     for sample in samples[::4]:
         x = ig.preprocessing.normalise(ig.preprocessing.resize_image(sample.image()))[0]
         assert ig.explain(x, 'predicted', 'auto', num_steps=1, rule='midpoint').baseline != 'zero'

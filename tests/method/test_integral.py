@@ -1,4 +1,4 @@
-"""The integral: the adaptive rule, tolerances, and whether reported errors are honest."""
+"""The integral: the adaptive rule, tolerances, and whether reported errors are true."""
 
 import weakref
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from integrated_gradients import InputError
 
 
 class Density:
-    """A density from a function of alpha; remembers where it was evaluated."""
+    """A density from a function of alpha, which remembers the alphas at which it was evaluated."""
 
     def __init__(self, function: Callable[[float], torch.Tensor]) -> None:
         self.function, self.nodes = function, []
@@ -32,7 +32,7 @@ def images(values) -> torch.Tensor:
 
 
 def jumping(alpha: float) -> torch.Tensor:
-    """Each of 300 pixels jumps once, most of them between 0.2 and 0.4: a ReLU network."""
+    """Each of 300 pixels jumps once, most of them between 0.2 and 0.4, as with a ReLU network."""
     places = 0.2 + 0.2 * np.random.default_rng(0).beta(2, 2, 300)
     return images([(alpha > places).astype(float)])
 
@@ -55,8 +55,8 @@ SMOOTH_EXACT = images(
 SMOOTH_EXACT[0].view(-1)[0] = 1.0  # rate 0
 
 
-def relative(found: PathIntegral, exact: torch.Tensor) -> float:
-    return float((found.integral - exact).norm() / exact.norm())
+def relative(result: PathIntegral, exact: torch.Tensor) -> float:
+    return float((result.integral - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize('steps', [1, 2, 3, 4, 5, 6, 17, 80])
@@ -69,10 +69,10 @@ def test_the_adaptive_rule_spends_its_steps_and_never_twice_on_a_node(steps):
 
 def test_the_adaptive_rule_is_the_trapezoid_rule_on_its_nodes():
     density = Density(jumping)
-    found = integrate(density, ADAPTIVE, 60)
+    result = integrate(density, ADAPTIVE, 60)
     nodes = np.sort(density.nodes)
     values = torch.cat([jumping(node) for node in nodes]).numpy()
-    assert found.integral[0].numpy() == pytest.approx(np.trapezoid(values, nodes, axis=0))
+    assert result.integral[0].numpy() == pytest.approx(np.trapezoid(values, nodes, axis=0))
     assert np.mean((nodes > 0.19) & (nodes < 0.41)) > 0.8  # it looks where something happens
 
 
@@ -83,28 +83,28 @@ def test_the_adaptive_rule_needs_fewer_steps_where_gradients_jump():
 
 
 def test_memory_of_the_adaptive_rule_is_bounded(monkeypatch):
-    """However many steps: densities are kept for the open intervals, not for all nodes."""
+    """For any number of steps, densities are kept for open intervals only, not for all nodes."""
     monkeypatch.setattr('igseg.method.integral.MAX_OPEN_INTERVALS', 20)
-    kept, most = [], 0
+    references, most = [], 0
 
     def density(alpha):
         nonlocal most
-        found = jumping(alpha)
-        kept.append(weakref.ref(found))
-        most = max(most, sum(reference() is not None for reference in kept))
-        return found
+        values = jumping(alpha)
+        references.append(weakref.ref(values))
+        most = max(most, sum(reference() is not None for reference in references))
+        return values
 
     integrate(Density(density), ADAPTIVE, 400)
-    assert len(kept) == 400 and 20 < most <= 4 * 20
+    assert len(references) == 400 and 20 < most <= 4 * 20
 
 
 @pytest.mark.parametrize('name', RULE_NAMES)
 @pytest.mark.parametrize('function, exact', [(jumping, JUMPING_EXACT), (smooth, SMOOTH_EXACT)])
 def test_all_rules_converge_and_their_reported_error_is_honest(name, function, exact):
     for steps in (7, 15, 31, 63):
-        found = integrate(Density(function), name, steps)
-        (reported,) = found.relative_errors().tolist()
-        true = relative(found, exact)
+        result = integrate(Density(function), name, steps)
+        (reported,) = result.relative_errors().tolist()
+        true = relative(result, exact)
         assert true <= 1.1 * reported
         if name == ADAPTIVE and function is jumping:
             assert reported < 3 * true  # not only cautious, but near
@@ -114,8 +114,8 @@ def test_all_rules_converge_and_their_reported_error_is_honest(name, function, e
 @pytest.mark.parametrize('name', [ADAPTIVE, *NESTED])
 def test_a_tolerance_is_reached_without_computing_anything_twice(name):
     density = Density(jumping)
-    found = integrate(density, name, 2000, lambda found: float(found.relative_errors()) < 0.01)
-    assert relative(found, JUMPING_EXACT) < 0.01 or name == 'gauss-kronrod'  # it ends at 63
+    result = integrate(density, name, 2000, lambda result: float(result.relative_errors()) < 0.01)
+    assert relative(result, JUMPING_EXACT) < 0.01 or name == 'gauss-kronrod'  # it ends at 63
     assert len({round(node, 9) for node in density.nodes}) == len(density.nodes)
     if name == ADAPTIVE:
         assert len(density.nodes) < 100
@@ -123,9 +123,9 @@ def test_a_tolerance_is_reached_without_computing_anything_twice(name):
 
 def test_tolerance_needs_a_nested_rule_and_enough_steps():
     with pytest.raises(InputError, match='not nested'):
-        integrate(Density(smooth), 'gauss-legendre', 100, lambda found: True)
+        integrate(Density(smooth), 'gauss-legendre', 100, lambda result: True)
     with pytest.raises(InputError, match='at least 3'):
-        integrate(Density(smooth), 'midpoint', 2, lambda found: True)
+        integrate(Density(smooth), 'midpoint', 2, lambda result: True)
 
 
 def test_of_several_targets_the_less_exact_decides():
@@ -134,17 +134,17 @@ def test_of_several_targets_the_less_exact_decides():
 
     alone, together = Density(jumping), Density(both)
     integrate(alone, ADAPTIVE, 40)
-    found = integrate(together, ADAPTIVE, 40)
+    result = integrate(together, ADAPTIVE, 40)
     near = [sum(0.2 < node < 0.4 for node in d.nodes) for d in (alone, together)]
     assert near[1] > 0.6 * near[0]  # the large target does not drown the small one
-    assert found.relative_errors().shape == (2,)
+    assert result.relative_errors().shape == (2,)
 
 
 def test_constant_and_zero_densities():
     for value in (0.0, 3.0):
-        found = integrate(Density(lambda _, v=value: torch.full((1, 3, 2, 2), v)), ADAPTIVE, 20)
-        assert torch.allclose(found.integral, torch.tensor(value))
-        assert not found.error.variance.any()
+        result = integrate(Density(lambda _, v=value: torch.full((1, 3, 2, 2), v)), ADAPTIVE, 20)
+        assert torch.allclose(result.integral, torch.tensor(value))
+        assert not result.error.variance.any()
     assert PathIntegral(torch.zeros(1, 3, 2, 2)).relative_errors() is None
     assert integrate(Density(smooth), 'midpoint', 1).relative_errors() is None
 
@@ -163,8 +163,8 @@ def test_polynomial_networks_in_closed_form():
     for name, steps in (('gauss-legendre', 2), ('clenshaw-curtis', 5), ('gauss-kronrod', 3)):
         assert relative(integrate(Density(density), name, steps), exact) < 1e-12
     for name in RULE_NAMES:
-        found = integrate(Density(density), name, 15)
-        assert relative(found, exact) <= 1e-12 + float(found.relative_errors()) < 0.2
+        result = integrate(Density(density), name, 15)
+        assert relative(result, exact) <= 1e-12 + float(result.relative_errors()) < 0.2
 
 
 class ReluNetwork(nn.Module):
@@ -178,8 +178,8 @@ class ReluNetwork(nn.Module):
 
     def before(self, points):
         """Inputs of both ReLU layers, (points, 80)."""
-        one = self.first(points)
-        return torch.cat([one, self.second(one.relu())], dim=1)
+        first_inputs = self.first(points)
+        return torch.cat([first_inputs, self.second(first_inputs.relu())], dim=1)
 
     def forward(self, points):
         return self.last(self.second(self.first(points).relu()).relu())[:, 0]
@@ -190,22 +190,22 @@ class ReluNetwork(nn.Module):
 
 
 def breakpoints(network, start, change) -> np.ndarray:
-    """Where a ReLU switches on the line: between two of them, all inputs are linear in alpha.
+    """The alphas at which a ReLU switches. Between two of them, all inputs are linear in alpha.
 
     ExactLine (Sotoudeh and Thakur, NeurIPS 2019): solve the first layer, then between its
     breakpoints the second.
     """
     with torch.no_grad():
-        found = np.array([0.0, 1.0])
+        points = np.array([0.0, 1.0])
         for layer in (slice(0, 40), slice(40, 80)):
-            ends = network.before(start + torch.from_numpy(found)[:, None] * change)[:, layer]
+            ends = network.before(start + torch.from_numpy(points)[:, None] * change)[:, layer]
             low, high = ends[:-1].numpy(), ends[1:].numpy()
             with np.errstate(divide='ignore', invalid='ignore'):
                 share = low / (low - high)
             piece, unit = np.nonzero((share > 0) & (share < 1))
-            new = found[piece] + share[piece, unit] * np.diff(found)[piece]
-            found = np.unique(np.concatenate([found, new]))
-    return found
+            new = points[piece] + share[piece, unit] * np.diff(points)[piece]
+            points = np.unique(np.concatenate([points, new]))
+    return points
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -227,11 +227,13 @@ def test_a_relu_network_against_its_exact_integral(seed):
 
     for name in RULE_NAMES:
         for steps in (15, 31, 63):
-            found = integrate(Density(density), name, steps)
+            result = integrate(Density(density), name, steps)
             # one small network: single maps may be off by more, see benchmarks/quadrature.py
-            assert relative(found, exact) <= 1.5 * float(found.relative_errors())
-    found = integrate(Density(density), ADAPTIVE, 1000, lambda f: float(f.relative_errors()) < 0.01)
-    assert relative(found, exact) < 0.01
+            assert relative(result, exact) <= 1.5 * float(result.relative_errors())
+    result = integrate(
+        Density(density), ADAPTIVE, 1000, lambda f: float(f.relative_errors()) < 0.01
+    )
+    assert relative(result, exact) < 0.01
 
 
 def test_fixed_rules_start_with_all_their_nodes_adaptive_with_a_few():
@@ -241,7 +243,7 @@ def test_fixed_rules_start_with_all_their_nodes_adaptive_with_a_few():
 
 
 def test_lengths_outside_open_rules_count_as_uncertain():
-    """The midpoint rule does not see what happens before its first node."""
+    """The midpoint rule has no information about the density before its first node."""
     rule = FIXED_RULES['midpoint'](2)
-    found = sum_rule(Density(lambda alpha: torch.full((1, 3, 1, 1), alpha)), rule)
-    assert float(found.error.variance[0, 0, 0, 0]) == pytest.approx((1.0 / 2 * 0.5) ** 2)
+    result = sum_rule(Density(lambda alpha: torch.full((1, 3, 1, 1), alpha)), rule)
+    assert float(result.error.variance[0, 0, 0, 0]) == pytest.approx((1.0 / 2 * 0.5) ** 2)

@@ -1,4 +1,4 @@
-"""Every method: closed forms, what it promises, the references' numbers, the command line."""
+"""Every method: closed forms, promises, numbers of reference implementations, the command line."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def others() -> torch.Tensor:
 
 
 class Formula(nn.Module):
-    """A network (N, 3, H, W) -> (N, 1, 1, 1) in double precision, from a formula of what its
-    encoder, which changes nothing, gives."""
+    """A network (N, 3, H, W) -> (N, 1, 1, 1) in double precision: a formula of the output of its
+    encoder, which changes nothing."""
 
     def __init__(self, formula) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ OPTIONS = {'occlusion': {'window': 3}, 'smooth': {'samples': 2}}  # so that they
 
 
 class Small(nn.Module):
-    """Smooth, with an encoder that gives a list of features, skipped to a decoder."""
+    """A smooth network with an encoder that gives a list of features, and skip connections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ def explain(ig, x, baseline, method, options=None, **more):
 def test_ig_and_its_mean_gradient_in_closed_form(images):
     x, baseline = images
     ig = explainer(SQUARES)
-    found = explain(ig, x, baseline, 'ig', num_steps=3)
-    torch.testing.assert_close(found.attributions, x**2 - baseline**2)
+    explanation = explain(ig, x, baseline, 'ig', num_steps=3)
+    torch.testing.assert_close(explanation.attributions, x**2 - baseline**2)
     plain = explain(ig, x, baseline, 'ig', num_steps=3, no_multiply=True)
     torch.testing.assert_close(plain.attributions, x + baseline)
     assert plain.completeness_gap is None and plain.promised_sum is None
@@ -149,23 +149,23 @@ def test_gradient_and_input_times_gradient_in_closed_form(images):
 def test_smooth_in_closed_form(images, kind):
     x, baseline = images
     options = {'samples': 5, 'noise': 0.3, 'kind': kind}
-    found = explain(explainer(SQUARES), x, baseline, 'smooth', options, num_steps=3, seed=4)
+    explanation = explain(explainer(SQUARES), x, baseline, 'smooth', options, num_steps=3, seed=4)
     generator = torch.Generator().manual_seed(4)
     spread = 0.3 * float(x.max() - x.min())
     noisy = [x + spread * torch.randn(1, 3, 8, 8, generator=generator)[0] for _ in range(5)]
-    maps = torch.stack([one**2 - baseline**2 for one in noisy])
+    maps = torch.stack([image**2 - baseline**2 for image in noisy])
     square = (maps**2).mean(0)
     expected = {'mean': maps.mean(0), 'square': square, 'variance': square - maps.mean(0) ** 2}
-    torch.testing.assert_close(found.attributions, expected[kind])
+    torch.testing.assert_close(explanation.attributions, expected[kind])
     if kind == 'mean':  # the promise is of the copies, not of the image
-        assert found.promised_sum == pytest.approx(float(maps.sum(dim=(1, 2, 3)).mean()))
-        assert found.completeness_gap < 1e-9
+        assert explanation.promised_sum == pytest.approx(float(maps.sum(dim=(1, 2, 3)).mean()))
+        assert explanation.completeness_gap < 1e-9
     else:
-        assert found.completeness_gap is None and found.map_error < 1e-6
+        assert explanation.completeness_gap is None and explanation.map_error < 1e-6
 
 
 def test_the_error_of_second_moments_is_that_of_what_they_are_made_of(images):
-    """Of a function with a jump in its gradient: what few steps miss, the error covers."""
+    """The gradient of the function jumps; the estimated error covers the error of few steps."""
     x, baseline = images
     ig = explainer(Formula(lambda v: (v - 0.5).relu().pow(2).sum((1, 2, 3))))
     for kind in ('square', 'variance'):
@@ -180,15 +180,19 @@ def test_the_error_of_second_moments_is_that_of_what_they_are_made_of(images):
 
 def test_expected_in_closed_form_within_its_standard_error(images, others):
     x, baseline = images
-    found = explain(explainer(SQUARES), x, baseline, 'expected', num_steps=1500, references=others)
+    explanation = explain(
+        explainer(SQUARES), x, baseline, 'expected', num_steps=1500, references=others
+    )
     exact = (x**2 - others**2).mean(dim=0)
-    error = (found.attributions - exact).sum(dim=0).abs()
-    ratio = error / found.uncertainty
+    error = (explanation.attributions - exact).sum(dim=0).abs()
+    ratio = error / explanation.uncertainty
     assert 0.3 < float(ratio.square().mean()) < 3  # of 64 sums, in standard errors
-    assert relative_error(found.attributions, exact) == pytest.approx(found.map_error, rel=0.5)
-    assert found.promised_sum == pytest.approx(float(exact.sum()))
-    assert found.completeness_gap < 4 * found.gap_error
-    assert found.baseline == '6 other images' and found.rule == 'stratified'
+    assert relative_error(explanation.attributions, exact) == pytest.approx(
+        explanation.map_error, rel=0.5
+    )
+    assert explanation.promised_sum == pytest.approx(float(exact.sum()))
+    assert explanation.completeness_gap < 4 * explanation.gap_error
+    assert explanation.baseline == '6 other images' and explanation.rule == 'stratified'
 
 
 def test_the_standard_error_falls_with_the_draws_and_a_tolerance_asks_for_as_many(images, others):
@@ -196,8 +200,9 @@ def test_the_standard_error_falls_with_the_draws_and_a_tolerance_asks_for_as_man
     run = partial(explain, explainer(SQUARES), x, baseline, 'expected', references=others)
     few, many = run(num_steps=100), run(num_steps=1600)
     assert many.map_error == pytest.approx(few.map_error / 4, rel=0.4)
-    kept = run(tolerance=0.1, max_steps=5000)
-    assert kept.within_tolerance and kept.map_error <= 0.1 and 16 < kept.steps < 1600
+    explanation = run(tolerance=0.1, max_steps=5000)
+    assert explanation.within_tolerance and explanation.map_error <= 0.1
+    assert 16 < explanation.steps < 1600
 
 
 def test_draws_are_stratified_and_what_is_no_chance_has_no_error():
@@ -205,9 +210,9 @@ def test_draws_are_stratified_and_what_is_no_chance_has_no_error():
     (nodes,) = rule.sets(10, refined=False)
     assert [int(5 * node) for node in nodes] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert len(list(rule.sets(50, refined=True))) == 3  # of 16 each
-    found = integrate(lambda alphas: [torch.ones(1, 3, 2, 2)] * len(alphas), rule, 10)
-    assert found.integral.eq(1).all() and not found.error.uncertainty.any()
-    assert found.sum_variance.item() == 0 and found.evaluations == 10
+    integral = integrate(lambda alphas: [torch.ones(1, 3, 2, 2)] * len(alphas), rule, 10)
+    assert integral.integral.eq(1).all() and not integral.error.uncertainty.any()
+    assert integral.sum_variance.item() == 0 and integral.evaluations == 10
 
 
 def test_the_same_alpha_draws_the_same_baseline_and_all_are_drawn(others):
@@ -221,7 +226,7 @@ def test_the_same_alpha_draws_the_same_baseline_and_all_are_drawn(others):
 
 
 def test_the_blur_path_in_closed_form():
-    """Of a cosine wave, which every blur leaves one: exp(-sigma^2 w^2 / 2) of it."""
+    """A blur multiplies a cosine wave by exp(-sigma^2 w^2 / 2)."""
     n = torch.arange(16).double()
     wave = torch.cos(torch.pi * 3 * (n + 0.5) / 16)  # 3 half waves
     x = wave.expand(1, 3, 16, 16)
@@ -237,19 +242,23 @@ def test_the_blur_path_in_closed_form():
 
 def test_blur_has_a_completeness_of_its_own(images):
     x, baseline = images
-    found = explain(explainer(SQUARES), x, baseline, 'blur', {'sigma': 0.5}, num_steps=200)
+    explanation = explain(explainer(SQUARES), x, baseline, 'blur', {'sigma': 0.5}, num_steps=200)
     most = BlurPath(x[None], 4.0).at(torch.zeros(1).double())[0][0]
-    assert found.promised_sum == pytest.approx(float((x**2).sum() - (most**2).sum()))
-    assert found.completeness_gap < 1e-3 and found.baseline == 'blurred (sigma 4 px)'
-    assert found.baseline_pixels == pytest.approx(255 * most.permute(1, 2, 0).numpy(), abs=1e-3)
+    assert explanation.promised_sum == pytest.approx(float((x**2).sum() - (most**2).sum()))
+    assert explanation.completeness_gap < 1e-3 and explanation.baseline == 'blurred (sigma 4 px)'
+    assert explanation.baseline_pixels == pytest.approx(
+        255 * most.permute(1, 2, 0).numpy(), abs=1e-3
+    )
 
 
 def test_guided_of_a_square_is_ig_whatever_its_path(images):
-    """The gradient of one input hangs on that input alone: every path gives x^2 - x'^2."""
+    """The gradient of an input depends on this input alone, so every path gives x^2 - x'^2."""
     x, baseline = images
-    found = explain(explainer(SQUARES), x, baseline, 'guided', {'max_dist': 0.3}, num_steps=40)
-    torch.testing.assert_close(found.attributions, x**2 - baseline**2)
-    assert found.completeness_gap < 1e-9 and found.map_error is None
+    explanation = explain(
+        explainer(SQUARES), x, baseline, 'guided', {'max_dist': 0.3}, num_steps=40
+    )
+    torch.testing.assert_close(explanation.attributions, x**2 - baseline**2)
+    assert explanation.completeness_gap < 1e-9 and explanation.map_error is None
 
 
 def test_guided_moves_what_has_the_least_gradient_first():
@@ -264,22 +273,22 @@ def test_guided_moves_what_has_the_least_gradient_first():
 
 def test_idgi_in_closed_form(images):
     x, baseline = images
-    found = explain(explainer(SQUARES), x, baseline, 'idgi', num_steps=7)
+    explanation = explain(explainer(SQUARES), x, baseline, 'idgi', num_steps=7)
     expected, ends = torch.zeros_like(x), torch.linspace(0, 1, 8).double().tolist()
     for low, high in pairwise(ends):
         point, after = (baseline + a * (x - baseline) for a in (low, high))
         rise = (after**2).sum() - (point**2).sum()
         expected += (2 * point) ** 2 / ((2 * point) ** 2).sum() * rise
-    torch.testing.assert_close(found.attributions, expected)
-    assert found.completeness_gap < 1e-12
-    assert found.method.completeness == 'construction'
+    torch.testing.assert_close(explanation.attributions, expected)
+    assert explanation.completeness_gap < 1e-12
+    assert explanation.method.completeness == 'construction'
 
 
 def test_occlusion_of_a_linear_score_is_the_mean_of_the_windows_over_a_pixel(images):
     x, baseline = images
     weights = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
     ig = explainer(Formula(lambda v: (v * weights).sum((1, 2, 3))))
-    found = explain(ig, x, baseline, 'occlusion', {'window': 3, 'stride': 2})
+    explanation = explain(ig, x, baseline, 'occlusion', {'window': 3, 'stride': 2})
     worth = (weights * (x - baseline)).sum(dim=0)  # of each pixel
     expected = torch.zeros(8, 8).double()
     for row in range(8):
@@ -291,8 +300,8 @@ def test_occlusion_of_a_linear_score_is_the_mean_of_the_windows_over_a_pixel(ima
                 if r <= row < r + 3 and c <= column < c + 3
             ]
             expected[row, column] = torch.stack(over).mean()
-    torch.testing.assert_close(found.attributions[0], expected)
-    assert found.steps == 16 and found.gradient_evaluations == 0
+    torch.testing.assert_close(explanation.attributions[0], expected)
+    assert explanation.steps == 16 and explanation.gradient_evaluations == 0
     alone = explain(ig, x, baseline, 'occlusion', {'window': 1, 'stride': 1})
     torch.testing.assert_close(alone.attributions[0], worth)
 
@@ -307,16 +316,16 @@ def test_a_layer_that_gives_the_input_itself_explains_as_ig(images):
 
 
 def test_the_stages_of_an_encoder_carry_all_that_follows(images, small):
-    """Not the skip connection alone: the fine stage decides the coarse one too."""
+    """It explains not only the skip connection: the coarse stage depends on the fine one too."""
     x, baseline = images
     ig = explainer(small)
-    found = explain(ig, x, baseline, 'layer:inside.stage1', num_steps=200)
+    explanation = explain(ig, x, baseline, 'layer:inside.stage1', num_steps=200)
     inner = small.inside.first
     same = explain(ig, x, baseline, 'layer:inside.first', num_steps=200)
-    torch.testing.assert_close(found.fine, same.fine)
+    torch.testing.assert_close(explanation.fine, same.fine)
     whole = ig.explain(x, 'image', baseline, num_steps=3)
-    assert found.promised_sum == pytest.approx(whole.promised_sum)  # all goes through it
-    assert found.completeness_gap < 1e-3 and not inner._forward_hooks
+    assert explanation.promised_sum == pytest.approx(whole.promised_sum)  # all goes through it
+    assert explanation.completeness_gap < 1e-3 and not inner._forward_hooks
     coarse = explain(ig, x, baseline, 'layer:inside.stage2', num_steps=50)
     off = abs(coarse.promised_sum / whole.promised_sum - 1)
     assert off > 0.05  # the skip sees the image
@@ -339,17 +348,18 @@ def test_what_a_method_declares_is_what_its_statistics_hold(method, images, othe
     options = (
         {'window': 3} if method == 'occlusion' else {'samples': 2} if method == 'smooth' else {}
     )
-    found = explain(explainer(small), x, baseline, method, options, num_steps=300 if method in (
-        'blur', 'expected') else 60, references=others)  # fmt: skip
-    statistics, declared = explanation_statistics(found), found.method
+    steps = 300 if method in ('blur', 'expected') else 60
+    explanation = explain(explainer(small), x, baseline, method, options, num_steps=steps,
+                          references=others)  # fmt: skip
+    statistics, declared = explanation_statistics(explanation), explanation.method
     assert declared.name == statistics['method'] == method
     assert (statistics['completeness_gap'] is None) == (declared.completeness is None)
     assert (statistics['map_error'] is None) == (not declared.quadrature)
     assert (statistics['rule'] is None) == (not declared.quadrature)
     assert (statistics['baseline'] is None) == (declared.baseline == NO_BASELINE)
-    assert (found.difference is None) == (declared.baseline == NO_BASELINE)
-    assert found.attributions.shape == (3 if declared.channels else 1, 8, 8)
-    assert found.attributions.isfinite().all() and found.attributions.abs().sum() > 0
+    assert (explanation.difference is None) == (declared.baseline == NO_BASELINE)
+    assert explanation.attributions.shape == (3 if declared.channels else 1, 8, 8)
+    assert explanation.attributions.isfinite().all() and explanation.attributions.abs().sum() > 0
     gap, chance = statistics['completeness_gap'], statistics['gap_error']
     assert gap is None or gap < (4 * chance if chance else 0.02)
     json.dumps(statistics, allow_nan=False)
@@ -384,12 +394,12 @@ def test_linear_methods_are_linear_in_the_score(method, images, others):
     options = (
         {'window': 3} if method == 'occlusion' else {'samples': 2} if method == 'smooth' else {}
     )
-    one, other, sum_of = (
+    first, second, sum_of = (
         explain(explainer(n), x, baseline, method, options, num_steps=9, rule='midpoint',
                 references=others).attributions
         for n in (Formula(parts[0]), Formula(parts[1]), both)
     )  # fmt: skip
-    torch.testing.assert_close(sum_of, 2 * one - other)
+    torch.testing.assert_close(sum_of, 2 * first - second)
 
 
 @pytest.mark.parametrize('method', ALL)
@@ -404,37 +414,37 @@ def test_several_targets_get_what_each_gets_alone_and_the_network_is_left_alone(
                   method=method, method_option=options, references=others)  # fmt: skip
     before = {name: value.clone() for name, value in small.state_dict().items()}
     together = run(['image', 'pixel:2,3'])
-    for target, found in zip(('image', 'pixel:2,3'), together, strict=True):
-        torch.testing.assert_close(found.attributions, run([target])[0].attributions)
+    for target, explanation in zip(('image', 'pixel:2,3'), together, strict=True):
+        torch.testing.assert_close(explanation.attributions, run([target])[0].attributions)
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
     assert not any(module._forward_hooks for module in small.modules())
 
 
 @pytest.mark.parametrize('method', ALL)
 def test_the_checks_make_the_methods_own_map(method, images, others, small):
-    """What `again` gives of the same image in as many midpoints is the map itself."""
+    """For the same image and as many midpoints, `again` gives the map itself."""
     x, baseline = images
     options = (
         {'window': 3} if method == 'occlusion' else {'samples': 2} if method == 'smooth' else {}
     )
     ig = explainer(small)
-    found = explain(ig, x, baseline, method, options, num_steps=8, rule='midpoint',
+    explanation = explain(ig, x, baseline, method, options, num_steps=8, rule='midpoint',
                     references=others)  # fmt: skip
-    subject = subject_of(ig, x, found)
+    subject = subject_of(ig, x, explanation)
     again = torch.from_numpy(subject.map_of(8, baseline=baseline[None]))
-    torch.testing.assert_close(again, found.attributions, rtol=1e-6, atol=1e-9)
-    assert bool(subject.others) == (found.method.baseline == USER_BASELINE)
+    torch.testing.assert_close(again, explanation.attributions, rtol=1e-6, atol=1e-9)
+    assert bool(subject.others) == (explanation.method.baseline == USER_BASELINE)
     checked = evaluate(subject, 'quick').metrics
     assert checked['randomised_correlation'] is not None
-    assert (checked['recomputed_correlation'] is None) == (not found.method.settles_early)
+    assert (checked['recomputed_correlation'] is None) == (not explanation.method.settles_early)
 
 
 @pytest.mark.parametrize('name', METHODS)
 def test_a_row_names_a_class_that_has_its_options(name):
     kind = METHODS[name]
     made = resolved(kind.made_by)
-    own = {field.name for field in fields(made)} - {'declared', 'layer', 'multiply'}
-    assert issubclass(made, Method) and own == set(kind.options)
+    options = {field.name for field in fields(made)} - {'declared', 'layer', 'multiply'}
+    assert issubclass(made, Method) and options == set(kind.options)
     assert ('layer' in made.__dataclass_fields__) == kind.layer_of
     assert ('multiply' in made.__dataclass_fields__) == kind.multiplies
     assert kind.declared.name == name and kind.meaning and kind.source
@@ -450,8 +460,8 @@ def test_adding_a_method_is_one_class_and_one_row(images, monkeypatch):
 
     row = MethodKind(Declared('twice', None), 'ig, twice', 'here', Twice)
     monkeypatch.setitem(METHODS, 'twice', row)
-    found = explain(explainer(SQUARES), *images, 'twice', num_steps=3)
-    assert found.method.name == 'twice' and found.completeness_gap is None
+    explanation = explain(explainer(SQUARES), *images, 'twice', num_steps=3)
+    assert explanation.method.name == 'twice' and explanation.completeness_gap is None
 
 
 # ------------------------------------------------------------------ the references' numbers
@@ -485,7 +495,7 @@ def test_smooth_layers_occlusion_and_expected_agree_with_captum(images, others, 
     'kind, theirs', [('mean', 'smoothgrad'), ('square', 'smoothgrad_sq'), ('variance', 'vargrad')]
 )
 def test_smooth_agrees_with_captums_noise_tunnel(images, small, kind, theirs, monkeypatch):
-    """On the same noise, which both are given."""
+    """Both get the same noise."""
     attr = pytest.importorskip('captum.attr')
     x, baseline = images
     generator = torch.Generator().manual_seed(7)
@@ -501,7 +511,7 @@ def test_smooth_agrees_with_captums_noise_tunnel(images, small, kind, theirs, mo
 
 
 def call_of(network):
-    """A network as `saliency` calls it, on images (N, H, W, C)."""
+    """A network as a function that `saliency` can call, for images (N, H, W, C)."""
 
     def call(batch, call_model_args=None, expected_keys=None):
         v = torch.from_numpy(np.moveaxis(np.asarray(batch, np.float64), -1, 1)).requires_grad_()
@@ -517,13 +527,13 @@ def last(image: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture
 def saliency(monkeypatch):
-    """Its 0.2.1 calls an argument of np.quantile that new NumPy lacks."""
+    """Version 0.2.1 uses an argument of np.quantile that new versions of NumPy do not have."""
     if importlib.util.find_spec('saliency') is None:
         pytest.skip('saliency is not installed')
     quantile = np.quantile
 
-    def with_interpolation(a, q, interpolation='linear', **known):
-        return quantile(a, q, method=interpolation, **known)
+    def with_interpolation(a, q, interpolation='linear', **options):
+        return quantile(a, q, method=interpolation, **options)
 
     monkeypatch.setattr(np, 'quantile', with_interpolation)
     import saliency.core
@@ -555,7 +565,7 @@ def test_guided_takes_saliencys_path_and_sums_it_better(images, small, saliency)
 
 
 def test_blur_agrees_with_saliency_where_no_border_is_near(small, saliency):
-    """It pads with black where we reflect, samples the Gaussian, and takes the left Riemann sum."""
+    """saliency pads with black (we reflect), samples the Gaussian, and takes left Riemann sums."""
     generator = torch.Generator().manual_seed(3)
     x = torch.zeros(3, 40, 40).double()
     x[:, 14:26, 14:26] = torch.rand(3, 12, 12, generator=generator).double()
@@ -572,13 +582,13 @@ def test_grad_cam_agrees_with_pytorch_grad_cam(images, small):
 
     x, baseline = images
     for name, layer in (('inside.stage2', small.inside.second), ('encoder', small.encoder)):
-        found = explain(explainer(small), x, baseline, f'gradcam:{name}')
+        explanation = explain(explainer(small), x, baseline, f'gradcam:{name}')
         target = SemanticSegmentationTarget(0, np.ones((8, 8), np.float32))
         with cams.GradCAM(small, [layer]) as cam:
             cam.get_target_width_height = lambda v: None  # not enlarged
             (theirs,) = cam.compute_cam_per_layer(*_after_a_pass(cam, x[None], [target]))
-        low, high = found.fine.min(), found.fine.max()
-        scaled = (found.fine - low) / (high - low)
+        low, high = explanation.fine.min(), explanation.fine.max()
+        scaled = (explanation.fine - low) / (high - low)
         np.testing.assert_allclose(scaled[0].numpy(), np.squeeze(theirs), atol=2e-6)
 
 
@@ -611,11 +621,11 @@ def test_regions_by_hand():
     quarters = [np.zeros((4, 4), bool) for _ in range(3)]
     quarters[0][2:, 2:] = quarters[1][:2, :2] = True
     quarters[2][:2] = True  # the upper half, which holds the second
-    found = rank_regions(relevance, quarters)
-    assert found.ranks.tolist() == [[1, 1, 2, 2]] * 2 + [[4, 4, 3, 3]] * 2
-    assert found.shares == pytest.approx((32 / 44, 8 / 44, 4 / 44, 0))
-    assert [found.needed(part) for part in (50, 80, 95)] == [1, 2, 3]
-    assert found.statistics()['regions_80_area'] == 0.5
+    regions = rank_regions(relevance, quarters)
+    assert regions.ranks.tolist() == [[1, 1, 2, 2]] * 2 + [[4, 4, 3, 3]] * 2
+    assert regions.shares == pytest.approx((32 / 44, 8 / 44, 4 / 44, 0))
+    assert [regions.needed(part) for part in (50, 80, 95)] == [1, 2, 3]
+    assert regions.statistics()['regions_80_area'] == 0.5
     nothing = rank_regions(np.zeros((4, 4)), quarters).statistics()
     assert set(nothing.values()) == {None}
 
@@ -640,7 +650,7 @@ def test_other_images_are_never_the_image_itself(tmp_path):
     image = noise_image(8, 8, 2).astype(np.float32)
     x = PLAIN.normalise(image)
     others = source.tensors(PLAIN, x, 16)
-    assert len(others) == 4 and not any(torch.equal(one[None], x) for one in others)
+    assert len(others) == 4 and not any(torch.equal(image[None], x) for image in others)
     assert 1 <= len(source.tensors(PLAIN, x, 2)) <= 2
     before = source.sha256(16)
     save_image(tmp_path / '0.png', noise_image(8, 8, 9))
@@ -654,11 +664,11 @@ def test_an_unreadable_reference_image_is_left_out_and_said(tmp_path):
     ig = explainer(SQUARES)
     others = ReferenceImages(list_samples(tmp_path), Reading())
     x = ig.preprocessing.normalise(noise_image(8, 8, 9).astype(np.float32))
-    given = ModelInput(x, ig.preprocessing)
-    asked, (method,) = Question(('image',)), build_methods(['expected'])
-    (found,) = ig.explain_with(given, asked, Integration(steps=8), method, others)
-    (note,) = [note for note in found.notes if 'left out of the reference images' in note]
-    assert 'broken.png' in note and found.baseline.startswith('3 other')
+    model_input = ModelInput(x, ig.preprocessing)
+    question, (method,) = Question(('image',)), build_methods(['expected'])
+    (explanation,) = ig.explain_with(model_input, question, Integration(steps=8), method, others)
+    (note,) = [note for note in explanation.notes if 'left out of the reference images' in note]
+    assert 'broken.png' in note and explanation.baseline.startswith('3 other')
     assert len(others.sha256(16)) == 64
 
 
@@ -692,7 +702,7 @@ def test_expected_without_other_images_is_one_sentence(images):
 
 
 @pytest.mark.parametrize(
-    'method, options, said',
+    'method, options, message',
     [
         ('layer', {}, 'not of the form layer:NAME'),
         ('layer:', {}, 'not of the form layer:NAME'),
@@ -714,8 +724,8 @@ def test_expected_without_other_images_is_one_sentence(images):
         ('ig gradient', {}, 'an explanation is of one method'),
     ],
 )
-def test_errors_are_one_sentence_that_helps(method, options, said, images, small):
-    with pytest.raises(InputError, match=said):
+def test_errors_are_one_sentence_that_helps(method, options, message, images, small):
+    with pytest.raises(InputError, match=message):
         explain(explainer(small), *images, method, options)
 
 
@@ -740,27 +750,27 @@ def test_every_method_runs_from_the_command_line(tmp_path):
                  '--output_dir', str(tmp_path)]  # fmt: skip
     assert main(arguments) == 0
     for method in ON_DEMO:
-        own = tmp_path / f'{DEMO_IMAGE.stem}_{method.replace(":", "-")}'
-        statistics = load_view(own)[1]
+        folder = tmp_path / f'{DEMO_IMAGE.stem}_{method.replace(":", "-")}'
+        statistics = load_view(folder)[1]
         assert statistics['method'] == method and statistics['methods'] == ON_DEMO
 
 
-def never(*arguments, **known):
+def never(*arguments, **named):
     raise AssertionError('computed again')
 
 
 def test_methods_side_by_side_and_their_regions(tmp_path, monkeypatch):
-    """Their figures are there, are drawn again where they are lost, and nothing is computed."""
+    """Their figures are written, and drawn again if they are missing, without a new explanation."""
     methods = ['blur', 'gradcam:encoder.stage4', 'occlusion']
     arguments = [*DEMO_LINE, '--image_path', str(DEMO_IMAGE), '--method', *methods,
                  '--method_option', 'window=32', '--segments', 'xrai', '--figures', 'png',
                  '--output_dir', str(tmp_path)]  # fmt: skip
     assert main(arguments) == 0
-    together, own = tmp_path / f'{DEMO_IMAGE.stem}_methods.png', f'{DEMO_IMAGE.stem}_blur'
-    view, statistics = load_view(tmp_path / own)
+    together, folder = tmp_path / f'{DEMO_IMAGE.stem}_methods.png', f'{DEMO_IMAGE.stem}_blur'
+    view, statistics = load_view(tmp_path / folder)
     assert 1 <= statistics['regions_50'] <= statistics['regions_95'] <= view.regions.max()
     assert statistics['regions_50_area'] <= statistics['regions_95_area']
-    regions, before = tmp_path / own / f'{own}_regions.png', together.read_bytes()
+    regions, before = tmp_path / folder / f'{folder}_regions.png', together.read_bytes()
     distrusted = statistics | {'method': 'other', 'verdict': [{'flag': 'do not trust'}]}
     within = statistics | {'completeness_gap': 0.0, 'baseline_contrast': None, 'verdict': []}
     for several, warned in ([within], False), ([within, distrusted], True):
@@ -780,11 +790,11 @@ def test_a_batch_of_methods_resumes_where_it_stopped(tmp_path, monkeypatch):
     assert main([*arguments, str(tmp_path / 'whole')]) == 0
     explained, calls = IntegratedGradients.explain_with, []
 
-    def stops(self, *known, **more):
+    def stops(self, *arguments_before, **more):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return explained(self, *known, **more)
+        return explained(self, *arguments_before, **more)
 
     monkeypatch.setattr(IntegratedGradients, 'explain_with', stops)
     assert main([*arguments, str(tmp_path / 'parts')]) == 130
@@ -804,8 +814,8 @@ def test_a_tolerance_that_a_method_cannot_keep_to_is_status_2(capsys):
     line = [*DEMO_LINE, '--image_path', str(DEMO_IMAGE), '--method', 'ig', 'occlusion']
     at = line.index('--num_steps')
     assert main([*line[:at], '--tolerance', '0.1', *line[at + 2 :]]) == 2
-    said = capsys.readouterr().err
-    assert said.count('\n') == 1 and 'occlusion has no integral for' in said
+    message = capsys.readouterr().err
+    assert message.count('\n') == 1 and 'occlusion has no integral for' in message
     assert integrated_gradients.METHODS is METHODS
 
 

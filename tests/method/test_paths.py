@@ -1,4 +1,4 @@
-"""Paths in closed form, the ten-line reference, and what a new kind of path needs: one class."""
+"""Paths in closed form, the ten-line reference, and new kinds of paths, which need only a class."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_a_straight_path_has_one_velocity(images):
 
 def test_the_reference_in_closed_form(images):
     baseline, x = images
-    found = plain_map(Function(lambda v: (v**2).sum((1, 2, 3))), x, baseline, WHOLE, 3)
-    assert found == pytest.approx((x**2 - baseline**2)[0].numpy())
+    attributions = plain_map(Function(lambda v: (v**2).sum((1, 2, 3))), x, baseline, WHOLE, 3)
+    assert attributions == pytest.approx((x**2 - baseline**2)[0].numpy())
 
 
 @pytest.mark.parametrize('baseline_type', ['zero', 'blur'])
@@ -73,7 +73,7 @@ def test_the_engine_computes_what_the_reference_does(exact_ig, brain_detail, bas
 
 @dataclass(frozen=True)
 class BentPath:
-    """From a baseline to an image, red first: C changes its speed with alpha."""
+    """From a baseline to an image; each channel moves with another speed, red first."""
 
     baseline: torch.Tensor
     image: torch.Tensor
@@ -93,14 +93,14 @@ def test_a_bent_path_is_complete_and_gives_its_own_map(images):
     network = Function(lambda v: v[:, 0, 0, 0] * v[:, 1, 0, 0])
     mean, _, _ = sampled(network, [BentPath(black, x)], x, 'gauss-legendre', 4)
     product = float(x[0, 0, 0, 0] * x[0, 1, 0, 0])
-    found = mean.integral[0]
-    assert float(found.sum()) == pytest.approx(product)
-    assert float(found[0, 0, 0]) == pytest.approx(product / 3)
-    assert float(found[1, 0, 0]) == pytest.approx(2 * product / 3)
+    attributions = mean.integral[0]
+    assert float(attributions.sum()) == pytest.approx(product)
+    assert float(attributions[0, 0, 0]) == pytest.approx(product / 3)
+    assert float(attributions[1, 0, 0]) == pytest.approx(2 * product / 3)
 
 
 def test_a_path_may_end_elsewhere_than_at_the_image(images):
-    """A noisy copy: what is known at the image is not taken for its end."""
+    """The path ends at a noisy copy, so that the results at the image are not those at its end."""
     baseline, x = images
     noisy = x + 0.5
     network = Function(lambda v: (v**3).sum((1, 2, 3)))
@@ -112,7 +112,7 @@ def test_a_path_may_end_elsewhere_than_at_the_image(images):
 
 @dataclass(frozen=True)
 class StratifiedPath:
-    """Another baseline in every stratum of alpha: baselines drawn from data, each asked once."""
+    """Another baseline in every stratum of alpha: baselines from data, each used once."""
 
     baselines: torch.Tensor  # (N, C, H, W)
     image: torch.Tensor
@@ -146,10 +146,10 @@ def test_the_mean_over_paths_is_the_mean_of_their_maps(images):
     mean, samplers, engine = sampled(network, paths, x)
     assert mean.count == 3 and mean.evaluations == 33
     assert engine.gradient_evaluations == 3 * 32 + 1  # the gradient at the image is shared
-    alone = [sampled(network, [path], x)[0] for path in paths]
-    expected = sum(one.integral for one in alone) / 3
+    integrals = [sampled(network, [path], x)[0] for path in paths]
+    expected = sum(single.integral for single in integrals) / 3
     torch.testing.assert_close(mean.integral, expected)
-    squares = sum(one.uncertainty**2 for one in alone)
+    squares = sum(single.uncertainty**2 for single in integrals)
     torch.testing.assert_close(mean.uncertainty, squares.sqrt() / 3)
     assert [float(s.scores[0.0]) for s in samplers] == pytest.approx(
         [float((start**4).sum()) for start in starts]
@@ -167,17 +167,18 @@ def test_one_path_with_a_single_node_leaves_the_error_unknown(images):
 
 
 def test_channels_that_cancel_leave_no_doubt_about_their_sum():
-    """Red and green jump at the same alpha, in opposite directions: each is uncertain, not both."""
+    """Red and green jump at the same alpha in opposite directions: each is uncertain, but not their
+    sum."""
 
     def density(alphas):
         for alpha in alphas:
             jump = float(alpha > 0.3)
             yield torch.tensor([jump, -jump, 1.0]).view(1, 3, 1, 1)
 
-    found = integrate(density, 'midpoint', 8)
-    assert found.error.uncertainty[0, :2].min() > 0.05
-    assert float(found.summed_error.uncertainty.max()) == 0
-    assert found.evaluations == 8
+    result = integrate(density, 'midpoint', 8)
+    assert result.error.uncertainty[0, :2].min() > 0.05
+    assert float(result.summed_error.uncertainty.max()) == 0
+    assert result.evaluations == 8
 
 
 PLACES = np.random.default_rng(0).uniform(size=(1, 3, 5, 5))  # where each pixel jumps
@@ -188,7 +189,7 @@ def jumping(alphas):
 
 
 def test_the_error_of_the_sum_is_that_of_a_one_channel_density():
-    """Accumulated as such, it is what a map of the sums alone would have."""
+    """The error of the sum is accumulated separately, as if the map had only the sums."""
     both = integrate(jumping, 'trapezoid', 17)
     summed = integrate(lambda a: (d.sum(1, keepdim=True) for d in jumping(a)), 'trapezoid', 17)
     torch.testing.assert_close(both.summed_error.uncertainty, summed.error.uncertainty)
@@ -196,19 +197,19 @@ def test_the_error_of_the_sum_is_that_of_a_one_channel_density():
 
 @pytest.mark.parametrize('rule', [ADAPTIVE, 'midpoint', 'trapezoid', 'clenshaw-curtis'])
 def test_the_error_of_the_sum_is_honest(rule):
-    found = integrate(jumping, rule, 33)
-    true = (found.integral - torch.from_numpy(1 - PLACES)).sum(dim=1)
-    assert 0 < float(true.norm()) <= 1.2 * float(found.summed_error.uncertainty.norm())
+    result = integrate(jumping, rule, 33)
+    true = (result.integral - torch.from_numpy(1 - PLACES)).sum(dim=1)
+    assert 0 < float(true.norm()) <= 1.2 * float(result.summed_error.uncertainty.norm())
 
 
 def test_uncertainty_of_an_explanation(ig, brain_detail):
-    found = ig.explain(brain_detail, num_steps=17)
+    explanation = ig.explain(brain_detail, num_steps=17)
     finer = ig.explain(brain_detail, num_steps=129)
-    off = (found.attributions - finer.attributions).sum(dim=0)
-    assert found.uncertainty.shape == off.shape == (64, 64)
-    assert float(off.norm()) < 1.5 * float(found.uncertainty.norm())
-    settled = found.attributions.sum(dim=0).abs() >= found.uncertainty
-    right = found.attributions.sum(dim=0).sign() == finer.attributions.sum(dim=0).sign()
+    off = (explanation.attributions - finer.attributions).sum(dim=0)
+    assert explanation.uncertainty.shape == off.shape == (64, 64)
+    assert float(off.norm()) < 1.5 * float(explanation.uncertainty.norm())
+    settled = explanation.attributions.sum(dim=0).abs() >= explanation.uncertainty
+    right = explanation.attributions.sum(dim=0).sign() == finer.attributions.sum(dim=0).sign()
     wrong_share = float((settled & ~right).sum() / settled.sum())
     assert wrong_share < 0.1 and float((~settled & ~right).sum()) > 0
     assert ig.explain(brain_detail, 'image', num_steps=1).uncertainty is None

@@ -1,4 +1,4 @@
-"""The quadrature rules: weights, nodes, degrees, and how fast their error falls."""
+"""The quadrature rules: weights, nodes, degrees, and the order of their errors."""
 
 import numpy as np
 import pytest

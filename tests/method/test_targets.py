@@ -70,7 +70,7 @@ ISLANDS = [[[1.0, -1.0, 5.0], [-1.0, 3.0, -1.0], [-1.0, -1.0, -1.0], [7.0, -1.0,
 
 
 def test_objects_by_hand():
-    """Three pixels that touch at their corners are one object; the largest comes first."""
+    """Three pixels that touch at their corners are one object. The largest object comes first."""
     assert score('object:1', ISLANDS) == pytest.approx((1 + 5 + 3) / 3)
     assert score('object:2', ISLANDS) == pytest.approx(7)
     with pytest.raises(EmptyTargetError, match='has 2 objects'):
@@ -107,7 +107,7 @@ def test_pixel_is_given_in_original_coordinates():
 
 
 @pytest.mark.parametrize(
-    'spec, said',
+    'spec, message',
     [
         ('nonsense', 'unknown target "nonsense"'),
         ('pixel:7', 'form pixel:X,Y'),
@@ -120,8 +120,8 @@ def test_pixel_is_given_in_original_coordinates():
         ('truth', 'needs a ground-truth mask'),
     ],
 )
-def test_wrong_specs_are_told(spec, said):
-    with pytest.raises(InputError, match=said):
+def test_wrong_specs_are_told(spec, message):
+    with pytest.raises(InputError, match=message):
         build_target(spec, context(BINARY))
 
 

@@ -1,4 +1,4 @@
-"""The walk along the paths: what targets share, where it ends, and what it saw on the way."""
+"""The walk along the paths: what targets share, tolerances, and the trend of score and mask."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_the_step_where_something_is_not_finite_is_named(what, formula, step_bat
                 step_batch=step_batch)  # fmt: skip
 
 
-# ------------------------------------------------------------------ shared work
+# ------------------------------------------------------------------ shared forward passes
 
 
 def test_several_targets_share_the_forward_passes(exact_ig, brain_detail, monkeypatch):
@@ -57,14 +57,14 @@ def test_several_targets_share_the_forward_passes(exact_ig, brain_detail, monkey
         spent |= {'forwards': 0, 'backwards': 0}
         together = ig.explain_targets(brain_detail, targets, num_steps=9, rule='midpoint')
         counted.append((spent['forwards'], spent['backwards']))
-        assert {one.cost.forward_passes for one in together} == {spent['forwards']}
+        assert {explanation.cost.forward_passes for explanation in together} == {spent['forwards']}
     # 9 nodes, the prediction, F(x'), and the crop to the first region, which is compared.
     assert counted == [(12, 9), (11, 27)]
-    for region, one in zip(regions, together, strict=True):
+    for region, explanation in zip(regions, together, strict=True):
         alone = ig.explain(brain_detail, region, num_steps=9, rule='midpoint')
-        assert relative_error(one.attributions, alone.attributions) < 1e-9
-        assert one.score == pytest.approx(alone.score)
-        assert one.trend.scores == pytest.approx(alone.trend.scores)
+        assert relative_error(explanation.attributions, alone.attributions) < 1e-9
+        assert explanation.score == pytest.approx(alone.score)
+        assert explanation.trend.scores == pytest.approx(alone.trend.scores)
 
 
 def test_the_same_target_object_may_be_given_twice(ig, brain):
@@ -76,9 +76,9 @@ def test_the_same_target_object_may_be_given_twice(ig, brain):
 def test_open_rules_need_two_more_forward_passes_and_a_crop_one_for_comparison(
     exact_ig, brain_detail
 ):
-    found = exact_ig.explain(brain_detail, num_steps=9, rule='midpoint')
-    assert found.cropping.computed_share < 0.9
-    assert found.cost.forward_passes == 9 + 2 + 1 and found.gradient_evaluations == 9
+    explanation = exact_ig.explain(brain_detail, num_steps=9, rule='midpoint')
+    assert explanation.cropping.computed_share < 0.9
+    assert explanation.cost.forward_passes == 9 + 2 + 1 and explanation.gradient_evaluations == 9
     whole = exact_ig.explain(brain_detail, 'image', num_steps=9, rule='midpoint')
     assert whole.cropping.computed_share == 1 and whole.cost.forward_passes == 9 + 2
 
@@ -88,31 +88,33 @@ def test_open_rules_need_two_more_forward_passes_and_a_crop_one_for_comparison(
 
 @pytest.mark.parametrize('rule', ['adaptive', 'clenshaw-curtis'])
 def test_a_tolerance_is_reached_and_is_true(ig, brain_detail, rule):
-    found = ig.explain(brain_detail, rule=rule, tolerance=0.15, max_steps=150)
-    assert found.within_tolerance and found.map_error <= 0.15 and found.completeness_gap <= 0.15
-    assert found.steps == found.gradient_evaluations < 150
+    explanation = ig.explain(brain_detail, rule=rule, tolerance=0.15, max_steps=150)
+    assert explanation.within_tolerance and explanation.map_error <= 0.15
+    assert explanation.completeness_gap <= 0.15
+    assert explanation.steps == explanation.gradient_evaluations < 150
     reference = ig.explain(brain_detail, rule='trapezoid', num_steps=129)
-    assert relative_error(found.attributions, reference.attributions) < 0.15
-    assert found.uncertainty.shape == brain_detail.shape[-2:] and (found.uncertainty >= 0).all()
+    assert relative_error(explanation.attributions, reference.attributions) < 0.15
+    assert explanation.uncertainty.shape == brain_detail.shape[-2:]
+    assert (explanation.uncertainty >= 0).all()
 
 
 def test_a_tolerance_out_of_reach_is_told(ig, brain):
-    found = ig.explain(brain, tolerance=1e-6, max_steps=9)
-    assert found.within_tolerance is False and found.steps == 9
+    explanation = ig.explain(brain, tolerance=1e-6, max_steps=9)
+    assert explanation.within_tolerance is False and explanation.steps == 9
     assert ig.explain(brain, num_steps=2).within_tolerance is None
 
 
 def test_tolerance_of_image_equal_to_baseline(ig, brain):
-    found = ig.explain(brain, baseline_type=brain, tolerance=0.1, max_steps=9)
-    assert not found.attributions.any() and found.map_error is None
+    explanation = ig.explain(brain, baseline_type=brain, tolerance=0.1, max_steps=9)
+    assert not explanation.attributions.any() and explanation.map_error is None
 
 
 @pytest.mark.parametrize('deviation', [math.inf, math.nan])
 def test_an_error_that_rounding_makes_infinite_is_unknown(ig, brain_detail, monkeypatch, deviation):
     monkeypatch.setattr(PathSampler, 'check_precision', lambda *args: deviation)
-    found = ig.explain(brain_detail, num_steps=3, precision='bfloat16')
-    assert found.cost.precision == 'bfloat16'
-    assert found.map_error is None and found.uncertainty is None
+    explanation = ig.explain(brain_detail, num_steps=3, precision='bfloat16')
+    assert explanation.cost.precision == 'bfloat16'
+    assert explanation.map_error is None and explanation.uncertainty is None
     monkeypatch.setattr(walk, 'reduced_dtype', lambda *args: torch.bfloat16)
     chosen = ig.explain(brain_detail, num_steps=3, precision='auto')
     assert chosen.cost.precision == 'float32' and chosen.map_error is not None
@@ -123,13 +125,13 @@ def test_an_error_that_rounding_makes_infinite_is_unknown(ig, brain_detail, monk
 
 @pytest.mark.parametrize('rule', ['adaptive', 'midpoint', 'trapezoid'])
 def test_trend_from_the_baseline_to_the_image(ig, brain, rule):
-    found = ig.explain(brain, num_steps=7, rule=rule)
-    trend = found.trend
+    explanation = ig.explain(brain, num_steps=7, rule=rule)
+    trend = explanation.trend
     assert len(trend.alphas) == len(trend.scores) == 7 + 2 * (rule == 'midpoint')
     assert trend.alphas[0] == 0 and trend.alphas[-1] == 1
     assert list(trend.alphas) == sorted(trend.alphas)
-    assert trend.scores[0] == pytest.approx(found.baseline_score)
-    assert trend.scores[-1] == pytest.approx(found.score)
+    assert trend.scores[0] == pytest.approx(explanation.baseline_score)
+    assert trend.scores[-1] == pytest.approx(explanation.score)
     assert trend.mask_iou[-1] == 1
     assert all(0 <= iou <= 1 for iou in trend.mask_iou if iou is not None)
     assert trend.mask_iou[0] == 0  # black holds no structure
