@@ -62,7 +62,15 @@ from igseg.analysis.sample import finish_sample
 from igseg.analysis.study import SideFiles, Study
 from igseg.analysis.summary import BatchResult
 from igseg.analysis.truth import counted_truth
-from igseg.command_line import Request, around, parse, say_cost, say_result, say_summary
+from igseg.command_line import (
+    Request,
+    around,
+    parse,
+    say_cost,
+    say_letters,
+    say_result,
+    say_summary,
+)
 from igseg.data.layouts import DataSource
 from igseg.data.pixels import Reading
 from igseg.data.samples import Sample, choose_samples, list_samples, single_sample, with_slices
@@ -540,6 +548,8 @@ def analyse_dataset(
     with hold_folder(output.folder) if share.rank == 0 else contextlib.nullcontext():
         share.begin()
         study = Study.of(load_explainer(network, settings), settings, files=files)
+        if share.rank == 0:
+            say_letters(output, samples)
         result = Batch(study, samples, output).run(before_image, share)
         if share.rank == 0:
             output.exported([statistics['folder'] for statistics in result.images])
@@ -558,6 +568,7 @@ def run_single(request: Request) -> int:
     make_output_folder(output.folder)
     with hold_folder(output.folder):
         study = Study.of(load_explainer(request.network(), settings), settings, files=files)
+        say_letters(output, [sample])
         by_target = finish_sample(study, sample, output, progress=True)
         maps = output.exported([statistics['folder'] for statistics in by_target])
     say_result(by_target, output, maps)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -257,6 +257,16 @@ def say_cost(settings: Settings) -> None:
     """Tell what checks will cost, where some are wanted, before anything is computed."""
     if settings.evaluate:
         print(evaluation_cost(settings.evaluate), file=sys.stderr)
+
+
+def say_letters(output: Output, samples: Iterable[Sample]) -> None:
+    """Tell once how figures write names of images whose letters cannot be drawn here."""
+    names = [sample.name for sample in samples if not sample.name.isascii()]
+    if names and output.figures != 'none':
+        from igseg.results.fonts import letters_note  # with matplotlib, which takes a while
+
+        if note := letters_note(names):
+            print(f'note: {note}', file=sys.stderr)
 
 
 def around(sample: Sample) -> list[Sample]:

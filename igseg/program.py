@@ -19,7 +19,7 @@ PACKAGES = {
     'torch': 'torch', 'torchvision': 'torchvision', 'safetensors': 'safetensors',
     'segmentation_models_pytorch': 'segmentation-models-pytorch', 'numpy': 'numpy',
     'scipy': 'scipy', 'pandas': 'pandas', 'pyarrow': 'pyarrow', 'skimage': 'scikit-image',
-    'tifffile': 'tifffile', 'jinja2': 'jinja2', 'matplotlib': 'matplotlib',
+    'tifffile': 'tifffile', 'jinja2': 'jinja2', 'matplotlib': 'matplotlib', 'anyascii': 'anyascii',
     'cv2': 'opencv-python-headless', 'PIL': 'pillow', 'pycocotools': 'pycocotools',
     'tqdm': 'tqdm', 'loky': 'loky', 'filelock': 'filelock', 'yaml': 'pyyaml',
 }  # fmt: skip

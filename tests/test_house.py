@@ -22,7 +22,7 @@ igseg.network: kinds identity outputs description score facts checkpoint recogni
 igseg.engine: private_torch trace rewrites crops graph preparation memory precision engine sampler
 igseg.method: choice rules targets baselines paths integral walk method layers methods
 igseg.checks: effort subject curves checks verdict
-igseg.results: regions view sheet figures files finished export page
+igseg.results: regions view fonts sheet figures files finished export page
 igseg: settings
 igseg.analysis: references image tiles study truth describe sample job summary batch
 igseg: command_line start

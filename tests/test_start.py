@@ -26,7 +26,7 @@ ROOMS = [
                                    'checks.effort', 'checks.verdict', 'settings', 'analysis.job',
                                    'analysis.summary', 'command_line', 'start')),
 ]  # fmt: skip
-THAT_DRAW = ('igseg.results.sheet', 'igseg.results.figures')
+THAT_DRAW = ('igseg.results.fonts', 'igseg.results.sheet', 'igseg.results.figures')
 
 
 def run(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:

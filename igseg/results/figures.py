@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from igseg.checks.verdict import Thresholds, accuracy_warning
+from igseg.results.fonts import drawable, legible
 from igseg.results.sheet import DOTS_PER_INCH, FONT, LineStyle, Sheet, wrap
 from igseg.results.view import View, clip_level
 from igseg.statistics import (
@@ -106,7 +107,7 @@ def attribution_figure(view: View, statistics: Statistics) -> Figure:
         sheet.outline(overlay, view.truth, TRUTH_COLOUR, 'dashed')
         legend['ground truth'] = (TRUTH_COLOUR, 'dashed')
     sheet.legend(legend)
-    return sheet.figure
+    return legible(sheet.figure)
 
 
 def _page_overlay(view: View, image: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -174,7 +175,7 @@ def channels_figure(view: View, statistics: Statistics) -> Figure:
     for axis in sheet.axes:
         sheet.outline(axis, view.region, 'black', 'solid')
     sheet.legend({f'target region ({statistics["target"]})': ('black', 'solid')})
-    return sheet.figure
+    return legible(sheet.figure)
 
 
 def regions_figure(view: View, statistics: Statistics) -> Figure:
@@ -206,7 +207,7 @@ def regions_figure(view: View, statistics: Statistics) -> Figure:
     for axis in sheet.axes:
         sheet.outline(axis, view.region, TARGET_COLOUR, 'solid')
     sheet.legend({f'target region ({statistics["target"]})': (TARGET_COLOUR, 'solid')})
-    return sheet.figure
+    return legible(sheet.figure)
 
 
 def _doubtful(described: Sequence[Statistics]) -> str | None:
@@ -243,7 +244,7 @@ def methods_figure(views: Sequence[View], described: Sequence[Statistics]) -> Fi
         sheet.show(axis, smooth, cmap='hot', norm=scale, alpha=opacity)
         sheet.outline(axis, view.region, TARGET_COLOUR, 'solid')
     sheet.legend({f'target region ({first["target"]})': (TARGET_COLOUR, 'solid')})
-    return sheet.figure
+    return legible(sheet.figure)
 
 
 def _texts(images: DataFrame, key: str) -> list[str]:
@@ -261,7 +262,8 @@ def _per_image(axis: Axes, names: Sequence[str], values: np.ndarray, title: str)
     axis.set_title(title, fontsize=FONT['title'])
     if len(names) <= MAX_NAMED_IMAGES:
         axis.bar(range(len(values)), values, color='tab:blue')
-        short = [name if len(name) <= 28 else name[:27] + '…' for name in names]
+        drawn = [drawable(name) for name in names]
+        short = [name if len(name) <= 28 else name[:27] + '…' for name in drawn]
         axis.set_xticks(range(len(names)), short, rotation=60, ha='right', fontsize=8)
     else:  # one outline: thousands of bars would take minutes
         axis.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, color='tab:blue')
@@ -335,4 +337,4 @@ def summary_figure(
         f'{counts_text(_texts(ordered, "rule"))} rule, {span_text(list(ordered["steps"]))} steps'
     )
     fig.suptitle(wrap(title, 0.95 * fig.get_figwidth(), FONT['heading']), fontsize=FONT['heading'])
-    return fig
+    return legible(fig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from igseg.checks.verdict import accuracy_warning, map_verdict
+from igseg.results.fonts import drawable
 from igseg.results.view import View
 from igseg.statistics import CLIP_PERCENTILE, Statistics, gap_text, how_text, shown, tiles_text
 
@@ -39,8 +41,11 @@ LineStyle = Literal['solid', 'dashed']
 
 
 def wrap(text: str, inches: float, size: float) -> str:
-    """Break text into lines that fit a width; names without spaces are broken too."""
-    return textwrap.fill(text, max(8, int(inches * 72 / (size * 0.56))))
+    """Break text into lines that fit a width, in letters that can be drawn; names without spaces
+    are broken too."""
+    text = drawable(text)
+    wide = any(unicodedata.east_asian_width(letter) in 'WF' for letter in text)
+    return textwrap.fill(text, max(8, int(inches * 72 / (size * (1.0 if wide else 0.56)))))
 
 
 class Texts(NamedTuple):
