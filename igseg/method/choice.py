@@ -185,41 +185,44 @@ METHODS: dict[str, MethodKind] = {
         'igseg.method.methods:IntegratedGradientsMethod', multiplies=True),
     'expected': MethodKind(
         Declared('expected', IN_EXPECTATION, baseline=METHOD_BASELINE, settles_early=False),
-        'ig from other images, drawn anew for every step: what sets this image apart from them',
+        'ig from other images, drawn anew for every step: shows how this image differs from them',
         'Erion et al. 2021, eq. 3',
         'igseg.method.methods:ExpectedMethod',
-        {'references': option(16, 'other images at most, evenly spaced', least=1, most=1000)}),
+        {'references': option(16, 'largest number of other images, evenly spaced', least=1,
+                              most=1000)}),
     'smooth': MethodKind(
         Declared('smooth'),
         'ig of noisy copies of the image: their mean, mean square or variance',
         'Smilkov et al. 2017, section 3, on ig',
         'igseg.method.methods:SmoothMethod',
         {'samples': option(8, 'noisy copies, num_steps each', least=1, most=1000),
-         'noise': option(0.1, "standard deviation, by the image's range", above=0),
-         'kind': option('mean', 'what is taken of them', choices=('mean', 'square', 'variance'))},
+         'noise': option(0.1, "standard deviation, relative to the image's range", above=0),
+         'kind': option('mean', 'what is computed of the copies',
+                         choices=('mean', 'square', 'variance'))},
         multiplies=True),
     'blur': MethodKind(
         Declared('blur', baseline=METHOD_BASELINE, settles_early=False),
         'gradients while the image comes into focus, from a strong blur of it to itself',
         'Xu, Venugopalan, Sundararajan 2020, eq. 5',
         'igseg.method.methods:BlurMethod',
-        {'sigma': option(0.2, 'of the strongest blur, by the longer side', above=0)}),
+        {'sigma': option(0.2, 'of the strongest blur, relative to the longer side', above=0)}),
     'guided': MethodKind(
         Declared('guided', quadrature=False, sequential=True),
         'ig on a path that moves the inputs with the least gradient first, near the straight line',
         'Kapishnikov et al. 2021, alg. 1',
         'igseg.method.methods:GuidedMethod',
-        {'fraction': option(0.25, 'of the inputs that move together', above=0, below=1),
-         'max_dist': option(0.02, 'from the straight line at most, in alpha', above=0)}),
+        {'fraction': option(0.25, 'share of the inputs that move together', above=0, below=1),
+         'max_dist': option(0.02, 'largest distance from the straight line, in alpha', above=0)}),
     'idgi': MethodKind(
         Declared('idgi', BY_CONSTRUCTION, quadrature=False),
-        "each step's change of the score, shared out by the squares of its gradient",
+        'the change of the score in each step, divided among the inputs by their squared gradients',
         'Yang, Wang, Bilgic 2023, alg. 1',
         'igseg.method.methods:IdgiMethod'),
     'layer': MethodKind(
         Declared('layer', channels=False),
-        'ig at the output of a layer, whose values go from those of the baseline to those of the '
-        'image while all beside it sees the image; enlarged to the image, its sum kept',
+        'ig at the output of a layer: its values go from those of the baseline to those of the '
+        'image, while everything beside the layer gets the image; the map is enlarged to the image '
+        'with the same sum',
         'Sundararajan, Taly, Yan 2017, at a layer',
         'igseg.method.methods:LayerMethod', layer_of=True),
     'gradient': MethodKind(
@@ -229,24 +232,25 @@ METHODS: dict[str, MethodKind] = {
         'igseg.method.methods:GradientMethod'),
     'input_x_gradient': MethodKind(
         Declared('input_x_gradient', None, quadrature=False),
-        'the gradient at the image, times image minus baseline: ig as if all were linear',
+        'the gradient at the image, times image minus baseline: equal to ig for a linear network',
         'Shrikumar et al. 2016, section 2, from a baseline',
         'igseg.method.methods:InputTimesGradient'),
     'gradcam': MethodKind(
         Declared('gradcam', None, quadrature=False, baseline=NO_BASELINE, channels=False,
                  signed=False),
-        'what a layer gives, its channels weighted by their mean gradient, where that is positive',
+        "the channels of a layer's output, weighted by their mean gradients and summed; negative "
+        'sums count as 0',
         'Selvaraju et al. 2017, eq. 1 and 2; of a region: Vinogradova et al. 2020, eq. 1',
         'igseg.method.methods:GradCamMethod', layer_of=True),
     'occlusion': MethodKind(
         Declared('occlusion', None, quadrature=False, channels=False),
-        'how much the score falls where a square of the baseline is laid over the image; every '
-        'pixel has the mean of the squares over it',
+        'how much the score falls when a square of the baseline covers a part of the image; a '
+        'pixel gets the mean over all squares that cover it',
         'Zeiler, Fergus 2014, section 4.2',
         'igseg.method.methods:OcclusionMethod',
         {'window': option(None, 'side of the square, in pixels of the model input', int, least=1,
                           default_text='an eighth of the longer side'),
-         'stride': option(None, 'from one to the next', int, least=1,
+         'stride': option(None, 'pixels from one square to the next', int, least=1,
                           default_text='half the window')}),
 }  # fmt: skip
 
