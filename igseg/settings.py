@@ -83,115 +83,121 @@ class Settings:
         '(multilabel: a sigmoid each, no background)', choices=OUTPUT_KINDS,
         default_text="the checkpoint's, else exclusive")
     background_class: str | int | None = setting(None, MODEL,
-        'of exclusive classes, the one that is no object', metavar='K|none',
+        'which of several exclusive classes is the background', metavar='K|none',
         default_text="the checkpoint's, else 0")
     outputs: str = setting('auto', MODEL,
-        'what the network gives; auto: probabilities where all lie in 0-1 on any input',
+        'what the network gives; auto: probabilities if all outputs lie in 0-1 for any input',
         choices=OUTPUTS)
     class_names: tuple[str, ...] | None = setting(None, MODEL,
-        'of all labels, in order, for the figures of each class', metavar='NAME',
+        'names of all labels, in order, for the figures of each class', metavar='NAME',
         default_text="the checkpoint's, else the dataset's")
     image_size: ImageSize | None = setting(None, PREPROCESSING,
-        'of the model input, a side or HEIGHTxWIDTH, rounded up to multiples that the network '
-        'takes', metavar='PIXELS', default_text=f"the checkpoint's, else {DEFAULT_IMAGE_SIZE}")
+        'size of the model input: a side or HEIGHTxWIDTH, rounded up to a multiple that the '
+        'network takes', metavar='PIXELS',
+        default_text=f"the checkpoint's, else {DEFAULT_IMAGE_SIZE}")
     resize: str | None = setting(None, PREPROCESSING,
-        'letterbox keeps the aspect ratio, pads black', choices=RESIZE_MODES,
+        'letterbox keeps the aspect ratio and pads with black', choices=RESIZE_MODES,
         default_text="the checkpoint's, else stretch")
     normalize: str = setting('auto', PREPROCESSING,
-        "auto: the checkpoint's mean and std, else ImageNet's; none: 0-1 as it is; minmax: each "
-        'image from its least value, 0, to its largest, 1; zscore: each image minus its mean, by '
-        'its standard deviation', choices=NORMALIZE_MODES)
+        "auto: by the checkpoint's mean and std, else by those of ImageNet; none: only scaled to "
+        '0-1; minmax: the least value of each image becomes 0, the largest 1; zscore: each image '
+        'minus its mean, divided by its standard deviation', choices=NORMALIZE_MODES)
     mean: tuple[float, ...] | None = setting(None, PREPROCESSING,
-        'of each channel in training, instead of --normalize', metavar='M',
+        'mean of each channel in training, instead of --normalize', metavar='M',
         default_text='by --normalize')
     std: tuple[float, ...] | None = setting(None, PREPROCESSING,
-        'the same: standard deviation', metavar='S', default_text='by --normalize')
+        'standard deviation of each channel in training', metavar='S',
+        default_text='by --normalize')
     channel_order: str | None = setting(None, PREPROCESSING,
-        'of the colours that the network was given; --mean and --std are in this order',
+        "order of the channels in the network's input; --mean and --std are in this order",
         choices=CHANNEL_ORDERS, default_text="the checkpoint's, else rgb")
     pixel_range: str = setting('0-1', PREPROCESSING,
-        'of the pixels that the network was given, and of --mean and --std', choices=PIXEL_RANGES)
+        "range of the pixels in the network's input, and of --mean and --std", choices=PIXEL_RANGES)
     window: str | None = setting(None, PREPROCESSING,
-        "values of the image's file that become black and white, LOW:HIGH (with =, where LOW is "
-        'negative); auto: the 0.5th and 99.5th percentile of the image; dicom: what the file asks '
-        'for', metavar='LOW:HIGH|auto|dicom',
+        "values of the image's file that become black and white, LOW:HIGH (with =, if LOW is "
+        'negative); auto: the 0.5th and 99.5th percentile of the image; dicom: the window in the '
+        'file', metavar='LOW:HIGH|auto|dicom',
         default_text="0-255, 0-65535 or 0-1, as the file holds; DICOM: the file's")
     frame: int | None = setting(None, PREPROCESSING,
-        'of a file with several frames or pages, from 0', least=0, metavar='N',
+        'which frame or page of a file with several, from 0', least=0, metavar='N',
         default_text='the first')
     slice: str | None = setting(None, PREPROCESSING,
-        'of a volume (NIfTI), AXIS:INDEX, from 0; batch: AXIS alone for every slice along it',
+        'which slice of a volume (NIfTI), AXIS:INDEX, from 0; batch: AXIS alone for every slice',
         metavar='AXIS[:INDEX]', default_text='the middle of axis 2; batch: every slice along it')
     crop: tuple[int, int, int, int] | None = setting(None, PREPROCESSING,
-        'explain only this part of the image, in its pixels', metavar='X,Y,WIDTH,HEIGHT',
+        'explain only this part of the image, in pixels of the image', metavar='X,Y,WIDTH,HEIGHT',
         default_text='all of it')
     tile: ImageSize | None = setting(None, PREPROCESSING,
-        'explain the image in its own pixels, in tiles of this side (or HEIGHTxWIDTH) that the '
-        'network takes as they are, and put their maps together', metavar='SIZE',
+        'explain the image without resizing it, in tiles of this side (or HEIGHTxWIDTH), and join '
+        'their maps', metavar='SIZE',
         default_text='off: the whole image, resized', instead_of='crop')
     overlap: int | None = setting(None, PREPROCESSING,
-        'with --tile: pixels that neighbouring tiles share at least', least=0, metavar='N',
+        'with --tile: least number of pixels that neighbouring tiles share', least=0, metavar='N',
         default_text='a quarter of the tile')
     max_pixels: int | None = setting(None, PREPROCESSING,
-        'images of more pixels are refused', least=1, metavar='N', default_text='89478485')
+        'images with more pixels are refused', least=1, metavar='N', default_text='89478485')
     label_map: str | None = setting(None, PREPROCESSING,
-        'text file, what the values or colours of masks (or the categories of annotations) stand '
-        'for: in each line VALUE = CLASS, NAME; VALUE a number, R,G,B or #rrggbb; CLASS a number '
-        'or ignore', metavar='FILE', default_text='by the set of the values')
+        'text file with the meaning of the values or colours of masks (or the categories of '
+        'annotations): in each line VALUE = CLASS, NAME; VALUE is a number, R,G,B or #rrggbb; '
+        'CLASS is a number or ignore', metavar='FILE', default_text='by the set of the values')
     ignore_label: int | None = setting(None, PREPROCESSING,
-        'value of the masks whose pixels count in no score and no target', metavar='VALUE',
+        'value of masks; pixels with it count in no score and no target', metavar='VALUE',
         default_text='255 beside small numbers')
-    target: tuple[str, ...] = setting(('predicted',), ATTRIBUTION, 'one or several; '
+    target: tuple[str, ...] = setting(('predicted',), ATTRIBUTION,
+        'what is explained; one or several; '
         + '; '.join(f'{kind.form}: {kind.meaning}' for kind in TARGETS.values()),
         metavar='TARGET', default_text='predicted')  # several share their forward passes
-    method: tuple[str, ...] = setting(('ig',), ATTRIBUTION, 'how; one or several; '
+    method: tuple[str, ...] = setting(('ig',), ATTRIBUTION, 'how it is explained; one or several; '
         + methods_text(), metavar='METHOD', default_text='ig')
-    method_option: tuple[str, ...] = setting((), ATTRIBUTION, 'of the methods: '
+    method_option: tuple[str, ...] = setting((), ATTRIBUTION, 'options of the methods: '
         + '; '.join(options_text(kind) for kind in METHODS.values()), metavar='NAME=VALUE',
         default_text='as said')
     segments: str | None = setting(None, ATTRIBUTION,
-        'rank regions of the image by the attribution they carry; xrai: by segments of its '
-        'colours at several scales', choices=('xrai',), default_text='off',
+        'rank regions of the image by their attribution; xrai: regions of similar colour, at '
+        'several scales', choices=('xrai',), default_text='off',
         describes=True)
     reference_dir: str | None = setting(None, ATTRIBUTION,
-        'method expected: the folder of the other images', metavar='DIR',
+        'folder of the other images for method expected', metavar='DIR',
         default_text='the others of the dataset')
     no_multiply: bool = setting(False, ATTRIBUTION,
-        'the mean gradient, not multiplied by image minus baseline', default_text='off')
+        'the map is the mean gradient, not multiplied by image minus baseline', default_text='off')
     score: str = setting('logit', ATTRIBUTION, 'what is averaged over the target', choices=SCORES)
     threshold: float = setting(0.5, ATTRIBUTION, 'probability above which a pixel is predicted',
         above=0, below=1)
     min_object_area: int = setting(1, ATTRIBUTION,
         'objects of fewer output pixels are no targets', least=1, metavar='PIXELS')
     on_empty: str = setting('skip', ATTRIBUTION,
-        'empty target: skip it, or explain the whole image', choices=ON_EMPTY)
+        'if a target is empty: skip it, or explain the whole image', choices=ON_EMPTY)
     baseline: str = setting('zero', ATTRIBUTION, 'the image to compare with; '
         + '; '.join(f'{name}: {kind.meaning}' for name, kind in BASELINES.items())
-        + '; auto: of '  + ', '.join(CANDIDATES) + ' the one that hides the target least'
+        + '; auto: the one of '  + ', '.join(CANDIDATES) + ' that hides the target least'
         + '; or an image file', metavar='|'.join((*BASELINES, AUTO, 'FILE')))
     baseline_draws: int = setting(4, ATTRIBUTION,
-        'of baseline random: averaged, num_steps each', least=1, metavar='N')
-    seed: int = setting(0, ATTRIBUTION, 'of baseline random, and of methods that draw', least=0)
+        'number of draws of baseline random, with num_steps each; their maps are averaged',
+        least=1, metavar='N')
+    seed: int = setting(0, ATTRIBUTION,
+        'of baseline random, and of methods that draw random numbers', least=0)
     num_steps: int = setting(50, ATTRIBUTION, 'interpolation steps', least=1, most=MOST_STEPS,
         metavar='N')
     tolerance: float | None = setting(None, ATTRIBUTION,
-        'instead: as many steps as bring map error and completeness gap below T, for example 0.05',
+        'instead: as many steps as it takes to bring map error and completeness gap below T, for '
+        'example 0.05',
         above=0, metavar='T', default_text='off', instead_of='num_steps')
-    max_steps: int = setting(200, ATTRIBUTION, 'with --tolerance: at most so many', least=1,
+    max_steps: int = setting(200, ATTRIBUTION, 'with --tolerance: largest number of steps', least=1,
         most=MOST_STEPS, metavar='N')
     rule: str = setting(ADAPTIVE, ATTRIBUTION, 'quadrature rule', choices=RULE_NAMES)
     precision: str = setting('float32', ATTRIBUTION,
-        'of the gradients; auto: reduced where it is faster here and the map stays within '
-        '--precision_tolerance', choices=PRECISIONS)
+        'of the gradients; auto: reduced if that is faster on this machine and the map stays '
+        'within --precision_tolerance', choices=PRECISIONS)
     precision_tolerance: float = setting(0.03, ATTRIBUTION,
-        'relative L2 deviation of the map that auto accepts', above=0)
+        'relative L2 deviation of the map that precision auto accepts', above=0)
     gap_tolerance: float = setting(0.05, ATTRIBUTION,
         'completeness gap above which to warn', above=0, describes=True)
     evaluate: str | None = setting(None, CHECKING,
-        'check how far each map can be trusted; the cost is told first',
+        'check how far each map can be trusted; the cost is printed first',
         choices=tuple(EFFORTS), default_text='off')
     thresholds: Thresholds = setting(
-        Thresholds(), CHECKING, 'of the verdict', metavar='NAME=VALUE',
+        Thresholds(), CHECKING, 'thresholds of the verdict', metavar='NAME=VALUE',
         default_text=' '.join(f'{k}={v:g}' for k, v in asdict(Thresholds()).items()))
     # fmt: on
 
