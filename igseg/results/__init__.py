@@ -1,4 +1,5 @@
-"""Figures, files and pages of what was found, and which images are finished.
+"""Figures, files and pages of explanations, and which images are finished.
 
-Needs no torch. May import the files at the top of the package, `data/` and `checks/`.
+These modules work without torch.
+May import the files at the top of the package, `data/` and `checks/`.
 """

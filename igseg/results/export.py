@@ -1,10 +1,10 @@
-"""Attribution maps in the geometry of the image they belong to, to open beside it in a viewer: a
-file for each image, or for all slices of a volume of a target and a method.
+"""Attribution maps in the geometry of their image, so that a viewer can show both together. There
+is a file for each image; the slices of a volume share a file for each target and method.
 
-They are made from the files that an explanation left, so also for images that were finished before.
-A map is (H, W) float32 at the image's own resolution: the attributions summed over the channels,
-as a density per pixel of the image, so that their sum is kept. What was not explained, the rest of
-a cropped image and the other slices of a volume, holds NaN.
+The maps are made from the files of an explanation, so also for images that were finished earlier.
+A map is (H, W) float32 at the resolution of the image: the attributions summed over the channels,
+as a density per pixel of the image, so that their sum does not change. Pixels that were not
+explained (the rest of a cropped image, the other slices of a volume) hold NaN.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from igseg.errors import InputError, check_choice
 from igseg.results.files import FIGURES, in_file_names, load_view, read_statistics, write_files
 from igseg.statistics import Statistics
 
-EXPORTS = {'nifti': '.nii.gz', 'tiff': '.tif', 'npy': '.npy'}  # and their files' endings
+EXPORTS = {'nifti': '.nii.gz', 'tiff': '.tif', 'npy': '.npy'}  # format -> ending of its files
 
 
 def overlap(small: int, large: int) -> np.ndarray:
-    """(large, small): the share of each of `small` equal cells that falls into each of `large` ones
-    over the same length; the columns sum to one."""
+    """Shares (large, small): a length is divided into `small` equal cells and also into `large`
+    equal cells; how much of each of the `small` cells lies in each of the `large` cells. The
+    columns sum to one."""
     cuts = np.arange(large + 1) / large
     cells = np.arange(small + 1) / small
     shared = np.minimum(cuts[1:, None], cells[None, 1:]) - np.maximum(
@@ -36,46 +37,48 @@ def overlap(small: int, large: int) -> np.ndarray:
 
 
 def at_size(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (h, w) at a size (H, W), each value spread over the pixels it covers: the sum stays."""
+    """A map (h, w) at a size (H, W). Each value is spread over the pixels that it covers, so that
+    the sum does not change."""
     if values.shape == tuple(size):
         return values
-    rows, columns = (overlap(own, new) for own, new in zip(values.shape, size, strict=True))
+    rows, columns = (overlap(old, new) for old, new in zip(values.shape, size, strict=True))
     return rows @ values.astype(np.float64) @ columns.T
 
 
 def exported_map(folder: Path) -> tuple[np.ndarray, Statistics]:
-    """The map (H, W) float32 of an image's folder, in the pixels of the whole image, and its
-    statistics. Raises InputError where its files are damaged."""
+    """The map (H, W) float32 in an image's folder, in the pixels of the whole image, and its
+    statistics. Raises InputError where the files are damaged."""
     view, statistics = load_view(folder)
     values = at_size(view.attributions.sum(axis=0), view.original_size)
     (x, y), (height, width) = statistics['placement']['origin'], values.shape
-    found = np.full(statistics['placement']['size'], np.nan, np.float32)
-    found[y : y + height, x : x + width] = values
-    return found, statistics
+    whole_map = np.full(statistics['placement']['size'], np.nan, np.float32)
+    whole_map[y : y + height, x : x + width] = values
+    return whole_map, statistics
 
 
 # --------------------------------------------------------------------------- volumes
 
 
 class Volume(NamedTuple):
-    """A volume of maps: what was explained of a volume of images, slice by slice, and how."""
+    """A volume of maps: the maps of a volume's slices, for one target and one method."""
 
-    source: str  # the file of the volume
-    name: str  # by which files are called: safe, and unique in a dataset
+    source: str  # the file of the explained volume
+    name: str  # for the names of files: safe, and unique in a dataset
     target: str
     method: str
 
 
 def volume_of(statistics: Statistics) -> Volume:
-    """The volume that the map of a slice belongs to, by its statistics."""
+    """The volume that the map of a slice belongs to. statistics: of the slice."""
     place = statistics['placement']
-    # In a batch every slice is a sample of its own, named as `with_slices` names them.
+    # In a batch every slice is a sample, with a name from `with_slices`.
     name = statistics['image'].removesuffix(slice_ending(place['axis'], place['index']))
     return Volume(statistics['image_path'], name, statistics['target'], statistics['method'])
 
 
 def volume_names(volumes: Sequence[Volume]) -> dict[Volume, str]:
-    """The name of each volume's file: target and method stand in it where there are several."""
+    """The name of each volume's file. It holds the target, or the method, where there are several
+    of them."""
     several_targets = len({volume.target for volume in volumes}) > 1
     several_methods = len({volume.method for volume in volumes}) > 1
     names = {}
@@ -97,7 +100,7 @@ def _write(path: Path, values: np.ndarray, kind: str) -> None:
         geometry = Geometry(None, 2, 0, (*values.shape, 1))
         write_files({path: lambda place: save_volume(geometry, {0: values}, place)})
     elif kind == 'tiff':
-        import tifffile  # takes a while
+        import tifffile  # slow to import
 
         write_files({path: lambda place: tifffile.imwrite(place, values)})
     else:
@@ -105,8 +108,8 @@ def _write(path: Path, values: np.ndarray, kind: str) -> None:
 
 
 def _write_volume(path: Path, source: Path, output_dir: Path, folders: Sequence[str]) -> Path:
-    """The maps of a volume's slices, each in its folder, as a volume with the affine of the
-    source. Returns the file."""
+    """Write the maps of a volume's slices as a volume with the affine of the source. folders: of
+    the slices. Returns the file. Raises InputError, OutputError."""
     rows, columns, depth = (*shape_of_nifti(source), 1)[:3]
     shape = rows, columns, depth
     slices: dict[int, np.ndarray] = {}
@@ -125,9 +128,9 @@ def _write_volume(path: Path, source: Path, output_dir: Path, folders: Sequence[
 
 
 def export_maps(output_dir: Path, folders: Sequence[str], kind: str) -> list[Path]:
-    """Write the maps of these images' folders: beside their other files, those of the slices of a
-    volume together, in the output folder. kind: of EXPORTS. Returns the files. Raises InputError,
-    OutputError."""
+    """Write the maps of images to files, and return these files. folders: of the images. Each map
+    is written into the folder of its image; the maps of a volume's slices become one file in the
+    output folder. kind: of EXPORTS. Raises InputError, OutputError."""
     written: list[Path] = []
     volumes: dict[Volume, list[str]] = {}
     for folder in folders:
@@ -139,9 +142,9 @@ def export_maps(output_dir: Path, folders: Sequence[str], kind: str) -> list[Pat
         _write(path, exported_map(output_dir / folder)[0], kind)
         written.append(path)
     names = volume_names(list(volumes))
-    for volume, own in volumes.items():
+    for volume, slice_folders in volumes.items():
         written.append(_write_volume(output_dir / names[volume], Path(volume.source), output_dir,
-                                     own))  # fmt: skip
+                                     slice_folders))  # fmt: skip
     return written
 
 

@@ -1,7 +1,8 @@
-"""The figures: one image's attributions, its colour channels, and a batch at a glance.
+"""The figures: the attributions of an image, its channels, its regions, methods beside each other,
+and a batch at a glance.
 
-Drawing only: arrays and a statistics dictionary in, a matplotlib Figure out. No window is
-opened and no global plotting state is touched.
+The functions take arrays and statistics, and return a matplotlib Figure. They open no window and
+change no global state of matplotlib.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ if TYPE_CHECKING:
 TARGET_COLOUR, TRUTH_COLOUR = '#00c8ff', '#39d353'
 PREDICTION_TINT, TRUTH_TINT = (0.0, 0.78, 1.0), (0.22, 0.83, 0.33)
 
-SMOOTHING = 0.006  # of the longer side: sigma of the overlay's blur
+SMOOTHING = 0.006  # sigma of the overlay's blur, as a share of the longer side
 
 PAGE_SIDE, THUMBNAIL_SIDE = 640, 128  # pixels, longer side
 
-UNSETTLED, UNSETTLED_OPACITY = '#a8a8a8', 0.25  # behind pixels of unsettled sign, and theirs
+UNSETTLED, UNSETTLED_OPACITY = '#a8a8a8', 0.25  # background and opacity where signs are unsettled
 MAX_CHANNELS = 11  # in the figure of the channels
 MAX_NAMED_IMAGES = 40  # in the batch figure; beyond that names would overlap
 
 
 def smoothed(values: np.ndarray) -> tuple[float, np.ndarray, Normalize, np.ndarray]:
-    """The overlay's layer of a map (h, w): sigma of the blur, the map under it, scale, opacity."""
+    """A map (h, w) as a layer over an image: sigma of the blur, the blurred map, colour scale, and
+    opacity (h, w)."""
     sigma = SMOOTHING * max(values.shape)
     smooth = cv2.GaussianBlur(values, (0, 0), sigma)
     scale = Normalize(0, clip_level(smooth), clip=True)
@@ -54,7 +56,7 @@ def smoothed(values: np.ndarray) -> tuple[float, np.ndarray, Normalize, np.ndarr
 
 
 def in_grey(image: np.ndarray) -> np.ndarray:
-    """An RGB image (h, w, 3) uint8 without its colours."""
+    """An RGB image (h, w, 3) uint8 in grey."""
     return np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
 
 
@@ -62,7 +64,7 @@ def attribution_figure(view: View, statistics: Statistics) -> Figure:
     """Original, prediction, truth or baseline, heatmap, overlay and signed map of one image."""
     view = view.shrunk()
     sheet = Sheet(view, statistics, panels=6, bars=(3, 4, 5), trend=True)
-    image, prediction, third, heat, overlay, signed = sheet.axes
+    image, prediction, truth_or_baseline, heat, overlay, signed = sheet.axes
     sheet.show(image, view.image, 'Image')
     share = shown('prediction_ratio', statistics['prediction_ratio'])
     sheet.show_mask(
@@ -70,11 +72,11 @@ def attribution_figure(view: View, statistics: Statistics) -> Figure:
     )
     if view.truth is not None:
         dice = shown('dice', statistics['dice'])
-        sheet.show_mask(third, view.truth, TRUTH_TINT, f'Ground truth (Dice {dice})')
+        sheet.show_mask(truth_or_baseline, view.truth, TRUTH_TINT, f'Ground truth (Dice {dice})')
     else:
         name = statistics['baseline']
         title = f'Baseline: {name}' if name else 'Baseline of the checks (the map has none)'
-        sheet.show(third, view.baseline, title)
+        sheet.show(truth_or_baseline, view.baseline, title)
 
     level = clip_level(view.magnitude)
     drawn = sheet.show(heat, view.magnitude, 'Attribution', cmap='hot', norm=Normalize(0, level))
@@ -111,7 +113,8 @@ def attribution_figure(view: View, statistics: Statistics) -> Figure:
 
 
 def _page_overlay(view: View, image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A map (h, w) over the grey image, with the target's outline, at the image's size."""
+    """A map (h, w) over the grey image, with the outline of the target, at the size of the
+    image."""
     size = image.shape[1::-1]
     _, smooth, scale, opacity = smoothed(values)
     heat = colormaps['hot'](scale(cv2.resize(smooth, size)))[..., :3] * 255
@@ -124,9 +127,9 @@ def _page_overlay(view: View, image: np.ndarray, values: np.ndarray) -> np.ndarr
 
 
 def page_pictures(view: View) -> dict[str, np.ndarray]:
-    """Pictures for the page: image, overlay with the target's outline, a small overlay, and an
-    overlay of the map's uncertainty, on its own scale; (h, w, 3) uint8 of at most PAGE_SIDE and
-    THUMBNAIL_SIDE pixels. Where the uncertainty is unknown, its picture is the plain grey image."""
+    """Pictures for the page, (h, w, 3) uint8: the image, an overlay with the outline of the target,
+    a small overlay, and an overlay of the uncertainty on a separate scale. The longer side has
+    PAGE_SIDE pixels, in the small overlay THUMBNAIL_SIDE. An unknown uncertainty is drawn as 0."""
     view = view.shrunk()
     height, width = view.original_size
     factor = PAGE_SIDE / max(height, width)
@@ -144,7 +147,7 @@ def page_pictures(view: View) -> dict[str, np.ndarray]:
 
 
 def channels_of(view: View, statistics: Statistics) -> tuple[list[str], list[float | None]]:
-    """Names of the input's channels and their shares of |attribution|."""
+    """The names of the input's channels, and their shares of |attribution| (None: unknown)."""
     count = len(view.attributions)
     names = names_of_channels(statistics)
     if len(names) != count:
@@ -153,12 +156,12 @@ def channels_of(view: View, statistics: Statistics) -> tuple[list[str], list[flo
 
 
 def channels_figure(view: View, statistics: Statistics) -> Figure:
-    """The signed attributions of the channels on one colour scale, and their sum. Of more than
-    MAX_CHANNELS the strongest; of one channel the sum is all there is."""
+    """The signed attributions of the channels on one colour scale, and their sum. Of many channels
+    only the strongest MAX_CHANNELS are drawn; for a single channel only the sum is drawn."""
     view = view.shrunk()
     names, shares = channels_of(view, statistics)
-    shown_ones = sorted(range(len(names)), key=lambda k: -(shares[k] or 0))[:MAX_CHANNELS]
-    panels = sorted(shown_ones) if len(names) > 1 else []
+    strongest = sorted(range(len(names)), key=lambda k: -(shares[k] or 0))[:MAX_CHANNELS]
+    panels = sorted(strongest) if len(names) > 1 else []
     sheet = Sheet(view, statistics, panels=len(panels) + 1, bars=range(len(panels) + 1))
     norm = CenteredNorm(0, clip_level(view.attributions))
     for axis, number in zip(sheet.axes, panels, strict=False):
@@ -179,8 +182,8 @@ def channels_figure(view: View, statistics: Statistics) -> Figure:
 
 
 def regions_figure(view: View, statistics: Statistics) -> Figure:
-    """The image, its regions by rank, and the image where the smallest sets of them that carry 50,
-    80 and 95 % of the attribution are."""
+    """The image, its regions by rank, and three pictures of only the first regions of the image: as
+    many regions as carry 50, 80 and 95 % of the attribution."""
     lines = [
         'regions of the image by the |attribution| a pixel that each adds (XRAI), of method '
         f'{statistics["method"]} and target "{statistics["target"]}"',
@@ -211,20 +214,22 @@ def regions_figure(view: View, statistics: Statistics) -> Figure:
 
 
 def _doubtful(described: Sequence[Statistics]) -> str | None:
-    """The sentence for maps that are less exact than was asked for, or not to be trusted."""
+    """A warning that names the methods whose maps are less exact than wanted, or not to be trusted;
+    None where there is no such map."""
 
-    def is_doubtful(one: Statistics) -> bool:
-        first = one['verdict'][0]['flag'] if one.get('verdict') else None
-        return first == 'do not trust' or ('settings' in one and accuracy_warning(one) is not None)
+    def is_doubtful(statistics: Statistics) -> bool:
+        first = statistics['verdict'][0]['flag'] if statistics.get('verdict') else None
+        inexact = 'settings' in statistics and accuracy_warning(statistics) is not None
+        return first == 'do not trust' or inexact
 
-    names = [one['method'] for one in described if is_doubtful(one)]
-    said = f'not to be relied on as they are (their own results say why): {", ".join(names)}'
-    return f'WARNING: {said}.' if names else None
+    names = [statistics['method'] for statistics in described if is_doubtful(statistics)]
+    text = f'not to be relied on as they are (their own results say why): {", ".join(names)}'
+    return f'WARNING: {text}.' if names else None
 
 
 def methods_figure(views: Sequence[View], described: Sequence[Statistics]) -> Figure:
-    """One image and target under several methods, side by side: |attribution| over the image, each
-    on its own scale. described: the statistics of each."""
+    """The maps of several methods for one image and target, side by side: |attribution| over the
+    image, with a separate colour scale for each method. described: the statistics of each map."""
     first = described[0]
     lines = [
         f'target: mean {first["score_type"]} over "{first["target"]}" '
@@ -248,7 +253,7 @@ def methods_figure(views: Sequence[View], described: Sequence[Statistics]) -> Fi
 
 
 def _texts(images: DataFrame, key: str) -> list[str]:
-    """A statistic of every image in words."""
+    """A statistic of every image as text; "no" where it is missing."""
     return ['no' if value is None or value != value else value for value in images[key]]
 
 
@@ -258,14 +263,14 @@ def _values(images: DataFrame, key: str) -> np.ndarray:
 
 
 def _per_image(axis: Axes, names: Sequence[str], values: np.ndarray, title: str) -> None:
-    """One bar for every image; images where the figure does not apply are left blank."""
+    """A bar for every image, and no bar where the statistic does not apply."""
     axis.set_title(title, fontsize=FONT['title'])
     if len(names) <= MAX_NAMED_IMAGES:
         axis.bar(range(len(values)), values, color='tab:blue')
         drawn = [drawable(name) for name in names]
         short = [name if len(name) <= 28 else name[:27] + '…' for name in drawn]
         axis.set_xticks(range(len(names)), short, rotation=60, ha='right', fontsize=8)
-    else:  # one outline: thousands of bars would take minutes
+    else:  # a single outline, since drawing thousands of bars takes minutes
         axis.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, color='tab:blue')
         axis.set_xlabel('image, by name', fontsize=FONT['label'])
 
@@ -290,17 +295,17 @@ def _histogram(axis: Axes, images: DataFrame) -> None:
 
 
 def _ratio_scatter(axis: Axes, images: DataFrame, correlation: float | None) -> None:
-    """Attribution ratio against Dice, or against the mask's size where the truth is unknown."""
-    known = images['dice'].notna().any()
-    key, label = ('dice', 'Dice') if known else ('prediction_ratio', 'prediction ratio')
+    """Attribution ratio against Dice; against the size of the mask where the truth is unknown."""
+    has_dice = images['dice'].notna().any()
+    key, label = ('dice', 'Dice') if has_dice else ('prediction_ratio', 'prediction ratio')
     across, up = _values(images, key), _values(images, 'attribution_ratio')
-    there = np.isfinite(across) & np.isfinite(up)
-    rho = f" (Spearman's rho {correlation:.2f})" if known and correlation is not None else ''
+    finite = np.isfinite(across) & np.isfinite(up)
+    rho = f" (Spearman's rho {correlation:.2f})" if has_dice and correlation is not None else ''
     axis.set_title(f'Attribution ratio against {label}{rho}', fontsize=FONT['title'])
     axis.set_xlabel(label, fontsize=FONT['label'])
     axis.set_ylabel('attribution ratio', fontsize=FONT['label'])
-    if there.any():
-        axis.scatter(across[there], up[there], color='tab:blue')
+    if finite.any():
+        axis.scatter(across[finite], up[finite], color='tab:blue')
         axis.set_ylim(bottom=0)
 
 
@@ -310,10 +315,11 @@ def summary_figure(
     correlation: float | None = None,
     limits: Thresholds | None = None,
 ) -> Figure:
-    """A batch at a glance: gap and ratio of every image, where the model looks, ratio and Dice.
+    """A batch at a glance: the gap and the attribution ratio of every image, where the attribution
+    lies, and the ratio against Dice.
 
-    images: one row an explanation, its statistics in the columns. correlation: Spearman's, of
-    attribution ratio and Dice. limits: those of the verdicts, by default the usual ones.
+    images: a row for each explanation, with its statistics in the columns. correlation: Spearman's
+    rho of attribution ratio and Dice. limits: the thresholds of the verdicts.
     """
     limits = limits or Thresholds()
     fig = Figure(figsize=(13, 9), dpi=DOTS_PER_INCH, layout='constrained')

@@ -1,7 +1,7 @@
-"""The files of one image: written whole or not at all, read back, drawn again.
+"""The files of one image: written completely or not at all, read back, drawn again.
 
-Nothing here needs torch, so that the processes which only draw and write start quickly and stay
-small; matplotlib is imported where something is drawn.
+This module works without torch, so that the processes which only draw and write start quickly and
+need little memory. matplotlib is imported only where something is drawn.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from igseg.statistics import Statistics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILE_ENDINGS = {  # of the files in an image's folder; the statistics, last, mark it as finished
+FILE_ENDINGS = {  # of the files in an image's folder; the last marks the image as finished
     'attribution': 'attribution.png', 'channels': 'channels.png', 'image': 'image.png',
     'overlay': 'overlay.png', 'uncertainty': 'uncertainty.png', 'thumbnail': 'thumbnail.png',
     'regions': 'regions.png', 'arrays': 'attributions.npz', 'statistics': 'statistics.json',
 }  # fmt: skip
-FIGURES = {  # what --figures draws of each image, regions where they are known; all: what the page
-    # shows too
+FIGURES = {  # the pictures that --figures draws of each image, with regions where they were
+    # computed; `all` also draws the pictures of the page
     'none': (),
     'png': ('attribution', 'channels', 'regions'),
     'all': ('attribution', 'channels', 'regions', 'image', 'overlay', 'uncertainty', 'thumbnail'),
 }
 
-DISPLAY_SIDE = 1024  # pixels: the longer side of the image that is kept for figures
+DISPLAY_SIDE = 1024  # pixels: the longer side of the image that is stored for figures
 
-Description = tuple[Statistics, dict[str, np.ndarray]]  # statistics, and the arrays figures need
+Description = tuple[Statistics, dict[str, np.ndarray]]  # statistics, and the arrays for figures
 
 
 @contextlib.contextmanager
@@ -60,21 +60,23 @@ def _explained_writing(path: Path) -> Iterator[None]:
 
 
 def make_output_folder(folder: str | Path) -> Path:
-    """Make the output folder and try whether it can be written, before hours are spent."""
+    """Make the output folder and check that files can be written there, before a long computation
+    starts. Raises OutputError."""
     folder = Path(folder)
     with _explained_writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(4096))  # a full disk still makes empty files
+            probe.write(bytes(4096))  # empty files can be made even on a full disk
     return folder
 
 
 def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
-    """Write files so that each is there whole or not at all, and the last only with the others.
+    """Write files so that each is complete or missing, and the last file exists only together with
+    all the others. writers: by file, the function that writes it.
 
-    All are first written under temporary names, and brought to the disk; only when every one is
-    complete are they renamed. The last file marks the set as finished: its old version goes before
-    the renaming. Raises OutputError; the old files are then still there.
+    All files are first written to the disk under temporary names. Only when all are complete are
+    they renamed. The last file marks the set as finished, so its old version is deleted before the
+    renaming. Raises OutputError; the old files then still exist.
     """
     if not writers:
         return
@@ -83,14 +85,14 @@ def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
         for path, write in writers.items():
             with _explained_writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                for left_by_the_killed in path.parent.glob('.tmp*_' + glob.escape(path.name)):
-                    left_by_the_killed.unlink(missing_ok=True)
+                for remnant in path.parent.glob('.tmp*_' + glob.escape(path.name)):
+                    remnant.unlink(missing_ok=True)  # from a process that was killed
                 write(temporary[path])
                 _bring_to_disk(temporary[path])
         with _explained_writing(path):
             path.unlink(missing_ok=True)
-            for path, whole in temporary.items():
-                os.replace(whole, path)
+            for path, complete in temporary.items():
+                os.replace(complete, path)
     finally:
         for leftover in temporary.values():
             with contextlib.suppress(OSError):
@@ -98,19 +100,20 @@ def write_files(writers: dict[Path, Callable[[Path], object]]) -> None:
 
 
 def _bring_to_disk(path: Path) -> None:
-    """Else a laptop whose battery dies could keep the new name without the content."""
+    """Wait until the content of a file is on the disk. Otherwise a power failure could leave a file
+    with the new name but without content."""
     with path.open('rb+') as stream:
         os.fsync(stream.fileno())
 
 
 def json_writer(content: object) -> Callable[[Path], object]:
-    """Writes JSON, without NaN."""
+    """The function that writes a content as JSON. Raises ValueError for NaN."""
     text = json.dumps(content, indent=2, allow_nan=False) + '\n'
     return lambda path: path.write_text(text, encoding='utf-8')
 
 
 def figure_writer(figure: Figure) -> Callable[[Path], object]:
-    """Writes a matplotlib figure as PNG."""
+    """The function that writes a matplotlib figure as PNG."""
     return lambda path: figure.savefig(path, format='png')
 
 
@@ -119,7 +122,7 @@ def _picture_writer(array: np.ndarray) -> Callable[[Path], object]:
 
 
 def _arrays_writer(arrays: dict[str, np.ndarray]) -> Callable[[Path], object]:
-    save: Callable[..., None] = np.savez_compressed  # its keywords are names of arrays
+    save: Callable[..., None] = np.savez_compressed  # the keywords are names of arrays
 
     def write(path: Path) -> None:
         with path.open('wb') as stream:  # a path would get .npz added to its name
@@ -129,13 +132,13 @@ def _arrays_writer(arrays: dict[str, np.ndarray]) -> Callable[[Path], object]:
 
 
 def in_file_names(text: str) -> str:
-    """A target or a method, as it stands in names of files."""
+    """A target or a method as text for the names of files."""
     return text.replace(':', '-').replace(',', '-')
 
 
 def methods_figure_name(statistics: Statistics) -> str | None:
-    """The file, in the output folder, that shows an explanation beside those of the other methods;
-    None: there are none."""
+    """The name of the figure in the output folder that shows an explanation beside those of the
+    other methods; None where there is a single method. statistics: of the explanation."""
     if len(statistics.get('methods') or ()) < 2:
         return None
     return statistics['folder'].removesuffix(f'_{in_file_names(statistics["method"])}') + (
@@ -146,8 +149,8 @@ def methods_figure_name(statistics: Statistics) -> str | None:
 def methods_figures(
     output_dir: Path, described: Sequence[Statistics]
 ) -> dict[Path, list[Statistics]]:
-    """The figures that show methods side by side, one for each target, and the statistics of what
-    they show; none where there is one method."""
+    """The figures that show methods side by side, one figure for each target, with the statistics
+    of the explanations in it. Empty where there is a single method."""
     figures: dict[Path, list[Statistics]] = {}
     for statistics in described:
         if name := methods_figure_name(statistics):
@@ -156,7 +159,7 @@ def methods_figures(
 
 
 def image_files(folder: Path) -> dict[str, Path]:
-    """The files of one image's folder by what they hold; the statistics mark it as finished."""
+    """The files in one image's folder by their content (FILE_ENDINGS)."""
     return {name: folder / f'{folder.name}_{end}' for name, end in FILE_ENDINGS.items()}
 
 
@@ -165,18 +168,19 @@ def _no_number(name: str) -> None:
 
 
 def read_statistics(folder: Path) -> Statistics:
-    """The statistics in an image's folder. Raises OSError or ValueError where there are none."""
+    """The statistics in an image's folder. Raises OSError or ValueError where they cannot be
+    read."""
     text = image_files(folder)['statistics'].read_text(encoding='utf-8')
     return json.loads(text, parse_constant=_no_number)
 
 
 def unpacked(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The uncertainties (H, W) float32 that `packed` made arrays of."""
+    """The uncertainties (H, W) float32 in arrays that `packed` made."""
     return arrays['uncertainty'].astype(np.float32) * arrays['uncertainty_scale']
 
 
 def view_of(arrays: dict[str, np.ndarray]) -> View:
-    """The figures' view of an image's arrays, letterbox padding cut away."""
+    """The view that figures show of an image's arrays, without letterbox padding."""
     size = (int(arrays['original_size'][0]), int(arrays['original_size'][1]))
     top, left, height, width = (int(side) for side in arrays['content'])
     crop = Placement(size, top, left, height, width).crop
@@ -200,11 +204,12 @@ def view_of(arrays: dict[str, np.ndarray]) -> View:
 def _picture_writers(
     files: dict[str, Path], view: View, statistics: Statistics, figures: str
 ) -> dict[Path, Callable[[Path], object]]:
-    """The pictures of one image that are wanted, by file."""
+    """For each picture of one image that `figures` names: its file, and the function that writes
+    it."""
     wanted = FIGURES[figures]
     if not wanted:
         return {}
-    from igseg.results.figures import (  # with matplotlib, which takes a while
+    from igseg.results.figures import (  # with matplotlib, which is slow to import
         attribution_figure,
         channels_figure,
         page_pictures,
@@ -225,8 +230,8 @@ def _picture_writers(
 
 
 def load_view(folder: str | Path) -> tuple[View, Statistics]:
-    """What the figures of an image folder show, read back from its files, and its statistics.
-    Raises InputError where they are missing or damaged."""
+    """The view that the figures of an image folder show, and the statistics, read from the files in
+    the folder. Raises InputError where files are missing or damaged."""
     folder = Path(folder)
     try:
         with np.load(image_files(folder)['arrays'], allow_pickle=False) as arrays:
@@ -239,30 +244,31 @@ def load_view(folder: str | Path) -> tuple[View, Statistics]:
         ) from None
 
 
-def _write_methods_figures(shown: dict[Path, list[Statistics]], views: dict[str, View]) -> None:
-    if not shown:
+def _write_methods_figures(figures: dict[Path, list[Statistics]], views: dict[str, View]) -> None:
+    """Write figures of `methods_figures`. views: by folder."""
+    if not figures:
         return
-    from igseg.results.figures import methods_figure  # with matplotlib, which takes a while
+    from igseg.results.figures import methods_figure  # with matplotlib, which is slow to import
 
     write_files(
         {
             path: figure_writer(methods_figure([views[s['folder']] for s in several], several))
-            for path, several in shown.items()
+            for path, several in figures.items()
         }
     )
 
 
 def write_image(output_dir: Path, described: Sequence[Description], figures: str = 'all') -> None:
-    """Write the files of one image's targets, each into the `folder` its statistics name.
+    """Write the files of one image's explanations, each into the `folder` that its statistics name.
 
-    figures: a key of FIGURES. The first target's statistics name the others: written last, they
-    mark all as finished. Of several methods, each target gets a figure of them in the output folder
-    itself. Raises OutputError.
+    figures: a key of FIGURES. The statistics of the first explanation name the other targets and
+    are written last: they mark the image as finished. Where there are several methods, a figure for
+    each target shows them side by side, in the output folder. Raises OutputError.
     """
     if FIGURES[figures]:
         views = {statistics['folder']: view_of(arrays) for statistics, arrays in described}
-        shown = methods_figures(output_dir, [statistics for statistics, _ in described])
-        _write_methods_figures(shown, views)
+        side_by_side = methods_figures(output_dir, [statistics for statistics, _ in described])
+        _write_methods_figures(side_by_side, views)
     for statistics, arrays in reversed(described):
         files = image_files(output_dir / statistics['folder'])
         write_files(
@@ -275,7 +281,8 @@ def write_image(output_dir: Path, described: Sequence[Description], figures: str
 
 
 def redraw_figures(folder: str | Path, figures: str = 'all') -> None:
-    """Draw the pictures of an image folder again from its files, without the model."""
+    """Draw the pictures of an image folder again from its files, without the model. Raises
+    InputError, OutputError."""
     if figures not in FIGURES:
         raise InputError(f'unknown figures "{figures}" (choose from {", ".join(FIGURES)})')
     view, statistics = load_view(folder)
@@ -291,12 +298,12 @@ def _lacks_figures(output_dir: Path, statistics: Statistics, figures: str) -> bo
 
 
 def redraw_missing(output_dir: Path, described: Sequence[Statistics], figures: str) -> None:
-    """Draw the pictures that finished explanations lack; described: their statistics."""
+    """Draw the missing pictures of finished explanations. described: the statistics of these."""
     for statistics in described:
         if _lacks_figures(output_dir, statistics, figures):
             redraw_figures(output_dir / statistics['folder'], figures)
-    shown = methods_figures(output_dir, described)
-    missing = {path: several for path, several in shown.items() if not path.is_file()}
+    side_by_side = methods_figures(output_dir, described)
+    missing = {path: several for path, several in side_by_side.items() if not path.is_file()}
     folders = [statistics['folder'] for several in missing.values() for statistics in several]
     views = {folder: load_view(output_dir / folder)[0] for folder in folders}
     if FIGURES[figures]:
@@ -304,16 +311,17 @@ def redraw_missing(output_dir: Path, described: Sequence[Statistics], figures: s
 
 
 def missing_figures(output_dir: Path, described: Sequence[Statistics], figures: str) -> bool:
-    """Whether finished explanations of an image lack one of the pictures that are wanted."""
-    together = methods_figures(output_dir, described) if FIGURES[figures] else {}
-    return not all(path.is_file() for path in together) or any(
+    """Whether a picture that `figures` names is missing for finished explanations of an image.
+    described: the statistics of these."""
+    side_by_side = methods_figures(output_dir, described) if FIGURES[figures] else {}
+    return not all(path.is_file() for path in side_by_side) or any(
         _lacks_figures(output_dir, statistics, figures) for statistics in described
     )
 
 
 def packed(uncertainty: np.ndarray) -> dict[str, np.ndarray]:
-    """Uncertainties (H, W) from 0 up as the arrays of the file: half precision, which would
-    underflow, after scaling by the maximum, and that scale."""
+    """Uncertainties (H, W), from 0 up, as two arrays of the .npz file: divided by their maximum and
+    stored in half precision (which would underflow without the division), and that maximum."""
     scale = np.float32(uncertainty.max(initial=0))
     halves = (uncertainty / (scale or 1)).astype(np.float16)
     return {'uncertainty': halves, 'uncertainty_scale': np.asarray(scale)}
@@ -322,10 +330,10 @@ def packed(uncertainty: np.ndarray) -> dict[str, np.ndarray]:
 def display_arrays(
     explanation: Explanation, image: np.ndarray, truth: np.ndarray | None, placement: Placement
 ) -> dict[str, np.ndarray]:
-    """All that the .npz file holds. Maps are at model resolution, padding included.
+    """The arrays of the .npz file. Maps are at model resolution, padding included.
 
-    image: (H0, W0, C), kept to look at, at a long side of at most DISPLAY_SIDE. truth: (h, w)
-    bool or None.
+    image: (H0, W0, C); it is stored with a longer side of at most DISPLAY_SIDE. truth: (h, w) bool
+    or None.
     """
     image = as_picture(image[:, :, None] if image.ndim == 2 else image)
     scale = min(1.0, DISPLAY_SIDE / max(image.shape[:2]))

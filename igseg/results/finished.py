@@ -1,8 +1,9 @@
-"""Which images are finished: the key by which results are recognised, and reading them back.
+"""Which images are finished: the key by which results are recognised, and reading results.
 
-An image is not computed again while everything that decides its files is the same: settings, the
-content of image, truth, baseline file and network, the versions of the libraries, and the number
-`RESULTS`, which is raised whenever this toolkit computes other figures than before.
+An image is not computed again as long as everything that decides the content of its files is the
+same: settings, the content of image, truth, baseline file and network, the versions of the
+libraries, and the number `RESULTS`, which is raised whenever this toolkit computes other figures
+than before.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from igseg.results.files import (
 )
 from igseg.statistics import COMPOUND, NUMBER, STATISTICS, TEXT, TRUTH, WHOLE, Statistics
 
-# Settings that do not change what is computed, and where the network, which has a digest, is from.
+# Settings that do not change what is computed, and the origin of the network, which has a digest.
 NOT_DECISIVE = (
     'step_batch', 'device', 'thresholds', 'model_path', 'model_sha256', 'architecture',
     'encoder', 'classes', 'weights_key', 'model_options',
 )  # fmt: skip
 
 
-# Their versions decide the figures.
+# Libraries whose versions decide the figures.
 LIBRARIES = (
     'torch', 'segmentation-models-pytorch', 'timm', 'numpy', 'opencv-python-headless',
     'scikit-image', 'scipy',
@@ -47,30 +48,31 @@ LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers: this toolkit, its results, Python, the libraries."""
-    own = {PROJECT: igseg.__version__, 'results': str(igseg.RESULTS)}
+    """The versions of everything that decides the figures: this toolkit, its results, Python, the
+    libraries."""
+    toolkit = {PROJECT: igseg.__version__, 'results': str(igseg.RESULTS)}
     python = {'python': '.'.join(map(str, sys.version_info[:3]))}
-    installed = {'opencv': cv2.__version__}  # of whichever package it was installed from
+    installed = {'opencv': cv2.__version__}  # several packages install it
     for library in LIBRARIES:
         with contextlib.suppress(ImportError):
             installed[library] = version(library)
-    return own | python | installed
+    return toolkit | python | installed
 
 
 def _deciding_versions() -> dict[str, str]:
-    """The versions that a finished image must share. Of this toolkit only the number of its
-    results: a new version that changes no figure computes nothing again."""
+    """The versions that must be the same for a finished image. Of this toolkit, only the number of
+    its results counts: a new version that changes no figure computes nothing again."""
     return {name: value for name, value in versions().items() if name != PROJECT}
 
 
 def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str:
-    """A hash of everything that decides the files of an image.
+    """A hash of everything that decides the content of an image's files.
 
-    record: the settings as they took effect, with the identity of the network. image: (H, W, C),
-    uint8 or float32. truth: (H, W), uint8, or int16 where pixels do not count.
+    record: the settings that took effect, with the identity of the network. image: (H, W, C), uint8
+    or float32. truth: (H, W), uint8, or int16 where pixels do not count.
     """
     decisive = {name: value for name, value in record.items() if name not in NOT_DECISIVE}
-    if 'baseline_sha256' in decisive:  # a file: wherever it lies
+    if 'baseline_sha256' in decisive:  # the content of the file counts, not its path
         del decisive['baseline']
     if 'references_sha256' in decisive:
         decisive.pop('reference_dir', None)
@@ -85,10 +87,10 @@ def resume_key(record: dict, image: np.ndarray, truth: np.ndarray | None) -> str
 
 @dataclass(frozen=True)
 class FolderNaming:
-    """How the folders of an image are named: after it, and where there are several after the
-    target and the method."""
+    """How the folders of an image are named: after the image; also after the target, or the method,
+    where there are several of them."""
 
-    name: str
+    name: str  # of the image
     several_targets: bool
     methods: tuple[str, ...]
 
@@ -100,7 +102,7 @@ class FolderNaming:
         return '_'.join(parts)
 
 
-# Of the statistics that are no plain figures: what others are built on.
+# The types of statistics that are no plain figures; other code depends on them.
 TYPES: dict[str, type | tuple[type, ...]] = {
     'targets': list, 'methods': list, 'settings': dict, 'verdict': list, 'notes': list,
     'versions': dict, 'trend': dict, 'evaluation': (dict, NoneType),
@@ -109,7 +111,8 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def _is_whole(statistics: Statistics) -> bool:
-    """Whether the content of a statistics file is what we write: a damaged one counts as none."""
+    """Whether the content of a statistics file has all keys and the right types. A damaged file
+    counts as missing."""
     kinds: dict[str, type | tuple[type, ...]] = {
         TEXT: str, WHOLE: int, NUMBER: (int, float), TRUTH: bool,
     }  # fmt: skip
@@ -122,23 +125,24 @@ def _is_whole(statistics: Statistics) -> bool:
 
 
 def _read_finished(folder: Path, key: str) -> Statistics | None:
-    """The statistics in a folder that belong to this key, if the maps are there too, else None."""
+    """The statistics in a folder, if they belong to this key and the maps exist too; else None."""
     try:
         statistics = read_statistics(folder)
         same = statistics['resume_key'] == key and statistics['folder'] == folder.name
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    there = same and _is_whole(statistics) and image_files(folder)['arrays'].is_file()
-    return statistics if there else None
+    finished = same and _is_whole(statistics) and image_files(folder)['arrays'].is_file()
+    return statistics if finished else None
 
 
 def finished_statistics(
     output_dir: Path, naming: FolderNaming, possible: Sequence[str], key: str
 ) -> list[Statistics] | None:
-    """The statistics of an image that was finished with this key, of each target and method; None
-    if it must be computed.
+    """The statistics of an image that was finished with this key, for each target and method; None
+    where the image must be computed.
 
-    possible: the targets of which one came first, whichever was not empty.
+    possible: the targets that may have been explained first; the first target that was not empty
+    was.
     """
     for folder in dict.fromkeys(naming.folder(target, naming.methods[0]) for target in possible):
         first = _read_finished(output_dir / folder, key)
@@ -146,14 +150,14 @@ def finished_statistics(
             continue
         folders = [naming.folder(t, m) for t in first['targets'] for m in naming.methods]
         every = [_read_finished(output_dir / folder, key) for folder in folders]
-        known = [statistics for statistics in every if statistics is not None]
-        return known if len(known) == len(every) else None
+        complete = [statistics for statistics in every if statistics is not None]
+        return complete if len(complete) == len(every) else None
     return None
 
 
 def judged_again(statistics: Statistics, limits: Thresholds, output_dir: Path) -> Statistics:
-    """Statistics of a finished image under today's thresholds, in the file too. Raises
-    OutputError."""
+    """The statistics of a finished image with its verdict under the thresholds `limits`. If they
+    changed, the statistics file is written again. Raises OutputError."""
     changed: Statistics = {'verdict': verdict_of(statistics, limits)}
     changed['settings'] = {**statistics['settings'], 'thresholds': asdict(limits)}
     if any(statistics[key] != value for key, value in changed.items()):

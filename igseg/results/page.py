@@ -1,8 +1,8 @@
-"""The page `index.html` of a batch: what was found, image by image, to read and to pass on.
+"""The page `index.html` of a batch: the results of all images, to read and to pass on.
 
-One self-contained file (styles, script and figures' data inside, pictures beside it by relative
-path) that opens from disk without a network. Everything that comes from files, names included,
-reaches the page through Jinja2's escaping or as text nodes.
+The page is one file with styles, script and data inside; only pictures lie beside it and have
+relative paths. It opens from disk without a network. Everything that comes from files, names
+included, reaches the page through Jinja2's escaping or as text nodes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEMPLATE = 'page.html'
 _SHOWN = sorted((row.page, key) for key, row in STATISTICS.items() if row.page is not None)
 ON_PAGE = {key: STATISTICS[key] for _, key in _SHOWN}  # in the detail view, before METRICS
 IN_TABLE = {key: row for key, row in ON_PAGE.items() if row.heading}
-BESIDE = {  # figures by which the methods of an image are compared, and their headings
+BESIDE = {  # the statistics that compare the methods of an image, and their headings
     'attribution_ratio_in_target': 'ratio of the target',
     'completeness_gap': 'gap',
     'map_error': 'map error',
@@ -42,7 +42,7 @@ BESIDE = {  # figures by which the methods of an image are compared, and their h
     'mass_in_truth': 'mass in truth',
     'seconds': 'seconds',
 }
-MOST_LISTED = 200  # skipped or failed images
+MOST_LISTED = 200  # skipped or failed images that are listed by name
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,22 @@ class Page:
 
     @property
     def file(self) -> str:
-        """Its file name."""
+        """The file name of this page."""
         return self.file_of(self.number)
 
     @staticmethod
     def file_of(number: int) -> str:
-        """The file name of a page."""
+        """The file name of the page with this number."""
         return 'index.html' if number == 1 else f'index_{number}.html'
 
 
 def file_links(statistics: Statistics, output_dir: Path | None) -> dict[str, str]:
-    """Relative addresses of the files of an image, of those that are there."""
+    """The relative addresses of an image's files that exist in `output_dir`; of all its files
+    where that is None."""
     folder = statistics['folder']
     files = {name: f'{folder}/{folder}_{end}' for name, end in FILE_ENDINGS.items()}
-    if together := methods_figure_name(statistics):
-        files['methods'] = together
+    if figure_name := methods_figure_name(statistics):
+        files['methods'] = figure_name
     return {
         name: quote(file)
         for name, file in files.items()
@@ -77,14 +78,14 @@ def file_links(statistics: Statistics, output_dir: Path | None) -> dict[str, str
 
 
 def what_of(statistics: Statistics) -> str:
-    """Which of the explanations of its image this is; empty where there is one."""
+    """The target and the method of an explanation, as far as its image has others; else empty."""
     target = '' if statistics['target'] == 'predicted' else statistics['target']
     method = statistics['method'] if methods_figure_name(statistics) else ''
     return ', '.join(word for word in (target, method) if word)
 
 
 def table_row(statistics: Statistics, output_dir: Path | None) -> dict:
-    """What the table shows of one image."""
+    """The row of an explanation in the table of images."""
     files = file_links(statistics, output_dir)
     return {
         'name': statistics['image'],
@@ -99,7 +100,8 @@ def table_row(statistics: Statistics, output_dir: Path | None) -> dict:
 
 
 def _by_methods_figure(images: Sequence[Statistics]) -> dict[str, list[Statistics]]:
-    """Explanations of the same image and target by several methods, by the figure of them all."""
+    """The explanations of an image and target by several methods, by the figure that shows them
+    side by side."""
     several: dict[str, list[Statistics]] = {}
     for statistics in images:
         if name := methods_figure_name(statistics):
@@ -108,19 +110,23 @@ def _by_methods_figure(images: Sequence[Statistics]) -> dict[str, list[Statistic
 
 
 def _beside(statistics: Statistics, key: str) -> str:
-    """A figure as text; a gap that is none by construction says so."""
+    """A statistic as text; the text of a gap says where the method promises none."""
     return gap_text(statistics) if key == 'completeness_gap' else shown(key, statistics[key])
 
 
 def methods_table(several: Sequence[Statistics]) -> dict:
-    """The methods of one image and target beside each other: what to do with each map, and the
-    figures that any of them has."""
-    keys = [key for key in BESIDE if any(one[key] is not None for one in several)]
+    """A table of the methods of one image and target: the verdict on each map, and the statistics
+    that at least one of the maps has."""
+    keys = [key for key in BESIDE if any(statistics[key] is not None for statistics in several)]
     return {
         'headings': ['method', 'verdict', *(BESIDE[key] for key in keys)],
         'rows': [
-            [one['method'], one['verdict'][0]['flag'], *(_beside(one, key) for key in keys)]
-            for one in several
+            [
+                statistics['method'],
+                statistics['verdict'][0]['flag'],
+                *(_beside(statistics, key) for key in keys),
+            ]
+            for statistics in several
         ],
     }
 
@@ -128,8 +134,8 @@ def methods_table(several: Sequence[Statistics]) -> dict:
 def detail(
     statistics: Statistics, command: str, output_dir: Path | None, beside: dict | None = None
 ) -> dict:
-    """What the detail view shows of one image, as data for the page's script. beside: see
-    `methods_table`."""
+    """The data of an explanation for the detail view, which the page's script shows. beside: the
+    table of `methods_table`."""
     evaluation = statistics['evaluation'] or {}
     figures = [[row.label, shown(key, statistics[key]), ''] for key, row in ON_PAGE.items()]
     figures += [
@@ -159,7 +165,8 @@ def detail(
 
 
 def rounded(value: object) -> object:
-    """Nested lists and dictionaries with numbers of three digits: a thousand images fit a page."""
+    """Nested lists and dictionaries with all floats rounded to three digits, so that the data of a
+    thousand images fit in a page."""
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -168,7 +175,7 @@ def rounded(value: object) -> object:
 
 
 def summary_rows(summary: dict) -> list[tuple[str, str, str]]:
-    """Name, median and interval of every figure that was measured."""
+    """The name, the median and the interval of every statistic that has a median."""
     rows = []
     for name, (median, interval) in summary['figures'].items():
         if median is not None:
@@ -186,10 +193,11 @@ def report_html(
     page: Page = Page(),
     output_dir: Path | None = None,
 ) -> str:
-    """The page. images: those on it: statistics with `folder` and `verdict`; summary: of the whole
-    batch, `figures` by name with median and interval; commands: what makes each image again.
-    output_dir: where the pictures are, to leave out those that are not."""
-    from jinja2 import Environment, PackageLoader, select_autoescape  # takes a while
+    """The text of a page. images: the statistics of the explanations on it. summary: of the whole
+    batch; its `figures` are medians and intervals by name. skipped, failed: images without results.
+    commands: for each explanation, the command that makes it again. output_dir: the folder with the
+    pictures; pictures that do not exist there are left out."""
+    from jinja2 import Environment, PackageLoader, select_autoescape  # slow to import
 
     environment = Environment(
         loader=PackageLoader('igseg', 'results'),

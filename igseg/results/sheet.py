@@ -1,4 +1,4 @@
-"""A page of panels: its `Layout`, in inches, and the `Sheet` that draws on it."""
+"""A page of panels: `SheetLayout` says where everything lies, `Sheet` draws."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from igseg.results.view import View
 from igseg.statistics import CLIP_PERCENTILE, Statistics, gap_text, how_text, shown, tiles_text
 
 DOTS_PER_INCH = 150
-BOLD = 1.25  # how much wider bold type runs
+BOLD = 1.25  # how much wider bold type is
 FONT = {'title': 11, 'label': 9, 'caption': 10, 'heading': 13}
 
 SPECK = 1e-4  # a region smaller than this share of the image cannot be seen by its outline
 
 WARNING_COLOUR = '#b00020'
 
-TITLE, BAR, GAP, LINE = 0.5, 0.85, 0.25, 0.19  # inches; narrow panels' bars need more
+TITLE, BAR, GAP, LINE = 0.5, 0.85, 0.25, 0.19  # inches; colour bars of narrow panels need more
 
-TREND = (3.4, 1.75)  # inches: the corner for what happens along the path
+TREND = (3.4, 1.75)  # inches: the corner with the curves along the path
 
 JOINT = ' · '
 
@@ -49,15 +49,15 @@ def wrap(text: str, inches: float, size: float) -> str:
 
 
 class Texts(NamedTuple):
-    """What is written on a page."""
+    """The texts on a page."""
 
     heading: str
     lines: Sequence[str]  # of the caption
-    warning: str  # empty: none
+    warning: str  # empty: no warning
 
 
 class Wrapped(NamedTuple):
-    """The same, broken into lines that fit."""
+    """The texts on a page, broken into lines that fit."""
 
     heading: str
     caption: str
@@ -65,29 +65,29 @@ class Wrapped(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where everything lies on a page of panels that all have the image's shape, under a heading
-    and over a caption; in inches, from the lower left corner.
+class SheetLayout:
+    """Where everything lies on a page: in inches, from the lower left corner.
 
-    Wide images stand in few columns, tall ones in many. No text can run into another whatever the
-    shape of the image.
+    The panels all have the image's shape. A heading is above them, a caption below. Wide images
+    stand in few columns, tall images in many. Texts never overlap, whatever the shape of the image.
     """
 
     width: float
     height: float
-    panel: tuple[float, float]  # width and height of each
-    places: tuple[tuple[float, float], ...]  # x and y of each
+    panel: tuple[float, float]  # width and height of each panel
+    places: tuple[tuple[float, float], ...]  # x and y of each panel
     cell: float  # width that each panel has for its title and its colour bar
-    bottom: float  # of the panels: below are legend, caption and the corner
-    centre: float  # of the caption
+    bottom: float  # height of the panels' lower edge: below are legend, caption and the corner
+    centre: float  # x of the middle of the caption
     texts: Wrapped
 
     @classmethod
     def of(
         cls, size: tuple[int, int], panels: int, bars: Sequence[int], texts: Texts, trend: bool
-    ) -> Layout:
-        """For an image of (height, width). bars: the panels with a colour bar. trend: whether the
-        corner shows what happens along the path; the caption has the rest of the foot."""
+    ) -> SheetLayout:
+        """The layout for an image of (height, width). panels: how many. bars: the panels with a
+        colour bar. trend: whether the corner shows the curves along the path; the caption has the
+        rest of the foot."""
         aspect = size[1] / size[0]
         columns = 2 if aspect > 1.8 else 7 if aspect < 0.55 else 4 if panels == 4 else 3
         columns = min(columns, panels)
@@ -100,7 +100,7 @@ class Layout:
         top, bottom = _margins(wrapped, trend)
         bar = BAR + (LINE if cell < 3 else 0)
         rows = [range(k, min(k + columns, panels)) for k in range(0, panels, columns)]
-        depths = [  # each row: titles, panels, and colour bars where one of them has any
+        depths = [  # of each row: titles, panels, and colour bars where a panel has one
             TITLE + panel_height + (bar if set(row) & set(bars) else 0.1) for row in rows
         ]
         height = top + sum(depths) + bottom
@@ -114,7 +114,8 @@ class Layout:
 
 
 def _wrapped(texts: Texts, width: float, foot: float) -> Wrapped:
-    """Texts broken into lines: the heading for the width of the page, the others for its foot."""
+    """Texts broken into lines: the heading fits the width of the page, the others fit the width of
+    the foot."""
     return Wrapped(
         wrap(texts.heading, width, FONT['heading'] * BOLD),
         '\n'.join(wrap(line, foot, FONT['caption']) for line in texts.lines),
@@ -123,24 +124,24 @@ def _wrapped(texts: Texts, width: float, foot: float) -> Wrapped:
 
 
 def _margins(texts: Wrapped, trend: bool) -> tuple[float, float]:
-    """The depths of what stands above the panels and below them."""
-    depth = texts.caption.count('\n') + 1
-    depth += texts.warning.count('\n') + 1 if texts.warning else 0
+    """The heights of the spaces above and below the panels."""
+    lines = texts.caption.count('\n') + 1
+    lines += texts.warning.count('\n') + 1 if texts.warning else 0
     top = GAP + 1.3 * LINE * (texts.heading.count('\n') + 1)
-    return top, GAP + max(LINE * (depth + 2), TREND[1] if trend else 0)
+    return top, GAP + max(LINE * (lines + 2), TREND[1] if trend else 0)
 
 
-# --------------------------------------------------------------------------- drawing on it
+# --------------------------------------------------------------------------- drawing
 
 
 def caption_lines(statistics: Statistics) -> list[str]:
-    """What was explained, how, and how exact it is."""
+    """The lines of the caption: what was explained, how, and how exact the map is."""
 
     def show(key: str) -> str:
         return shown(key, statistics[key])
 
     tiles = tiles_text(statistics)
-    share = statistics.get('settled_share')  # older results have none
+    share = statistics.get('settled_share')  # missing in older results
     settled = 'unknown' if share is None else shown('settled_share', share)
     return [
         f'Target: mean {statistics["score_type"]} over "{statistics["target"]}" '
@@ -156,11 +157,7 @@ def caption_lines(statistics: Statistics) -> list[str]:
 
 
 class Sheet:
-    """A page of panels that all have the image's shape, under a heading and over a caption.
-
-    Wide images stand in few columns, tall ones in many. Everything is placed in inches, so that
-    no text can run into another whatever the shape of the image.
-    """
+    """A page of panels with a heading and a caption, laid out by `SheetLayout`."""
 
     def __init__(
         self,
@@ -172,17 +169,17 @@ class Sheet:
         lines: Sequence[str] | None = None,
         warning: str | None = None,
     ) -> None:
-        """bars: the panels with a colour bar. lines, warning: of the caption, by default those of
-        the statistics."""
+        """panels: how many. bars: the panels with a colour bar. trend: whether to draw the curves
+        along the path. lines, warning: of the caption; by default made from the statistics."""
         if lines is None:
             lines, warning = caption_lines(statistics), accuracy_warning(statistics)
-            lines = lines if trend else [JOINT.join(lines)]  # beside the corner there is room
+            lines = lines if trend else [JOINT.join(lines)]  # the corner leaves room for many lines
             lines = [line[0].upper() + line[1:] for line in lines] if trend else lines
         else:
             lines = [line[0].upper() + line[1:] for line in lines]
         texts = Texts(statistics['image'], lines, warning or '')
         self.view = view
-        self.layout = Layout.of(view.original_size, panels, bars, texts, trend)
+        self.layout = SheetLayout.of(view.original_size, panels, bars, texts, trend)
         page = self.layout
         self.figure = Figure(figsize=(page.width, page.height), dpi=DOTS_PER_INCH)
         self.axes = [self._add(x, y, *page.panel) for x, y in page.places]
@@ -202,19 +199,19 @@ class Sheet:
         self._write(warning, below, FONT['caption'], middle, color=WARNING_COLOUR, weight='bold')
 
     def _add(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Axes at a place in inches from the lower left corner."""
+        """New axes; place and size are in inches, from the lower left corner."""
         across, up = self.layout.width, self.layout.height
         return self.figure.add_axes((x / across, y / up, width / across, height / up))
 
     def _write(self, text: str, y: float, size: int, x: float, **style: Any) -> None:
-        """Text around a share x of the page's width whose top edge lies y inches above its
-        bottom."""
+        """Write a text. x: its centre, as a share of the page's width. y: its top edge, in inches
+        above the bottom of the page."""
         self.figure.text(
             x, y / self.layout.height, text, ha='center', va='top', fontsize=size, **style
         )
 
     def _draw_trend(self, statistics: Statistics) -> None:
-        """The score and the mask along the path, with a dot at every node, in the corner."""
+        """Draw the curves of the score and of the mask along the path, with a dot at every node."""
         trend = statistics['trend']
         width, height = TREND
         place = (self.layout.width - width + 0.45, 0.45, width - 1.05, height - 0.75)
@@ -225,20 +222,20 @@ class Sheet:
         axis.plot(trend['alphas'], trend['scores'], '.-', color='black', ms=4, lw=0.8)
         axis.set_title('F (black) and IoU of the mask (blue) on the path', fontsize=8)
         axis.set_xlabel('alpha: 0 baseline, 1 image', fontsize=8, labelpad=1)
-        other = axis.twinx()
+        iou_axis = axis.twinx()
         pairs = zip(trend['alphas'], trend['mask_iou'], strict=True)
-        seen = [pair for pair in pairs if pair[1] is not None]  # where there was a whole map
-        style = '.-' if len(seen) == len(trend['alphas']) else 's'  # no line where it is not known
-        other.plot(*np.array(seen).reshape(-1, 2).T, style, color='tab:blue', ms=3, lw=0.8,
+        measured = [pair for pair in pairs if pair[1] is not None]  # nodes with a whole map
+        style = '.-' if len(measured) == len(trend['alphas']) else 's'  # a line only if all nodes
+        iou_axis.plot(*np.array(measured).reshape(-1, 2).T, style, color='tab:blue', ms=3, lw=0.8,
                    clip_on=False)  # fmt: skip
-        other.set_ylim(-0.03, 1.03)
-        for each in (axis, other):
-            each.tick_params(labelsize=7, pad=1)
+        iou_axis.set_ylim(-0.03, 1.03)
+        for curve_axis in (axis, iou_axis):
+            curve_axis.tick_params(labelsize=7, pad=1)
         axis.set_xlim(0, 1)
-        axis.set_xticks([0.2, 0.4, 0.6, 0.8])  # the ends would touch the other labels
+        axis.set_xticks([0.2, 0.4, 0.6, 0.8])  # labels at the ends would touch other labels
         low, high = axis.get_ylim()
         axis.set_yticks([t for t in MaxNLocator(4).tick_values(low, high) if low < t < high])
-        other.set_yticks([0.0, 0.5, 1.0])
+        iou_axis.set_yticks([0.0, 0.5, 1.0])
 
     def show(
         self, axis: Axes, values: np.ndarray, title: str | None = None, **options: Any
@@ -255,21 +252,21 @@ class Sheet:
     def show_mask(
         self, axis: Axes, mask: np.ndarray, tint: tuple[float, float, float], title: str
     ) -> None:
-        """The image with a mask laid over it, half transparent."""
+        """Draw the image with a half transparent mask over it."""
         self.show(axis, self.view.image, title)
         layer = np.zeros((*mask.shape, 4))
         layer[mask] = (*tint, 0.5)
         axis.imshow(layer, extent=self.view.extent, interpolation='nearest', aspect='auto')
 
     def outline(self, axis: Axes, mask: np.ndarray, colour: str, style: LineStyle) -> None:
-        """The outline of a mask; a speck too small to see also gets a ring around it."""
+        """Draw the outline of a mask, and a ring around a mask that is too small to see."""
         if not mask.any():
             return
         left, right, bottom, top = self.view.extent
         rows, columns = mask.shape
         x = left + (np.arange(columns + 2) - 0.5) * (right - left) / columns
         y = top + (np.arange(rows + 2) - 0.5) * (bottom - top) / rows
-        padded = np.pad(mask, 1).astype(float)  # so that a mask at the edge is closed
+        padded = np.pad(mask, 1).astype(float)  # closes the outline at the edges of the image
         axis.contour(x, y, padded, [0.5], colors=colour, linewidths=1.2, linestyles=style)
         if mask.mean() < SPECK:
             row, column = np.argwhere(mask).mean(axis=0).round().astype(int) + 1
@@ -280,7 +277,8 @@ class Sheet:
     def bar(
         self, axis: Axes, drawn: AxesImage, label: str, extend: str, clipped: bool = True
     ) -> None:
-        """A colour bar below a panel that says where the colours are clipped."""
+        """Draw a colour bar below a panel. clipped: whether its label says where colours are
+        clipped."""
         box = axis.get_position()
         x = (box.x0 + box.x1) / 2 * self.layout.width - self.layout.cell / 2
         place = self._add(x + 0.1, box.y0 * self.layout.height - 0.2, self.layout.cell - 0.2, 0.1)
@@ -288,7 +286,7 @@ class Sheet:
             drawn, cax=place, orientation='horizontal', extend=extend, format='%.2g'
         )
         low, high = drawn.get_clim()
-        assert low is not None and high is not None  # something was drawn
+        assert low is not None and high is not None  # a map was drawn
         ticks = MaxNLocator(4 if self.layout.cell > 3 else 2).tick_values(low, high)
         bar.set_ticks([tick for tick in ticks if low <= tick <= high])
         if bar.solids is not None:
@@ -298,7 +296,7 @@ class Sheet:
         bar.set_label(wrap(text, self.layout.cell, FONT['label']), fontsize=FONT['label'])
 
     def legend(self, entries: dict[str, tuple[str, LineStyle]]) -> None:
-        """The meaning of the outlines: label -> (colour, line style)."""
+        """Draw the legend of the outlines. entries: label -> (colour, line style)."""
         lines = [
             Line2D([], [], color=colour, linestyle=style, label=label)
             for label, (colour, style) in entries.items()

@@ -1,4 +1,4 @@
-"""What there is to see of one explanation: a `View`, which figures are drawn from."""
+"""The data from which figures of one explanation are drawn: `View`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 
 from igseg.statistics import CLIP_PERCENTILE
 
-MAP_SIDE = 2048  # pixels, longer side: of maps as they are drawn
+MAP_SIDE = 2048  # pixels: the longer side of maps that are drawn
 
 
 @dataclass(frozen=True)
 class View:
-    """What there is to see of one explanation; all arrays cover exactly the original image."""
+    """The data from which figures of one explanation are drawn. All arrays cover exactly the
+    original image."""
 
-    image: np.ndarray  # (h0, w0, 3) uint8: the original, perhaps shrunk
+    image: np.ndarray  # (h0, w0, 3) uint8: the original image, perhaps shrunk
     original_size: tuple[int, int]  # (height, width) in original pixels: the axes' units
     attributions: np.ndarray  # (C, h, w) float32
     predicted_mask: np.ndarray  # (h, w) bool
@@ -45,14 +46,15 @@ class View:
 
     @property
     def settled(self) -> np.ndarray:
-        """(h, w) bool: where the sign of the sum is not in doubt, as far as that is known."""
+        """(h, w) bool: where the sign of the sum is certain; everywhere if the uncertainty is
+        unknown."""
         if self.uncertainty is None:
             return np.ones(self.summed.shape, bool)
         return np.abs(self.summed) >= self.uncertainty
 
     def shrunk(self) -> View:
-        """The same with maps of at most MAP_SIDE, by mean: of the pixels of larger ones a drawing
-        would show some and leave out the others, and take much memory."""
+        """This view with maps of at most MAP_SIDE, shrunk by averaging. A drawing of larger maps
+        would leave out some of their pixels and take much memory."""
         height, width = self.region.shape
         scale = MAP_SIDE / max(height, width)
         if scale >= 1:
@@ -62,11 +64,12 @@ class View:
 
         def small_mask(mask: np.ndarray) -> np.ndarray:
             share = small(mask.astype(np.float32))
-            return share >= 0.5 if (share >= 0.5).any() else share > 0  # what is there is seen
+            # A mask that is small everywhere stays visible.
+            return share >= 0.5 if (share >= 0.5).any() else share > 0
 
         return replace(
             self,
-            attributions=np.stack([small(one) for one in self.attributions]),
+            attributions=np.stack([small(channel) for channel in self.attributions]),
             predicted_mask=small_mask(self.predicted_mask),
             region=small_mask(self.region),
             truth=None if self.truth is None else small_mask(self.truth),
@@ -76,6 +79,7 @@ class View:
 
 
 def clip_level(values: np.ndarray) -> float:
-    """The 99th percentile of |values|; the maximum where that is zero; 1 for an all-zero map."""
+    """The 99th percentile of |values|; where that is zero, the maximum; where that is zero too,
+    1."""
     level = float(np.percentile(np.abs(values), CLIP_PERCENTILE))
     return level or float(np.abs(values).max()) or 1.0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from igseg.results.sheet import LINE, TITLE, TREND, Layout, Texts
+from igseg.results.sheet import LINE, TITLE, TREND, SheetLayout, Texts
 
 LONG = 'a long sentence that says what was explained and how exact it is, and goes on ' * 3
 SHAPES = [(480, 640), (640, 480), (100, 1000), (1000, 100), (64, 64), (1, 5000)]
@@ -10,8 +10,10 @@ SHAPES = [(480, 640), (640, 480), (100, 1000), (1000, 100), (64, 64), (1, 5000)]
 
 def layout_of(
     size: tuple[int, int], panels: int = 6, trend: bool = True, warning: str = ''
-) -> Layout:
-    return Layout.of(size, panels, (1, panels - 1), Texts('a' * 200, [LONG, LONG], warning), trend)
+) -> SheetLayout:
+    return SheetLayout.of(
+        size, panels, (1, panels - 1), Texts('a' * 200, [LONG, LONG], warning), trend
+    )
 
 
 @pytest.mark.parametrize('size', SHAPES)
