@@ -17,7 +17,7 @@ from igseg.explanation import Explanation
 from igseg.method.baselines import baseline_pictures
 from igseg.method.choice import AUTO, BASELINES, Question, check_baseline
 from igseg.method.rules import Integration
-from igseg.network.description import NetworkDescription, known_description, likely_channels
+from igseg.network.description import NetworkDescription, likely_channels, quick_description
 from igseg.network.factory import runs_at
 from igseg.network.facts import NetworkFacts
 from igseg.network.kinds import Meaning, NetworkSource
@@ -147,7 +147,7 @@ def input_preprocessing(model: torch.nn.Module, settings: Settings) -> Preproces
 
     The image size is rounded up to one that the network takes.
     """
-    network = known_description(model)
+    network = quick_description(model)
     channels = network.channels or likely_channels(model)
     own = network.preprocessing.for_channels(channels)  # as it was found at loading
     scale = PIXEL_RANGES[settings.pixel_range]
@@ -205,7 +205,7 @@ def open_network(
     """A checkpoint's network, and how images become its input under these settings; what was
     decided is said. Raises InputError."""
     model = load_model(**vars(source))
-    network = known_description(model)
+    network = quick_description(model)
     for note in network.notes:
         print(f'note: {note}', file=sys.stderr)
     preprocessing = input_preprocessing(model, settings)

@@ -1,4 +1,4 @@
-"""From a checkpoint to a described module: its weights, what its outputs mean, which one it is.
+"""From a checkpoint to a described module: its weights, what its outputs mean, and its digest.
 
-Knows no files of pictures. May import the files at the top of the package.
+These modules read no pictures. May import the files at the top of the package.
 """

@@ -1,8 +1,8 @@
-"""Reading checkpoints: where in a file the weights of a network lie. Nothing in it is ever run.
+"""Reading checkpoints: where in a file the weights of a network lie. Code in a file is never run.
 
-Files come from many hands: a plain state dict, one under any key, under the prefixes of wrappers,
-beside an optimizer, an average of the weights, or pickled objects. What is looked for is what the
-names of an encoder-decoder look like, not a list of known keys.
+Files differ: the state dict is the whole file or lies under any key; names have the prefixes of
+wrappers; an optimizer, an average of the weights or pickled objects lie beside it. The weights are
+recognised by names that look like those of an encoder-decoder, not by a list of keys.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from igseg.errors import InputError, one_line
 from igseg.network.kinds import check_model_path
 
 ENCODER, HEAD = 'encoder.', 'segmentation_head.'  # every network of smp has both
-AVERAGED = re.compile(r'ema|averag|swa|teacher|shadow', re.IGNORECASE)  # taken where it is alone
-INFLATION = 4  # a checkpoint may grow so many times when it is unpacked
-NOT_OF_PIXELS = re.compile(r'target|label|loss|output|metric|(^|[._])y_$', re.IGNORECASE)  # means
-MOST_CHANNELS = 64  # of an image, whose mean and deviation are looked for
-MOST_OBJECTS = 300  # kinds of pickled objects; many of them times many objects takes long
-MOST_PLACES = 100_000  # looked into
+# Averages of weights, which are taken only where there are no other weights.
+AVERAGED = re.compile(r'ema|averag|swa|teacher|shadow', re.IGNORECASE)
+INFLATION = 4  # a checkpoint may become so many times as large when it is unpacked
+# Names of means and deviations that are not those of pixels.
+NOT_OF_PIXELS = re.compile(r'target|label|loss|output|metric|(^|[._])y_$', re.IGNORECASE)
+MOST_CHANNELS = 64  # means and deviations of more channels are not those of an image
+MOST_OBJECTS = 300  # kinds of pickled objects; reading a file with very many kinds takes long
+MOST_PLACES = 100_000  # dictionaries, lists and modules that are searched
 WEIGHTS_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder
 TRANSFORM_FILE = 'albumentations_config_eval.json'  # of a folder that smp's guide saves
-FOREIGN = {  # files of other frameworks: first bytes or ending -> what they are
+FOREIGN = {  # files of other frameworks: ending -> kind of file
     '.onnx': 'an ONNX file', '.h5': 'a Keras file', '.keras': 'a Keras file',
     '.pb': 'a TensorFlow file', '.tflite': 'a TensorFlow Lite file',
     '.engine': 'a TensorRT file', '.mlmodel': 'a Core ML file',
@@ -46,20 +48,20 @@ SAVE_WEIGHTS = 'torch.save(model.state_dict(), path)'
 class Checkpoint:
     """The weights of a network, and what is stored with them."""
 
-    state: dict[str, torch.Tensor]  # by the network's own names, prefixes removed
+    state: dict[str, torch.Tensor]  # by the names in the network, without prefixes
     settings: dict[str, object] = field(default_factory=dict)  # architecture, encoder, mean, …
-    key: str = ''  # where in the file they lay; empty: they are the file
-    others: tuple[str, ...] = ()  # where other networks' lie
+    key: str = ''  # where in the file the weights lie; empty: the file is the state dict
+    others: tuple[str, ...] = ()  # where the weights of other networks lie
     notes: tuple[str, ...] = ()  # what was decided, in sentences
+    # mean and std that lie beside the weights, by number of channels; empty if `settings` have them
     normalisations: dict[int, dict[str, tuple[float, ...]]] = field(default_factory=dict)
-    # mean and std that lay beside the weights, by number of channels; none where settings say it
-    unused: tuple[str, ...] = ()  # names beside the weights of a network whose names were given
+    unused: tuple[str, ...] = ()  # tensors that the network does not have, if its names are known
 
     @property
     def options(self) -> dict[str, object]:
         """The stored arguments of the architecture, by name."""
         options = self.settings.get('options', {})
-        assert isinstance(options, dict)  # else the settings would not have been taken
+        assert isinstance(options, dict)  # `_stored_settings` takes no other settings
         return options
 
 
@@ -67,13 +69,13 @@ class Checkpoint:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse files of other frameworks, and a zip file that grows when it is unpacked, which
-    torch.save never writes."""
+    """Raise InputError for files of other frameworks, and for a zip file that becomes much larger
+    when it is unpacked; torch.save never writes such files."""
     kind = FOREIGN.get(path.suffix.lower())
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except Exception:  # no zip file, or damaged: torch.load says so
+    except Exception:  # no zip file, or damaged: torch.load will raise an error
         entries = []
     if any(entry.filename.endswith('constants.pkl') for entry in entries):
         kind = 'a TorchScript file'
@@ -89,12 +91,13 @@ def _check_kind(path: Path) -> None:
         )
 
 
-# What an unpickler may make: a class or a function, under its own name or another.
+# What an unpickler may make: a class or a function; with a text, under that name in the file.
 Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
 
 
 class StandIn:
-    """Takes the place of an object in a file: takes anything, does nothing, keeps its parts."""
+    """Takes the place of an object in a file: accepts all arguments, does nothing, and keeps the
+    parts of the object."""
 
     parts: object = None
 
@@ -109,9 +112,9 @@ class StandIn:
 
 
 def _stand_in(name: str, of: Callable[..., object] | None = None) -> type:
-    """A class that stands for the class or function of that name in a file.
+    """A class that takes the place of the class or function of that name in a file.
 
-    of: what is made instead of a stand-in, where the unpickler insists on it (dict or list).
+    of: makes a dictionary or a list instead of a stand-in, where the unpickler requires one.
     """
     if of is None:
         return type(name, (StandIn,), {'__module__': 'file'})
@@ -119,12 +122,12 @@ def _stand_in(name: str, of: Callable[..., object] | None = None) -> type:
 
 
 def _objects_in(path: Path, numbers: Sequence[Allowed]) -> list[str]:
-    """The names of the classes and functions in a file that are no plain data. Raises InputError
-    for more than can be looked at."""
+    """The names of the classes and functions in a file that are no plain data. numbers: what
+    counts as plain data. Raises InputError where there are too many."""
     try:
         with torch.serialization.safe_globals(list(numbers)):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # an old file, or a damaged one: what is wrong is said when it is loaded
+    except Exception:  # an old or a damaged file: torch.load will raise an error
         return []
     if len(names) > MOST_OBJECTS:
         raise InputError(
@@ -135,7 +138,8 @@ def _objects_in(path: Path, numbers: Sequence[Allowed]) -> list[str]:
 
 
 def _refusal(path: Path, reason: str, names: Sequence[str]) -> str:
-    """The sentence for a file that the unpickler refuses."""
+    """The sentence for a file that the unpickler refuses. reason: the text of its error. names: of
+    the classes and functions in the file."""
     blocked = re.search(r'GLOBAL (\S+) whose module \S+ is blocked', reason)
     listed = [blocked[1]] if blocked else list(names)
     objects = zipfile.is_zipfile(path) or 'GLOBAL' in reason or 'weights_only' in reason.lower()
@@ -150,47 +154,48 @@ def _refusal(path: Path, reason: str, names: Sequence[str]) -> str:
 
 
 def _read_torch_file(path: Path) -> object:
-    """torch.load that runs no code: objects in the file become stand-ins that do nothing."""
-    scalar = np.float64(0).__reduce__()[0]  # the function that a pickled number names
+    """torch.load that runs no code: objects in the file become stand-ins that do nothing. Raises
+    InputError."""
+    scalar = np.float64(0).__reduce__()[0]  # the function that pickled numbers use
     numbers: list[Allowed] = [
         scalar, (scalar, 'numpy.core.multiarray.scalar'), np.dtype, np.dtypes.Float64DType,
         np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType,
     ]  # fmt: skip
     stand_ins = {name: _stand_in(name) for name in _objects_in(path, numbers)}
     for _ in range(len(stand_ins) + 1):
-        known: list[Allowed] = [
+        allowed: list[Allowed] = [
             *numbers,
             *((stand_in, name) for name, stand_in in stand_ins.items()),
         ]
         try:
-            # The list of what is allowed holds for the whole process: only around this call.
-            with torch.serialization.safe_globals(known), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # of pickle protocols; the error says enough
+            # The list of what is allowed is global, so it is set only around this call.
+            with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # about pickle protocols
                 return torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as error:
             reason = str(error)
-        except Exception as error:  # torch.load and the unpickler raise all kinds on damaged files
+        except Exception as error:  # damaged files raise any kind of error
             raise InputError(
                 f'{path} is no PyTorch checkpoint or is damaged: {one_line(error, 120)} '
                 '(copy or save it again)'
             ) from None
-        wanted = re.search(r"(SETITEM|append).* got <class 'file\.(.*)'>", reason)
-        if not wanted or wanted[2] not in stand_ins:
+        required = re.search(r"(SETITEM|append).* got <class 'file\.(.*)'>", reason)
+        if not required or required[2] not in stand_ins:
             break
-        kind = OrderedDict if wanted[1] == 'SETITEM' else list
-        stand_ins[wanted[2]] = _stand_in(wanted[2], kind)
+        kind = OrderedDict if required[1] == 'SETITEM' else list
+        stand_ins[required[2]] = _stand_in(required[2], kind)
     raise InputError(_refusal(path, reason, list(stand_ins)))
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except Exception as error:  # the library raises its own, unexported error class
+    except Exception as error:  # the library raises an error class that it does not export
         raise InputError(f'{path} is no safetensors file or is damaged: {error}') from None
 
 
 def _read_file(path: Path) -> object:
-    """The content of a file of weights."""
+    """The content of a file of weights. Raises InputError."""
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
     _check_kind(path)
@@ -207,11 +212,11 @@ def is_plain_tensor(value: object) -> bool:
     )
 
 
-# --------------------------------------------------------------------------- what is stored beside
+# --------------------------------------------------------------------------- settings in files
 
 
-def _named_in(hyperparameters: object) -> dict[str, object]:
-    """Architecture and encoder, where hyperparameters (of Lightning) name ones that exist."""
+def _settings_in(hyperparameters: object) -> dict[str, object]:
+    """Architecture and encoder, as far as hyperparameters (of Lightning) name existing ones."""
     if not isinstance(hyperparameters, dict):
         return {}
     import segmentation_models_pytorch as smp  # takes seconds
@@ -232,7 +237,7 @@ def _named_in(hyperparameters: object) -> dict[str, object]:
 
 
 def _stored_settings(content: object) -> dict[str, object]:
-    """The settings that we store with a checkpoint, else what hyperparameters name."""
+    """The settings that this project stores in checkpoints, else those in hyperparameters."""
     if not isinstance(content, dict):
         return {}
     settings = content.get('settings')
@@ -242,13 +247,13 @@ def _stored_settings(content: object) -> dict[str, object]:
         plain = isinstance(options, dict) and all(isinstance(name, str) for name in options)
         if plain and all(isinstance(name, str | None) for name in names):
             return dict(settings)
-    return _named_in(content.get('hyper_parameters'))
+    return _settings_in(content.get('hyper_parameters'))
 
 
 def _normalisations(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, tuple[float, ...]]]:
     """Means and standard deviations that lie as buffers beside the network's weights, for pixels
-    from 0 to 1, by how many channels they are for."""
-    found: dict[int, dict[str, tuple[float, ...]]] = {}
+    from 0 to 1, by number of channels."""
+    by_channels: dict[int, dict[str, tuple[float, ...]]] = {}
     for name, std in tensors.items():
         stem = re.fullmatch(r'((?:.*\.)?(?:\w*_)?)std', name)
         mean = tensors.get(f'{stem[1]}mean') if stem else None
@@ -262,8 +267,8 @@ def _normalisations(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, tup
             continue
         scale = 255.0 if max(map(abs, values['mean'] + values['std'])) > 1 else 1.0
         scaled = {key: tuple(round(part / scale, 6) for part in v) for key, v in values.items()}
-        found.setdefault(mean.numel(), scaled)
-    return found
+        by_channels.setdefault(mean.numel(), scaled)
+    return by_channels
 
 
 # --------------------------------------------------------------------------- finding the weights
@@ -276,7 +281,8 @@ def _may_hold_more(value: object) -> bool:
 def _tensors_of_module(
     parts: dict, prefix: str, above: set[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state dict of a pickled module, from what it was made of."""
+    """The state dict of a pickled module, from its parts. above: the identities of the modules that
+    hold it, since a content may hold cycles."""
     for group in ('_parameters', '_buffers'):
         for name, value in (parts.get(group) or {}).items():
             if is_plain_tensor(value):
@@ -290,15 +296,15 @@ def _tensors_of_module(
 def _groups_of_tensors(
     content: object,
 ) -> Iterator[tuple[tuple[str, ...], dict[str, torch.Tensor]]]:
-    """Every dictionary and module in a content that holds plain tensors by name, with its place;
-    the outermost first. The content may hold cycles."""
+    """The places of all dictionaries and modules in a content that hold plain tensors by name, and
+    these tensors; the outermost come first. The content may hold cycles."""
     waiting: list[tuple[tuple[str, ...], object]] = [((), content)]
-    seen: set[int] = set()
-    while waiting and len(seen) < MOST_PLACES:
+    visited: set[int] = set()
+    while waiting and len(visited) < MOST_PLACES:
         place, value = waiting.pop(0)
-        if id(value) in seen:
+        if id(value) in visited:
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         parts = value.parts if isinstance(value, StandIn) else value
         if isinstance(parts, dict) and '_parameters' in parts and '_modules' in parts:
             yield place, dict(_tensors_of_module(parts, '', set()))
@@ -313,57 +319,62 @@ def _groups_of_tensors(
 
 
 def _prefixes(tensors: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
-    """What stands before the names of each encoder-decoder among the names; and nothing, which is
-    to be put before them."""
+    """For each encoder-decoder among the tensors: the prefix to remove from its names, and the
+    prefix to add (always empty here; see `_prefixes_of`)."""
     heads = (re.search(rf'(?:^|(?<=\.)){re.escape(HEAD)}', name) for name in tensors)
     prefixes = dict.fromkeys(head.string[: head.start()] for head in heads if head)
     return [(p, '') for p in prefixes if any(name.startswith(p + ENCODER) for name in tensors)]
 
 
-def _prefixes_of(tensors: Collection[str], own: Collection[str]) -> list[tuple[str, str]]:
-    """What stands before a network's own names among the names of tensors, for each place where at
-    least half of them are; and what a wrapper of the network puts before all of its own."""
-    own = [name for name in own if not name.endswith('num_batches_tracked')]
+def _prefixes_of(tensors: Collection[str], expected: Collection[str]) -> list[tuple[str, str]]:
+    """For each place where at least half of the expected names are among the names of tensors: the
+    prefix to remove from the names of tensors, and the prefix to add. The second is what a wrapper
+    puts before all names of the network, where the file was saved without the wrapper."""
+    expected = [name for name in expected if not name.endswith('num_batches_tracked')]
     outer = ''
-    while own:
-        inner = {name[len(outer) :] for name in own}
+    while expected:
+        inner = {name[len(outer) :] for name in expected}
         places: Counter[str] = Counter()
         for name in tensors:
             starts = (0, *(match.end() for match in re.finditer(r'\.', name)))
             places.update(name[:start] for start in starts if name[start:] in inner)
-        found = [(prefix, outer) for prefix, count in places.items() if 2 * count >= len(inner)]
+        pairs = [(prefix, outer) for prefix, count in places.items() if 2 * count >= len(inner)]
         first = {name.partition('.')[0] for name in inner}
-        if found or len(first) > 1 or not all('.' in name for name in inner):
-            return found
+        if pairs or len(first) > 1 or not all('.' in name for name in inner):
+            return pairs
         outer += f'{first.pop()}.'
     return []
 
 
-def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts are the same tensors, by their place in memory."""
-    return one.keys() == other.keys() and all(
-        one[name].data_ptr() == other[name].data_ptr() for name in one
+def _same_tensors(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts hold the same tensors, by their addresses in memory."""
+    return state.keys() == other.keys() and all(
+        state[name].data_ptr() == other[name].data_ptr() for name in state
     )
 
 
 def _choose(labels: list[str], weights_key: str | None, path: Path) -> str:
-    """The one that was asked for, else the first that is no average of others."""
+    """The label of the network that is used: `weights_key`, or by default the first that is not an
+    average of weights. Raises InputError."""
     if weights_key is None:
         return next((label for label in labels if not AVERAGED.search(label)), labels[0])
     if weights_key not in labels:
-        there = ', '.join(label or '"" (the file itself)' for label in labels)
-        raise InputError(f'{path} holds no weights under "{weights_key}" (there are: {there})')
+        choices = ', '.join(label or '"" (the file itself)' for label in labels)
+        raise InputError(f'{path} holds no weights under "{weights_key}" (there are: {choices})')
     return weights_key
 
 
-def _nothing_found(content: object, path: Path, names: Sequence[str], own: Collection[str]) -> str:
-    """The sentence for a file without a network."""
+def _no_network_text(
+    content: object, path: Path, names: Sequence[str], expected: Collection[str]
+) -> str:
+    """The sentence for a file without a network. names: of tensors in the file. expected: names of
+    the network's tensors."""
     begin = ', '.join(name[:60] for name in names)
-    if names and own:
+    if names and expected:
         return (
             f'{path} holds no weights of the network of the model factory: its own begin with '
-            f'{", ".join(list(own)[:5])}, those in the file with {begin} (where the factory loads '
-            'its weights itself, give --weights_key factory)'
+            f'{", ".join(list(expected)[:5])}, those in the file with {begin} (where the factory '
+            'loads its weights itself, give --weights_key factory)'
         )
     if names:
         return (
@@ -373,21 +384,21 @@ def _nothing_found(content: object, path: Path, names: Sequence[str], own: Colle
         )
     keys = list(map(str, content))[:10] if isinstance(content, dict) else []
     empty = f'it is a {type(content).__name__}' if content else 'it is empty'
-    there = f'its entries are {", ".join(k[:60] for k in keys)}' if keys else empty
-    return f'{path} holds no state dict ({there}; save it with {SAVE_WEIGHTS})'
+    entries = f'its entries are {", ".join(k[:60] for k in keys)}' if keys else empty
+    return f'{path} holds no state dict ({entries}; save it with {SAVE_WEIGHTS})'
 
 
 def _weights_of(
-    content: object, path: Path, weights_key: str | None, own: Collection[str] = ()
+    content: object, path: Path, weights_key: str | None, expected: Collection[str] = ()
 ) -> Checkpoint:
-    """The network's weights, wherever in the content they lie. own: the names of its tensors,
-    where they are known."""
+    """The network's weights, wherever they lie in the content. expected: the names of the network's
+    tensors; empty: unknown. Raises InputError."""
     networks: dict[str, dict[str, torch.Tensor]] = {}
-    beside: dict[str, dict[str, torch.Tensor]] = {}  # the tensors that each lay among
+    beside: dict[str, dict[str, torch.Tensor]] = {}  # the group of tensors that holds each network
     names: list[str] = []
     for place, tensors in _groups_of_tensors(content):
         names = [*names, *tensors][:5]
-        for prefix, outer in _prefixes_of(tensors, own) if own else _prefixes(tensors):
+        for prefix, outer in _prefixes_of(tensors, expected) if expected else _prefixes(tensors):
             label = '.'.join((*place, prefix)).strip('.')
             state = {
                 outer + k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)
@@ -395,7 +406,7 @@ def _weights_of(
             if not any(_same_tensors(state, other) for other in networks.values()):
                 networks[label], beside[label] = state, tensors
     if not networks:
-        raise InputError(_nothing_found(content, path, names, own))
+        raise InputError(_no_network_text(content, path, names, expected))
     key = _choose(list(networks), weights_key, path)
     others = tuple(label for label in networks if label != key)
     settings = _stored_settings(content)
@@ -408,9 +419,9 @@ def _weights_of(
     normalisations = {} if {'mean', 'std'} & settings.keys() else _normalisations(beside[key])
     state = networks[key]
     unused: tuple[str, ...] = ()
-    if own:
-        unused = tuple(name for name in state if name not in own)
-        state = {name: value for name, value in state.items() if name in own}
+    if expected:
+        unused = tuple(name for name in state if name not in expected)
+        state = {name: value for name, value in state.items() if name in expected}
     return Checkpoint(state, settings, key, others, tuple(notes), normalisations, unused)
 
 
@@ -418,30 +429,31 @@ def _weights_of(
 
 
 def _pretrained_settings(config_path: Path) -> dict[str, object]:
-    """What `save_pretrained` writes of a model."""
+    """The settings in the file that `save_pretrained` of smp writes. Raises InputError."""
     import segmentation_models_pytorch as smp  # takes seconds
 
     try:
         config = json.loads(config_path.read_text(encoding='utf-8'))
         name = config.pop('_model_class')
-        named = isinstance(name, str)
+        is_smp = isinstance(name, str)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        named = False
-    if not named:
+        is_smp = False
+    if not is_smp:
         raise InputError(f'{config_path} is not what save_pretrained writes') from None
     names = {cls.__name__: key for key, cls in smp.MODEL_ARCHITECTURES_MAPPING.items()}
     if name not in names:
         raise InputError(f'{config_path} names an unknown architecture "{name}"')
-    taken = ('encoder_name', 'encoder_weights', 'in_channels', 'classes', 'aux_params')
+    left_out = ('encoder_name', 'encoder_weights', 'in_channels', 'classes', 'aux_params')
     return {
         'architecture': names[name],
         'encoder': config.get('encoder_name'),
-        'options': {k: v for k, v in config.items() if k not in taken and not k.startswith('_')},
+        'options': {k: v for k, v in config.items() if k not in left_out and not k.startswith('_')},
     }
 
 
 def _saved_transforms(path: Path) -> dict[str, object]:
-    """Size, resizing and normalisation in what albumentations' `save_pretrained` wrote."""
+    """Size, resizing and normalisation in a file that albumentations' `save_pretrained` wrote.
+    Raises InputError."""
     try:
         transforms = json.loads(path.read_text(encoding='utf-8'))['transform']['transforms']
         steps = {step['__class_fullname__'].rsplit('.', 1)[-1]: step for step in transforms}
@@ -452,8 +464,8 @@ def _saved_transforms(path: Path) -> dict[str, object]:
         elif 'LongestMaxSize' in steps and 'PadIfNeeded' in steps:
             size = (steps['PadIfNeeded'].get('min_height'), steps['PadIfNeeded'].get('min_width'))
             longest = steps['LongestMaxSize']['max_size']
-            whole = longest if None in size or max(size) != longest else size
-            settings |= {'image_size': whole, 'resize': 'letterbox'}
+            target = longest if None in size or max(size) != longest else size
+            settings |= {'image_size': target, 'resize': 'letterbox'}
         if 'Normalize' in steps:
             step = steps['Normalize']
             scale = step.get('max_pixel_value', 255.0) / 255.0
@@ -464,9 +476,9 @@ def _saved_transforms(path: Path) -> dict[str, object]:
     return settings
 
 
-def _read_folder(folder: Path, weights_key: str | None, own: Collection[str]) -> Checkpoint:
-    """A folder of `model.save_pretrained`, or another that holds a file of weights by its usual
-    name (accelerate)."""
+def _read_folder(folder: Path, weights_key: str | None, expected: Collection[str]) -> Checkpoint:
+    """The checkpoint in a folder that `model.save_pretrained` wrote, or in another folder with a
+    file of weights under a usual name (as accelerate writes). Raises InputError."""
     config_path = folder / 'config.json'
     weights_path = next((folder / n for n in WEIGHTS_FILES if (folder / n).is_file()), None)
     if weights_path is None:
@@ -474,15 +486,15 @@ def _read_folder(folder: Path, weights_key: str | None, own: Collection[str]) ->
             f'{folder} holds neither {" nor ".join(WEIGHTS_FILES)} '
             '(give the checkpoint file, or a folder that model.save_pretrained wrote)'
         )
-    of_smp = config_path.is_file() and not own  # else the factory says what the network is
+    of_smp = config_path.is_file() and not expected  # with a factory, `expected` is never empty
     settings = _pretrained_settings(config_path) if of_smp else {}
-    checkpoint = _weights_of(_read_file(weights_path), weights_path, weights_key, own)
+    checkpoint = _weights_of(_read_file(weights_path), weights_path, weights_key, expected)
     notes, normalisations = checkpoint.notes, checkpoint.normalisations
     if (folder / TRANSFORM_FILE).is_file():
         transforms = _saved_transforms(folder / TRANSFORM_FILE)
         settings |= transforms
-        said = ', '.join(f'{key} {value}' for key, value in transforms.items())
-        notes += (f'from {TRANSFORM_FILE}: {said or "nothing that is known here"}',)
+        listed = ', '.join(f'{key} {value}' for key, value in transforms.items())
+        notes += (f'from {TRANSFORM_FILE}: {listed or "nothing that is known here"}',)
         normalisations = {} if 'mean' in transforms else normalisations
     return replace(checkpoint, settings={**checkpoint.settings, **settings}, notes=notes,
                    normalisations=normalisations)  # fmt: skip
@@ -493,8 +505,8 @@ def read_checkpoint(
 ) -> Checkpoint:
     """The weights in a checkpoint file or a folder of `save_pretrained`.
 
-    weights_key: which of several. names: of the network's tensors, where it is known; without
-    them, what has the names of an encoder-decoder is looked for. Raises InputError.
+    weights_key: which of several networks. names: of the network's tensors, if the network is
+    known; else tensors with the names of an encoder-decoder are looked for. Raises InputError.
     """
     if path.is_dir():
         return _read_folder(path, weights_key, names)

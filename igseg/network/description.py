@@ -1,7 +1,7 @@
-"""What a network is to this toolkit: what it takes, what its outputs mean, and which one it is.
+"""The description of a network: the inputs that it takes, what its outputs mean, and its digest.
 
-Found out once, at loading or from any module given to `IntegratedGradients`, and asked by
-everything else: targets, masks, figures, statistics, and the key by which finished results are
+A description is made once, when a network is loaded or given to `IntegratedGradients`. Everything
+else uses it: targets, masks, figures, statistics, and the key by which finished results are
 recognised.
 """
 
@@ -21,25 +21,26 @@ from igseg.preprocessing import SIZE_MULTIPLE, ImageSize, Preprocessing, sides
 class NetworkDescription:
     """A segmentation network: input (N, C, H, W), output logits (N, K, h, w).
 
-    Labels are numbered from 0 in the order of the logit maps. In masks that people draw, a pixel's
-    number is its label; of independent labels it is one more, 0 meaning none of them.
+    Labels are numbered from 0 in the order of the logit maps. In masks that people draw, the number
+    of a pixel is its label; but with independent labels it is the label plus 1, and 0 means no
+    label.
     """
 
-    channels: int | None = None  # C; None: not known before an input is seen
-    size_multiple: int = 1  # both sides of the input must be multiples of it
+    channels: int | None = None  # C; None: unknown until the first input
+    size_multiple: int = 1  # both sides of the input must be multiples of this number
     fixed_size: tuple[int, int] | None = None  # the only (height, width) that it takes, if any
-    output_kind: str | None = None  # of OUTPUT_KINDS; None: by the number of logit maps
-    background: int | None = 0  # of exclusive classes, the one that is no object; None: none is
-    gives: str | None = None  # LOGITS or PROBABILITIES; None: to be seen on the first input
-    class_names: tuple[str, ...] = ()  # of the labels, in order, where they are known
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)  # what it was trained with
-    weights_sha256: str = ''  # of the weights and the structure, wherever they came from
+    output_kind: str | None = None  # of OUTPUT_KINDS; None: the number of logit maps decides
+    background: int | None = 0  # the background among exclusive classes; None: no background
+    gives: str | None = None  # LOGITS or PROBABILITIES; None: the outputs on the first input decide
+    class_names: tuple[str, ...] = ()  # of the labels, in order; empty: unknown
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)  # used in its training
+    weights_sha256: str = ''  # of the weights and the structure, but not of the file
     source: dict[str, object] = field(default_factory=dict)  # file, architecture, encoder, classes
     notes: tuple[str, ...] = ()  # what was decided when it was loaded, in sentences
 
     def kind(self, maps: torch.Tensor) -> str:
-        """What logits or masks (…, K, h, w) mean, of OUTPUT_KINDS. Raises InputError for what K
-        cannot be."""
+        """The kind (of OUTPUT_KINDS) of logits or masks (…, K, h, w). Raises InputError where K
+        does not fit the kind."""
         classes = maps.shape[-3]
         kind = self.output_kind or (EXCLUSIVE if classes > 1 else FOREGROUND)
         if kind != MULTILABEL and (kind == FOREGROUND) != (classes == 1):
@@ -55,19 +56,21 @@ class NetworkDescription:
         return kind
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """(N, K, h, w) logits -> probabilities: softmax of exclusive classes, else sigmoids."""
+        """Logits (N, K, h, w) -> probabilities: a softmax over exclusive classes, else sigmoids."""
         return logits.softmax(dim=1) if self.kind(logits) == EXCLUSIVE else logits.sigmoid()
 
     def predicted(self, logits: torch.Tensor, threshold: float) -> torch.Tensor:
-        """(…, K, h, w) logits -> (…, K, h, w) bool, the pixels of each label: those with the
-        highest logit of exclusive classes, else those above the threshold."""
+        """Logits (…, K, h, w) -> masks (…, K, h, w) bool, the pixels of each label. Of exclusive
+        classes, a pixel has the label with the highest logit; other labels have the pixels whose
+        probability is above the threshold."""
         if self.kind(logits) != EXCLUSIVE:
             return logits.sigmoid() > threshold
         highest = logits.argmax(dim=-3, keepdim=True)
         return torch.zeros_like(logits, dtype=torch.bool).scatter_(-3, highest, True)
 
     def without_background(self, masks: torch.Tensor) -> torch.Tensor:
-        """Masks (…, K, h, w) bool of all labels -> those of objects."""
+        """Masks (…, K, h, w) bool of all labels -> the same with an empty mask for the
+        background."""
         if self.kind(masks) != EXCLUSIVE or self.background is None:
             return masks
         masks = masks.clone()
@@ -75,22 +78,21 @@ class NetworkDescription:
         return masks
 
     def foreground(self, masks: torch.Tensor) -> torch.Tensor:
-        """Masks (…, K, h, w) bool of all labels -> (…, h, w) bool: what is an object."""
+        """Masks (…, K, h, w) bool of all labels -> the pixels (…, h, w) bool of all objects."""
         return self.without_background(masks).any(dim=-3)
 
     def drawn(self, numbers: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """The numbers (h, w) of a mask that people drew -> (K, h, w) bool, the pixels of each
-        label; negative ones, which do not count, are of none. masks: predicted ones, of that
-        shape."""
-        if self.kind(masks) == FOREGROUND:  # one class: any number is foreground
+        """The numbers (h, w) of a mask that people drew -> the pixels (K, h, w) bool of each label.
+        Pixels with a negative number do not count and have no label. masks: any (K, h, w)."""
+        if self.kind(masks) == FOREGROUND:  # one class: all numbers above 0 are foreground
             return (numbers > 0)[None]
         first = 1 if self.kind(masks) == MULTILABEL else 0
         labels = torch.arange(first, first + len(masks), device=numbers.device)
         return numbers == labels.view(-1, 1, 1)
 
     def drawn_objects(self, numbers: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """The numbers (h, w) of a mask that people drew -> (h, w) bool: what is an object, also
-        one of a label that the network does not have."""
+        """The numbers (h, w) of a mask that people drew -> the pixels (h, w) bool of all objects,
+        also of objects with a label that the network does not have. masks: any (K, h, w)."""
         if self.kind(masks) == EXCLUSIVE:
             background = -1 if self.background is None else self.background
             return (numbers >= 0) & (numbers != background)
@@ -99,22 +101,23 @@ class NetworkDescription:
     def explained(
         self, logits: torch.Tensor, masks: torch.Tensor, label: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask (h, w) bool and probability (h, w), 0-1, of a label; of any object for None.
+        """The mask (h, w) bool and the probability (h, w), 0-1, of a label; None: of any object.
 
-        logits: (1, K, h, w). masks: (K, h, w) bool, those predicted.
+        logits: (1, K, h, w). masks: (K, h, w) bool, as predicted.
         """
         chances = self.probabilities(logits)[0].float()
         if label is not None:
             return masks[label], chances[label]
         if self.kind(masks) != EXCLUSIVE:
             return self.foreground(masks), chances.max(dim=0).values
-        none = self.background is None
-        chance = torch.ones_like(chances[0]) if none else 1 - chances[self.background]
+        all_objects = self.background is None
+        chance = torch.ones_like(chances[0]) if all_objects else 1 - chances[self.background]
         return self.foreground(masks), chance
 
     def accepted_size(self, size: ImageSize) -> ImageSize:
-        """The smallest size from `size` on that the network takes. Where it could not be asked,
-        or takes any, multiples of 32, which encoder-decoders are made for."""
+        """The smallest size that the network takes and that is at least `size`. Where the network
+        takes any size, or does not say which, sides become multiples of 32, which suit
+        encoder-decoders."""
         if self.fixed_size:
             height, width = self.fixed_size
         else:
@@ -123,12 +126,12 @@ class NetworkDescription:
 
     @property
     def step(self) -> int:
-        """Sides are rounded up to a multiple of it."""
+        """Sides are rounded up to a multiple of this number."""
         return self.size_multiple if self.size_multiple > 1 else SIZE_MULTIPLE
 
     def check_input(self, shape: tuple[int, ...]) -> None:
-        """Raise InputError for a shape that is not (C, H, W) or (1, C, H, W), or of a size that
-        the network does not take."""
+        """Raise InputError for a shape that is not (C, H, W) or (1, C, H, W), or whose size the
+        network does not take."""
         fits = len(shape) == 3 or (len(shape) == 4 and shape[0] == 1)
         if not fits or (self.channels and shape[-3] != self.channels):
             c = self.channels or 'C'
@@ -147,22 +150,23 @@ class NetworkDescription:
             )
 
     def record(self) -> dict[str, object]:
-        """For the statistics file: where the network came from, and which one it is. What was
-        done to the input stands there by itself, since settings may override it."""
-        own = asdict(self)
-        del own['preprocessing'], own['source'], own['notes']
-        return {**self.source, **own}
+        """The entries for the statistics file: the origin of the network, and this description. The
+        preprocessing is left out: the file has it in another place, since settings may change
+        it."""
+        fields = asdict(self)
+        del fields['preprocessing'], fields['source'], fields['notes']
+        return {**self.source, **fields}
 
 
 def input_channels(model: torch.nn.Module) -> int | None:
-    """The channels that a network says it takes; None where it does not: then any is tried."""
-    own = getattr(getattr(model, 'encoder', None), '_in_channels', None)  # of smp's encoders
-    return own if isinstance(own, int) and own > 0 else None
+    """The number of input channels that a network names; None where it names none."""
+    channels = getattr(getattr(model, 'encoder', None), '_in_channels', None)  # of smp's encoders
+    return channels if isinstance(channels, int) and channels > 0 else None
 
 
 def accepted_sizes(model: torch.nn.Module) -> tuple[int, tuple[int, int] | None]:
-    """What both sides of an smp model's input must be multiples of (1 where it does not say), and
-    the only (height, width) it takes, where there is one."""
+    """For an smp model: the number of which both sides of its input must be multiples (1 where it
+    names none), and the only (height, width) that it takes, if any."""
     encoder = getattr(model, 'encoder', None)
     fixed = None
     network = getattr(encoder, 'model', None)
@@ -176,37 +180,38 @@ def accepted_sizes(model: torch.nn.Module) -> tuple[int, tuple[int, int] | None]
     return int(getattr(encoder, 'output_stride', 1)), fixed
 
 
-def known_description(model: torch.nn.Module) -> NetworkDescription:
-    """The description of any module but for its digest, which may be none or an earlier one:
-    at once, without reading the weights."""
-    known = getattr(model, ATTRIBUTE, None)
-    if known is None:
+def quick_description(model: torch.nn.Module) -> NetworkDescription:
+    """The description of any module, made quickly, without reading the weights. Its digest may be
+    missing or out of date."""
+    description = getattr(model, ATTRIBUTE, None)
+    if description is None:
         multiple, fixed = accepted_sizes(model)
-        known = NetworkDescription(input_channels(model), multiple, fixed)
-    own = getattr(model, 'preprocessing', None) or known.preprocessing
-    return replace(known, preprocessing=own)
+        description = NetworkDescription(input_channels(model), multiple, fixed)
+    preprocessing = getattr(model, 'preprocessing', None) or description.preprocessing
+    return replace(description, preprocessing=preprocessing)
 
 
 def describe_network(
     model: torch.nn.Module, preprocessing: Preprocessing | None = None
 ) -> NetworkDescription:
-    """The description of any module, as it is now; all its weights are read for it.
+    """The description of any module in its present state; all its weights are read.
 
-    preprocessing: what it was trained with; None: what `load_model` found, else what the user set
-    as `model.preprocessing`, else ImageNet's.
+    preprocessing: the preprocessing of its training. None: `model.preprocessing`, as `load_model`
+    or the user set it, else the preprocessing of ImageNet.
     """
-    known = known_description(model)
+    description = quick_description(model)
     return replace(
-        known,
-        preprocessing=preprocessing or known.preprocessing,
+        description,
+        preprocessing=preprocessing or description.preprocessing,
         weights_sha256=network_digest(model),
     )
 
 
 def likely_channels(model: torch.nn.Module) -> int:
-    """The channels of the pictures that a network takes: those it says, else those of its first
-    convolution, else 3."""
+    """The number of channels of the pictures that a network takes: the number that it names, else
+    that of its first convolution, else 3."""
     convolutions = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     first = next((convolution.in_channels for convolution in convolutions), 3)
-    known = getattr(model, ATTRIBUTE, None)
-    return input_channels(model) or (known.preprocessing.channels if known else first)
+    description = getattr(model, ATTRIBUTE, None)
+    named = description.preprocessing.channels if description else first
+    return input_channels(model) or named

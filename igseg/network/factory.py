@@ -1,7 +1,7 @@
-"""Networks that the user's own code builds: `--model_factory FILE.py:FUNCTION`.
+"""Networks that the user's code builds: `--model_factory FILE.py:FUNCTION`.
 
-The code is named on the command line and never taken from a checkpoint. It gives a module; the
-weights are found in the checkpoint by the module's own names.
+The command line names the code; it never comes from a checkpoint. The code returns a module, and
+the weights in the checkpoint are found by the names of the module's tensors.
 """
 
 from __future__ import annotations
@@ -22,38 +22,40 @@ from igseg.network.checkpoint import Checkpoint
 from igseg.network.identity import of_library
 from igseg.network.kinds import place_and_name
 
-PROBED_SIDES = (64, 224, 256)  # pixels, of inputs on which a network is tried
-NAMED = 3  # tensors in a sentence
+PROBED_SIDES = (64, 224, 256)  # pixels: sides of inputs on which a network is tried
+NAMED = 3  # tensors that a sentence names
 
 
 @contextlib.contextmanager
-def _own_code(said: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into one sentence."""
+def _explained_code(problem: str) -> Iterator[None]:
+    """Turn all errors of the user's code into an InputError of one sentence, which begins with
+    `problem`."""
     try:
         yield
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f'{said}: {type(error).__name__}: {one_line(error)}') from None
+        raise InputError(f'{problem}: {type(error).__name__}: {one_line(error)}') from None
 
 
 def _file_of(name: str) -> Path:
-    """Where a loaded module comes from; the empty path where it has no file."""
+    """The file of a loaded module; the current folder where it has no file."""
     return Path(getattr(sys.modules.get(name), '__file__', None) or '').resolve()
 
 
 def _is_hidden(name: str, folder: Path) -> bool:
-    """Whether a loaded module stands in the way of one of the same name in a folder. Libraries do
-    not: what is installed goes before, as it did when the network was trained."""
+    """Whether a loaded module hides a module with the same name in a folder. Installed libraries do
+    not count: they come first, as they did when the network was trained."""
     top = name.partition('.')[0]
-    there = (folder / f'{top}.py').is_file() or (folder / top / '__init__.py').is_file()
-    return there and not of_library(top) and folder not in _file_of(top).parents
+    in_folder = (folder / f'{top}.py').is_file() or (folder / top / '__init__.py').is_file()
+    return in_folder and not of_library(top) and folder not in _file_of(top).parents
 
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """The modules of a folder can be imported inside, also those that are named like one of ours
-    or like one beside another factory, which stand under their names again afterwards."""
+    """Inside, the modules of a folder can be imported, also modules with the name of a module of
+    this project, or of a module beside another factory. Afterwards these names stand for the
+    earlier modules again."""
     hidden = {name: module for name, module in sys.modules.items() if _is_hidden(name, folder)}
     for name in hidden:
         del sys.modules[name]
@@ -66,22 +68,22 @@ def _importable(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
         tops = {name.partition('.')[0] for name in hidden}
         for name in [n for n in sys.modules if n.partition('.')[0] in tops]:
-            del sys.modules[name]  # or a part of ours that is imported later would be theirs
+            del sys.modules[name]  # else later imports would find the user's submodules
         sys.modules.update(hidden)
 
 
 def _module_of_file(path: Path) -> object:
     path = path.resolve()
-    own = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
-    spec = importlib.util.spec_from_file_location(own, path)
-    assert spec is not None and spec.loader is not None  # there is a loader of .py files
+    name = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'  # unique
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # Python has a loader of .py files
     module = importlib.util.module_from_spec(spec)
-    sys.modules[own] = module  # data classes and pickling look there
+    sys.modules[name] = module  # data classes and pickling look there
     try:
         with _importable(path.parent):
             spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[own]
+        del sys.modules[name]
         raise
     return module
 
@@ -92,16 +94,17 @@ def _module_of_name(name: str) -> object:
 
 
 def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Module:
-    """The module that a factory gives: FILE.py:FUNCTION or package.module:function, a function or a
-    class. options: its keyword arguments. Raises InputError for whatever goes wrong in it."""
+    """The network that a factory returns. factory: FILE.py:FUNCTION or package.module:function,
+    which names a function or a class. options: its keyword arguments. Raises InputError for all
+    errors in it."""
     place, name = place_and_name(factory)
-    with _own_code(f'model factory {factory} cannot be imported'):
+    with _explained_code(f'model factory {factory} cannot be imported'):
         module = _module_of_file(Path(place)) if place.endswith('.py') else _module_of_name(place)
     try:
         function: Any = reduce(getattr, name.split('.'), module)
     except AttributeError:
         raise InputError(f'model factory {factory}: there is no "{name}" in {place}') from None
-    with _own_code(f'model factory {factory} failed'):
+    with _explained_code(f'model factory {factory} failed'):
         network = function(**options)
     if not isinstance(network, torch.nn.Module):
         raise InputError(
@@ -116,37 +119,39 @@ def build_network(factory: str, options: Mapping[str, object]) -> torch.nn.Modul
     return network.float().eval()
 
 
-def _some(names: list[str] | tuple[str, ...]) -> str:
+def _names_text(names: list[str] | tuple[str, ...]) -> str:
+    """The first of these names, as text."""
     return ', '.join(names[:NAMED]) + (', …' if len(names) > NAMED else '')
 
 
 def load_weights(network: torch.nn.Module, checkpoint: Checkpoint, path: Path) -> list[str]:
-    """Give a network the weights of a checkpoint that was read for its names. Returns what was
-    decided, in sentences. Raises InputError where they do not fit."""
-    own, found = network.state_dict(), checkpoint.state
-    missing = [n for n in own if n not in found and not n.endswith('num_batches_tracked')]
-    other = [n for n in own if n in found and own[n].shape != found[n].shape]
-    if missing or other:
-        parts = [f'{len(missing)} tensors are missing ({_some(missing)})'] if missing else []
-        if other:
-            name = other[0]
+    """Load the weights of a checkpoint, which was read for the names of this network, into the
+    network. path: of the checkpoint. Returns notes. Raises InputError where the weights do not
+    fit."""
+    expected, stored = network.state_dict(), checkpoint.state
+    missing = [n for n in expected if n not in stored and not n.endswith('num_batches_tracked')]
+    reshaped = [n for n in expected if n in stored and expected[n].shape != stored[n].shape]
+    if missing or reshaped:
+        parts = [f'{len(missing)} tensors are missing ({_names_text(missing)})'] if missing else []
+        if reshaped:
+            name = reshaped[0]
             parts.append(
-                f'{len(other)} have another shape ({name}: {tuple(found[name].shape)}, the network '
-                f'has {tuple(own[name].shape)})'
+                f'{len(reshaped)} have another shape ({name}: {tuple(stored[name].shape)}, the '
+                f'network has {tuple(expected[name].shape)})'
             )
         raise InputError(
             f'{path} does not fit the network of the model factory: {" and ".join(parts)} (check '
             '--model_option)'
         )
-    network.load_state_dict(found, strict=False)
+    network.load_state_dict(stored, strict=False)
     if not checkpoint.unused:
         return []
     count = len(checkpoint.unused)
-    return [f'{count} tensors beside the weights are not used ({_some(checkpoint.unused)})']
+    return [f'{count} tensors beside the weights are not used ({_names_text(checkpoint.unused)})']
 
 
 def runs_at(network: torch.nn.Module, channels: int, size: tuple[int, int]) -> bool:
-    """Whether a network takes an input of (height, width); tried once."""
+    """Whether a network runs on an input of (height, width). It is run once to see."""
     device = next((p.device for p in network.parameters()), torch.device('cpu'))
     with contextlib.suppress(Exception), torch.no_grad():
         network(torch.zeros(1, channels, *size, device=device))
@@ -155,8 +160,9 @@ def runs_at(network: torch.nn.Module, channels: int, size: tuple[int, int]) -> b
 
 
 def tried_channels(network: torch.nn.Module) -> int | None:
-    """How many channels a network takes: the first number of its convolutions' input channels, or
-    3 or 1, with which it runs; None where it runs with none of them."""
+    """The number of channels with which a network runs: the first that works of the input channels
+    of its first convolution, 3, 1, and the input channels of its other convolutions; None where
+    none works."""
     convolutions = [m.in_channels for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     for channels in dict.fromkeys((*convolutions[:1], 3, 1, *convolutions)):
         if any(runs_at(network, channels, (side, side)) for side in PROBED_SIDES):

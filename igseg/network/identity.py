@@ -1,5 +1,5 @@
-"""Which network this is: digests of its weights, its structure and its code, and of files; and a
-fingerprint, by which a change within one process is noticed at once."""
+"""The identity of a network: digests of its weights, its structure and its code, and of files; and
+a fingerprint, which shows quickly whether a network has changed within one process."""
 
 from __future__ import annotations
 
@@ -18,54 +18,58 @@ import numpy as np
 import torch
 from torch import nn
 
-# Of a module that `load_model` made; users may set the second themselves.
+# Attributes of a module that `load_model` made; users may set the second on their modules.
 ATTRIBUTE, PREPROCESSING = 'network_description', 'preprocessing'
 
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
-MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, PREPROCESSING}  # seen to elsewhere
+MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, PREPROCESSING}  # no settings of the user
 
 # What `fingerprint` gives: equal while a network stays as it is.
 Fingerprint = tuple[object, ...]
 
-# Of attributes that are part of the fingerprint by their value.
+# Types of values that enter digests and fingerprints as they are.
 VALUE_TYPES = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device,
                PurePath, np.generic, slice, range)  # fmt: skip
 
 
 def _attributes(module: torch.nn.Module) -> tuple[dict, dict]:
-    """What belongs to a module itself: its attributes, and the hooks that change what it gives."""
-    own = {key: value for key, value in vars(module).items() if key not in MODULE_PARTS}
-    return own, {key: list(vars(module).get(key, {}).values()) for key in HOOKS}
+    """The attributes of a module that the user's code has set, and its hooks, which can change its
+    output."""
+    attributes = {key: value for key, value in vars(module).items() if key not in MODULE_PARTS}
+    return attributes, {key: list(vars(module).get(key, {}).values()) for key in HOOKS}
 
 
 @dataclass(frozen=True)
 class _Inner:
-    """A value inside another, whose parts come in its place."""
+    """A value inside another value. `_parts` replaces it with its parts."""
 
     value: object
 
 
 def _unordered(value: object) -> str:
-    """What stands for a part of a set, whose order is another in every process."""
-    known = isinstance(value, (*VALUE_TYPES, tuple)) or value is None
-    return repr(value) if known else getattr(value, '__qualname__', type(value).__qualname__)
+    """A text for an element of a set, which can be sorted: the order of a set changes from process
+    to process."""
+    plain = isinstance(value, (*VALUE_TYPES, tuple)) or value is None
+    return repr(value) if plain else getattr(value, '__qualname__', type(value).__qualname__)
 
 
 def _tensor(value: torch.Tensor) -> Iterator[bytes]:
-    """A tensor's type, shape and numbers, as far as it has any."""
+    """The type, the shape and the numbers of a tensor; only the first two where there are no
+    numbers."""
     try:
         yield f'{value.dtype} {tuple(value.shape)} {value.layout}'.encode()
         dense = value.detach().cpu().to_dense() if value.is_sparse else value.detach().cpu()
         numbers = dense.resolve_conj().resolve_neg().contiguous().flatten()
         yield numbers.view(torch.uint8).numpy().tobytes()
-    except (RuntimeError, TypeError, NotImplementedError, ValueError):  # meta, nested, not yet made
+    except (RuntimeError, TypeError, NotImplementedError, ValueError):  # meta, nested, or lazy
         return
 
 
 @cache
 def of_library(module: str) -> bool:
-    """Whether a module is of an installed library or of Python: its name stands for its code."""
+    """Whether a module belongs to an installed library or to Python. Then its name is enough for a
+    digest, and its code is not read."""
     package = module.partition('.')[0]
     if package in ('builtins', *sys.stdlib_module_names):
         return package != '__main__'
@@ -74,12 +78,15 @@ def of_library(module: str) -> bool:
 
 
 def _class(kind: type) -> Iterator[bytes | _Inner]:
-    """The name of a class, and, where it is no library's, its code and its attributes."""
+    """The names of a class and its bases; also the code and the attributes of those that belong to
+    no library."""
     for base in kind.__mro__:
         yield f'{base.__module__}.{base.__qualname__}'.encode()
         if not of_library(base.__module__):
-            own = {k: v for k, v in vars(base).items() if not k.startswith('__') or callable(v)}
-            for name, value in own.items():
+            attributes = {
+                k: v for k, v in vars(base).items() if not k.startswith('__') or callable(v)
+            }
+            for name, value in attributes.items():
                 value = getattr(value, '__func__', getattr(value, 'fget', value))
                 holds_value = isinstance(value, (*VALUE_TYPES, list, tuple, dict))
                 if holds_value or hasattr(value, '__code__'):
@@ -97,7 +104,7 @@ def _byte_code(code: CodeType) -> Iterator[bytes]:
 
 
 def _function(function: Any) -> Iterator[bytes | _Inner]:
-    """What a function does: its byte code, its constants, and all that it uses by name."""
+    """The byte code of a function, its constants, and everything that it uses by name."""
     bound = getattr(function, '__self__', None)
     function = getattr(function, '__func__', function)
     yield getattr(function, '__qualname__', '').encode()
@@ -107,7 +114,7 @@ def _function(function: Any) -> Iterator[bytes | _Inner]:
     yield from _byte_code(code)
     yield _Inner((function.__defaults__, function.__kwdefaults__))
     for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # not filled yet
+        with contextlib.suppress(ValueError):  # the cell is still empty
             yield _Inner(cell.cell_contents)
     for name in code.co_names:
         if name in function.__globals__:
@@ -116,14 +123,15 @@ def _function(function: Any) -> Iterator[bytes | _Inner]:
         yield _Inner(bound)
 
 
-def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
-    """The parts of one value, those inside as they are."""
+def _pieces(value: object, visited: dict[int, object]) -> Iterator[bytes | _Inner]:
+    """The parts of one value. Values inside it are returned as `_Inner`. visited: see
+    `structure_digest`."""
     if value is None or isinstance(value, VALUE_TYPES):
         yield f'{type(value).__name__} {value!r}'.encode(errors='backslashreplace')
         return
-    if id(value) in kept:
+    if id(value) in visited:
         return
-    kept[id(value)] = value
+    visited[id(value)] = value
     if isinstance(value, torch.Tensor):
         yield from _tensor(value)
     elif isinstance(value, np.ndarray):
@@ -143,10 +151,10 @@ def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
     elif isinstance(value, ModuleType):
         yield value.__name__.encode()
         file = getattr(value, '__file__', None)
-        if file and not of_library(value.__name__):  # what is used of it is not known: all of it
+        if file and not of_library(value.__name__):  # all of it: the parts in use are unknown
             with contextlib.suppress(OSError):
                 yield Path(file).read_bytes()
-    elif isinstance(value, torch.nn.Module):  # one that is no registered child
+    elif isinstance(value, torch.nn.Module):  # a module that is no registered child
         yield _Inner(type(value))
         yield from map(_Inner, _attributes(value))
         yield _Inner([*value.parameters(), *value.buffers(), *value.children()])
@@ -158,37 +166,38 @@ def _pieces(value: object, kept: dict[int, object]) -> Iterator[bytes | _Inner]:
             yield _Inner(getattr(value, '__dict__', None))
 
 
-def _parts(value: object, kept: dict[int, object]) -> Iterator[bytes]:
-    """All of a value that may decide what is computed, at any depth; nothing that would hold an
-    address, since the digest must be the same in the next process."""
-    waiting: list[Iterator[bytes | _Inner]] = [
-        iter((_Inner(value),))
-    ]  # no recursion: code may lead very deep
+def _parts(value: object, visited: dict[int, object]) -> Iterator[bytes]:
+    """Everything in a value, at any depth, that may decide what is computed. Addresses in memory
+    are left out, since the digest must be the same in other processes. visited: see
+    `structure_digest`."""
+    # A list instead of recursion, since code may be nested very deep.
+    waiting: list[Iterator[bytes | _Inner]] = [iter((_Inner(value),))]
     while waiting:
         piece = next(waiting[-1], None)
         if piece is None:
             waiting.pop()
         elif isinstance(piece, _Inner):
-            waiting.append(_pieces(piece.value, kept))
+            waiting.append(_pieces(piece.value, visited))
         else:
             yield piece
 
 
 def structure_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a network without its weights: the tree of modules, their attributes and hooks,
-    and the code of their classes and of what that code uses, but for what libraries hold."""
+    """SHA-256 of a network without its weights: of the tree of modules, their attributes and hooks,
+    and the code of their classes and of everything that this code uses, except code of
+    libraries."""
     digest = hashlib.sha256()
-    kept: dict[int, object] = {}  # what was seen; kept, so that no id is used twice
+    visited: dict[int, object] = {}  # by id; keeping the objects alive keeps their ids unique
     for name, module in model.named_modules():
         digest.update(name.encode())
         for value in (type(module), *_attributes(module)):
-            for part in _parts(value, kept):
+            for part in _parts(value, visited):
                 digest.update(part)
     return digest.hexdigest()
 
 
 def plain_attributes(model: torch.nn.Module) -> tuple:
-    """The numbers and texts among the attributes of a network's modules; quickly."""
+    """The numbers, texts and other plain values among the attributes of a network's modules."""
     return tuple(
         value
         for module in model.modules()
@@ -198,8 +207,8 @@ def plain_attributes(model: torch.nn.Module) -> tuple:
 
 
 def network_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of that by which two modules compute different things, as far as it can be seen:
-    weights and buffers, and all of `structure_digest`."""
+    """SHA-256 of everything that can be read and that decides what a module computes: weights,
+    buffers, and everything in `structure_digest`."""
     digest = hashlib.sha256(structure_digest(model).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(name.encode())
@@ -209,18 +218,19 @@ def network_digest(model: torch.nn.Module) -> str:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Changes when the network does: a plain attribute, or a weight, by where it lies, how often
-    it was changed in place, and three sums; costs a thousandth of a gradient."""
+    """A value that changes when the network changes: its plain attributes; and of its weights the
+    addresses, how often each was changed in place, and three sums. Computing it takes about a
+    thousandth of the time of a gradient."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-    known = (plain_attributes(model), *places)
+    parts = (plain_attributes(model), *places)
     if not tensors:
-        return known
-    with torch.no_grad():  # the second and third see values that change places
+        return parts
+    with torch.no_grad():  # the second and the third sum change where values are swapped
         sums = [t.sum(dtype=torch.float32) for t in tensors]
         sums += [t.flatten()[::2].sum(dtype=torch.float32) for t in tensors]
         sums += [t.flatten()[: t.numel() // 2].sum(dtype=torch.float32) for t in tensors]
-    return (*known, *torch.stack(sums).tolist())
+    return (*parts, *torch.stack(sums).tolist())
 
 
 def file_digest(path: Path) -> str:

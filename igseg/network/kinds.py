@@ -1,4 +1,4 @@
-"""The words for what a network is, where it comes from and what it gives: plain data, no torch."""
+"""Words for kinds of networks, of their origins and of their outputs: plain data without torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from igseg.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-FOREGROUND = 'foreground'  # one logit map: the probability of the one class is its sigmoid
-EXCLUSIVE = 'exclusive'  # several: a softmax over classes, of which one may be background
-MULTILABEL = 'multilabel'  # several: labels independent of each other, a sigmoid each
+FOREGROUND = 'foreground'  # one logit map; its sigmoid is the probability of the only class
+EXCLUSIVE = 'exclusive'  # several logit maps: a softmax over classes; a class may be background
+MULTILABEL = 'multilabel'  # several logit maps: independent labels, with a sigmoid for each
 OUTPUT_KINDS = (FOREGROUND, EXCLUSIVE, MULTILABEL)
-LOGITS, PROBABILITIES = 'logits', 'probabilities'  # what a network gives
+LOGITS, PROBABILITIES = 'logits', 'probabilities'  # the values that a network gives
 ARCHITECTURES = (  # of segmentation-models-pytorch
     'unet', 'unetplusplus', 'manet', 'linknet', 'fpn', 'pspnet', 'deeplabv3', 'deeplabv3plus',
     'pan', 'upernet', 'segformer', 'dpt',
@@ -27,8 +27,8 @@ ARCHITECTURES = (  # of segmentation-models-pytorch
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the user says that a network's outputs mean. None, or 'auto': what is known of the
-    network, or seen of it, stands."""
+    """What the outputs of a network mean, as the user says. None or 'auto': what the description of
+    the network says counts, else what its outputs show."""
 
     outputs: str = 'auto'  # LOGITS or PROBABILITIES
     output_kind: str | None = None  # of OUTPUT_KINDS
@@ -49,7 +49,7 @@ class NetworkSource:
     model_factory: str | None = None
 
     def check(self) -> None:
-        """Raise InputError for what can be told before a network is built."""
+        """Raise InputError for what is wrong, as far as it can be checked without the network."""
         check_model_path(Path(self.model_path))
         if self.model_factory is not None:
             place_and_name(self.model_factory)
@@ -59,19 +59,20 @@ class NetworkSource:
 
 
 def check_model_path(path: Path) -> None:
-    """Raise InputError where there is no checkpoint, or an empty file."""
+    """Raise InputError where the checkpoint is missing or an empty file."""
     try:
-        there, size = path.exists(), path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-        there, size = False, None
-    if not there:
+        exists, size = path.exists(), path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):  # the name is too long or holds a zero byte
+        exists, size = False, None
+    if not exists:
         raise InputError(f'model file not found: {path} (check --model_path)')
     if size == 0:
         raise InputError(f'model file is empty (0 bytes): {path} (copy or save it again)')
 
 
 def place_and_name(factory: str) -> tuple[str, str]:
-    """Where the function of a model factory stands, and its name there. Raises InputError."""
+    """The file or the module of a model factory, and the name of its function. Raises
+    InputError."""
     place, _, name = factory.rpartition(':')
     if not place or not name:
         raise InputError(
@@ -84,14 +85,14 @@ def place_and_name(factory: str) -> tuple[str, str]:
 
 
 def check_device_name(name: str) -> None:
-    """Raise InputError for what is no device that a network can run on, on whatever machine."""
+    """Raise InputError for a name that is no device on any machine."""
     if not re.fullmatch(r'auto|cpu|mps|(cpu|mps):0|cuda(:\d+)?', name):
         raise InputError(f'unknown device "{name}" (use auto, cuda, mps or cpu)')
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, object]:
-    """Arguments of an architecture, each given as NAME=VALUE; values as Python writes them, or
-    text. Raises InputError."""
+    """Arguments of an architecture from texts NAME=VALUE. A value is a Python literal, else text.
+    Raises InputError."""
     options: dict[str, object] = {}
     for pair in pairs:
         name, equals, value = pair.partition('=')

@@ -1,9 +1,9 @@
 """Building a segmentation-models-pytorch network for the weights in a checkpoint, and choosing a
 device.
 
-`igseg.network.checkpoint` finds the weights. Architecture and encoder are those asked for, else
-those stored with the weights, else those that `igseg.network.recognise` reads off the weights'
-names and shapes.
+`igseg.network.checkpoint` finds the weights. The user names architecture and encoder; else they are
+stored with the weights; else `igseg.network.recognise` recognises them by the names and shapes of
+the weights.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from igseg.preprocessing import (
 
 MAX_CLASSES = 256  # labels are bytes
 
-OF_THE_FACTORY = 'factory'  # a weights key: those that a factory has loaded itself
+OF_THE_FACTORY = 'factory'  # the weights key for weights that a factory has loaded itself
 
 
 def resolve_device(name: str | torch.device = 'auto') -> torch.device:
     """The device of that name; `auto` is CUDA, else MPS, else the CPU.
 
-    Raises InputError for an unknown device or one this machine lacks.
+    Raises InputError for an unknown device, or a device that this machine lacks.
     """
     check_device_name(str(name))
     if str(name) == 'auto':
@@ -71,12 +71,13 @@ def resolve_device(name: str | torch.device = 'auto') -> torch.device:
     return device
 
 
-# A network with its weights; the checkpoint, what the network is made from, and what was decided.
+# A network with its weights, the checkpoint, the origin of the network, and notes.
 Built = tuple[torch.nn.Module, Checkpoint, dict[str, object], list[str]]
 
 
 def _stored_name(stored: Mapping[str, object], key: str) -> str | None:
-    """The architecture or the encoder that a checkpoint names, if it does. Raises InputError."""
+    """The architecture or the encoder that the stored settings name; None where they name none.
+    Raises InputError."""
     name = stored.get(key) or None
     if name is not None and not isinstance(name, str):
         raise InputError(f'"{str(name)[:50]}" is no name of an {key}')
@@ -84,36 +85,39 @@ def _stored_name(stored: Mapping[str, object], key: str) -> str | None:
 
 
 def _check_options(options: Mapping[str, object], architecture: str, encoder: str) -> None:
-    """Raise InputError for options that smp would take and silently leave aside."""
-    known = defaults_of(architecture)
+    """Raise InputError for options that smp would accept but ignore."""
+    names = defaults_of(architecture)
     for name in options:
         if name in NO_OPTIONS:
             raise InputError(f'model option "{name}" is read off the weights (leave it out)')
-        if name not in known and not encoder.startswith('tu-'):  # timm takes options of its own
-            close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+        if name not in names and not encoder.startswith('tu-'):  # timm's encoders take more options
+            close = difflib.get_close_matches(name, names, 1, cutoff=0.4)
             hint = f'; did you mean {close[0]}?' if close else ''
             raise InputError(f'{architecture} has no option "{name}"{hint}')
 
 
 def _stored_preprocessing(stored: Mapping[str, Any], path: Path) -> Preprocessing:
-    """The preprocessing that a checkpoint's settings ask for. Raises InputError."""
+    """The preprocessing that the stored settings name. path: of the checkpoint. Raises
+    InputError."""
     try:
         size = stored.get('image_size') or DEFAULT_IMAGE_SIZE
         mean, std = stored.get('mean') or IMAGENET_MEAN, stored.get('std') or IMAGENET_STD
         mean, std = (tuple(float(value) for value in values) for values in (mean, std))
-        whole = stored.get('pixel_range') == '0-255'
-        if whole and not stored.get('mean'):
+        bytes_range = stored.get('pixel_range') == '0-255'
+        if bytes_range and not stored.get('mean'):
             mean, std = (0.0,) * len(mean), (1.0,) * len(std)
-        if whole or max(map(abs, mean)) > 1:  # of pixels from 0 to 255
+        if bytes_range or max(map(abs, mean)) > 1:  # for pixels from 0 to 255
             mean, std = (tuple(value / 255 for value in values) for values in (mean, std))
-        fine = 0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0
+        makes_sense = (
+            0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0
+        )
         size = checked_size(size)
         resize = stored.get('resize') or 'stretch'
         order = stored.get('channel_order') or 'rgb'
-        fine = fine and resize in RESIZE_MODES and order in CHANNEL_ORDERS
+        makes_sense = makes_sense and resize in RESIZE_MODES and order in CHANNEL_ORDERS
     except (TypeError, ValueError, OverflowError, RuntimeError):  # an InputError is a ValueError
-        fine = False
-    if not fine:
+        makes_sense = False
+    if not makes_sense:
         raise InputError(
             f'{path} holds settings that make no sense (image_size: a whole number up to '
             f'{MAX_IMAGE_SIZE}, or (height, width); mean and std: a number for each channel; '
@@ -125,7 +129,7 @@ def _stored_preprocessing(stored: Mapping[str, Any], path: Path) -> Preprocessin
 def create_model(
     architecture: str, encoder: str, classes: int, in_channels: int = 3, **options: object
 ) -> torch.nn.Module:
-    """An untrained smp model by name; no weights are fetched. Raises InputError: unknown name."""
+    """An untrained smp model by name; no weights are downloaded. Raises InputError."""
     if architecture not in ARCHITECTURES:
         raise InputError(
             f'unknown architecture "{architecture}" (choose from {", ".join(ARCHITECTURES)})'
@@ -139,7 +143,7 @@ def create_model(
         return smp.create_model(
             architecture, encoder, None, in_channels=in_channels, classes=classes, **options
         )
-    except Exception as error:  # what encoders raise at odd options is theirs
+    except Exception as error:  # encoders raise any kind of error
         close = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
         hint = f'; did you mean {" or ".join(close)}?' if close and encoder not in close else ''
         reason = one_line(error)
@@ -149,7 +153,8 @@ def create_model(
 
 
 def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
-    """The number of output channels, read from the last convolution of the segmentation head."""
+    """The number of output channels of the last convolution in the segmentation head. Raises
+    InputError."""
     head = head_weight(state)
     if head is None:
         raise InputError(
@@ -164,7 +169,7 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
 
 @contextlib.contextmanager
 def _explained_mismatch(path: Path) -> Iterator[None]:
-    """Turn the pages of text of a failed load_state_dict into one sentence with the remedy."""
+    """Turn the long text of a failed load_state_dict into one sentence with the remedy."""
     try:
         yield
     except (RuntimeError, TypeError) as error:
@@ -181,13 +186,13 @@ def _smp_network(
     encoder: str | None,
     options: dict[str, object],
 ) -> Built:
-    """The network of segmentation-models-pytorch in a checkpoint."""
+    """The network of segmentation-models-pytorch in a checkpoint. Raises InputError."""
     checkpoint = read_checkpoint(path, weights_key)
     stored, notes = checkpoint.settings, list(checkpoint.notes)
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
     classes = _count_classes(state, path)
-    _stored_preprocessing(stored, path)  # makes sense; used once the channels are known
-    asked, options = options, {**checkpoint.options, **options}
+    _stored_preprocessing(stored, path)  # only a check; used when the channels are known
+    user_options, options = options, {**checkpoint.options, **options}
     if activation := options.pop('activation', None):
         notes.append('its last activation is left out: what is explained is the logit before it')
         if activation == 'sigmoid' and classes > 1:
@@ -199,22 +204,23 @@ def _smp_network(
     architecture = architecture or _stored_name(stored, 'architecture')
     encoder = encoder or _stored_name(stored, 'encoder')
     with _explained_mismatch(path):
-        found = recognise(state, path, create_model, architecture, encoder, options)
-        _check_options(asked, found.architecture, found.encoder)
-        model = create_model(found.architecture, found.encoder, classes, found.in_channels,
-                             **found.options)  # fmt: skip
-        model.load_state_dict(found.state)
+        recognised = recognise(state, path, create_model, architecture, encoder, options)
+        _check_options(user_options, recognised.architecture, recognised.encoder)
+        model = create_model(recognised.architecture, recognised.encoder, classes,
+                             recognised.in_channels, **recognised.options)  # fmt: skip
+        model.load_state_dict(recognised.state)
     source: dict[str, object] = {
-        'architecture': found.architecture, 'encoder': found.encoder, 'classes': classes,
-        'channels': found.in_channels,
+        'architecture': recognised.architecture, 'encoder': recognised.encoder, 'classes': classes,
+        'channels': recognised.in_channels,
     }  # fmt: skip
-    return model.float().eval(), checkpoint, source, [*notes, *found.notes]
+    return model.float().eval(), checkpoint, source, [*notes, *recognised.notes]
 
 
 def _network_of_factory(
     path: Path, weights_key: str | None, factory: str, options: dict[str, object]
 ) -> Built:
-    """The network that the user's own code builds, with its weights from a checkpoint."""
+    """The network that the user's code builds, with weights from a checkpoint. Raises
+    InputError."""
     model = build_network(factory, options)
     if weights_key == OF_THE_FACTORY:
         checkpoint = Checkpoint({}, key=weights_key, notes=("the weights are the factory's own",))
@@ -222,7 +228,7 @@ def _network_of_factory(
     else:
         checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
         notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
-    file = Path(factory.rpartition(':')[0])  # a module by name is seen in the network itself
+    file = Path(factory.rpartition(':')[0])  # no file where the factory names a module
     digest = file_digest(file) if file.suffix == '.py' else None
     source: dict[str, object] = {'model_factory': factory, 'model_factory_sha256': digest}
     if weights_key == OF_THE_FACTORY:
@@ -231,7 +237,7 @@ def _network_of_factory(
 
 
 def _number_in(source: Mapping[str, object], name: str) -> int | None:
-    """A number of what a network is made from, if it is known."""
+    """A number in the origin of a network, if it is known."""
     number = source.get(name)
     return number if isinstance(number, int) else None
 
@@ -239,8 +245,8 @@ def _number_in(source: Mapping[str, object], name: str) -> int | None:
 def _stored_outputs(
     stored: Mapping[str, object], classes: int | None
 ) -> tuple[NetworkDescription, list[str]]:
-    """What a checkpoint's settings say of the outputs, as far as that makes sense, in a description
-    that says no more; and what of it was left out, in sentences."""
+    """A description of only the outputs, by the stored settings as far as they make sense; and
+    sentences on settings that were left out."""
     usual = classes and (FOREGROUND if classes == 1 else EXCLUSIVE)
     outputs, left_out = NetworkDescription(output_kind=usual or None), []
     kind, background = stored.get('output_kind'), stored.get('background_class', 0)
@@ -254,10 +260,10 @@ def _stored_outputs(
         outputs = replace(outputs, background=background)
     else:
         left_out.append('background_class')
-    given = stored.get('class_names') or ()
-    listed = given if isinstance(given, (list, tuple)) else [given]
+    class_names = stored.get('class_names') or ()
+    listed = class_names if isinstance(class_names, (list, tuple)) else [class_names]
     names = tuple(name for name in listed if isinstance(name, str))
-    if listed is given and len(names) == len(listed) in (0, classes or len(listed)):
+    if listed is class_names and len(names) == len(listed) in (0, classes or len(listed)):
         outputs = replace(outputs, class_names=names)
     else:
         left_out.append('class_names')
@@ -274,16 +280,16 @@ def described(
     notes: Sequence[str],
     path: Path,
 ) -> torch.nn.Module:
-    """The module with its `network_description` and `preprocessing`, from what the checkpoint
-    stores and what the network says of itself. Raises InputError."""
-    own_channels = _number_in(source, 'channels') or input_channels(model)
-    channels = own_channels or tried_channels(model) or 3
+    """The module with its attributes `network_description` and `preprocessing`, made from the
+    settings in the checkpoint and the attributes of the network. Raises InputError."""
+    named_channels = _number_in(source, 'channels') or input_channels(model)
+    channels = named_channels or tried_channels(model) or 3
     stored, beside = checkpoint.settings, checkpoint.normalisations.get(channels, {})
     preprocessing = _stored_preprocessing({**stored, **beside}, path)
     notes = [*notes]
     if beside:
-        said = ', '.join(f'{name} {values}' for name, values in beside.items())
-        notes.append(f'stored beside the weights, so used: {said}')
+        listed = ', '.join(f'{name} {values}' for name, values in beside.items())
+        notes.append(f'stored beside the weights, so used: {listed}')
     if preprocessing.channels != channels:
         preprocessing = preprocessing.for_channels(channels)
         notes.append(
@@ -300,10 +306,10 @@ def described(
     notes += left_out
     description = replace(
         outputs,
-        channels=own_channels,  # what a factory's network ran with is no promise
+        channels=named_channels,  # channels that only worked in a trial are not certain
         size_multiple=multiple,
         fixed_size=fixed,
-        gives=LOGITS if 'architecture' in source else None,  # whose activation was left out
+        gives=LOGITS if 'architecture' in source else None,  # networks of smp have no activation
         preprocessing=preprocessing,
         weights_sha256=network_digest(model),
         source=source,
@@ -326,20 +332,22 @@ def load_model(
     """Load a checkpoint of segmentation-models-pytorch, or of a network that the user's own code
     builds, for inference.
 
-    Finds the weights wherever in the file they lie, under any prefix, beside whatever else;
-    `.safetensors`; folders of `save_pretrained`. No code in the file is ever run. `encoder` and
-    `architecture` win over settings stored in the checkpoint; what neither says is read off the
-    names and shapes of the weights: encoder, architecture, numbers of input channels and classes,
-    settings of the decoder. weights_key: which of several networks in the file. model_options:
-    further arguments of the architecture, for what leaves no trace in the weights
-    (`recognise.LEAVES_NO_TRACE`); they win over those stored. model_factory: FILE.py:FUNCTION
-    or package.module:function, which is called with the model_options and gives the network.
+    The weights are found wherever they lie in the file, under any prefix, and beside other content.
+    `.safetensors` files and folders of `save_pretrained` are read too. No code in the file is run.
+    `encoder` and `architecture` take precedence over stored settings. What is said nowhere is read
+    off the names and shapes of the weights: encoder, architecture, numbers of input channels and
+    classes, settings of the decoder. weights_key: which of several networks in the file.
+    model_options: further arguments of the architecture, which leave no trace in the weights
+    (`recognise.LEAVES_NO_TRACE`); they take precedence over stored arguments. model_factory:
+    FILE.py:FUNCTION or package.module:function, which is called with the model_options and returns
+    the network.
 
-    The model comes back in evaluation mode, float32, on the device, with one attribute added,
-    `network_description` (a NetworkDescription, whose `notes` say what was decided); its
-    preprocessing is also `model.preprocessing`.
+    The model is returned in evaluation mode, in float32, on the device. It has two new attributes:
+    `network_description` (a NetworkDescription, whose `notes` say what was decided), and
+    `preprocessing`, which the description holds too.
 
-    Raises InputError: file missing, empty, damaged or unsafe; other architecture or encoder.
+    Raises InputError where the file is missing, empty, damaged or unsafe, or where its weights do
+    not fit the architecture or the encoder.
     """
     NetworkSource(
         model_path, device, encoder, architecture, weights_key, model_options, model_factory

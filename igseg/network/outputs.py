@@ -1,6 +1,7 @@
-"""What a network gives: the logit map in its output, and the logits that probabilities are of.
+"""The outputs of a network: the logit map in them, and logits for a network that gives
+probabilities.
 
-And how a user's network is asked: unchanged afterwards, and with one sentence where it cannot.
+And how a user's network is run: afterwards it is unchanged, and errors become one sentence.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import nn
 from igseg.errors import InputError
 from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
 
-LEAST_PROBABILITY = 1e-7  # below it, and above one minus it, a probability's logit stays the same
+LEAST_PROBABILITY = 1e-7  # probabilities are clipped at this value, and at 1 minus it
 
 
 def maps_in(output: object) -> list[torch.Tensor]:
-    """The maps (N, K, h, w) in a model's output: itself, those of a list or a dictionary, or, in a
-    dictionary or an object, what lies under `out` or `logits`."""
+    """The maps (N, K, h, w) in a model's output: the output itself, or all maps in a list or a
+    dictionary. A dictionary or an object with `out` or `logits` counts as what lies there."""
     for name in ('out', 'logits'):
         if isinstance(output, dict) and name in output:
             output = output[name]
@@ -28,41 +29,43 @@ def maps_in(output: object) -> list[torch.Tensor]:
             output = getattr(output, name)
     if isinstance(output, dict):
         output = list(output.values())
-    several = output if isinstance(output, (tuple, list)) else [output]
-    return [one for one in several if isinstance(one, torch.Tensor) and one.ndim == 4]
+    values = output if isinstance(output, (tuple, list)) else [output]
+    return [value for value in values if isinstance(value, torch.Tensor) and value.ndim == 4]
 
 
 def segmentation_logits(output: object, size: Sequence[int] | None = None) -> torch.Tensor:
     """The logit map (N, K, h, w) in a model's output.
 
-    The output itself; of several maps (deep supervision, auxiliary heads) the first that has the
-    input's size, else the largest; in a dictionary or an object what lies under `out` or `logits`.
-    size: (H, W) of the input; without it the first map is taken. Raises InputError where there is
-    no map.
+    The map is the output itself. Of several maps (deep supervision, auxiliary heads) it is the
+    first with the size of the input, else the largest. In a dictionary or an object it lies under
+    `out` or `logits`. size: (H, W) of the input; without it the first map is taken. Raises
+    InputError where there is no map.
     """
     maps = maps_in(output)
     if not maps:
         raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
     if size is None:
         return maps[0]
-    for one in maps:
-        if tuple(one.shape[1:3]) == tuple(size) != tuple(one.shape[-2:]):
+    for logits in maps:
+        if tuple(logits.shape[1:3]) == tuple(size) != tuple(logits.shape[-2:]):
             raise InputError(
-                f'the model returns a map of shape {tuple(one.shape)}, classes last (wrap it so '
+                f'the model returns a map of shape {tuple(logits.shape)}, classes last (wrap it so '
                 'that it returns (N, C, H, W))'
             )
-    largest = max(maps, key=lambda one: one.shape[-2] * one.shape[-1])  # the first of these
-    return next((one for one in maps if tuple(one.shape[-2:]) == tuple(size)), largest)
+    # Of several largest maps, `max` gives the first.
+    largest = max(maps, key=lambda logits: logits.shape[-2] * logits.shape[-1])
+    return next((logits for logits in maps if tuple(logits.shape[-2:]) == tuple(size)), largest)
 
 
 def choice_among(output: object, size: Sequence[int]) -> str:
-    """What `segmentation_logits` takes of several maps, in a sentence; empty where there is one."""
+    """A sentence that says which of several maps `segmentation_logits` takes; empty for a single
+    map. size: (H, W) of the input."""
     maps = maps_in(output)
     if len(maps) < 2:
         return ''
     taken = segmentation_logits(output, size)
-    number = next(k for k, one in enumerate(maps, start=1) if one is taken)
-    shapes = ', '.join(str(tuple(one.shape)) for one in maps[:4])
+    number = next(k for k, logits in enumerate(maps, start=1) if logits is taken)
+    shapes = ', '.join(str(tuple(logits.shape)) for logits in maps[:4])
     return (
         f'the network gives {len(maps)} maps, of shapes {shapes}: '
         f'number {number} is explained (for another, wrap the network so that it returns that)'
@@ -70,8 +73,8 @@ def choice_among(output: object, size: Sequence[int]) -> str:
 
 
 def enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Logits (N, K, h, w) that are smaller than (H, W) at that size (bilinear); others as they
-    are, and a map of a single pixel, one number an image, too."""
+    """Logits (N, K, h, w), enlarged (bilinear) to (H, W) if they are smaller. Maps of a single
+    pixel, which hold one number for each image, stay as they are."""
     (height, width), size = logits.shape[-2:], tuple(size)
     if height * width > 1 and height <= size[0] and width <= size[1] and (height, width) != size:
         return F.interpolate(logits, size, mode='bilinear', align_corners=False)
@@ -82,8 +85,8 @@ def enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 class LogitsOf(torch.nn.Module):
-    """A network that gives probabilities, with the logits they are of: log(p / (1 - p)), or, of
-    exclusive classes, log(p), whose softmax is p again."""
+    """Wraps a network that gives probabilities p, so that it gives logits: log(p / (1 - p)); for
+    exclusive classes log(p), whose softmax is p again."""
 
     def __init__(self, network: torch.nn.Module, kind: str) -> None:
         super().__init__()
@@ -98,50 +101,51 @@ class LogitsOf(torch.nn.Module):
 
 
 def probability_kind(network: torch.nn.Module, x: torch.Tensor) -> str | None:
-    """Of OUTPUT_KINDS, what a network's outputs are where they are probabilities; None where they
-    are logits: where an input like x (1, C, H, W), or one far from it, gives values beyond 0-1."""
+    """The kind (of OUTPUT_KINDS) of a network's outputs where they are probabilities; None where
+    they are logits. They are logits where x (1, C, H, W), or an input that is far from it, gives
+    values beyond 0-1."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    seen = []
+    outputs = []
     with torch.no_grad():
         for probe in (x, -x, 10 * x, 10 * noise):
             with explained_network(x.shape):
                 output = network(probe)
             maps = segmentation_logits(output, x.shape[-2:]).float()
-            if not bool(((maps >= -1e-6) & (maps <= 1 + 1e-6)).all()):  # also where not finite
+            if not bool(((maps >= -1e-6) & (maps <= 1 + 1e-6)).all()):  # NaN counts as beyond too
                 return None
-            seen.append(maps)
-    maps = torch.cat(seen)
-    if float(maps.max() - maps.min()) < 1e-3:  # constant, which says nothing
+            outputs.append(maps)
+    maps = torch.cat(outputs)
+    if float(maps.max() - maps.min()) < 1e-3:  # constant outputs show nothing
         return None
     if maps.shape[1] == 1:
         return FOREGROUND
-    to_one = bool(((maps.sum(dim=1) - 1).abs() < 1e-3).all())
-    return EXCLUSIVE if to_one else MULTILABEL
+    sum_to_one = bool(((maps.sum(dim=1) - 1).abs() < 1e-3).all())
+    return EXCLUSIVE if sum_to_one else MULTILABEL
 
 
-# --------------------------------------------------------------------------- asking a network
+# --------------------------------------------------------------------------- running a network
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
+    """Inside: evaluation mode, and no gradients of parameters. Afterwards all is as before."""
     modes = [(module, module.training) for module in model.modules()]
-    # Parameters made in inference mode take no part in gradients anyway.
-    wants = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
+    # Parameters that were made in inference mode have no gradients.
+    flags = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
     try:
         model.eval()
-        for parameter, _ in wants:
+        for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad in wants:
+        for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: CUDA's, MPS's, or the CPU allocator's."""
+    """Whether an error of CUDA, MPS or the CPU allocator says that memory ran out."""
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError)
@@ -154,12 +158,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class OutOfMemory(Exception):
-    """Memory does not suffice, whichever library noticed."""
+    """Memory does not suffice; the same error for all libraries."""
 
 
 @contextlib.contextmanager
 def out_of_memory_is_one_error() -> Iterator[None]:
-    """Turn every way of running out of memory into OutOfMemory."""
+    """Turn all errors that say that memory ran out into OutOfMemory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -170,7 +174,7 @@ def out_of_memory_is_one_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_memory(device: torch.device) -> Iterator[None]:
-    """Turn running out of memory into one sentence, an InputError."""
+    """Turn errors that say that memory ran out into an InputError of one sentence."""
     try:
         with out_of_memory_is_one_error():
             yield
@@ -183,8 +187,9 @@ def explained_memory(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_network(shape: Sequence[int]) -> Iterator[None]:
-    """Around the network only: turn whatever it raises on an input of that shape into one
-    sentence, an InputError; but for running out of memory, after which less may be tried."""
+    """For use around a network: turn the errors that it raises on an input of this shape into an
+    InputError of one sentence. Errors that say that memory ran out pass through: the caller may try
+    a smaller batch."""
     try:
         yield
     except InputError:

@@ -1,11 +1,11 @@
-"""Which network weights belong to, read off their names and shapes: encoder, architecture, number
-of input channels and classes, and the settings of the decoder.
+"""Recognising the network that weights belong to by the names and shapes of the weights: encoder,
+architecture, number of input channels and classes, and the settings of the decoder.
 
-The decoder's names tell the architecture, its shapes the settings. The encoder is looked up in
-`encoder_index.json.gz`, which holds a key for the names and shapes of every encoder of
-segmentation-models-pytorch, its own and timm's (`benchmarks/make_encoder_index.py` makes it).
-Whatever comes out is built once without memory and compared, so that nothing is believed that does
-not fit. What no shape shows is in LEAVES_NO_TRACE.
+The names of the decoder's tensors show the architecture, and their shapes show its settings. The
+encoder is looked up in `encoder_index.json.gz`, which holds a key for the names and shapes of every
+encoder of segmentation-models-pytorch, including those of timm (`benchmarks/make_encoder_index.py`
+makes this file). Each result is checked: the network is built without memory, and its names and
+shapes are compared with those of the weights. LEAVES_NO_TRACE lists settings that no shape shows.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ DECODER = 'decoder.'
 INDEX = resources.files('igseg.network') / 'encoder_index.json.gz'
 
 DEPTHS = (5, 4, 3)  # of encoders, in stages
-VIT = 'vit'  # in the index, in place of a depth: an encoder of DPT has all its layers at any depth
-NAMED = 8  # encoders in a sentence
-NO_OPTIONS = (  # arguments that are read off the weights, or given otherwise
+VIT = 'vit'  # takes the place of a depth in the index: encoders of DPT are equal at any depth
+NAMED = 8  # encoders that a sentence lists
+NO_OPTIONS = (  # arguments that are read off the weights, have flags, or are not needed
     'architecture', 'encoder', 'encoder_name', 'encoder_weights', 'in_channels', 'classes',
     'aux_params',
 )  # fmt: skip
 
-# Arguments that no tensor's name or shape shows and that change what is computed: where they are
-# not smp's defaults, only a setting (--model_option) tells. Beside them: `activation` (left out, as
-# the logit is explained), the settings of a norm (its epsilon; a norm in place looks like a batch
-# norm) and those of timm's encoders that have no weights (activations, strides).
+# Arguments that change what is computed, but that no name or shape of a tensor shows. Where they
+# differ from smp's defaults, the user must say so (--model_option). Other settings that are not
+# shown: `activation` (left out, since the logit is explained), the settings of a norm (its epsilon;
+# a norm in place looks like a batch norm), and settings of timm's encoders without weights
+# (activations, strides).
 LEAVES_NO_TRACE = {
     'unet': ('decoder_interpolation',),
     'unetplusplus': ('decoder_interpolation',),
@@ -59,7 +60,7 @@ LEAVES_NO_TRACE = {
     'segformer': ('upsampling',),
     'dpt': ('encoder_output_indices', 'decoder_readout', 'dynamic_img_size'),
 }
-MARKS = {  # a tensor of the decoder that only this architecture has; the first that is there counts
+MARKS = {  # a tensor of the decoder that shows the architecture; the first in this order counts
     'manet': 'center.top_conv.weight',
     'unet': 'blocks.0.conv1.0.weight',
     'unetplusplus': 'blocks.x_0_0.conv1.0.weight',
@@ -86,26 +87,26 @@ class Recognised:
     encoder: str
     in_channels: int
     classes: int
-    options: dict[str, object]  # further arguments: those given, and those that the shapes show
-    state: dict[str, torch.Tensor]  # the weights by the names of the installed version
+    options: dict[str, object]  # other arguments: from the caller, and as the shapes show them
+    state: dict[str, torch.Tensor]  # the weights, with the names of the installed version of smp
     notes: tuple[str, ...] = ()  # what was guessed, in sentences
 
 
 @dataclass(frozen=True)
 class _Decoder:
-    """What the decoder's tensors show."""
+    """What the tensors of a decoder show."""
 
     architecture: str
     options: dict[str, object]
-    depths: tuple[int, ...]  # that the encoder may have, the likeliest first
+    depths: tuple[int, ...]  # that the encoder may have, the most likely first
 
 
 # --------------------------------------------------------------------------- names and shapes
 
 
 def tensor_shapes(state: Mapping[str, torch.Tensor], prefix: str = '') -> dict[str, tuple]:
-    """Names, without a prefix that they must have, and shapes. Counters of batches are left out:
-    old files have none."""
+    """The shapes of the tensors whose names begin with a prefix, by name without the prefix.
+    Counters of batches are left out, since old files do not have them."""
     return {
         name[len(prefix) :]: tuple(value.shape)
         for name, value in state.items()
@@ -114,21 +115,21 @@ def tensor_shapes(state: Mapping[str, torch.Tensor], prefix: str = '') -> dict[s
 
 
 def index_key(shapes: Shapes, loose: Collection[str]) -> str:
-    """A short text that stands for names and shapes. loose: names that do not count, since their
-    shape depends on the number of input channels."""
+    """A short digest of names and shapes. loose: names that are left out, since their shapes depend
+    on the number of input channels."""
     lines = (f'{name} {shape}' for name, shape in sorted(shapes.items()) if name not in loose)
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:12]
 
 
 def head_weight(state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """The weight of the last convolution, (classes, channels, k, k), in whatever order the file
-    has its tensors."""
+    """The weight of the last convolution, (classes, channels, k, k), whatever the order of tensors
+    in the file; None where there is none."""
     names = [name for name, v in state.items() if name.startswith(HEAD) and v.ndim == 4]
     return state[max(names)] if names else None
 
 
 def numbers_in(state: Mapping[str, torch.Tensor]) -> int:
-    """How many numbers a state dict holds; those that a view repeats count once."""
+    """How many numbers a state dict holds; numbers that a view repeats count once."""
     return sum(
         value.numel()
         if value.device.type == 'meta'
@@ -138,9 +139,9 @@ def numbers_in(state: Mapping[str, torch.Tensor]) -> int:
 
 
 def _spellings(state: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """The state dict, and as earlier versions of segmentation-models-pytorch named its tensors:
-    until 0.4, DeepLabV3's decoder was a list, and encoders of timm had no `model.` before their
-    names."""
+    """The state dict with the names in the file, then with the names that the installed version of
+    segmentation-models-pytorch would use if an earlier version wrote the file. Until 0.4, the
+    decoder of DeepLabV3 was a list, and names in encoders of timm had no `model.`."""
     yield state
     modern = state
     if f'{DECODER}0.convs.0.0.weight' in state:
@@ -160,18 +161,18 @@ def _spellings(state: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tenso
 
 
 def _firsts(shapes: Shapes, pattern: str) -> tuple[int, ...]:
-    """The output channels of the tensors that the pattern names with 0, 1, 2, …"""
-    found: list[int] = []
-    while (name := pattern.format(len(found))) in shapes:
-        found.append(shapes[name][0])
-    return tuple(found)
+    """The output channels of the tensors whose names are the pattern with 0, 1, 2, …"""
+    channels: list[int] = []
+    while (name := pattern.format(len(channels))) in shapes:
+        channels.append(shapes[name][0])
+    return tuple(channels)
 
 
 def _norm(shapes: Shapes, block: str) -> object:
-    """The normalisation after a convolution, as smp's argument of it."""
+    """The normalisation after a convolution, as an argument of smp."""
     if f'{block}.1.running_mean' in shapes:
         return 'batchnorm'
-    if f'{block}.1.weight' in shapes:  # a layer norm's are the same, but smp's takes no images
+    if f'{block}.1.weight' in shapes:  # a layer norm has it too, but takes no images in smp
         return {'type': 'instancenorm', 'affine': True}
     return 'identity'
 
@@ -240,7 +241,7 @@ def _read_upernet(shapes: Shapes, _: int) -> dict[str, object]:
 
 def _read_segformer(shapes: Shapes, _: int) -> dict[str, object]:
     channels = _firsts(shapes, 'mlp_stage.{}.linear.weight')
-    # encoders that begin at a quarter of the size have one stage less
+    # Encoders that begin at a quarter of the size have one stage less.
     depths = (len(channels), len(channels) + 1)
     return {'decoder_segmentation_channels': channels[0], 'encoder_depth': depths}
 
@@ -266,36 +267,37 @@ _READERS: dict[str, Callable[[Shapes, int], dict[str, object]]] = {
 
 @cache
 def defaults_of(architecture: str) -> dict[str, object]:
-    """The arguments of an architecture, and what they are where nothing is said."""
+    """The arguments of an architecture, with their defaults."""
     import segmentation_models_pytorch as smp  # takes seconds
 
     parameters = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture]).parameters
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
-def _same(one: object, other: object) -> bool:
-    """Whether two values of an argument are equal; lists and tuples are."""
-    plain = [tuple(v) if isinstance(v, (list, tuple)) else v for v in (one, other)]
-    return plain[0] == plain[1]
+def _same(value: object, other: object) -> bool:
+    """Whether two values of an argument are equal; a list may equal a tuple."""
+    values = [tuple(v) if isinstance(v, (list, tuple)) else v for v in (value, other)]
+    return values[0] == values[1]
 
 
 def read_decoder(state: Mapping[str, torch.Tensor]) -> _Decoder | None:
-    """The architecture whose decoder has such names, and its settings as the shapes show them;
-    None for a decoder of another kind."""
+    """The architecture whose decoder has such names, with its settings as the shapes show them;
+    None where no architecture of smp has such a decoder."""
     shapes, head = tensor_shapes(state, DECODER), head_weight(state)
     architecture = next((name for name, mark in MARKS.items() if mark in shapes), None)
     if architecture is None or head is None:
         return None
     try:
         options = _READERS[architecture](shapes, head.shape[1])
-    except (KeyError, IndexError):  # a name that should be there, or a dimension
+    except (KeyError, IndexError):  # a tensor is missing, or has too few dimensions
         return None
     depths = options.pop('encoder_depth', DEPTHS)
     depths = depths if isinstance(depths, tuple) else (depths,)
-    usual = defaults_of(architecture)
-    depths = tuple(sorted(depths, key=lambda depth: depth != usual['encoder_depth']))
-    options = {name: value for name, value in options.items() if name in usual}  # of this version
-    shown = {name: value for name, value in options.items() if not _same(value, usual[name])}
+    defaults = defaults_of(architecture)
+    depths = tuple(sorted(depths, key=lambda depth: depth != defaults['encoder_depth']))
+    # Only options that the installed version has.
+    options = {name: value for name, value in options.items() if name in defaults}
+    shown = {name: value for name, value in options.items() if not _same(value, defaults[name])}
     return _Decoder(architecture, shown, depths)
 
 
@@ -304,8 +306,9 @@ def read_decoder(state: Mapping[str, torch.Tensor]) -> _Decoder | None:
 
 @cache
 def encoder_index() -> dict[str, Any]:
-    """The index: `loose`, sets of names that do not count; `encoders`, key -> depth -> lists of
-    names, those that compute the same together. Empty where the file is missing."""
+    """The index. `loose`: sets of names that do not count. `encoders`: by key and depth, lists of
+    names of encoders; encoders that compute the same are in one list. Empty where the file is
+    missing."""
     try:
         index: dict[str, Any] = json.loads(gzip.decompress(INDEX.read_bytes()))
         return index
@@ -322,68 +325,73 @@ def index_is_current() -> bool:
 
 
 def _needs_memory(error: Exception) -> bool:
-    """Whether what failed reads numbers while it is built, which outlines do not have."""
+    """Whether a network could not be built on the device `meta`, because its code reads numbers of
+    tensors, which do not exist there."""
     return re.search(r'\bmeta\b', str(error)) is not None
 
 
 def skeleton(build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
-    """A network for its names and shapes only: without memory where that works, which is fast.
-    None where it cannot be built: not every name and every pair exists."""
+    """A network of which only names and shapes are needed. It is built without memory where that
+    works, which is fast. None where it cannot be built."""
     for device in ('meta', 'cpu'):
         try:
             with torch.device(device):
                 return build()
-        except Exception as error:  # what encoders raise at odd options is theirs
+        except Exception as error:  # encoders raise any kind of error
             if not _needs_memory(error):
                 break
     return None
 
 
 def _alike(name: str, shapes: Shapes) -> bool:
-    """Whether one of smp's own encoders has such tensors, whatever the number of channels."""
+    """Whether the encoder of smp with this name has such tensors, whatever the number of input
+    channels."""
     import segmentation_models_pytorch as smp  # takes seconds
 
     encoder = skeleton(lambda: smp.encoders.get_encoder(name, weights=None))
-    own = tensor_shapes(encoder.state_dict()) if encoder is not None else {}
-    return own.keys() == shapes.keys() and all(
-        own[k][:1] + own[k][2:] == shapes[k][:1] + shapes[k][2:] and (
-            own[k] == shapes[k] or own[k][1] == 3)
-        for k in own
+    expected = tensor_shapes(encoder.state_dict()) if encoder is not None else {}
+    return expected.keys() == shapes.keys() and all(
+        expected[k][:1] + expected[k][2:] == shapes[k][:1] + shapes[k][2:] and (
+            expected[k] == shapes[k] or expected[k][1] == 3)
+        for k in expected
     )  # fmt: skip
 
 
-def _known_encoders(state: Mapping[str, torch.Tensor], decoder: _Decoder) -> list[tuple[str, ...]]:
-    """The names of encoders that have such tensors, those that compute the same together."""
+def _encoders_like(state: Mapping[str, torch.Tensor], decoder: _Decoder) -> list[tuple[str, ...]]:
+    """The names of encoders that have the tensors of a state dict; encoders that compute the same
+    are in one tuple."""
     shapes = tensor_shapes(state, ENCODER)
     depths = [VIT] if decoder.architecture == 'dpt' else [str(d) for d in decoder.depths]
-    found: dict[tuple[str, ...], None] = {}
+    encoders: dict[tuple[str, ...], None] = {}
     for loose in encoder_index()['loose']:
         if any(name in shapes for name in loose):
             entry = encoder_index()['encoders'].get(index_key(shapes, loose), {})
-            found |= {tuple(names): None for depth in depths for names in entry.get(depth, ())}
-    if not found and not index_is_current():
+            encoders |= {tuple(names): None for depth in depths for names in entry.get(depth, ())}
+    if not encoders and not index_is_current():
         import segmentation_models_pytorch as smp  # takes seconds
 
-        found = {(name,): None for name in smp.encoders.get_encoder_names() if _alike(name, shapes)}
-    return list(found)
+        names_in_smp = smp.encoders.get_encoder_names()
+        encoders = {(name,): None for name in names_in_smp if _alike(name, shapes)}
+    return list(encoders)
 
 
-# --------------------------------------------------------------------------- what is built fits
+# --------------------------------------------------------------------------- outlines
 
 
-def _vit_options(outline: torch.nn.Module, own: Shapes, shapes: Shapes) -> dict[str, object]:
-    """The image size and the number of classes that a vision transformer was made for, where they
-    are not its usual ones: its table of positions and its classifier depend on them."""
+def _vit_options(outline: torch.nn.Module, usual: Shapes, shapes: Shapes) -> dict[str, object]:
+    """The image size and the number of classes of a vision transformer, as far as they differ from
+    the usual ones: the shapes of its table of positions and of its classifier depend on them.
+    usual: the shapes of the outline. shapes: of the weights."""
     options: dict[str, object] = {}
-    heads = [k for k in {*own, *shapes} if re.fullmatch(r'encoder\.model\.head\S*\.weight', k)]
-    heads = [k for k in heads if len(own.get(k, shapes.get(k, ()))) == 2]
+    heads = [k for k in {*usual, *shapes} if re.fullmatch(r'encoder\.model\.head\S*\.weight', k)]
+    heads = [k for k in heads if len(usual.get(k, shapes.get(k, ()))) == 2]
     for name in heads:
-        if shapes.get(name) != own.get(name):
+        if shapes.get(name) != usual.get(name):
             options['num_classes'] = shapes[name][0] if name in shapes else 0
     table = f'{ENCODER}model.pos_embed'
-    if len(shapes.get(table, ())) == 3 and shapes[table] != own.get(table):
+    if len(shapes.get(table, ())) == 3 and shapes[table] != usual.get(table):
         tokens = shapes[table][1]
-        encoder: Any = outline.encoder  # of smp, around a vision transformer of timm
+        encoder: Any = outline.encoder  # of smp; it holds a vision transformer of timm
         prefix = getattr(encoder, '_num_prefix_tokens', 0)
         side = next((math.isqrt(n) for n in (tokens - prefix, tokens)
                      if n > 0 and math.isqrt(n) ** 2 == n), 0)  # fmt: skip
@@ -393,7 +401,7 @@ def _vit_options(outline: torch.nn.Module, own: Shapes, shapes: Shapes) -> dict[
 
 
 class _Outlines:
-    """Networks built without memory, to be compared with the weights."""
+    """Networks that are built without memory and compared with the weights."""
 
     def __init__(
         self,
@@ -405,28 +413,29 @@ class _Outlines:
         self.state, self.build, self.decoder, self.options = state, build, decoder, options
         self.shapes, self.numbers = tensor_shapes(state), numbers_in(state)
         head = head_weight(state)
-        assert head is not None  # without one there is no decoder
+        assert head is not None  # `read_decoder` has found it
         self.classes = int(head.shape[0])
 
     def fit(self, names: Collection[str], named: bool) -> Recognised | None:
-        """The network with an encoder, by the first of its names that exists. named: by the user
-        or the checkpoint; InputError is raised where it cannot be built."""
+        """The network with an encoder that fits the weights; None where it does not fit. names: of
+        the encoder; the first that fits counts. named: whether the user or the checkpoint names it;
+        then InputError is raised where it cannot be built."""
         problems: list[InputError] = []
         depths: Sequence[object] = self.decoder.depths
         if 'encoder_depth' in self.options:
             depths = (self.options['encoder_depth'],)
-        changed: list[Recognised] = []  # of another image size than the encoder's usual one
+        changed: list[Recognised] = []  # networks with an unusual image size
         for encoder in names:
             for depth in depths:
                 try:
-                    found = self._at_depth(encoder, depth)
+                    network = self._at_depth(encoder, depth)
                 except InputError as error:
                     problems.append(error)
                     continue
-                if found and found.options.keys() - self.options.keys() & {'img_size'}:
-                    changed.append(found)
-                elif found:
-                    return found
+                if network and network.options.keys() - self.options.keys() & {'img_size'}:
+                    changed.append(network)
+                elif network:
+                    return network
         if changed:
             return changed[0]
         if named and len(problems) == len(depths):
@@ -434,21 +443,22 @@ class _Outlines:
         return None
 
     def _at_depth(self, encoder: str, depth: object) -> Recognised | None:
-        """The network with that encoder and depth. Raises InputError: it cannot be built."""
+        """The network with this encoder and depth; None where it does not fit the weights. Raises
+        InputError where it cannot be built."""
         options = {**self.decoder.options, **self.options}
         if depth != defaults_of(self.decoder.architecture)['encoder_depth']:
             options['encoder_depth'] = depth
         channels, outline = 3, self._outline(encoder, 3, options)
-        found = tensor_shapes(outline.state_dict())
-        if found != self.shapes:
+        outline_shapes = tensor_shapes(outline.state_dict())
+        if outline_shapes != self.shapes:
             if self.decoder.architecture == 'dpt':
-                options = {**options, **_vit_options(outline, found, self.shapes)}
-            elif found.keys() != self.shapes.keys():
+                options = {**options, **_vit_options(outline, outline_shapes, self.shapes)}
+            elif outline_shapes.keys() != self.shapes.keys():
                 return None
-            own = self._channels(encoder, options)
-            if own is None:
+            count = self._channels(encoder, options)
+            if count is None:
                 return None
-            channels = own
+            channels = count
             outline = self._outline(encoder, channels, options)
             if tensor_shapes(outline.state_dict()) != self.shapes:
                 return None
@@ -458,7 +468,8 @@ class _Outlines:
         )
 
     def _channels(self, encoder: str, options: dict[str, object]) -> int | None:
-        """The number of input channels, from the tensors that grow with it."""
+        """The number of input channels, from the tensors whose shapes depend on it; None where no
+        number fits."""
         three, four = (
             tensor_shapes(self._outline(encoder, n, options).state_dict()) for n in (3, 4)
         )
@@ -471,7 +482,8 @@ class _Outlines:
         return None
 
     def _outline(self, encoder: str, channels: int, options: dict[str, object]) -> torch.nn.Module:
-        """Raises InputError: it cannot be built, or only in memory and is too large for that."""
+        """The network with this encoder and number of channels, built without memory where that
+        works. Raises InputError where it cannot be built, or is too large for memory."""
         architecture = self.decoder.architecture
 
         def build(name: str) -> torch.nn.Module:
@@ -483,15 +495,16 @@ class _Outlines:
         except InputError as error:
             if not _needs_memory(error):
                 raise
-        # SegFormer's encoders cannot be outlined; what settings make large is the decoder.
+        # SegFormer's encoders can only be built in memory. Settings can make only the decoder too
+        # large, so its size is checked with a small encoder first.
         with torch.device('meta'):
             self._check_size(build('resnet18'))
         with torch.device('cpu'):
             return build(encoder)
 
     def _check_size(self, outline: torch.nn.Module) -> None:
-        """Raise InputError where a checkpoint asks for a model much larger than its file holds,
-        before memory is taken for it."""
+        """Raise InputError where a model is much larger than its checkpoint; no memory has been
+        reserved for it yet."""
         if numbers_in(outline.state_dict()) > INFLATION * self.numbers:
             raise InputError('the model that the checkpoint asks for is much larger than its file')
 
@@ -504,10 +517,11 @@ def _notes(
     decoder: _Decoder,
     architecture: str | None,
     encoder: str | None,
-    given: Mapping[str, object],
+    passed: Mapping[str, object],
 ) -> tuple[str, ...]:
-    """What was guessed, if anything was, and how to say otherwise."""
-    shown = {k: v for k, v in fit.options.items() if k not in given}
+    """Sentences on what was guessed, and on how to override it. passed: the options from the
+    caller."""
+    shown = {k: v for k, v in fit.options.items() if k not in passed}
     if fit.in_channels != 3:
         shown = {'in_channels': fit.in_channels, **shown}
     settings = ', '.join(f'{name}={value}' for name, value in shown.items())
@@ -521,7 +535,7 @@ def _notes(
         )
     elif settings:
         notes.append(f'read off the shapes of its weights: {settings}')
-    if decoder.options.get('decoder_readout') == 'ignore' and 'decoder_readout' not in given:
+    if decoder.options.get('decoder_readout') == 'ignore' and 'decoder_readout' not in passed:
         notes.append(
             'decoder_readout is "ignore" or "add", which no weight shows: "ignore" is taken '
             '(say otherwise with --model_option)'
@@ -530,7 +544,7 @@ def _notes(
 
 
 def _ambiguous(path: Path, encoders: list[str]) -> str:
-    """The sentence for encoders that only their user can tell apart."""
+    """The sentence for several encoders that fit, of which the user must choose."""
     more = f' and {len(encoders) - NAMED} more' if len(encoders) > NAMED else ''
     return (
         f'{path} fits encoders whose weights have the same names and shapes but which compute '
@@ -539,12 +553,12 @@ def _ambiguous(path: Path, encoders: list[str]) -> str:
 
 
 def _setting(name: str, value: object) -> str:
-    """An argument as the command line takes it."""
+    """An argument as it is written on the command line."""
     return f'{name}={" ".join(repr(value).split())[:60]}'
 
 
-def _unknown(state: dict[str, torch.Tensor]) -> str:
-    """What is known of a network that nothing fits, and what to do."""
+def _unrecognised_text(state: dict[str, torch.Tensor]) -> str:
+    """What the weights of a network that was not recognised show, and what the user can do."""
     decoder = next(filter(None, map(read_decoder, _spellings(state))), None)
     if decoder is None:
         first = next((name for name in state if name.startswith(DECODER)), 'none')
@@ -559,7 +573,7 @@ def _unknown(state: dict[str, torch.Tensor]) -> str:
     )
 
 
-# --------------------------------------------------------------------------- which network it is
+# --------------------------------------------------------------------------- recognising
 
 
 def _recognise(
@@ -570,12 +584,13 @@ def _recognise(
     encoder: str | None,
     options: dict[str, object],
 ) -> Recognised | None:
-    """The network whose tensors have these names; None where there is none."""
+    """The network whose tensors have exactly these names and shapes; None where there is none.
+    Raises InputError."""
     decoder = read_decoder(state)
     if decoder is None or architecture not in (None, decoder.architecture):
         return None
     outlines = _Outlines(state, build, decoder, options)
-    kinds = [(encoder,)] if encoder else _known_encoders(state, decoder)
+    kinds = [(encoder,)] if encoder else _encoders_like(state, decoder)
     fits = [fit for names in kinds if (fit := outlines.fit(names, encoder is not None))]
     fits = [fit for fit in fits if 'img_size' not in fit.options] or fits
     if len(fits) > 1:
@@ -585,31 +600,32 @@ def _recognise(
     return replace(fits[0], notes=_notes(fits[0], decoder, architecture, encoder, options))
 
 
-def _look_alike(
+def _lookalike_text(
     state: dict[str, torch.Tensor], path: Path, build: Build, options: dict[str, object]
 ) -> str:
-    """What the weights look like where nothing is asked for; empty where that is nothing."""
+    """What the weights look like where no architecture, encoder or option is required; empty where
+    they look like no network."""
     for spelling in _spellings(state):
         try:
-            found = _recognise(spelling, path, build, None, None, {})
+            network = _recognise(spelling, path, build, None, None, {})
         except InputError as error:
             return f'it{str(error).removeprefix(str(path))}'
-        if found:
-            right = {**defaults_of(found.architecture), **found.options}
-            other = [name for name, value in options.items() if not _same(right.get(name), value)]
-            said = ''.join(f', {_setting(*option)}' for option in found.options.items())
-            flags = f'--architecture {found.architecture} --encoder {found.encoder}'
-            if other:
-                settings = (_setting(name, right.get(name)) for name in other)
+        if network:
+            right = {**defaults_of(network.architecture), **network.options}
+            wrong = [name for name, value in options.items() if not _same(right.get(name), value)]
+            listed = ''.join(f', {_setting(*option)}' for option in network.options.items())
+            flags = f'--architecture {network.architecture} --encoder {network.encoder}'
+            if wrong:
+                settings = (_setting(name, right.get(name)) for name in wrong)
                 flags += f' --model_option {" ".join(settings)}'
             return (
-                f'it looks like {found.architecture} with encoder {found.encoder}{said} '
+                f'it looks like {network.architecture} with encoder {network.encoder}{listed} '
                 f'(add {flags})'
             )
     return ''
 
 
-def _nothing_fits(
+def _no_fit_text(
     state: dict[str, torch.Tensor],
     path: Path,
     build: Build,
@@ -617,13 +633,14 @@ def _nothing_fits(
     encoder: str | None,
     options: dict[str, object],
 ) -> str:
-    """The sentence for weights that do not belong to what was asked for, or to nothing known."""
+    """The sentence for weights that do not fit the required architecture, encoder and options, or
+    that fit no network."""
     parts = [architecture or 'any architecture', *([f'encoder {encoder}'] if encoder else [])]
     parts += [_setting(name, value) for name, value in options.items()]
-    asked = bool(architecture or encoder or options)
-    like = _look_alike(state, path, build, options) if asked else ''
-    said = f'does not fit {" with ".join(parts)}' if asked else 'was not recognised'
-    return f'{path} {said}: {like or _unknown(state)}'
+    required = bool(architecture or encoder or options)
+    lookalike = _lookalike_text(state, path, build, options) if required else ''
+    problem = f'does not fit {" with ".join(parts)}' if required else 'was not recognised'
+    return f'{path} {problem}: {lookalike or _unrecognised_text(state)}'
 
 
 def recognise(
@@ -636,15 +653,15 @@ def recognise(
 ) -> Recognised:
     """The network that a state dict (prefix removed, no classification head) belongs to.
 
-    build: `create_model`. architecture, encoder, options: what is known already; it is kept.
-    Raises InputError: nothing fits; an encoder that cannot be built; several encoders fit that
-    compute different things.
+    build: `create_model`. architecture, encoder, options: required of the result, where passed.
+    Raises InputError where no network fits, where the encoder cannot be built, or where several
+    encoders fit that compute different things.
     """
     options = {k: v for k, v in (options or {}).items() if k not in NO_OPTIONS}
     if architecture is not None:
         check_choice('architecture', architecture, ARCHITECTURES)
     for spelling in _spellings(state):
-        found = _recognise(spelling, path, build, architecture, encoder, options)
-        if found:
-            return found
-    raise InputError(_nothing_fits(state, path, build, architecture, encoder, options))
+        network = _recognise(spelling, path, build, architecture, encoder, options)
+        if network:
+            return network
+    raise InputError(_no_fit_text(state, path, build, architecture, encoder, options))

@@ -1,5 +1,5 @@
-"""F, the one number of a segmentation that is explained: what the engine asks of every score, and
-`Target`, the mean over a region that users name. Which regions there are, igseg.method knows."""
+"""F, the number that is explained: what the engine needs of every score (`Score`), and the mean
+over a region that users name (`Target`). The kinds of regions are in igseg.method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Score(Protocol):
 
     @property
     def scale(self) -> float:
-        """By which scores are multiplied on the way back, of the order of the region."""
+        """The factor for scores in the backward pass, of the order of the region's size."""
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, h, w) -> scores (N,)."""
@@ -32,27 +32,27 @@ ANY_NETWORK = NetworkDescription()
 class Target:
     """What is explained: F(x) = sum of weights * s(f(x)), one number per image.
 
-    The weights are fixed before the path is walked: the mean over the region R of the logit (or
-    probability) of one channel per pixel. Equivalently they are the vector of the
-    vector-Jacobian product that gives the gradient.
+    The weights are fixed before gradients along the path are computed. They take, at each pixel of
+    the region R, the logit (or probability) of one channel, and average over R. They are also the
+    vector of the vector-Jacobian product that gives the gradient.
     """
 
     name: str
     weights: torch.Tensor  # (K, h, w) float32, sum 1
     score: str = 'logit'  # one of SCORES
-    label: int | None = None  # the class that is explained; None: all that is not background
+    label: int | None = None  # the class that is explained; None: everything but the background
     network: NetworkDescription = field(default=ANY_NETWORK, repr=False)  # what the logits mean
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (N, K, h, w) -> scores (N,). Where the network's map is smaller than that of the
-        weights, it is enlarged."""
+        """Logits (N, K, h, w) -> scores (N,). Logits that are smaller than the weights are
+        enlarged."""
         logits = enlarged(logits, self.weights.shape[-2:])
         values = logits if self.score == 'logit' else self.network.probabilities(logits)
         return (values * self.weights.to(values)).sum(dim=(1, 2, 3))
 
     @cached_property
     def scale(self) -> float:
-        """The size of the region: what makes the largest weight 1."""
+        """The factor that makes the largest weight 1: about the number of pixels in the region."""
         return 1 / (float(self.weights.abs().max()) or 1.0)
 
     @property
