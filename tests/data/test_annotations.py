@@ -23,11 +23,11 @@ def test_coco_polygons_and_run_lengths_are_merged(tmp_path):
     box = [40, 30, 45, 30, 45, 35, 40, 35]
     shapes = {1: [packed, runs], 2: [[box]], 3: []}
     images, annotations = [], []
-    for number, own in shapes.items():
+    for number, image_shapes in shapes.items():
         name = f'scan{number}_jpg.rf.0a1b.jpg'
         save_image(tmp_path / 'valid' / name, noise_image())
         images.append({'id': number, 'file_name': name, 'height': 40, 'width': 60})
-        for shape in own:
+        for shape in image_shapes:
             annotations.append({'image_id': number, 'category_id': 1, 'segmentation': shape})
     write_coco(tmp_path / 'valid', annotations, images)
     first, second, third = list_samples(tmp_path)
@@ -40,7 +40,7 @@ def test_coco_polygons_and_run_lengths_are_merged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'content, said',
+    'content, message',
     [
         ('{ not json', 'not a readable COCO file'),
         ('[1, 2]', 'not a readable COCO file'),
@@ -49,9 +49,9 @@ def test_coco_polygons_and_run_lengths_are_merged(tmp_path):
         ('{"images": []}', 'no images'),
     ],
 )
-def test_damaged_coco_files_are_told(tmp_path, content, said):
+def test_damaged_coco_files_are_refused(tmp_path, content, message):
     (tmp_path / '_annotations.coco.json').write_text(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         list_samples(tmp_path)
 
 
@@ -95,18 +95,18 @@ GOOD = [15, 10, 30, 10, 30, 20, 15, 20]
     'bad',
     [[20, 20], [20, 20, 20, 25], [5, 5, 5, 9, 5, 30], [float('nan')] * 6, [1e9] * 6, ['x'] * 6],
 )
-def test_a_degenerate_part_is_left_out_and_said(tmp_path, bad):
+def test_a_degenerate_part_is_left_out_with_a_note(tmp_path, bad):
     whole = annotated(tmp_path, [[GOOD]]).values
-    found = annotated(tmp_path, [[GOOD, bad]])
-    assert np.array_equal(found.values, whole) and '1 part of annotations' in found.notes[0]
-    again = annotated(tmp_path, [[GOOD], [bad]]) if len(bad) < 6 else found
+    labels = annotated(tmp_path, [[GOOD, bad]])
+    assert np.array_equal(labels.values, whole) and '1 part of annotations' in labels.notes[0]
+    again = annotated(tmp_path, [[GOOD], [bad]]) if len(bad) < 6 else labels
     assert np.array_equal(again.values, whole)
 
 
 @pytest.mark.parametrize('shapes', [[None], [[]], [[GOOD], []], [[[20, 20]]]])
 def test_annotations_without_an_outline_mean_that_the_truth_is_unknown(tmp_path, shapes):
-    found = annotated(tmp_path, shapes)
-    assert found.values is None and 'unknown' in found.notes[-1]
+    labels = annotated(tmp_path, shapes)
+    assert labels.values is None and 'unknown' in labels.notes[-1]
 
 
 def test_a_flat_list_is_one_polygon_and_crowds_count(tmp_path):
@@ -134,8 +134,8 @@ def test_a_flat_list_is_one_polygon_and_crowds_count(tmp_path):
 )
 def test_categories_become_classes(tmp_path, names, used, reading, table):
     parent = names.get(0) == 'all'
-    found, notes = Categories(names, frozenset(used), parent).labels(reading, tmp_path)
-    assert found == table
+    label_of, notes = Categories(names, frozenset(used), parent).labels(reading, tmp_path)
+    assert label_of == table
     moved = any(k != v for k, v in table.items() if v != IGNORED) and not reading.one_class
     assert bool(notes) == moved
 

@@ -85,7 +85,7 @@ def test_folders_by_flags(tmp_path):
         list_samples(tmp_path, source=DataSource(tmp_path, masks_dir=tmp_path / 'nowhere'))
 
 
-def test_masks_that_are_missing_are_said_with_what_was_looked_for(tmp_path):
+def test_a_note_on_missing_masks_says_which_names_were_looked_for(tmp_path):
     lay(tmp_path, {'images/a.png': None, 'images/b.png': None, 'masks/a.png': MASK})
     a, b = list_samples(tmp_path)
     assert not a.notes  # it has a mask: of it nothing is missing
@@ -116,7 +116,7 @@ def test_masks_are_never_explained_as_images(tmp_path):
     assert sample.name == 'a' and any('named like masks' in note for note in sample.notes)
 
 
-def test_channels_in_files_of_their_own(tmp_path):
+def test_channels_in_separate_files(tmp_path):
     for k in range(2):
         lay(tmp_path, {f'imagesTs/a_000{k}.png': np.full((8, 9), 10 + k, np.uint8)})
     lay(tmp_path, {'labelsTs/a.png': np.eye(8, 9, dtype=np.uint8),
@@ -155,7 +155,7 @@ def test_masks_of_another_shape_are_refused():
     assert same_aspect((480, 641), (240, 320))
 
 
-def test_square_images_that_were_turned_are_said():
+def test_a_note_tells_of_square_images_that_were_turned():
     image = LoadedImage(np.zeros((40, 40, 3), np.uint8), orientation=6)
     truth, notes = fitted_truth(image, np.zeros((40, 40), np.uint8))
     assert truth is not None and 'EXIF' in notes[0]
@@ -172,12 +172,12 @@ def test_usual_prefixes_are_found(tmp_path):
     (sample,) = list_samples(tmp_path / 'flat')
     assert sample.name == '001' and sample.truth(ONE).any()
     assert 'named like masks' in sample.notes[0]
-    lay(tmp_path / 'faces', {'mask_1.png': None, 'mask_2.png': None})  # images that are called so
-    assert [one.name for one in list_samples(tmp_path / 'faces')] == ['mask_1', 'mask_2']
+    lay(tmp_path / 'faces', {'mask_1.png': None, 'mask_2.png': None})  # names of images
+    assert [face.name for face in list_samples(tmp_path / 'faces')] == ['mask_1', 'mask_2']
 
 
 @pytest.mark.parametrize(
-    'image, mask, said',
+    'image, mask, names',
     [
         ('001', 'seg-001', {'mask_prefix': 'seg-'}),
         ('001', 'gt_001_v2', {'mask_prefix': 'gt_', 'mask_suffix': '_v2.png'}),
@@ -186,39 +186,39 @@ def test_usual_prefixes_are_found(tmp_path):
         ('001', 'seg-001', {'mask_name': '*=seg-*'}),
     ],
 )
-def test_names_of_masks_by_flags(tmp_path, image, mask, said):
+def test_names_of_masks_by_flags(tmp_path, image, mask, names):
     lay(tmp_path, {f'images/{image}.png': None, f'masks/{mask}.png': MASK})
-    source = DataSource(tmp_path, **said)
+    source = DataSource(tmp_path, **names)
     (sample,) = list_samples(tmp_path, source=source)
-    assert sample.truth(ONE).any() and sample.mask_flags == said
+    assert sample.truth(ONE).any() and sample.mask_flags == names
     alone = single_sample(tmp_path / 'images' / f'{image}.png', None, source)
-    assert alone.truth(ONE).any() and alone.mask_flags == said
+    assert alone.truth(ONE).any() and alone.mask_flags == names
     lay(tmp_path / 'flat', {f'{image}.png': None, f'{mask}.png': MASK})
-    (sample,) = list_samples(tmp_path / 'flat', source=DataSource(tmp_path / 'flat', **said))
+    (sample,) = list_samples(tmp_path / 'flat', source=DataSource(tmp_path / 'flat', **names))
     assert sample.name == image and sample.truth(ONE).any()
-    source = DataSource(tmp_path, None, tmp_path / 'images', tmp_path / 'masks', **said)
+    source = DataSource(tmp_path, None, tmp_path / 'images', tmp_path / 'masks', **names)
     assert single_sample(tmp_path / 'images' / f'{image}.png', None, source).truth(ONE).any()
 
 
 @pytest.mark.parametrize(
-    'said, error',
+    'names, error',
     [
         ({'mask_name': '*_training'}, 'not of the form IMAGE=MASK'),
         ({'mask_name': 'a=b'}, 'not of the form IMAGE=MASK'),
         ({'mask_name': '*=*', 'mask_suffix': '_x'}, 'goes without'),
     ],
 )
-def test_names_that_make_no_sense_are_refused(tmp_path, said, error):
+def test_names_that_make_no_sense_are_refused(tmp_path, names, error):
     lay(tmp_path, {'images/a.png': None, 'masks/a.png': MASK})
     with pytest.raises(InputError, match=error):
-        list_samples(tmp_path, source=DataSource(tmp_path, **said))
+        list_samples(tmp_path, source=DataSource(tmp_path, **names))
 
 
-def test_an_image_outside_of_the_folder_that_was_named_is_said(tmp_path):
+def test_a_note_tells_that_an_image_is_outside_of_the_named_folder(tmp_path):
     lay(tmp_path, {'a/one.png': None, 'b/two.png': None, 'm/one.png': MASK})
     source = DataSource(tmp_path, None, tmp_path / 'a', tmp_path / 'm')
-    found = single_sample(tmp_path / 'b' / 'two.png', None, source)
-    assert found.read_truth is None and 'is not among the images in' in found.notes[0]
+    sample = single_sample(tmp_path / 'b' / 'two.png', None, source)
+    assert sample.read_truth is None and 'is not among the images in' in sample.notes[0]
     assert not single_sample(tmp_path / 'b' / 'two.png').notes
 
 
@@ -233,7 +233,7 @@ def test_names_of_classes_of_a_roboflow_semantic_export(tmp_path):
         assert list_samples(tmp_path)[0].names_of_classes() == {}
 
 
-def test_masks_of_which_only_some_are_looked_at_are_said(tmp_path, monkeypatch):
+def test_a_note_tells_that_only_some_masks_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr('igseg.data.masks.MOST_SCANNED', 2)
     lay(tmp_path, {f'images/{n}.png': None for n in 'abc'})
     lay(tmp_path, {f'masks/{n}.png': MASK for n in 'abc'})

@@ -35,8 +35,8 @@ def stripes(*values: int, side: int = 40) -> np.ndarray:
     return mask
 
 
-def found(tmp_path, values, reading) -> dict[int, int]:
-    """The label of each value, of a mask that holds these."""
+def labels_of_values(tmp_path, values, reading) -> dict[int, int]:
+    """The label of each value, read from a mask that holds all these values."""
     mask = stripes(*values)
     path = save_image(tmp_path / 'm.png', mask.astype(np.uint8 if max(values) < 256 else np.uint16))
     labels = read_mask(path, reading)
@@ -57,7 +57,7 @@ def found(tmp_path, values, reading) -> dict[int, int]:
         ((0, 150), classes(151), (0, 150)),  # numbers above 127 are classes too
         ((0, 128, 255), classes(3), (0, 1, 2)),
         ((0, 85, 170, 255), classes(4), (0, 1, 2, 3)),
-        ((0, 1, 2, 3), ONE, (0, 1, 2, 3)),  # any number is the one class, which is said
+        ((0, 1, 2, 3), ONE, (0, 1, 2, 3)),  # all numbers above 0 are the only class; a note says so
         ((0, 255), TruthReading(), (0, 1)),
         ((0, 1, 255), TruthReading(), (0, 1, IGNORED)),
         ((0, 3, 9), TruthReading(), (0, 3, 9)),
@@ -67,7 +67,7 @@ def found(tmp_path, values, reading) -> dict[int, int]:
     ],
 )
 def test_the_set_of_values_decides(tmp_path, values, reading, labels):
-    assert found(tmp_path, values, reading) == dict(zip(values, labels, strict=True))
+    assert labels_of_values(tmp_path, values, reading) == dict(zip(values, labels, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_set_of_values_decides(tmp_path, values, reading, labels):
 )
 def test_what_could_mean_two_things_is_refused(tmp_path, values, reading):
     with pytest.raises(InputError, match=r'--label_map FILE') as caught:
-        found(tmp_path, values, reading)
+        labels_of_values(tmp_path, values, reading)
     assert '\n' not in str(caught.value) and 'm.png' in str(caught.value)
 
 
@@ -144,7 +144,7 @@ def test_one_colour_on_black_is_one_class_and_several_are_not(tmp_path):
     with pytest.raises(InputError, match='several colours'):
         read_mask(tmp_path / 'two.jpg', ONE)
     green = save_image(tmp_path / 'green.png', colours((0, 0, 0), (0, 200, 0)))
-    masks = MaskSet([red, green])  # each of one colour, but not of the same
+    masks = MaskSet([red, green])  # masks of a single, different colour
     with pytest.raises(InputError, match='several colours'):
         MaskFile(red, masks).read(ONE)
 
@@ -166,14 +166,14 @@ def label_map(tmp_path, text: str):
 def test_a_label_map_says_what_values_and_colours_are(tmp_path):
     lines = ['\ufeff// a remark', '# another', '2 = 0, background', '1 = 1, pet', '3 = ignore',
              '#00ff00 = 1', '255, 0, 0 = void', '0,0,0 = 0']  # fmt: skip
-    said = label_map(tmp_path, '\n'.join(lines))
-    assert said.names == {0: 'background', 1: 'pet'}
-    reading = TruthReading(numbers=2, one_class=True, label_map=said)
-    assert found(tmp_path, (1, 2, 3), reading) == {1: 1, 2: 0, 3: IGNORED}
+    mapping = label_map(tmp_path, '\n'.join(lines))
+    assert mapping.names == {0: 'background', 1: 'pet'}
+    reading = TruthReading(numbers=2, one_class=True, label_map=mapping)
+    assert labels_of_values(tmp_path, (1, 2, 3), reading) == {1: 1, 2: 0, 3: IGNORED}
     path = save_image(tmp_path / 'c.png', colours((0, 0, 0), (0, 255, 0), (255, 0, 0)))
     assert [*np.unique(read_mask(path, reading))] == [IGNORED, 0, 1]
     with pytest.raises(InputError, match='holds 9, which'):
-        found(tmp_path, (1, 9), reading)
+        labels_of_values(tmp_path, (1, 9), reading)
     path = save_image(tmp_path / 'c.png', colours((0, 0, 0), (9, 9, 200)))
     with pytest.raises(InputError, match='the colours 9,9,200'):
         read_mask(path, reading)
@@ -184,13 +184,13 @@ def test_a_palette_is_indices_unless_the_map_names_colours(tmp_path):
     picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [0] * 759)
     picture.save(tmp_path / 'p.png')
     assert [*np.unique(read_mask(tmp_path / 'p.png', classes(3)))] == [0, 1, 2]
-    said = label_map(tmp_path, '0,0,0 = 0\n128,0,0 = 2\n0,128,0 = 1\n')
-    labels = read_mask(tmp_path / 'p.png', TruthReading(numbers=3, label_map=said))
+    mapping = label_map(tmp_path, '0,0,0 = 0\n128,0,0 = 2\n0,128,0 = 1\n')
+    labels = read_mask(tmp_path / 'p.png', TruthReading(numbers=3, label_map=mapping))
     assert [int(labels[0, x]) for x in (0, 20, 39)] == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
-    ('text', 'said'),
+    ('text', 'message'),
     [
         ('// nothing', 'names no value'),
         ('1 : 2', 'line 1'),
@@ -202,15 +202,15 @@ def test_a_palette_is_indices_unless_the_map_names_colours(tmp_path):
         ('1 = 1, a\n2 = 2, a', 'the same name'),
     ],
 )
-def test_label_maps_that_make_no_sense(tmp_path, text, said):
-    with pytest.raises(InputError, match=said):
+def test_label_maps_that_make_no_sense(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
         label_map(tmp_path, text)
 
 
 def test_a_label_map_may_not_name_classes_that_the_network_lacks(tmp_path):
-    said = label_map(tmp_path, '0 = 0\n5 = 3\n')
+    mapping = label_map(tmp_path, '0 = 0\n5 = 3\n')
     with pytest.raises(InputError, match='names class 3, but the network tells apart 2 numbers'):
-        found(tmp_path, (0, 5), TruthReading(numbers=2, label_map=said))
+        labels_of_values(tmp_path, (0, 5), TruthReading(numbers=2, label_map=mapping))
 
 
 def test_masks_in_transparency_arrays_and_inverted_palettes(tmp_path):
@@ -254,7 +254,8 @@ def test_ignored_pixels_are_in_no_score_no_target_and_no_localisation():
     truth[:, :10], truth[:, 10:30] = 1, 255  # where it is wrong, the truth does not count
     settings = Settings(image_size=40, num_steps=4, target=('truth', 'false-positive', 'predicted'))
     explanations = explain_image(bright_ig(), image, settings, truth)
-    assert [one.target for one, _ in explanations] == ['truth', 'predicted']  # no false positive
+    targets = [explanation.target for explanation, _ in explanations]
+    assert targets == ['truth', 'predicted']  # no false positive
     explanation, true = explanations[0]
     assert explanation.region[:, :10].all() and not explanation.region[:, 10:].any()
     assert true[:, :10].all() and not true[:, 10:].any()
@@ -278,8 +279,8 @@ def test_a_target_of_the_prediction_holds_no_ignored_pixel(target, area):
     logits = torch.nn.functional.one_hot(labels, 3).permute(2, 0, 1).float()
     truth = torch.tensor([[-1, 1, 0, -1], [0, 0, 0, 2]])
     masks = NetworkDescription().predicted(logits, 0.5)
-    found = build_target(target, TargetContext(logits, masks, truth))
-    assert int(found.region.sum()) == area
+    built = build_target(target, TargetContext(logits, masks, truth))
+    assert int(built.region.sum()) == area
     with pytest.raises(EmptyTargetError, match='that counts in its ground truth'):
         build_target('predicted', TargetContext(logits, masks, torch.full((2, 4), -1)))
 
@@ -301,8 +302,10 @@ def test_the_ignore_label_of_several_classes():
 def test_an_image_whose_truth_does_not_count_anywhere_has_no_scores():
     truth = np.full((40, 40), 255, np.uint8)
     settings = Settings(image_size=40, num_steps=2, target='image', ignore_label=255)
-    one, true = explain_image(bright_ig(), np.zeros((40, 40, 3), np.uint8), settings, truth)[0]
-    figures = integrated_gradients.explanation_statistics(one, true)
+    explanation, true = explain_image(
+        bright_ig(), np.zeros((40, 40, 3), np.uint8), settings, truth
+    )[0]
+    figures = integrated_gradients.explanation_statistics(explanation, true)
     assert figures['dice'] is None and figures['pixel_accuracy'] is None
 
 
@@ -335,9 +338,9 @@ def test_a_mask_of_another_shape_gives_no_scores_and_is_refused_as_a_target(tmp_
     image = save_image(tmp_path / 'a.png', noise_image(40, 60))
     mask = save_image(tmp_path / 'm.png', square_mask(60, 40) * np.uint8(255))
     single = ['--image_path', str(image), '--mask_path', str(mask)]
-    status, (found,) = run(tmp_path, *single, '--target', 'image')
-    assert status == 0 and found['dice'] is None
-    assert any('of another shape' in note for note in found['notes'])
+    status, (statistics,) = run(tmp_path, *single, '--target', 'image')
+    assert status == 0 and statistics['dice'] is None
+    assert any('of another shape' in note for note in statistics['notes'])
     assert run(tmp_path, *single, '--target', 'truth')[0] == 2
     assert 'target "truth"' in capsys.readouterr().err
 
@@ -358,7 +361,7 @@ def test_a_mask_that_cannot_be_read_costs_one_image(tmp_path):
     (tmp_path / 'd' / 'masks' / '1.png').write_bytes(b'no picture')
     status, done = run(tmp_path, '--mode', 'batch', '--data_dir', str(tmp_path / 'd'),
                        '--target', 'truth')  # fmt: skip
-    assert status == 1 and [one['image'] for one in done] == ['0', '2']
+    assert status == 1 and [statistics['image'] for statistics in done] == ['0', '2']
     assert [sample.truth(ONE).max() for sample in list_samples(tmp_path / 'd')[::2]] == [1, 1]
 
 

@@ -49,14 +49,14 @@ def dicom_files() -> Path:
 
 def test_a_ct_is_in_hounsfield_units(dicom_files):
     path = dicom_files / 'CT_small.dcm'
-    found = load_image(path, 1, Reading(window='-160:240'))
+    image = load_image(path, 1, Reading(window='-160:240'))
     import pydicom
 
     data = pydicom.dcmread(path)
     units = data.pixel_array * float(data.RescaleSlope) + float(data.RescaleIntercept)
     expected = np.clip((units + 160) / 400, 0, 1) * 255
-    assert found.pixels[..., 0] == pytest.approx(expected, abs=1e-3)
-    assert found.value_range == (-160, 240) and len(np.unique(found.pixels)) > 256
+    assert image.pixels[..., 0] == pytest.approx(expected, abs=1e-3)
+    assert image.value_range == (-160, 240) and len(np.unique(image.pixels)) > 256
     assert any('nearly one shade' in note for note in load_image(path).notes)  # no window inside
     with pytest.raises(InputError, match='names no window'):
         load_image(path, 1, Reading(window='dicom'))
@@ -68,7 +68,7 @@ def test_the_window_of_the_file_is_the_default(dicom_files):
     path = dicom_files / 'MR_small.dcm'
     data = pydicom.dcmread(path)
     expected = pydicom.pixels.apply_voi_lut(data.pixel_array, data)
-    least = -32768 if data.PixelRepresentation else 0  # of what the lookup gives, of 16 bits
+    least = -32768 if data.PixelRepresentation else 0  # the lowest 16-bit value after the lookup
     expected = (expected - least) / 65535 * 255
     assert load_image(path, 1).pixels[..., 0] == pytest.approx(expected, abs=0.2)
 
@@ -86,9 +86,9 @@ def changed(dicom_files, tmp_path, **values) -> Path:
 def test_monochrome1_is_turned_round(dicom_files, tmp_path):
     path = changed(dicom_files, tmp_path, PhotometricInterpretation='MONOCHROME1')
     plain = load_image(dicom_files / 'MR_small.dcm', 1).pixels
-    found = load_image(path, 1)
-    assert found.pixels == pytest.approx(255 - plain, abs=1e-2)
-    assert any('MONOCHROME1' in note for note in found.notes)
+    inverted = load_image(path, 1)
+    assert inverted.pixels == pytest.approx(255 - plain, abs=1e-2)
+    assert any('MONOCHROME1' in note for note in inverted.notes)
 
 
 def test_frames_of_a_dicom_file(dicom_files):
@@ -107,13 +107,15 @@ def test_a_dicom_file_without_an_image(dicom_files):
 
 def test_a_dicom_file_on_the_command_line(dicom_files, tmp_path):
     path = dicom_files / 'CT_small.dcm'
-    status, (found,) = run(tmp_path, '--image_path', path, '--window=-160:240', '--export', 'tiff')
-    assert status == 0 and found['value_range'] == [-160, 240]
+    status, (statistics,) = run(
+        tmp_path, '--image_path', path, '--window=-160:240', '--export', 'tiff'
+    )
+    assert status == 0 and statistics['value_range'] == [-160, 240]
     written = tifffile.imread(tmp_path / 'out' / 'CT_small' / 'CT_small_map.tif')
     assert written.shape == (128, 128) and written.dtype == np.float32
-    assert written.sum() == pytest.approx(found['attribution_sum'], rel=1e-3)
+    assert written.sum() == pytest.approx(statistics['attribution_sum'], rel=1e-3)
     again = run(tmp_path, '--image_path', path, '--window=-160:241')[1][0]
-    assert again['resume_key'] != found['resume_key']
+    assert again['resume_key'] != statistics['resume_key']
 
 
 # ------------------------------------------------------------------ NIfTI
@@ -132,8 +134,8 @@ def test_slices_of_a_volume_as_they_are_stored(tmp_path):
     values = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6) - 60
     path = volume(tmp_path / 'v.nii.gz', values)
     for part, expected in (('0:1', values[1]), ('1:2', values[:, 2]), ('2:5', values[:, :, 5])):
-        found = load_image(path, 1, Reading(slice=part, window='-60:59'))
-        assert found.pixels[..., 0] == pytest.approx((expected + 60) / 119 * 255, abs=1e-3)
+        image = load_image(path, 1, Reading(slice=part, window='-60:59'))
+        assert image.pixels[..., 0] == pytest.approx((expected + 60) / 119 * 255, abs=1e-3)
     middle = load_image(path, 1)
     assert middle.geometry.index == 3 and any('the middle one' in note for note in middle.notes)
     with pytest.raises(InputError, match='no slice 6'):
@@ -148,8 +150,8 @@ def test_every_slice_is_a_sample_with_its_mask(tmp_path):
     volume(tmp_path / 'labelsTs' / 'case.nii.gz', labels)
     (sample,) = list_samples(tmp_path)
     slices = with_slices([sample])
-    assert [one.slice for one in slices] == ['2:0', '2:1', '2:2']
-    truths = [one.truth(TruthReading(numbers=2, one_class=True)) for one in slices]
+    assert [part.slice for part in slices] == ['2:0', '2:1', '2:2']
+    truths = [part.truth(TruthReading(numbers=2, one_class=True)) for part in slices]
     assert [sorted(np.unique(truth).tolist()) for truth in truths] == [[0], [0, 1], [-1, 0]]
     assert len(with_slices([sample], Reading(slice='0'))) == 20
 
@@ -160,18 +162,18 @@ def test_a_volume_on_the_command_line_and_its_map(tmp_path):
     path = tmp_path / 'd' / 'anatomical.nii'
     path.parent.mkdir()
     path.write_bytes(source.read_bytes())
-    status, found = run(tmp_path, '--mode', 'batch', '--data_dir', path.parent, '--num_samples', 2,
-                        '--export', 'nifti')  # fmt: skip
-    assert status == 0 and len(found) == 2
+    status, results = run(tmp_path, '--mode', 'batch', '--data_dir', path.parent,
+                          '--num_samples', 2, '--export', 'nifti')  # fmt: skip
+    assert status == 0 and len(results) == 2
     written = nibabel.load(tmp_path / 'out' / 'anatomical_map.nii.gz')
     original = nibabel.load(path)
     assert np.array_equal(written.affine, original.affine) and written.shape == original.shape
     values = written.get_fdata()
-    explained = [one['placement']['index'] for one in found]
+    explained = [statistics['placement']['index'] for statistics in results]
     assert [k for k in range(25) if np.isfinite(values[:, :, k]).all()] == explained
-    for one in found:
-        total = values[:, :, one['placement']['index']].sum()
-        assert total == pytest.approx(one['attribution_sum'], rel=1e-3)
+    for statistics in results:
+        total = values[:, :, statistics['placement']['index']].sum()
+        assert total == pytest.approx(statistics['attribution_sum'], rel=1e-3)
 
 
 def finite_slices(path: Path) -> list[int]:
@@ -181,29 +183,29 @@ def finite_slices(path: Path) -> list[int]:
     return [k for k in range(values.shape[2]) if np.isfinite(values[:, :, k]).all()]
 
 
-def test_the_volumes_of_several_methods_are_files_of_their_own(tmp_path):
+def test_the_volumes_of_several_methods_are_separate_files(tmp_path):
     nibabel = pytest.importorskip('nibabel')
     values = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
     path = volume(tmp_path / 'd' / 'v.nii.gz', values)
-    status, found = run(tmp_path, '--mode', 'batch', '--data_dir', path.parent, '--export', 'nifti',
-                        '--method', 'ig', 'gradient')  # fmt: skip
-    assert status == 0 and len(found) == 6
+    status, results = run(tmp_path, '--mode', 'batch', '--data_dir', path.parent,
+                          '--export', 'nifti', '--method', 'ig', 'gradient')  # fmt: skip
+    assert status == 0 and len(results) == 6
     names = {method: tmp_path / 'out' / f'v_map_{method}.nii.gz' for method in ('ig', 'gradient')}
     assert set((tmp_path / 'out').glob('*.nii.gz')) == set(names.values())
-    for one in found:
-        written = nibabel.load(names[one['method']]).get_fdata()
-        total = written[:, :, one['placement']['index']].sum()
-        assert total == pytest.approx(one['attribution_sum'], rel=1e-3)
-        assert finite_slices(names[one['method']]) == [0, 1, 2]
+    for statistics in results:
+        written = nibabel.load(names[statistics['method']]).get_fdata()
+        total = written[:, :, statistics['placement']['index']].sum()
+        assert total == pytest.approx(statistics['attribution_sum'], rel=1e-3)
+        assert finite_slices(names[statistics['method']]) == [0, 1, 2]
 
 
-def test_volumes_whose_names_differ_by_their_ending_are_files_of_their_own(tmp_path):
+def test_volumes_whose_names_differ_by_their_ending_are_separate_files(tmp_path):
     values = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
     volume(tmp_path / 'd' / 'v.nii', values[:, :, :2])
     volume(tmp_path / 'd' / 'v.nii.gz', values)
-    status, found = run(tmp_path, '--mode', 'batch', '--data_dir', tmp_path / 'd', '--export',
-                        'nifti')  # fmt: skip
-    assert status == 0 and len(found) == 5
+    status, results = run(tmp_path, '--mode', 'batch', '--data_dir', tmp_path / 'd',
+                          '--export', 'nifti')  # fmt: skip
+    assert status == 0 and len(results) == 5
     written = (tmp_path / 'out').glob('v_*_map.nii.gz')
     assert sorted(finite_slices(path) for path in written) == [[0, 1], [0, 1, 2]]
 
@@ -218,12 +220,12 @@ def test_a_series_of_volumes(tmp_path):
 # ------------------------------------------------------------------ windows and frames
 
 
-def test_twelve_bits_in_sixteen_keep_their_levels_and_are_said(tmp_path):
+def test_twelve_bits_in_sixteen_keep_their_levels_and_get_a_note(tmp_path):
     values = np.linspace(0, 4095, 4096).astype(np.uint16).reshape(64, 64)
     path = save_image(tmp_path / 'a.png', values)
-    found = load_image(path, 1)
-    assert found.value_range == (0, 65535) and len(np.unique(found.pixels)) == 4096
-    assert any('6.2% of the range' in note for note in found.notes)
+    image = load_image(path, 1)
+    assert image.value_range == (0, 65535) and len(np.unique(image.pixels)) == 4096
+    assert any('6.2% of the range' in note for note in image.notes)
     windowed = load_image(path, 1, Reading(window='0:4095'))
     assert windowed.pixels[..., 0] == pytest.approx(values / 4095 * 255, abs=1e-3)
     assert not windowed.notes
@@ -247,16 +249,16 @@ def test_hounsfield_units_need_a_window_or_a_normalisation_that_undoes_it(tmp_pa
     with pytest.raises(InputError, match=r'-1000 to 2000.*--window'):
         load_image(tmp_path / 'a.tif', 1)
     assert load_image(tmp_path / 'a.tif', 1, Reading(any_scale=True)).pixels.max() == 255
-    found = load_image(tmp_path / 'a.tif', 1, Reading(window='-1000:0')).pixels[..., 0]
-    assert found == pytest.approx(np.clip((values + 1000) / 1000, 0, 1) * 255, abs=1e-3)
+    pixels = load_image(tmp_path / 'a.tif', 1, Reading(window='-1000:0')).pixels[..., 0]
+    assert pixels == pytest.approx(np.clip((values + 1000) / 1000, 0, 1) * 255, abs=1e-3)
 
 
 def test_pages_of_a_tiff_and_frames_of_an_animation(tmp_path):
     stack = np.random.default_rng(0).integers(0, 256, (5, 20, 30), dtype=np.uint8)
     tifffile.imwrite(tmp_path / 'a.tif', stack)
     assert any('5 frames or pages' in note for note in load_image(tmp_path / 'a.tif', 1).notes)
-    found = load_image(tmp_path / 'a.tif', 1, Reading(frame=3))
-    assert np.array_equal(found.pixels[..., 0], stack[3]) and not found.notes
+    page = load_image(tmp_path / 'a.tif', 1, Reading(frame=3))
+    assert np.array_equal(page.pixels[..., 0], stack[3]) and not page.notes
     with pytest.raises(InputError, match='no frame 5'):
         load_image(tmp_path / 'a.tif', 1, Reading(frame=5))
     masks = (stack > 128).astype(np.uint8)
@@ -272,8 +274,8 @@ def test_pages_of_a_tiff_and_frames_of_an_animation(tmp_path):
 def test_a_map_at_another_size_keeps_its_sum(sizes):
     small, large = sizes
     values = np.random.default_rng(0).normal(size=small)
-    found = at_size(values, large)
-    assert found.shape == large and found.sum() == pytest.approx(values.sum())
+    resized = at_size(values, large)
+    assert resized.shape == large and resized.sum() == pytest.approx(values.sum())
     assert overlap(3, 7).sum(axis=0) == pytest.approx(np.ones(3))
     assert at_size(values, small) == pytest.approx(values)
 
@@ -281,14 +283,14 @@ def test_a_map_at_another_size_keeps_its_sum(sizes):
 def test_the_map_of_a_cropped_image_lies_where_it_was(tmp_path):
     image = save_image(tmp_path / 'a.png', noise_image(60, 80))
     save_image(tmp_path / 'a_mask.png', square_mask(60, 80) * np.uint8(255))
-    status, (found,) = run(tmp_path, '--image_path', image, '--crop', '10,20,30,25', '--export',
-                           'npy', '--target', 'pixel:12,21')  # fmt: skip
+    status, (statistics,) = run(tmp_path, '--image_path', image, '--crop', '10,20,30,25',
+                                '--export', 'npy', '--target', 'pixel:12,21')  # fmt: skip
     assert status == 0
     written = np.load(tmp_path / 'out' / 'a' / 'a_map.npy')
     assert written.shape == (60, 80) and np.isfinite(written).sum() == 30 * 25
     assert np.isfinite(written[20:45, 10:40]).all()
-    assert np.nansum(written) == pytest.approx(found['attribution_sum'], rel=1e-3)
-    assert found['placement'] == {'size': [60, 80], 'origin': [10, 20]}
+    assert np.nansum(written) == pytest.approx(statistics['attribution_sum'], rel=1e-3)
+    assert statistics['placement'] == {'size': [60, 80], 'origin': [10, 20]}
     status, _ = run(tmp_path, '--image_path', image, '--crop', '60,0,30,10')
     assert status == 2
 

@@ -1,4 +1,4 @@
-"""Pictures of every mode and depth become RGB or are told in one sentence; arrays of channels."""
+"""Pictures of every mode and depth become RGB, or an error of one sentence; arrays of channels."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_exif_rotation_is_applied(tmp_path):
     assert read_image(tmp_path / 'a.jpg').shape == (20, 10, 3)
 
 
-def test_bad_pictures_are_told_in_one_sentence(tmp_path):
+def test_bad_pictures_are_an_error_of_one_sentence(tmp_path):
     whole = save_image(tmp_path / 'whole.png', noise_image()).read_bytes()
     cases = {
         'missing.jpg': (None, 'not found'),
@@ -58,10 +58,10 @@ def test_bad_pictures_are_told_in_one_sentence(tmp_path):
         'cut.png': (whole[: len(whole) // 2], 'damaged'),
         'flipped.png': (whole[:200] + bytes(200) + whole[400:], 'damaged'),
     }
-    for name, (content, said) in cases.items():
+    for name, (content, message) in cases.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=said) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             read_image(tmp_path / name)
         assert name in str(caught.value) and '\n' not in str(caught.value)
 
@@ -73,8 +73,8 @@ def test_arrays_are_read_whichever_axis_is_first(tmp_path):
     np.save(tmp_path / 'part.npy', (values / 255).astype(np.float32))
     tifffile.imwrite(tmp_path / 'pages.tif', np.moveaxis(values, 2, 0))
     for name in ('last.npy', 'first.npy', 'part.npy', 'pages.tif'):
-        found = read_image(tmp_path / name, 6)
-        assert found.shape == (20, 30, 6) and np.abs(found - values.astype(float)).max() < 1e-4
+        pixels = read_image(tmp_path / name, 6)
+        assert pixels.shape == (20, 30, 6) and np.abs(pixels - values.astype(float)).max() < 1e-4
     np.save(tmp_path / 'deep.npy', np.full((8, 8, 2), 65535, np.uint16))
     assert read_image(tmp_path / 'deep.npy', 2).tolist() == np.full((8, 8, 2), 255.0).tolist()
     alpha = np.dstack([noise_image(), np.full((40, 60), 9, np.uint8)])
@@ -84,7 +84,7 @@ def test_arrays_are_read_whichever_axis_is_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('content', 'said'),
+    ('content', 'message'),
     [
         (np.full((8, 8, 2), np.nan, np.float32), 'not finite'),
         (np.full((8, 8, 2), -3.0), 'values from -3 to -3'),
@@ -95,7 +95,7 @@ def test_arrays_are_read_whichever_axis_is_first(tmp_path):
         (np.array([[object()]]), 'cannot be read'),
     ],
 )
-def test_arrays_that_are_no_image_are_told(tmp_path, content, said):
+def test_arrays_that_are_no_image_are_refused(tmp_path, content, message):
     np.save(tmp_path / 'a.npy', content, allow_pickle=True)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_image(tmp_path / 'a.npy', 2)

@@ -1,4 +1,4 @@
-"""Samples of a dataset, a single one, and names that are safe and unique."""
+"""Samples of a dataset, the sample of a single image, and names that are safe and unique."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_masks_beside_the_images(tmp_path):
 
 @pytest.mark.parametrize('folder', ['masks', 'labels'])
 @pytest.mark.parametrize('ending', ['', '_mask'])
-def test_images_and_masks_in_folders_of_their_own(tmp_path, folder, ending):
+def test_images_and_masks_in_separate_folders(tmp_path, folder, ending):
     save_image(tmp_path / 'val' / 'images' / 'a.tif', noise_image())
     save_image(tmp_path / 'val' / folder / f'a{ending}.png', square_mask())
     (sample,) = list_samples(tmp_path)
