@@ -39,9 +39,9 @@ def state(network):
     return network.state_dict()
 
 
-def same(found: dict, expected: dict) -> bool:
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[k], expected[k]) for k in found
+def same(state: dict, expected: dict) -> bool:
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[k], expected[k]) for k in state
     )
 
 
@@ -77,16 +77,16 @@ def under(prefix: str, state: dict) -> dict:
     ],
 )  # fmt: skip
 def test_weights_are_found_wherever_they_lie(tmp_path, state, wrap, key):
-    found = read(tmp_path, wrap(state))
-    assert same(found.state, state) and found.key == key and not found.others
+    checkpoint = read(tmp_path, wrap(state))
+    assert same(checkpoint.state, state) and checkpoint.key == key and not checkpoint.others
 
 
-def test_of_several_the_one_that_was_used_is_said(tmp_path, state):
+def test_a_note_says_which_of_several_networks_is_used(tmp_path, state):
     average = {name: value.clone() for name, value in state.items()}
     content = {'ema': {'shadow': average}, 'state_dict': under('student.', state)}
-    found = read(tmp_path, content)
-    assert found.key == 'state_dict.student' and found.others == ('ema.shadow',)
-    assert 'choose with --weights_key' in found.notes[0]
+    checkpoint = read(tmp_path, content)
+    assert checkpoint.key == 'state_dict.student' and checkpoint.others == ('ema.shadow',)
+    assert 'choose with --weights_key' in checkpoint.notes[0]
     chosen = read(tmp_path, content, 'ema.shadow')
     assert chosen.key == 'ema.shadow' and same(chosen.state, average)
     with pytest.raises(InputError, match=r'under "ema" \(there are: .*ema\.shadow'):
@@ -107,17 +107,19 @@ def test_content_that_holds_itself(tmp_path, state):
 def test_mean_and_std_beside_the_weights_are_used(tmp_path, state, scale):
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 0.125])
     buffers = {'pixel_mean': scale * mean.view(1, 3, 1, 1), 'pixel_std': scale * std}
-    found = read(tmp_path, {'state_dict': under('model.', state) | buffers}).normalisations[3]
-    assert found['mean'] == pytest.approx((0.1, 0.2, 0.3), abs=1e-6)
-    assert found['std'] == pytest.approx((0.5, 0.25, 0.125), abs=1e-6)
+    normalisation = read(tmp_path, {'state_dict': under('model.', state) | buffers}).normalisations[
+        3
+    ]
+    assert normalisation['mean'] == pytest.approx((0.1, 0.2, 0.3), abs=1e-6)
+    assert normalisation['std'] == pytest.approx((0.5, 0.25, 0.125), abs=1e-6)
     options = {'decoder_channels': (8, 8, 8, 4, 4)}
     model = load_model(tmp_path / 'm.ckpt', 'cpu', ENCODER, 'unet', model_options=options)
     loaded = model.network_description
-    assert loaded.preprocessing.mean == found['mean'] and 'mean' in loaded.notes[-1]
+    assert loaded.preprocessing.mean == normalisation['mean'] and 'mean' in loaded.notes[-1]
     named = {'settings': {'mean': [0.5] * 3, 'std': [0.5] * 3}}
-    own = read(tmp_path, {'state_dict': under('model.', state) | buffers, **named})
-    assert own.settings['mean'] == [0.5] * 3  # what we stored comes first
-    assert not own.normalisations and not own.notes
+    checkpoint = read(tmp_path, {'state_dict': under('model.', state) | buffers, **named})
+    assert checkpoint.settings['mean'] == [0.5] * 3  # stored settings come first
+    assert not checkpoint.normalisations and not checkpoint.notes
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,8 @@ def test_what_is_no_mean_and_std_is_left_alone(tmp_path, state, buffers):
 
 def test_hyperparameters_name_the_network(tmp_path, state):
     hyper = {'arch': 'Unet', 'encoder_name': 'resnet18', 'lr': 1e-3}
-    found = read(tmp_path, {'state_dict': state, 'hyper_parameters': hyper})
-    assert found.settings == {'architecture': 'unet', 'encoder': 'resnet18'}
+    checkpoint = read(tmp_path, {'state_dict': state, 'hyper_parameters': hyper})
+    assert checkpoint.settings == {'architecture': 'unet', 'encoder': 'resnet18'}
     odd = {'arch': 'os.system', 'encoder_name': 'hf-hub:evil'}
     assert read(tmp_path, {'state_dict': state, 'hyper_parameters': odd}).settings == {}
 
@@ -156,23 +158,23 @@ def test_folders_of_accelerate_and_saved_transforms(tmp_path, network, state):
     network.save_pretrained(tmp_path / 'saved')
     transforms = tmp_path / 'saved' / 'albumentations_config_eval.json'
     transforms.write_text(json.dumps({'transform': {'transforms': steps}}))
-    found = load_model(tmp_path / 'saved', 'cpu').network_description
-    fit = found.preprocessing
+    description = load_model(tmp_path / 'saved', 'cpu').network_description
+    fit = description.preprocessing
     assert (fit.image_size, fit.resize, fit.mean, fit.std) == (
         96, 'letterbox', (0.5,) * 3, (0.25,) * 3,
     )  # fmt: skip
-    assert 'albumentations_config_eval.json' in found.notes[0]
+    assert 'albumentations_config_eval.json' in description.notes[0]
     transforms.write_text('{"transform": 3}')
     with pytest.raises(InputError, match=r'config_eval\.json cannot be read'):
         read_checkpoint(tmp_path / 'saved')
 
 
 @pytest.mark.parametrize(
-    ('name', 'said'), [('m.onnx', 'an ONNX file'), ('m.h5', 'a Keras file'),
+    ('name', 'message'), [('m.onnx', 'an ONNX file'), ('m.h5', 'a Keras file'),
                        ('m.tflite', 'a TensorFlow Lite file')])  # fmt: skip
-def test_files_of_other_frameworks(tmp_path, name, said):
+def test_files_of_other_frameworks(tmp_path, name, message):
     (tmp_path / name).write_bytes(b'\x08\x07pytorch' + bytes(100))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_checkpoint(tmp_path / name)
 
 
@@ -190,7 +192,7 @@ class Colour(enum.Enum):
 
 
 class Settings(dict):
-    """A dictionary that is more than one, as OmegaConf's."""
+    """A subclass of dict, as OmegaConf has one."""
 
 
 class Names(list):
@@ -228,8 +230,8 @@ def test_weights_are_read_past_objects(tmp_path, state, make):
 
 
 def test_whole_modules_are_read_for_their_weights(tmp_path, network, state):
-    found = read(tmp_path, {'model': network, 'epoch': 3})
-    assert found.key == 'model' and same(found.state, state)
+    checkpoint = read(tmp_path, {'model': network, 'epoch': 3})
+    assert checkpoint.key == 'model' and same(checkpoint.state, state)
     assert same(read(tmp_path, nn.DataParallel(network)).state, state)
 
 
@@ -256,8 +258,8 @@ class Evil:
 def test_names_that_could_do_harm_do_nothing(tmp_path, state, call):
     mark = tmp_path / 'ran'
     evil = Evil(*call(mark))
-    found = read(tmp_path, {'hook': evil, 'state_dict': state})
-    assert same(found.state, state) and not mark.exists()
+    checkpoint = read(tmp_path, {'hook': evil, 'state_dict': state})
+    assert same(checkpoint.state, state) and not mark.exists()
     # The weights of an evil tensor are none.
     with pytest.raises(InputError):
         read(tmp_path, {'state_dict': dict.fromkeys(state, evil)})

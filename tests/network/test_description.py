@@ -14,16 +14,22 @@ from integrated_gradients import InputError, IntegratedGradients, Preprocessing,
 
 
 def test_what_a_loaded_network_is():
-    found = load_model(DEMO_MODEL, 'cpu').network_description
-    assert (found.channels, found.size_multiple, found.output_kind) == (3, 32, FOREGROUND)
-    assert found.preprocessing.mean == (0.5, 0.5, 0.5) and found.background == 0
-    assert found.source['model_path'] == str(DEMO_MODEL) and found.source['classes'] == 1
+    description = load_model(DEMO_MODEL, 'cpu').network_description
+    assert (description.channels, description.size_multiple, description.output_kind) == (
+        3,
+        32,
+        FOREGROUND,
+    )
+    assert description.preprocessing.mean == (0.5, 0.5, 0.5) and description.background == 0
+    assert (
+        description.source['model_path'] == str(DEMO_MODEL) and description.source['classes'] == 1
+    )
 
 
 def test_any_module_is_described():
-    found = describe_network(create_model('unet', 'resnet18', 3))
-    assert found.source == {} and found.output_kind is None
-    assert found.preprocessing == Preprocessing()
+    description = describe_network(create_model('unet', 'resnet18', 3))
+    assert description.source == {} and description.output_kind is None
+    assert description.preprocessing == Preprocessing()
     net = Scaled()
     net.preprocessing = Preprocessing(64, mean=(0.5,) * 3)
     assert IntegratedGradients(net, 'cpu').preprocessing.image_size == 64
@@ -104,9 +110,9 @@ def test_input_of_another_shape_is_told():
         IntegratedGradients(unet, 'cpu').explain(torch.rand(3, 80, 100), 'image')
 
 
-def test_a_vision_transformer_takes_its_own_size():
+def test_a_vision_transformer_takes_a_single_size():
     encoder = 'tu-vit_tiny_patch16_224.augreg_in21k'
-    found = describe_network(create_model('dpt', encoder, 1))
-    assert (found.fixed_size, found.accepted_size(640)) == ((224, 224), 224)
+    fixed = describe_network(create_model('dpt', encoder, 1))
+    assert (fixed.fixed_size, fixed.accepted_size(640)) == ((224, 224), 224)
     free = describe_network(create_model('dpt', encoder, 1, dynamic_img_size=True))
     assert (free.fixed_size, free.size_multiple, free.accepted_size(100)) == (None, 16, 112)

@@ -1,4 +1,4 @@
-"""Networks that the user's own code builds: torchvision's, hand-written ones, any other."""
+"""Networks that the user's code builds: from torchvision and other libraries, or hand-written."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def randomised(network: nn.Module) -> nn.Module:
 
 
 def flags(folder, factory, *options):
-    given = ['--model_option', *options] if options else []
-    return ['--model_path', str(folder / 'm.pth'), '--model_factory', factory, *given, '--device',
+    extra = ['--model_option', *options] if options else []
+    return ['--model_path', str(folder / 'm.pth'), '--model_factory', factory, *extra, '--device',
             'cpu', '--image_size', '64', '--num_steps', '2', '--step_batch', '1', '--target',
             'image', '--image_path', str(save_image(folder / 'a.png', noise_image())),
             '--output_dir', str(folder / 'out')]  # fmt: skip
@@ -88,33 +88,33 @@ def test_a_hand_written_unet_from_the_command_line(folder, capsys):
                folder / 'm.pth')  # fmt: skip
     assert main(flags(folder, factory, 'classes=3', 'width=8')) == 0
     (path,) = folder.glob('out/*/*_statistics.json')
-    found = json.loads(path.read_text())
-    assert found['settings']['model_factory'] == factory
-    assert found['settings']['model_options'] == {'classes': 3, 'width': 8}
-    assert found['channel_names'] == ['grey']
-    assert any('pictures are read as grey' in note for note in found['notes'])
+    statistics = json.loads(path.read_text())
+    assert statistics['settings']['model_factory'] == factory
+    assert statistics['settings']['model_options'] == {'classes': 3, 'width': 8}
+    assert statistics['channel_names'] == ['grey']
+    assert any('pictures are read as grey' in note for note in statistics['notes'])
     loaded = load_model(folder / 'm.pth', 'cpu', model_factory=factory,
                         model_options={'classes': 3, 'width': 8})  # fmt: skip
     x = torch.randn(1, 1, 32, 32)
     torch.testing.assert_close(loaded(x), net(x))
     assert main(flags(folder, factory, 'classes=2', 'width=8')) == 2
-    said = capsys.readouterr().err
-    assert '2 have another shape (last.weight: (3, 16, 1, 1), the network has' in said
-    assert 'Traceback' not in said
+    error = capsys.readouterr().err
+    assert '2 have another shape (last.weight: (3, 16, 1, 1), the network has' in error
+    assert 'Traceback' not in error
 
 
 def test_what_the_factory_computes_is_part_of_what_is_finished(folder):
     factory = f'{folder}/unet.py:UNet'
     torch.save(build_network(factory, {}).state_dict(), folder / 'm.pth')
-    seen = []
+    runs = []
     for changed in (False, False, True):
         if changed:
             (folder / 'unet.py').write_text(UNET.replace('max_pool2d', 'avg_pool2d'))
         command = [sys.executable, str(ROOT / 'integrated_gradients.py'), *flags(folder, factory)]
         subprocess.run(command, check=True, capture_output=True)
         (path,) = folder.glob('out/*/*_statistics.json')
-        seen.append((path.stat().st_mtime_ns, json.loads(path.read_text())['resume_key']))
-    assert seen[0] == seen[1] and seen[1][1] != seen[2][1]
+        runs.append((path.stat().st_mtime_ns, json.loads(path.read_text())['resume_key']))
+    assert runs[0] == runs[1] and runs[1][1] != runs[2][1]
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,13 @@ def test_torchvision(folder, name):
 @pytest.mark.parametrize('wrapped', [True, False])
 def test_a_wrapper_in_the_factory_or_around_the_saved_network(folder, wrapped):
     plain, outer = f'{folder}/unet.py:UNet', f'{folder}/unet.py:Wrapped'
-    saved, asked = (plain, outer) if wrapped else (outer, plain)
+    saved, factory = (plain, outer) if wrapped else (outer, plain)
     net = build_network(saved, {})
     safetensors.torch.save_file(net.state_dict(), folder / 'm.safetensors')
-    loaded = load_model(folder / 'm.safetensors', 'cpu', model_factory=asked)
+    loaded = load_model(folder / 'm.safetensors', 'cpu', model_factory=factory)
     x = torch.randn(1, 1, 16, 16)
-    maps = [one['out'] if isinstance(one, dict) else one for one in (loaded(x), net(x))]
+    outputs = (loaded(x), net(x))
+    maps = [output['out'] if isinstance(output, dict) else output for output in outputs]
     torch.testing.assert_close(*maps)
 
 
@@ -246,10 +247,10 @@ def test_weights_that_the_factory_has_loaded_itself(folder):
     torch.manual_seed(0)
     expected = build_network(factory, {})
     torch.manual_seed(0)
-    found = load_model(folder / 'm.pth', 'cpu', model_factory=factory, weights_key='factory')
-    assert all(torch.equal(found.state_dict()[k], v) for k, v in expected.state_dict().items())
-    assert found.network_description.source['weights_key'] == 'factory'
-    assert "the weights are the factory's own" in found.network_description.notes
+    loaded = load_model(folder / 'm.pth', 'cpu', model_factory=factory, weights_key='factory')
+    assert all(torch.equal(loaded.state_dict()[k], v) for k, v in expected.state_dict().items())
+    assert loaded.network_description.source['weights_key'] == 'factory'
+    assert "the weights are the factory's own" in loaded.network_description.notes
 
 
 def test_a_module_by_name(folder, monkeypatch):
@@ -262,7 +263,7 @@ def test_a_module_by_name(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('factory', 'options', 'said'),
+    ('factory', 'options', 'message'),
     [
         ('unet.py', {}, 'not of the form FILE.py:FUNCTION'),
         ('none.py:f', {}, 'model factory not found'),
@@ -275,10 +276,10 @@ def test_a_module_by_name(folder, monkeypatch):
         ('no_such_package_at_all:f', {}, 'cannot be imported: ModuleNotFoundError'),
     ],
 )
-def test_factories_that_do_not_work_are_told_in_a_sentence(folder, factory, options, said):
+def test_factories_that_do_not_work_are_an_error_of_one_sentence(folder, factory, options, message):
     (folder / 'broken.py').write_text('def f(:\n')
     (folder / 'exits.py').write_text('import sys\nsys.exit(3)\n')
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         build_network(str(folder / factory) if '.py' in factory else factory, options)
     assert '\n' not in str(error.value)
 
@@ -334,7 +335,7 @@ def odd(folder, form: str, **changed: object):
 
 
 @pytest.mark.parametrize(
-    ('form', 'said'),
+    ('form', 'message'),
     [
         ('random', 'another answer each time it is asked'),
         ('state', 'another answer each time it is asked'),
@@ -343,10 +344,10 @@ def odd(folder, form: str, **changed: object):
         ('fixed', 'only 60 x 70'),
     ],
 )
-def test_networks_that_cannot_be_explained_are_told(folder, capsys, form, said):
+def test_networks_that_cannot_be_explained_are_refused(folder, capsys, form, message):
     assert odd(folder, form) == 2
     err = capsys.readouterr().err
-    assert said in err and 'Traceback' not in err
+    assert message in err and 'Traceback' not in err
 
 
 def test_a_size_that_the_network_takes_is_not_rounded(folder, capsys):
@@ -360,18 +361,18 @@ def statistics(folder) -> dict:
     return json.loads(path.read_text())
 
 
-def test_which_of_several_maps_is_explained_is_said(folder):
+def test_a_note_says_which_of_several_maps_is_explained(folder):
     assert odd(folder, 'two') == 0
     notes = statistics(folder)['notes']
     assert any('gives 2 maps' in note and 'number 1 is explained' in note for note in notes)
 
 
-def test_the_number_of_channels_can_be_said(folder):
+def test_the_user_can_set_the_number_of_channels(folder):
     assert odd(folder, 'grey', mean='0', std='1') == 0
     assert statistics(folder)['channel_names'] == ['grey']
 
 
-def test_a_lazy_network_is_told(folder, capsys):
+def test_a_lazy_network_is_refused(folder, capsys):
     (folder / 'odd.py').write_text(ODD)
     with pytest.raises(InputError, match='lazy modules'):
         build_network(f'{folder}/odd.py:lazy', {})
@@ -397,10 +398,10 @@ def test_networks_of_other_libraries(folder, package):
     pytest.importorskip(package)
     factory, options = other_library(package, folder)
     torch.save(build_network(factory, parse_options(options)).state_dict(), folder / 'm.pth')
-    given = flags(folder, factory, *options)
-    if package == 'transformers':  # its own folder: older names, a config.json that is not smp's
-        given[1] = str(folder / 'saved')
-        given += ['--weights_key', 'factory']
-    assert main(given) == 0
+    words = flags(folder, factory, *options)
+    if package == 'transformers':  # a folder with older names, and a config.json not of smp
+        words[1] = str(folder / 'saved')
+        words += ['--weights_key', 'factory']
+    assert main(words) == 0
     with np.load(folder / 'out' / 'a' / 'a_attributions.npz') as arrays:
         assert arrays['prediction'].shape == (64, 64) and arrays['attributions'].any()

@@ -1,4 +1,4 @@
-"""What one network is and gives is found out once for each change of its weights."""
+"""Facts about a network are found out once for each change of its weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from integrated_gradients import (
 
 @pytest.fixture
 def sums(monkeypatch) -> list[int]:
-    """Grows by one whenever all weights of a network are summed."""
+    """Grows by 1 whenever all weights of a network are summed."""
     counted: list[int] = []
     fingerprint = facts_module.fingerprint
 
@@ -69,7 +69,7 @@ def test_checks_of_an_explanation_see_weights_that_changed_since(monkeypatch):
     model = torch.nn.Sequential(network(), torch.nn.BatchNorm2d(1))  # which is folded
     ig = IntegratedGradients(model, 'cpu', Preprocessing(32), step_batch=1)
     x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = ig.explain(x, 'image', num_steps=2)
+    explanation = ig.explain(x, 'image', num_steps=2)
     scores = []
 
     def only_the_score(subject, *more):
@@ -78,11 +78,11 @@ def test_checks_of_an_explanation_see_weights_that_changed_since(monkeypatch):
         return Evaluation()
 
     monkeypatch.setattr(checks_module, 'evaluate', only_the_score)
-    evaluate_explanation(ig, x, found, 'quick')
+    evaluate_explanation(ig, x, explanation, 'quick')
     with torch.no_grad():
         model[1].bias += 1
-    evaluate_explanation(ig, x, found, 'quick')
-    assert scores == pytest.approx([found.score, found.score + 1], rel=1e-5)
+    evaluate_explanation(ig, x, explanation, 'quick')
+    assert scores == pytest.approx([explanation.score, explanation.score + 1], rel=1e-5)
 
 
 def test_what_the_user_says_of_the_outputs_wins():
@@ -97,7 +97,7 @@ def test_what_the_user_says_of_the_outputs_wins():
 
 
 def test_what_cannot_be_run_is_not_counted():
-    """A fault of the network is said when it must be run; a fault of ours is never silence."""
+    """A fault of the network is reported later, when the network must be run."""
 
     class Broken(torch.nn.Module):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""Which network it is, and that results of another are never taken for its own."""
+"""The identity of a network, so that results of another network are never taken for its results."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(('one', 'other'), PAIRS)
-def test_what_two_networks_compute_shows_in_their_digests(one, other):
-    assert network_digest(one()) == network_digest(one())
-    assert network_digest(one()) != network_digest(other())
+@pytest.mark.parametrize(('make', 'make_other'), PAIRS)
+def test_what_two_networks_compute_shows_in_their_digests(make, make_other):
+    assert network_digest(make()) == network_digest(make())
+    assert network_digest(make()) != network_digest(make_other())
 
 
 @pytest.mark.parametrize('odd', [
@@ -167,6 +167,6 @@ def test_an_attribute_that_changes_is_seen_by_the_same_object():
     net.factor = 3.0
     assert ig.explain(x, 'image', num_steps=1).score == pytest.approx(3 * before)
     net.conv.weight.data.copy_(torch.arange(3.0).view(1, 3, 1, 1))
-    one = ig.explain(x, 'image', num_steps=1).score
+    score = ig.explain(x, 'image', num_steps=1).score
     net.conv.weight.data.copy_(net.conv.weight.data.flip(1))  # the same sum
-    assert ig.explain(x, 'image', num_steps=1).score != pytest.approx(one)
+    assert ig.explain(x, 'image', num_steps=1).score != pytest.approx(score)

@@ -1,4 +1,4 @@
-"""Networks of other channels, outputs and sizes than one logit map of a square RGB image."""
+"""Networks with other channels, outputs and sizes than a single logit map of a square RGB image."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def checkpoint(folder, channels=3, classes=1, **settings):
     torch.manual_seed(0)
     net = smp.Unet('resnet18', encoder_weights=None, in_channels=channels, classes=classes,
                    **OPTIONS)  # fmt: skip
-    known = {'architecture': 'unet', 'encoder': 'resnet18', 'options': OPTIONS, **settings}
-    torch.save({'state_dict': net.state_dict(), 'settings': known}, folder / 'm.pth')
+    stored = {'architecture': 'unet', 'encoder': 'resnet18', 'options': OPTIONS, **settings}
+    torch.save({'state_dict': net.state_dict(), 'settings': stored}, folder / 'm.pth')
     return ['--model_path', str(folder / 'm.pth'), '--device', 'cpu', '--num_steps', '2',
             '--step_batch', '1', '--output_dir', str(folder / 'out')]  # fmt: skip
 
@@ -76,16 +76,16 @@ def test_any_number_of_channels_from_end_to_end(tmp_path, channels):
     arguments = [*flags, '--image_path', str(tmp_path / 'a.npy'), '--image_size', '64',
                  '--target', 'image', '--evaluate', 'quick']  # fmt: skip
     assert main(arguments) == 0
-    found = statistics_in(tmp_path / 'out')
-    assert len(found['channel_shares']) == channels
-    assert sum(found['channel_shares']) == pytest.approx(1)
-    assert not {'red', 'green', 'blue'} & set(found['channel_names'])
-    assert len(found['channel_names']) == channels
-    assert found['settings']['mean'] == [0.0] * channels  # none is usual for these
-    assert found['completeness_gap'] is not None
+    statistics = statistics_in(tmp_path / 'out')
+    assert len(statistics['channel_shares']) == channels
+    assert sum(statistics['channel_shares']) == pytest.approx(1)
+    assert not {'red', 'green', 'blue'} & set(statistics['channel_names'])
+    assert len(statistics['channel_names']) == channels
+    assert statistics['settings']['mean'] == [0.0] * channels  # none is usual for these
+    assert statistics['completeness_gap'] is not None
     with np.load(tmp_path / 'out' / 'a' / 'a_attributions.npz') as arrays:
         assert arrays['attributions'].shape == (channels, 64, 64)
-        figure = channels_figure(view_of(dict(arrays)), found)
+        figure = channels_figure(view_of(dict(arrays)), statistics)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert len(titles) == (1 if channels == 1 else channels + 1)
     assert not any('Red' in title for title in titles)
@@ -97,15 +97,15 @@ def test_grey_networks_see_grey_pictures(tmp_path, capsys):
     arguments = [*flags, '--image_path', str(tmp_path / 'a.png'), '--image_size', '64',
                  '--target', 'image', '--mean', '0.5', '--std', '0.25']  # fmt: skip
     assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert 'one channel: pictures are read as grey' in said.err
-    assert 'Red' not in said.out and 'channel' not in said.out
+    printed = capsys.readouterr()
+    assert 'one channel: pictures are read as grey' in printed.err
+    assert 'Red' not in printed.out and 'channel' not in printed.out
     assert statistics_in(tmp_path / 'out')['settings']['mean'] == [0.5]
     expected = np.asarray(Image.fromarray(noise_image()).convert('L'))[:, :, None]
     assert np.array_equal(read_image(tmp_path / 'a.png', 1), expected)
 
 
-def test_a_wrong_number_of_channels_is_told(tmp_path, capsys):
+def test_a_wrong_number_of_channels_is_refused(tmp_path, capsys):
     flags = checkpoint(tmp_path, 4)
     picture = save_image(tmp_path / 'a.png', noise_image())
     assert main([*flags, '--image_path', str(picture)]) == 2
@@ -131,8 +131,10 @@ def test_a_module_that_does_not_say_its_channels_takes_those_of_the_image():
 
     ig = IntegratedGradients(Reversed(), 'cpu', step_batch=1)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 5), dtype=np.uint8)
-    ((found, arrays),) = analyse_image(ig, 'a', image, None, Settings(num_steps=2, target='image'))
-    assert len(found['channel_shares']) == len(found['channel_names']) == 5
+    ((statistics, arrays),) = analyse_image(
+        ig, 'a', image, None, Settings(num_steps=2, target='image')
+    )
+    assert len(statistics['channel_shares']) == len(statistics['channel_names']) == 5
     assert arrays['attributions'].shape[0] == 5
 
 
@@ -160,10 +162,10 @@ def test_channel_shares_of_a_batch_are_by_name(tmp_path):
     arguments = ['--mode', 'batch', *flags, '--data_dir', str(tmp_path / 'data'), '--target',
                  'image', '--figures', 'none']  # fmt: skip
     assert main(arguments) == 0
-    found = statistics_in(tmp_path / 'out')
-    assert found['channel_names'] == ['blue', 'green', 'red']
+    statistics = statistics_in(tmp_path / 'out')
+    assert statistics['channel_names'] == ['blue', 'green', 'red']
     row = read_table(tmp_path / 'out' / 'summary.csv').iloc[0]
-    assert row['share_blue'] == pytest.approx(found['channel_shares'][0])
+    assert row['share_blue'] == pytest.approx(statistics['channel_shares'][0])
 
 
 # ------------------------------------------------------------------ outputs
@@ -183,8 +185,10 @@ INSIDE = Bands([[4.0, 0, 0], [8.0, 0, 0], [0.0, 0, 0]], [0.0, -8.0, -9.0])
 
 def areas(targets, **options) -> dict[str, int]:
     ig = IntegratedGradients(INSIDE, 'cpu', step_batch=1)
-    found = ig.explain_targets(SQUARES, targets, torch.full_like(SQUARES, -1.0), 2, **options)
-    return {one.target: int(one.region.sum()) for one in found}
+    explanations = ig.explain_targets(
+        SQUARES, targets, torch.full_like(SQUARES, -1.0), 2, **options
+    )
+    return {explanation.target: int(explanation.region.sum()) for explanation in explanations}
 
 
 def test_independent_labels_overlap():
@@ -202,12 +206,13 @@ def test_truth_of_independent_labels_and_scores_of_each():
     ig = IntegratedGradients(INSIDE, 'cpu', Preprocessing(64, mean=(0.0,) * 3, std=(1.0,) * 3), 1)
     truth = np.zeros((64, 64), np.uint8)
     truth[8:56, 8:56] = 1
-    one = ig.explain(SQUARES, 'truth', num_steps=2, truth=truth, output_kind='multilabel')
-    assert int(one.region.sum()) == 48**2 and one.label_scores.background is None
-    assert one.label_scores.scores[0] == {'dice': 1.0, 'iou': 1.0, 'accuracy': 1.0}
-    assert one.label_scores.scores[1] == {'dice': 0.0, 'iou': 0.0, 'accuracy': None}
-    assert 2 not in one.label_scores.scores
-    assert one.label_scores.pixel_accuracy == pytest.approx(1 - 16**2 / 3 / 64**2)
+    explanation = ig.explain(SQUARES, 'truth', num_steps=2, truth=truth, output_kind='multilabel')
+    assert int(explanation.region.sum()) == 48**2 and explanation.label_scores.background is None
+    label_scores = explanation.label_scores
+    assert label_scores.scores[0] == {'dice': 1.0, 'iou': 1.0, 'accuracy': 1.0}
+    assert label_scores.scores[1] == {'dice': 0.0, 'iou': 0.0, 'accuracy': None}
+    assert 2 not in label_scores.scores
+    assert label_scores.pixel_accuracy == pytest.approx(1 - 16**2 / 3 / 64**2)
 
 
 def test_another_background_class():
@@ -227,12 +232,16 @@ def test_two_classes_swapped_show():
     image[16:48, 16:48], truth[16:48, 16:48] = 255, 1
     ig = IntegratedGradients(net, 'cpu', step_batch=1)
     settings = Settings(num_steps=2, class_names=('none', 'liver', 'kidney'))
-    ((found, _),) = analyse_image(ig, 'a', image, truth, settings)
-    assert found['dice'] == 1 and found['pixel_accuracy'] == 0.75
-    assert found['class_dice'] == 0 and found['class_iou'] == 0 and found['class_accuracy'] == 0
-    assert found['class_scores']['none'] == {'dice': 1.0, 'iou': 1.0, 'accuracy': 1.0}
-    assert found['class_scores']['kidney'] == {'dice': 0.0, 'iou': 0.0, 'accuracy': None}
-    assert 'liver 0' in statistics_text(found)
+    ((statistics, _),) = analyse_image(ig, 'a', image, truth, settings)
+    assert statistics['dice'] == 1 and statistics['pixel_accuracy'] == 0.75
+    assert (
+        statistics['class_dice'] == 0
+        and statistics['class_iou'] == 0
+        and statistics['class_accuracy'] == 0
+    )
+    assert statistics['class_scores']['none'] == {'dice': 1.0, 'iou': 1.0, 'accuracy': 1.0}
+    assert statistics['class_scores']['kidney'] == {'dice': 0.0, 'iou': 0.0, 'accuracy': None}
+    assert 'liver 0' in statistics_text(statistics)
     names = analyse_image(ig, 'a', image, truth, Settings(num_steps=2), False, {1: 'liver'})
     assert list(names[0][0]['class_scores']) == ['0', 'liver', '2']
     with pytest.raises(InputError, match='class_names gives 2 names, but the network has 3'):
@@ -244,11 +253,11 @@ def test_objects_of_different_classes_do_not_join():
     x = torch.zeros(3, 16, 16)
     x[0, :, :6], x[1, :, 6:10] = 9.0, 9.0  # side by side
     ig = IntegratedGradients(net, 'cpu', step_batch=1)
-    found = ig.explain_targets(x, ['each-object'], num_steps=2)
-    assert [(one.target, int(one.region.sum())) for one in found] == [
-        ('object:1', 96), ('object:2', 64)]  # fmt: skip
-    assert [one.objective.label for one in found] == [1, 2]
-    assert [int(one.predicted_mask.sum()) for one in found] == [96, 64]
+    explanations = ig.explain_targets(x, ['each-object'], num_steps=2)
+    regions = {explanation.target: int(explanation.region.sum()) for explanation in explanations}
+    assert list(regions.items()) == [('object:1', 96), ('object:2', 64)]
+    assert [explanation.objective.label for explanation in explanations] == [1, 2]
+    assert [int(explanation.predicted_mask.sum()) for explanation in explanations] == [96, 64]
 
 
 def test_speckles_are_no_thousand_folders():
@@ -262,17 +271,17 @@ def test_speckles_are_no_thousand_folders():
     assert int(only.region.sum()) >= 64
 
 
-def test_numbers_without_a_class_are_told():
+def test_a_note_names_numbers_without_a_class():
     ig = IntegratedGradients(INSIDE, 'cpu', step_batch=1)
     truth = np.zeros((64, 64), np.uint8)
     truth[0, 0] = 9
-    one = ig.explain(SQUARES, 'predicted', num_steps=2, truth=truth)
-    assert 'holds 9, for which the network has no class (0 to 2)' in one.notes[0]
+    explanation = ig.explain(SQUARES, 'predicted', num_steps=2, truth=truth)
+    assert 'holds 9, for which the network has no class (0 to 2)' in explanation.notes[0]
     assert not ig.explain(SQUARES, 'predicted', num_steps=2, truth=truth * 0).notes
 
 
 @pytest.mark.parametrize(
-    ('stored', 'said'),
+    ('stored', 'message'),
     [
         ({'output_kind': 'multi-label'}, "output_kind 'multi-label' makes no sense"),
         ({'background_class': 'last'}, "background_class 'last' makes no sense"),
@@ -280,17 +289,25 @@ def test_numbers_without_a_class_are_told():
         ({'class_names': ['a']}, 'class_names "[\'a\']" makes no sense'),
     ],
 )
-def test_stored_settings_that_make_no_sense_are_left_out_and_told(tmp_path, stored, said):
+def test_stored_settings_that_make_no_sense_are_left_out_with_a_note(tmp_path, stored, message):
     checkpoint(tmp_path, classes=3, **stored)
-    found = load_model(tmp_path / 'm.pth', 'cpu').network_description
-    assert any(said in note for note in found.notes)
-    assert (found.output_kind, found.background, found.class_names) == (EXCLUSIVE, 0, ())
+    description = load_model(tmp_path / 'm.pth', 'cpu').network_description
+    assert any(message in note for note in description.notes)
+    assert (description.output_kind, description.background, description.class_names) == (
+        EXCLUSIVE,
+        0,
+        (),
+    )
 
 
 def test_what_is_stored_of_the_outputs_is_used(tmp_path):
     checkpoint(tmp_path, classes=2, output_kind='multilabel', class_names=['a', 'b'])
-    found = load_model(tmp_path / 'm.pth', 'cpu').network_description
-    assert (found.output_kind, found.class_names, found.notes) == (MULTILABEL, ('a', 'b'), ())
+    description = load_model(tmp_path / 'm.pth', 'cpu').network_description
+    assert (description.output_kind, description.class_names, description.notes) == (
+        MULTILABEL,
+        ('a', 'b'),
+        (),
+    )
     checkpoint(tmp_path, pixel_range='0-255', mean=[51.0, 102.0, 153.0], std=[255.0] * 3)
     fit = load_model(tmp_path / 'm.pth', 'cpu').preprocessing
     assert fit.mean == pytest.approx((0.2, 0.4, 0.6)) and fit.std == (1.0, 1.0, 1.0)
@@ -307,7 +324,7 @@ def test_mean_and_std_go_together_and_fit_the_range(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('option', 'said'),
+    ('option', 'message'),
     [
         ('decoder_interpolaton', 'unet has no option "decoder_interpolaton"; did you mean '
          'decoder_interpolation'),
@@ -315,9 +332,9 @@ def test_mean_and_std_go_together_and_fit_the_range(tmp_path):
         ('classes', '"classes" is read off the weights'),
     ],
 )  # fmt: skip
-def test_options_that_smp_would_leave_aside_are_told(tmp_path, option, said):
+def test_options_that_smp_would_ignore_are_refused(tmp_path, option, message):
     checkpoint(tmp_path)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load_model(tmp_path / 'm.pth', 'cpu', model_options={option: 3})
 
 
@@ -347,7 +364,7 @@ SEVERAL = Bands([[0.5, 0.2, -0.3], [-0.2, 0.1, 0.4], [0.1, 0.1, 0.1]], [0.1, 0.0
         (SEVERAL, torch.sigmoid, MULTILABEL),
         (ONE, torch.nn.Identity(), None),
         (ONE, torch.tanh, None),
-        (ONE, lambda v: v * 0 + 0.5, None),  # constant, which says nothing
+        (ONE, lambda v: v * 0 + 0.5, None),  # constant outputs show nothing
     ],
 )
 def test_probabilities_are_recognised_and_explained_as_logits(network, activation, kind):
@@ -357,17 +374,17 @@ def test_probabilities_are_recognised_and_explained_as_logits(network, activatio
     if kind is None:
         return
     ig = IntegratedGradients(net, 'cpu', step_batch=1)
-    found = ig.explain(x[0], 'pixel:3,4', torch.zeros_like(x), num_steps=2)
+    explanation = ig.explain(x[0], 'pixel:3,4', torch.zeros_like(x), num_steps=2)
     as_logits = IntegratedGradients(network, 'cpu', step_batch=1)
     expected = as_logits.explain(
         x[0], 'pixel:3,4', torch.zeros_like(x), num_steps=2,
         output_kind=None if kind == FOREGROUND else kind)  # fmt: skip
-    assert torch.equal(found.predicted_mask, expected.predicted_mask)
-    torch.testing.assert_close(found.prediction, expected.prediction, rtol=1e-4, atol=1e-6)
-    assert kind in found.notes[0] and not expected.notes
+    assert torch.equal(explanation.predicted_mask, expected.predicted_mask)
+    torch.testing.assert_close(explanation.prediction, expected.prediction, rtol=1e-4, atol=1e-6)
+    assert kind in explanation.notes[0] and not expected.notes
     if kind != EXCLUSIVE:  # log(p) differs from the logit by what the softmax divides by
-        assert found.score == pytest.approx(expected.score, rel=1e-4)
-        assert relative_error(found.attributions, expected.attributions) < 1e-3
+        assert explanation.score == pytest.approx(expected.score, rel=1e-4)
+        assert relative_error(explanation.attributions, expected.attributions) < 1e-3
     chance = ig.explain(x[0], 'pixel:3,4', torch.zeros_like(x), 2, score='probability')
     label = int(network(x)[0, :, 4, 3].argmax())
     assert chance.score == pytest.approx(float(net(x)[0, label, 4, 3]), rel=1e-4)
@@ -389,8 +406,8 @@ def test_logits_of_probabilities_by_hand():
     net = torch.nn.Identity()
     assert LogitsOf(net, EXCLUSIVE)(chances).softmax(dim=1).flatten().tolist() == pytest.approx(
         [0.25, 0.75])  # fmt: skip
-    found = LogitsOf(net, MULTILABEL)(chances).sigmoid().flatten().tolist()
-    assert found == pytest.approx([0.25, 0.75])
+    probabilities = LogitsOf(net, MULTILABEL)(chances).sigmoid().flatten().tolist()
+    assert probabilities == pytest.approx([0.25, 0.75])
     assert bool(torch.isfinite(LogitsOf(net, EXCLUSIVE)(torch.zeros(1, 2, 1, 1))).all())
 
 
@@ -404,8 +421,8 @@ def test_oblong_inputs(tmp_path):
     arguments = [*flags, '--image_path', str(tmp_path / 'a.png'), '--image_size', '60x120',
                  '--target', 'truth', '--resize', 'letterbox']  # fmt: skip
     assert main(arguments) == 0
-    found = statistics_in(tmp_path / 'out')
-    assert found['settings']['image_size'] == [64, 128]  # multiples of 32
+    statistics = statistics_in(tmp_path / 'out')
+    assert statistics['settings']['image_size'] == [64, 128]  # multiples of 32
     with np.load(tmp_path / 'out' / 'a' / 'a_attributions.npz') as arrays:
         assert arrays['attributions'].shape == (3, 64, 128)
         assert arrays['content'].tolist() == [0, 0, 64, 128]
@@ -414,9 +431,9 @@ def test_oblong_inputs(tmp_path):
     ig = IntegratedGradients(model, 'cpu', fit, 1)
     x = fit.normalise(fit.resize_image(noise_image(50, 100)))
     assert x.shape == (1, 3, 64, 128)
-    one = ig.explain(x, 'image', num_steps=4, rule='midpoint')
-    reference = plain_map(model, x, fit.normalise(np.zeros((64, 128, 3))), one.objective, 4)
-    assert relative_error(one.attributions, torch.from_numpy(reference)) < 1e-4
+    explanation = ig.explain(x, 'image', num_steps=4, rule='midpoint')
+    reference = plain_map(model, x, fit.normalise(np.zeros((64, 128, 3))), explanation.objective, 4)
+    assert relative_error(explanation.attributions, torch.from_numpy(reference)) < 1e-4
 
 
 def test_oblong_size_is_stored(tmp_path):
@@ -462,6 +479,7 @@ def test_the_whole_path_runs_without_float64_on_the_device(tmp_path, monkeypatch
         min_object_area=2, precision='bfloat16')  # fmt: skip
     truth = square_mask() * 2
     described = analyse_image(ig, 'a', noise_image(), truth, settings)
-    assert described and all(one['completeness_gap'] is not None for one, _ in described)
+    gaps = [statistics['completeness_gap'] for statistics, _ in described]
+    assert gaps and None not in gaps
     for statistics, arrays in described:
         assert attribution_figure(view_of(arrays), statistics)

@@ -1,4 +1,4 @@
-"""Every form of checkpoint, and every bad one."""
+"""All forms of checkpoints, and bad checkpoints."""
 
 import numpy as np
 import pytest
@@ -21,9 +21,9 @@ def network():
 
 
 def same(loaded, network) -> bool:
-    found, expected = loaded.state_dict(), network.state_dict()
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[k], expected[k]) for k in found
+    state, expected = loaded.state_dict(), network.state_dict()
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[k], expected[k]) for k in state
     )
 
 
@@ -118,10 +118,10 @@ def test_missing_empty_and_damaged_files(tmp_path, network):
         'cut.pth': (whole[: len(whole) // 2], 'damaged'),
         'text.safetensors': (b'hello\n' * 100, 'damaged'),
     }
-    for name, (content, said) in cases.items():
+    for name, (content, message) in cases.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=said) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             load_model(tmp_path / name, 'cpu')
         assert name in str(caught.value) and '\n' not in str(caught.value)
 
@@ -139,11 +139,14 @@ def test_networks_of_another_library(tmp_path):
         load_model(tmp_path / 'm.pth', 'cpu')
 
 
-def test_what_the_weights_look_like_is_taken_where_nothing_else_was_said(tmp_path):
+def test_the_weights_show_the_network_where_nothing_else_names_it(tmp_path):
     torch.save(create_model('fpn', 'resnet18', 2).state_dict(), tmp_path / 'm.pth')
-    found = load_model(tmp_path / 'm.pth', 'cpu').network_description
-    assert (found.source['architecture'], found.source['encoder']) == ('fpn', 'resnet18')
-    assert 'this is fpn with encoder resnet18' in found.notes[0]
+    description = load_model(tmp_path / 'm.pth', 'cpu').network_description
+    assert (description.source['architecture'], description.source['encoder']) == (
+        'fpn',
+        'resnet18',
+    )
+    assert 'this is fpn with encoder resnet18' in description.notes[0]
     with pytest.raises(InputError, match='add --architecture fpn --encoder resnet18'):
         load_model(tmp_path / 'm.pth', 'cpu', 'resnet34')
     with pytest.raises(InputError, match='looks like fpn with encoder resnet18'):

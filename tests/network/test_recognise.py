@@ -22,7 +22,7 @@ from igseg.network.recognise import (
 
 SMALL = 'timm-mobilenetv3_small_minimal_100'
 VIT = 'tu-vit_tiny_patch16_224.augreg_in21k'
-# architecture, encoder, other arguments: what must be found from the weights alone
+# Architecture, encoder and other arguments, which must be recognised from the weights alone.
 NETWORKS = [
     ('unet', 'resnet18', {}),
     ('unet', 'resnet18', {'in_channels': 1, 'encoder_depth': 4,
@@ -76,10 +76,10 @@ def network(architecture: str, encoder: str, options: dict) -> torch.nn.Module:
     return net.eval()
 
 
-def same_output(one: torch.nn.Module, other: torch.nn.Module, channels: int, size: int) -> bool:
+def same_output(model: torch.nn.Module, other: torch.nn.Module, channels: int, size: int) -> bool:
     noise = torch.rand(1, channels, size, size)
     with torch.no_grad():
-        return torch.equal(one(noise), other(noise))
+        return torch.equal(model(noise), other(noise))
 
 
 @pytest.mark.parametrize(('architecture', 'encoder', 'options'), NETWORKS)
@@ -89,12 +89,12 @@ def test_weights_alone_tell_the_network(tmp_path, architecture, encoder, options
     size = options.get('img_size', {'dpt': 224, 'pan': 128}.get(architecture, 64))
     safetensors.torch.save_file(net.state_dict(), tmp_path / 'm.safetensors')  # sorts the names
     loaded = load_model(tmp_path / 'm.safetensors', 'cpu')
-    found = loaded.network_description
-    assert found.source['architecture'] == architecture
-    assert found.source['classes'] == options.get('classes', 1)
-    assert found.channels == channels
-    assert found.fixed_size == ((size, size) if architecture == 'dpt' else None)
-    assert f'this is {architecture} with encoder' in found.notes[0]
+    description = loaded.network_description
+    assert description.source['architecture'] == architecture
+    assert description.source['classes'] == options.get('classes', 1)
+    assert description.channels == channels
+    assert description.fixed_size == ((size, size) if architecture == 'dpt' else None)
+    assert f'this is {architecture} with encoder' in description.notes[0]
     assert same_output(loaded, net, channels, size)
 
 
@@ -120,8 +120,8 @@ def test_what_is_named_is_kept_and_the_rest_guessed(tmp_path, named):
     net = network('unet', 'resnet18', {'decoder_channels': (20, 16, 12, 8, 8), 'in_channels': 4})
     torch.save(net.state_dict(), tmp_path / 'm.pth')
     names = {'architecture': 'unet', 'encoder': 'resnet18'}
-    said = names if named == 'both' else {named: names[named]}
-    loaded = load_model(tmp_path / 'm.pth', 'cpu', **said)
+    arguments = names if named == 'both' else {named: names[named]}
+    loaded = load_model(tmp_path / 'm.pth', 'cpu', **arguments)
     assert same_output(loaded, net, 4, 64)
     note = loaded.network_description.notes[0]
     assert 'decoder_channels=(20, 16, 12, 8, 8)' in note and 'in_channels=4' in note
@@ -170,7 +170,7 @@ def test_names_of_earlier_versions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('change', 'said'),
+    ('change', 'message'),
     [
         ({'encoder.conv1.weight': torch.zeros(65, 3, 7, 7)}, 'encoder that was not recognised'),
         ({'encoder.odd': torch.zeros(1)}, 'encoder that was not recognised'),
@@ -178,11 +178,11 @@ def test_names_of_earlier_versions(tmp_path):
         ({'decoder.blocks.0.conv1.0.weight': None}, 'no architecture'),
     ],
 )
-def test_what_fits_nothing_is_told_at_once(tmp_path, change, said):
+def test_weights_that_fit_nothing_are_an_error_at_once(tmp_path, change, message):
     state = {**network('unet', 'resnet18', {}).state_dict(), **change}
     torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / 'm.pth')
     started = time.perf_counter()
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load_model(tmp_path / 'm.pth', 'cpu')
     assert time.perf_counter() - started < 10
     assert '--model_factory' in str(caught.value) and '\n' not in str(caught.value)
@@ -190,12 +190,12 @@ def test_what_fits_nothing_is_told_at_once(tmp_path, change, said):
 
 def test_a_model_much_larger_than_its_file_is_not_built(tmp_path):
     state = network('unet', 'resnet18', {}).state_dict()
-    stem = torch.zeros(1).expand(64, 10**8, 7, 7)  # one number, and so many input channels
+    stem = torch.zeros(1).expand(64, 10**8, 7, 7)  # a single number for very many channels
     with pytest.raises(InputError):
         recognise({**state, 'encoder.conv1.weight': stem}, tmp_path, create_model)
 
 
-def test_smps_own_encoders_are_found_without_an_index(tmp_path, monkeypatch):
+def test_encoders_of_smp_are_recognised_without_an_index(tmp_path, monkeypatch):
     state = network('unet', 'resnet18', {'in_channels': 1}).state_dict()
     empty = {'versions': {}, 'loose': [], 'encoders': {}}
     (tmp_path / 'i.gz').write_bytes(gzip.compress(json.dumps(empty).encode()))
@@ -205,10 +205,10 @@ def test_smps_own_encoders_are_found_without_an_index(tmp_path, monkeypatch):
     )
     encoder_index.cache_clear()
     try:
-        found = recognise(state, tmp_path, create_model)
+        recognised = recognise(state, tmp_path, create_model)
     finally:
         encoder_index.cache_clear()
-    assert (found.encoder, found.in_channels) == ('resnet18', 1)
+    assert (recognised.encoder, recognised.in_channels) == ('resnet18', 1)
 
 
 SAMPLE = ['resnet18', 'vgg11_bn', 'efficientnet-b5', 'tu-resnet18', 'tu-regnetx_002']
