@@ -46,7 +46,7 @@ EFFORT = Effort(fills=('baseline', 'blur'), units=('pixel',), points=3, displace
 
 @dataclass(frozen=True)
 class Case:
-    """A network, an image and what is asked of them."""
+    """A network, an image, and the settings of the explanation."""
 
     channels: int
     activation: type[nn.Module]
@@ -93,40 +93,42 @@ CASES: dict[str, Case] = {
 
 
 def stored(name: str) -> tuple[np.ndarray, dict]:
-    """The map (C, H, W) of a case, and its statistics, with `versions` that they are of."""
+    """The stored map (C, H, W) of a case, and its statistics with the `versions` that made them."""
     return np.load(FOLDER / f'{name}.npy'), json.loads((FOLDER / f'{name}.json').read_text())
 
 
-def differing(found: object, expected: object, name: str) -> Iterator[str]:
-    """What of the statistics is not as stored, nested ones by their path."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in sorted(found.keys() | expected.keys()):
-            yield from differing(found.get(key), expected.get(key), f'{name} {key}')
-    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        for number, pair in enumerate(zip(found, expected, strict=True)):
+def differing(current: object, expected: object, name: str) -> Iterator[str]:
+    """Sentences on the values that are not as stored; nested values have their path as name."""
+    if isinstance(current, dict) and isinstance(expected, dict):
+        for key in sorted(current.keys() | expected.keys()):
+            yield from differing(current.get(key), expected.get(key), f'{name} {key}')
+    elif isinstance(current, list) and isinstance(expected, list) and len(current) == len(expected):
+        for number, pair in enumerate(zip(current, expected, strict=True)):
             yield from differing(*pair, f'{name} {number}')
-    elif isinstance(found, float) and isinstance(expected, float):
-        if not math.isclose(found, expected, rel_tol=CLOSE, abs_tol=CLOSE):
-            yield f'{name} {found:.9g}, stored {expected:.9g}'
-    elif found != expected:
-        yield f'{name} {found}, stored {expected}'
+    elif isinstance(current, float) and isinstance(expected, float):
+        if not math.isclose(current, expected, rel_tol=CLOSE, abs_tol=CLOSE):
+            yield f'{name} {current:.9g}, stored {expected:.9g}'
+    elif current != expected:
+        yield f'{name} {current}, stored {expected}'
 
 
 def changes(name: str) -> list[str]:
-    """What has changed of a case since it was stored, in words."""
+    """Sentences on what has changed in a case since it was stored."""
     explanation, statistics = CASES[name].explained()
     attributions, before = stored(name)
-    found = explanation.attributions.numpy()
-    if found.shape != attributions.shape:
+    current = explanation.attributions.numpy()
+    if current.shape != attributions.shape:
         return [f'{name}: the map has another shape']
-    off = float(np.abs(found - attributions).max() / np.abs(attributions).max())
-    said = [f'{name}: the map, by {off:.1e} of its maximum'] if off > CLOSE else []
+    difference = float(np.abs(current - attributions).max() / np.abs(attributions).max())
+    changed_map = (
+        [f'{name}: the map, by {difference:.1e} of its maximum'] if difference > CLOSE else []
+    )
     again = json.loads(json.dumps(statistics))  # lists for tuples
-    return [*said, *differing(again, before['statistics'], f'{name}:')]
+    return [*changed_map, *differing(again, before['statistics'], f'{name}:')]
 
 
 def complaint(name: str) -> str:
-    """What is to be done about a case, in a sentence; empty: nothing."""
+    """A sentence that says what must be done about a case; empty where nothing must be done."""
     before = stored(name)[1]['versions']
     if before['results'] != str(igseg.RESULTS):
         return (f'{name} is stored for RESULTS {before["results"]}, and igseg/__init__.py says '
@@ -153,17 +155,17 @@ def store(name: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Store what has changed, where that is allowed; returns the exit status."""
+    """Store the cases that have changed, where that is allowed. Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--only_libraries', action='store_true')
     forced = parser.parse_args(argv).only_libraries
     for name in CASES:
-        known = (FOLDER / f'{name}.json').is_file()
-        current = known and stored(name)[1]['versions']['results'] == str(igseg.RESULTS)
-        if current and not forced and (said := complaint(name)):
-            print(f'error: {said}', file=sys.stderr)
+        exists = (FOLDER / f'{name}.json').is_file()
+        current = exists and stored(name)[1]['versions']['results'] == str(igseg.RESULTS)
+        if current and not forced and (problem := complaint(name)):
+            print(f'error: {problem}', file=sys.stderr)
             return 2
         store(name)
     return 0

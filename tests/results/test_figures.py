@@ -123,10 +123,10 @@ def test_channels_share_one_scale():
 
 
 @pytest.mark.parametrize('count', [1, 10, 200])
-@pytest.mark.parametrize('known', [True, False])
-def test_summary_figure(count, known):
+@pytest.mark.parametrize('has_dice', [True, False])
+def test_summary_figure(count, has_dice):
     entries = [
-        statistics_for_figures(image=f'{LONG}_{i}', dice=0.5 if known else None,
+        statistics_for_figures(image=f'{LONG}_{i}', dice=0.5 if has_dice else None,
                                attribution_ratio=None if i % 3 == 2 else i,
                                attribution_ratio_in_target=None if i % 3 == 2 else i)
         for i in range(count)
@@ -174,23 +174,25 @@ def test_pixels_whose_sign_is_not_settled_are_dimmed():
 
 
 def test_the_caption_says_what_share_is_settled():
-    for share, said in ((0.876, '87.6 %'), (None, 'unknown')):
+    for share, text_of_share in ((0.876, '87.6 %'), (None, 'unknown')):
         figure = attribution_figure(view(64, 64), statistics_for_figures(settled_share=share))
         texts = ' '.join(text.get_text() for text in figure.texts).replace('\n', ' ')
-        assert f'whose sign is settled: {said}' in texts
+        assert f'whose sign is settled: {text_of_share}' in texts
 
 
 @pytest.mark.parametrize('size', [(40, 60), (20, 200), (200, 20), (3, 3)])
-@pytest.mark.parametrize('known', [True, False])
-def test_pictures_of_the_page(size, known):
-    doubt = np.random.default_rng(0).random((64, 64)).astype(np.float32) if known else None
+@pytest.mark.parametrize('has_uncertainty', [True, False])
+def test_pictures_of_the_page(size, has_uncertainty):
+    doubt = (
+        np.random.default_rng(0).random((64, 64)).astype(np.float32) if has_uncertainty else None
+    )
     pictures = page_pictures(view(*size, uncertainty=doubt))
     shapes = {picture.shape for name, picture in pictures.items() if name != 'thumbnail'}
     figures = {'attribution', 'channels', 'regions'}
     assert set(pictures) | figures == set(FIGURES['all'])
     assert len(shapes) == 1 and max(shapes.pop()) == 640
     outline = (pictures['uncertainty'] != in_grey(pictures['image'])).any(axis=2).mean()
-    assert (outline > 0.3) == known  # nothing but the outline where it is unknown
+    assert (outline > 0.3) == has_uncertainty  # nothing but the outline where it is unknown
 
 
 def test_the_summary_figure_draws_the_thresholds_of_the_verdict():

@@ -30,10 +30,10 @@ def key() -> str:
 
 
 def test_versions_name_the_toolkit_its_results_and_whatever_opencv_is_installed():
-    found = versions()
-    assert found[PROJECT] == igseg.__version__ and found['results'] == str(igseg.RESULTS)
-    assert found['opencv'] == cv2.__version__
-    assert {'python', 'torch', 'timm', 'numpy', 'scikit-image', 'scipy'} <= found.keys()
+    named = versions()
+    assert named[PROJECT] == igseg.__version__ and named['results'] == str(igseg.RESULTS)
+    assert named['opencv'] == cv2.__version__
+    assert {'python', 'torch', 'timm', 'numpy', 'scikit-image', 'scipy'} <= named.keys()
 
 
 def test_another_build_of_opencv_has_a_version_too(monkeypatch):
@@ -43,8 +43,8 @@ def test_another_build_of_opencv_has_a_version_too(monkeypatch):
         return '1'
 
     monkeypatch.setattr(finished, 'version', version)
-    found = versions()
-    assert found['opencv'] == cv2.__version__ and 'opencv-python-headless' not in found
+    named = versions()
+    assert named['opencv'] == cv2.__version__ and 'opencv-python-headless' not in named
 
 
 def test_a_new_version_computes_nothing_again_and_a_new_kind_of_results_does(monkeypatch):
@@ -72,7 +72,7 @@ def test_figures_are_as_stored_or_the_number_of_results_was_raised(name):
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """The stored maps in a folder of their own, which may be changed."""
+    """A copy of the stored maps, which a test may change."""
     for path in stored_maps.FOLDER.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(stored_maps, 'FOLDER', tmp_path)
@@ -80,7 +80,7 @@ def copied(tmp_path, monkeypatch):
 
 
 def change(folder, name: str, figure: str) -> None:
-    """Have a figure been stored differently."""
+    """Change a stored figure."""
     path = folder / f'{name}.json'
     content = json.loads(path.read_text())
     content['statistics'][figure] *= 1 + 1e-4
@@ -89,8 +89,8 @@ def change(folder, name: str, figure: str) -> None:
 
 def test_a_changed_figure_asks_for_the_number_to_be_raised(copied, capsys):
     change(copied, 'guided', 'score')
-    said = complaint('guided')
-    assert 'score' in said and 'raise RESULTS in igseg/__init__.py' in said
+    problem = complaint('guided')
+    assert 'score' in problem and 'raise RESULTS in igseg/__init__.py' in problem
     assert stored_maps.main([]) == 2 and 'raise RESULTS' in capsys.readouterr().err
 
 
@@ -114,7 +114,7 @@ def test_a_raised_number_asks_for_the_maps_to_be_stored_again(copied, monkeypatc
 
 @pytest.fixture
 def earlier(tmp_path):
-    """Results that the version before the first numbered one has made: a slice at 32x32."""
+    """Results of the version before the first numbered version: a slice at 32x32."""
     return shutil.copytree(Path(__file__).parent / 'earlier_version', tmp_path / 'earlier')
 
 

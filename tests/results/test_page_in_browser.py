@@ -43,11 +43,11 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def page(browser, batch) -> Iterator:
-    """The opened page; whatever the browser complains about fails the test, and so does any
-    address but a file's."""
+    """The opened page. All errors of the browser fail the test, and so does every address that is
+    not that of a file."""
     opened = browser.new_page(viewport={'width': 1100, 'height': 800})
     trouble: list[str] = []
-    opened.on('console', lambda said: trouble.append(said.text))
+    opened.on('console', lambda message: trouble.append(message.text))
     opened.on('pageerror', lambda error: trouble.append(str(error)))
     opened.on('requestfailed', lambda request: trouble.append(request.url))
     opened.on('request', lambda r: trouble.append(r.url) if r.url[:5] not in ('file:', 'data:')
@@ -111,7 +111,7 @@ def test_detail_view_shows_pictures_curves_and_figures(page):
         "[...document.querySelectorAll('#detail img:not([hidden])')]"
         '.every(i => i.complete && i.naturalWidth)'
     )
-    assert page.locator('#detail img:not([hidden])').count() >= 4  # one method: no side by side
+    assert page.locator('#detail img:not([hidden])').count() >= 4  # no figure of several methods
     assert page.locator('#detail svg[role=img]').count() == 13  # twelve curves, one profile
     assert page.locator('#detail-figures tr').count() > 30
     assert 'poor mask' in page.locator('#detail-verdict').inner_text()
@@ -136,8 +136,8 @@ def test_the_overlay_can_be_switched_to_its_uncertainty(page):
     page.get_by_label('its uncertainty').check()
     assert overlay.get_attribute('src').endswith('second_uncertainty.png')
     assert overlay.get_attribute('alt').startswith('The uncertainty')
-    said = page.locator('#detail-layer').inner_text()
-    assert said.count('%') == 2 and 'null' not in said
+    text = page.locator('#detail-layer').inner_text()
+    assert text.count('%') == 2 and 'null' not in text
     page.locator('#before').click()  # another image starts with its attribution again
     assert overlay.get_attribute('src').endswith('_overlay.png')
     assert page.get_by_label('attribution', exact=True).is_checked()
@@ -191,8 +191,8 @@ def test_pages_and_pictures_that_were_left_out(browser, batch, tmp_path, monkeyp
         path.unlink()
     monkeypatch.setattr(summary, 'PAGE_LENGTH', 2)
     table, defaults = read_table(results / 'summary.csv'), Settings().record()
-    found = summary.result_of(table, results)
-    summary.write_summary(table, found, defaults, defaults, results)
+    result = summary.result_of(table, results)
+    summary.write_summary(table, result, defaults, defaults, results)
     opened = browser.new_page()
     opened.goto((results / 'index.html').as_uri())
     assert opened.locator('#images .open').count() == 2 and opened.locator('h2').count() > 1
@@ -205,7 +205,7 @@ def test_pages_and_pictures_that_were_left_out(browser, batch, tmp_path, monkeyp
     assert opened.locator('#detail-figures tr').count() > 10
     opened.close()
     monkeypatch.setattr(summary, 'PAGE_LENGTH', 500)
-    summary.write_summary(table, found, defaults, defaults, results)
+    summary.write_summary(table, result, defaults, defaults, results)
     assert not (results / 'index_2.html').exists()
 
 
