@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from runs import DEMO_DATA, DEMO_MODEL, ROOT, SMALL, differences, family, tiny_model, torchrun
+from plain_network import FACTORY, WEIGHTS
+from runs import DEMO_DATA, DEMO_MODEL, ROOT, differences, family, tiny_model, torchrun
 
 import integrated_gradients
 from igseg.analysis.summary import StatisticsFiles, read_table
@@ -25,13 +29,38 @@ from igseg.method.integral import (
 from igseg.method.rules import AnyRule
 from integrated_gradients import Explanation, IntegratedGradients
 
-__all__ = ['DEMO_DATA', 'DEMO_MODEL', 'ROOT', 'SMALL', 'differences', 'family', 'tiny_model',
+__all__ = ['DEMO_DATA', 'DEMO_MODEL', 'ROOT', 'differences', 'family', 'tiny_model',
            'torchrun']  # of benchmarks/runs.py  # fmt: skip
 
+T = TypeVar('T')
+
 DEMO_IMAGE = DEMO_DATA / 'test' / 'colin27_axial_079.jpg'
-SIZE = 128  # of the model input in most tests
-QUICK = {'model_path': DEMO_MODEL, 'num_steps': 1, 'image_size': 32, 'target': 'image',
-         'device': 'cpu'}  # fmt: skip
+SIZE = 64  # of the model input in most tests
+PATIENCE = 1200  # seconds until what a test waits for is given up, however busy the machine is
+
+
+def flags_of(settings: dict[str, object]) -> list[str]:
+    """Settings as words of a command line."""
+    return [word for name, value in settings.items() for word in (f'--{name}', str(value))]
+
+
+PLAIN = {'model_path': str(WEIGHTS), 'model_factory': FACTORY, 'num_steps': 2, 'image_size': 32,
+         'target': 'image', 'step_batch': 1, 'device': 'cpu'}  # fmt: skip
+PLAIN_FLAGS = flags_of(PLAIN)
+PLAIN_BATCH = ['--mode', 'batch', '--data_dir', str(DEMO_DATA), *PLAIN_FLAGS]
+
+
+def wait_until(happened: Callable[[], T], process: subprocess.Popen | None = None) -> T:
+    """Wait for an event, and give what tells of it. process: the one that brings it about, which
+    must not end before."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        ended = process is not None and process.poll() is not None
+        if told := happened():
+            return told
+        assert not ended, f'the process ended before: {process.communicate()}'
+        assert time.monotonic() < deadline, 'it never happened'
+        time.sleep(0.05)
 
 
 def integrate(
@@ -135,10 +164,9 @@ def checked_batch(folder: Path) -> Path:
         mask = np.zeros((40, 60), np.uint8)
         mask[5:15, 5 : 20 + 10 * number] = 255
         save_image(folder / 'data' / 'masks' / f'{name}.png', mask)
-    arguments = ['--mode', 'batch', *tiny_model(folder), '--device', 'cpu', '--data_dir',
-                 str(folder / 'data'), '--output_dir', str(folder / 'results'), '--image_size',
-                 '64', '--num_steps', '4', '--target', 'truth', '--evaluate', 'full',
-                 '--thresholds', 'dice=0.9']  # fmt: skip
+    arguments = [*PLAIN_BATCH, '--data_dir', str(folder / 'data'), '--output_dir',
+                 str(folder / 'results'), '--image_size', '64', '--num_steps', '4', '--target',
+                 'truth', '--evaluate', 'full', '--thresholds', 'dice=0.9']  # fmt: skip
     assert integrated_gradients.main(arguments) == 0
     return folder / 'results'
 

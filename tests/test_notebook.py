@@ -2,7 +2,7 @@
 
 import nbclient
 import nbformat
-from helpers import ROOT
+from helpers import PATIENCE, ROOT
 
 NOTEBOOK = ROOT / 'integrated_gradients_interactive.ipynb'
 
@@ -11,9 +11,12 @@ def test_notebook_is_committed_without_outputs_and_runs_top_to_bottom(monkeypatc
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == 'code']
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    monkeypatch.setenv('IMAGE_SIZE', '128')
+    monkeypatch.setenv('IMAGE_SIZE', '64')
     client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={'metadata': {'path': str(ROOT)}}
+        notebook,
+        timeout=PATIENCE,
+        startup_timeout=PATIENCE,
+        resources={'metadata': {'path': str(ROOT)}},
     )
     client.execute()
     pictures = sum('image/png' in out.get('data', {}) for cell in code for out in cell.outputs)

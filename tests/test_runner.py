@@ -9,12 +9,12 @@ import sys
 import time
 
 import pytest
-from helpers import DEMO_DATA, DEMO_IMAGE, DEMO_MODEL, ROOT
+from helpers import DEMO_DATA, DEMO_IMAGE, DEMO_MODEL, PATIENCE, ROOT
 
 import run_integrated_gradients as runner
 
 FAST = ['--image_size', '128', '--device', 'cpu']
-COMMAND = [sys.executable, str(ROOT / 'run_integrated_gradients.py'), *FAST]
+COMMAND = [sys.executable, str(ROOT / 'run_integrated_gradients.py'), *FAST, '--figures', 'png']
 NAME = DEMO_IMAGE.stem
 
 
@@ -23,9 +23,9 @@ def converse(answers: list[tuple[str, str]], cwd) -> tuple[int, str]:
     master, slave = pty.openpty()
     process = subprocess.Popen(COMMAND, cwd=cwd, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
-    seen, waiting, deadline = '', list(answers), time.time() + 120
+    seen, waiting, deadline = '', list(answers), time.monotonic() + PATIENCE
     since = 0  # the prompt is looked for only in what came after the last answer
-    while time.time() < deadline:
+    while time.monotonic() < deadline:
         if waiting and waiting[0][0] in seen[since:]:
             since = len(seen)
             os.write(master, waiting.pop(0)[1].encode() + b'\n')
@@ -38,7 +38,7 @@ def converse(answers: list[tuple[str, str]], cwd) -> tuple[int, str]:
             break
     os.close(master)
     assert not waiting, f'never asked {waiting[0][0]!r}; saw: {seen}'
-    return process.wait(timeout=60), seen
+    return process.wait(timeout=PATIENCE), seen
 
 
 def test_enter_everywhere_runs_the_demo(tmp_path):
@@ -114,7 +114,7 @@ def test_unattended_without_a_terminal(tmp_path):
 def test_unattended_with_yes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('builtins.input', lambda question: pytest.fail(f'asked: {question}'))
-    assert runner.main([*FAST, '--yes', '--num_steps', '2']) == 0
+    assert runner.main([*FAST, '--yes', '--num_steps', '2', '--figures', 'none']) == 0
     assert 'Attribution ratio' in capsys.readouterr().out
     assert (tmp_path / 'integrated_gradients_results' / NAME).is_dir()
 

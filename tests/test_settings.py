@@ -10,7 +10,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from helpers import noise_image, save_image, tiny_model
+from helpers import noise_image, save_image
+from plain_network import FACTORY, WEIGHTS
 
 import integrated_gradients
 from igseg.analysis.study import Study
@@ -283,7 +284,7 @@ def test_a_target_carries_its_class():
 
 
 def test_new_thresholds_are_recorded_also_where_they_change_no_verdict(tmp_path):
-    model = integrated_gradients.load_model(tiny_model(tmp_path)[1], 'cpu')
+    model = integrated_gradients.load_model(WEIGHTS, 'cpu', model_factory=FACTORY)
     settings = Settings(target='image', num_steps=2, image_size=32)
     ig = IntegratedGradients(
         model, 'cpu', integrated_gradients.input_preprocessing(model, settings)
@@ -298,7 +299,7 @@ def test_new_thresholds_are_recorded_also_where_they_change_no_verdict(tmp_path)
 
 
 def test_a_baseline_file_counts_by_its_content(tmp_path):
-    model = integrated_gradients.load_model(tiny_model(tmp_path)[1], 'cpu')
+    model = integrated_gradients.load_model(WEIGHTS, 'cpu', model_factory=FACTORY)
     ig = IntegratedGradients(model, 'cpu')
     path = save_image(tmp_path / 'healthy.png', noise_image())
     settings = Settings(baseline=str(path))
@@ -315,7 +316,7 @@ def test_a_baseline_file_counts_by_its_content(tmp_path):
     lambda s: s.update(folder='../../x'), lambda s: s.update(score=float('nan')),
 ])  # fmt: skip
 def test_damaged_statistics_are_computed_again(tmp_path, damage):
-    model = integrated_gradients.load_model(tiny_model(tmp_path)[1], 'cpu')
+    model = integrated_gradients.load_model(WEIGHTS, 'cpu', model_factory=FACTORY)
     settings = Settings(target='image', num_steps=2, image_size=32)
     fit = integrated_gradients.input_preprocessing(model, settings)
     ig = IntegratedGradients(model, 'cpu', fit)

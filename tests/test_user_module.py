@@ -60,7 +60,7 @@ def test_model_is_left_as_it_was_also_after_a_failure(ig, brain):
     wants = [p.requires_grad for p in model.parameters()]
     try:
         ig.explain(brain, num_steps=2)
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match='outside the image'):
             ig.explain(brain, target='pixel:99999,0', num_steps=2)
         assert [m.training for m in model.modules()] == modes
         assert [p.requires_grad for p in model.parameters()] == wants

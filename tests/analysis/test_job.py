@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import QUICK, ROOT, SMALL
+from helpers import PATIENCE, PLAIN, PLAIN_BATCH, ROOT, wait_until
 from torch.distributed import HashStore
 
 import integrated_gradients
@@ -40,14 +40,17 @@ def test_every_image_is_claimed_once_and_told_once():
     store, total = HashStore(), 50
     claimed: list[list[int]] = [[], [], []]
     store.set('rank 1', 'of a process that died')
-    first = Group(store, 0, 3)
+    first, slow_one_begun = Group(store, 0, 3), threading.Event()
 
     def work(rank: int) -> None:
         share = first if rank == 0 else Group(store, rank, 3)
         share.begin()
         for number, read in read_ahead(share, total, lambda number: number):
             assert read() == number
-            time.sleep(0.02 if rank == 2 else 0.002)
+            if rank == 2:  # takes as long over its first image as the others over all of theirs
+                slow_one_begun.set()
+                wait_until(lambda: len(claimed[0] + claimed[1]) >= total - 2)
+            slow_one_begun.wait(PATIENCE)
             claimed[rank].append(number)
             share.report(Outcome(number, str(number), rows=({'folder': 'a'}, {'folder': 'b'})))
         share.leave()
@@ -58,7 +61,7 @@ def test_every_image_is_claimed_once_and_told_once():
     for thread in threads:
         thread.join()
     assert sorted(number for own in claimed for number in own) == list(range(total))
-    assert len(claimed[2]) < total / 3  # the slow one holds nobody up
+    assert len(claimed[2]) == 2  # the slow one, which reads one ahead, holds nobody up
     assert sorted(o.number for o in first.collect()) == list(range(total)) and not first.collect()
     assert first.others_left()
 
@@ -88,7 +91,8 @@ def test_reading_ahead_raises_where_it_is_asked_for():
 
 
 def test_a_second_run_in_the_same_folder_is_told_who_holds_it(tmp_path, data, capsys):
-    arguments = [*SMALL, '--data_dir', str(data), '--output_dir', str(tmp_path / 'out')]
+    arguments = [*PLAIN_BATCH, '--data_dir', str(data), '--output_dir', str(tmp_path / 'out'),
+                 '--figures', 'none']  # fmt: skip
     (tmp_path / 'out').mkdir()
     with hold_folder(tmp_path / 'out'):
         assert integrated_gradients.main(arguments) == 2
@@ -103,11 +107,11 @@ def test_a_second_run_in_the_same_folder_is_told_who_holds_it(tmp_path, data, ca
 
 def test_the_lock_of_a_killed_run_holds_nobody_up(tmp_path):
     script = (
-        'import sys, time; from pathlib import Path; from igseg.analysis.job import hold_folder\n'
-        'with hold_folder(Path(sys.argv[1])):\n    print("held", flush=True); time.sleep(60)'
+        'import sys; from pathlib import Path; from igseg.analysis.job import hold_folder\n'
+        'with hold_folder(Path(sys.argv[1])):\n    print("held", flush=True); sys.stdin.read()'
     )
     process = subprocess.Popen([sys.executable, '-c', script, str(tmp_path)], cwd=ROOT,
-                               stdout=subprocess.PIPE)  # fmt: skip
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert process.stdout.readline() == b'held\n'
     with pytest.raises(InputError, match=f'process {process.pid}'), hold_folder(tmp_path):
         pass
@@ -133,7 +137,7 @@ def test_a_folder_that_is_deleted_under_the_run(tmp_path, data):
         output_dir=tmp_path / 'out',
         before_image=before_image,
         figures='none',
-        **QUICK,
+        **PLAIN,
     )
     assert [entry['image'] for entry in result.images] == ['image_2', 'image_3', 'image_4']
     assert [entry['image'] for entry in result.failed] == ['image_0', 'image_1']
@@ -143,7 +147,7 @@ def test_a_folder_that_is_deleted_under_the_run(tmp_path, data):
         'image_0', 'image_1',
     ]  # fmt: skip
     again = batch_integrated_gradients_analysis(
-        data_dir=data, output_dir=tmp_path / 'out', figures='none', **QUICK
+        data_dir=data, output_dir=tmp_path / 'out', figures='none', **PLAIN
     )
     assert len(again.images) == 5 and not again.failed
     assert not (tmp_path / 'out' / 'failures.csv').exists()
@@ -161,7 +165,7 @@ def test_images_that_become_unreadable_during_the_run(tmp_path, data):
         output_dir=tmp_path / 'out',
         before_image=before_image,
         figures='none',
-        **QUICK,
+        **PLAIN,
     )
     assert [entry['image'] for entry in result.images] == ['image_0', 'image_1', 'image_3']
     reasons = {entry['image']: entry['reason'] for entry in result.failed}
@@ -170,23 +174,23 @@ def test_images_that_become_unreadable_during_the_run(tmp_path, data):
 
 
 def test_damaged_maps_cost_one_image(tmp_path, data):
-    options = {'data_dir': data, 'output_dir': tmp_path / 'out', **QUICK}
+    options = {'data_dir': data, 'output_dir': tmp_path / 'out', 'num_samples': 2, **PLAIN}
     batch_integrated_gradients_analysis(figures='none', **options)
-    maps = tmp_path / 'out' / 'image_1' / 'image_1_attributions.npz'
+    _, maps = tmp_path.glob('out/*/*_attributions.npz')
     maps.write_bytes(maps.read_bytes()[:1000])
-    result = batch_integrated_gradients_analysis(**options)
+    result = batch_integrated_gradients_analysis(figures='png', **options)
     (failed,) = result.failed
-    assert failed['image'] == 'image_1' and 'damaged' in failed['reason']
+    assert failed['image'] == maps.parent.name and 'damaged' in failed['reason']
     again = batch_integrated_gradients_analysis(overwrite=True, figures='none', **options)
-    assert len(again.images) == 5
+    assert len(again.images) == 2
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 1.5 MB."""
+    """A disk on which the results of a few images fit."""
     folder = tmp_path / 'disk'
     folder.mkdir()
-    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(folder)]
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=120k', 'tmpfs', str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('file systems cannot be mounted here')
     yield folder
@@ -198,8 +202,8 @@ def test_a_disk_that_fills_up(tmp_path, data, small_disk, capsys, copies):
     """copies: with two, there are enough images for worker processes."""
     for path in list(data.iterdir()) * (copies - 1):
         shutil.copy(path, data / f'copy_of_{path.name}')
-    arguments = [*SMALL, '--data_dir', str(data), '--output_dir', str(small_disk / 'out'),
-                 '--num_samples', 'all']  # fmt: skip
+    arguments = [*PLAIN_BATCH, '--data_dir', str(data), '--output_dir', str(small_disk / 'out'),
+                 '--num_samples', 'all', '--figures', 'none']  # fmt: skip
     assert integrated_gradients.main(arguments) == 1
     said = capsys.readouterr()
     assert 'No space left on device' in said.err and 'Traceback' not in said.err
@@ -216,9 +220,7 @@ def test_a_disk_that_fills_up(tmp_path, data, small_disk, capsys, copies):
 def test_a_worker_that_is_killed_costs_one_image():
     with Writers(1) as writers:
         writers.add(Outcome(0, 'a'), partial(os._exit, 1))
-        while writers.waiting:
-            time.sleep(0.05)
-            writers.settle_done()
+        wait_until(lambda: writers.settle_done() or not writers.waiting)
         writers.add(Outcome(1, 'b'), partial(time.sleep, 0))
     first, second = writers.finished()
     assert (first.status, second.status) == (FAILED, DONE)
@@ -259,12 +261,11 @@ def test_more_ranks_than_gpus_is_told(monkeypatch):
         device_of_rank('auto', 4)
 
 
-def refuse() -> None:
-    raise OutputError('the disk is full')
-
-
 @pytest.mark.parametrize('processes', [0, 1])
 def test_an_image_that_cannot_be_written_is_told(processes):
+    def refuse() -> None:
+        raise OutputError('the disk is full')
+
     with Writers(processes) as writers:
         writers.add(Outcome(0, 'a', rows=({'folder': 'a'},)), refuse)
     assert writers.finished() == [Outcome(0, 'a', FAILED, 'the disk is full')]
@@ -274,7 +275,7 @@ def test_an_image_that_cannot_be_written_is_told(processes):
 def test_figures_can_be_left_out_and_drawn_later(tmp_path, data):
     def files(figures: str) -> set[str]:
         result = batch_integrated_gradients_analysis(
-            data_dir=data, output_dir=tmp_path, num_samples=1, figures=figures, **QUICK
+            data_dir=data, output_dir=tmp_path, num_samples=1, figures=figures, **PLAIN
         )
         assert not result.failed
         page = (tmp_path / 'index.html').read_text()
@@ -306,7 +307,7 @@ def test_rows_appear_while_the_batch_runs(tmp_path, data):
         output_dir=tmp_path / 'out',
         before_image=before_image,
         figures='none',
-        **QUICK,
+        **PLAIN,
     )
     assert rows == [0, 1, 2, 3, 4]
     content = json.loads((tmp_path / 'out' / 'summary.json').read_text())

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import QUICK
+from helpers import PLAIN
 
 from igseg.analysis.job import DONE, SKIPPED, Outcome
 from igseg.analysis.summary import (
@@ -59,7 +59,7 @@ def test_rows_are_added_whole_or_not_at_all(tmp_path):
 
 def test_the_columns_are_the_flat_statistics(tmp_path, data):
     result = batch_integrated_gradients_analysis(
-        data_dir=data, output_dir=tmp_path / 'out', num_samples=1, **QUICK
+        data_dir=data, output_dir=tmp_path / 'out', num_samples=1, **PLAIN
     )
     (statistics,) = result.images
     nested = {'trend', 'preparation', 'cropping', 'tiles', 'settings', 'versions', 'notes',
@@ -99,9 +99,9 @@ def table_of(count: int, **columns: object) -> pd.DataFrame:
 
 def test_a_summary_of_many_images_is_quick():
     values = np.random.default_rng(0).gamma(2, size=40_000)
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone, however busy the machine is
     found = batch_summary(table_of(40_000, attribution_ratio=values, dice=values, seconds=values))
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
     median, (low, high) = found['figures']['attribution_ratio']
     assert low < median == np.median(values) < high
     assert high - low < 0.05 and found['ratio_dice_correlation'] == pytest.approx(1)

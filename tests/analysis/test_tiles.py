@@ -9,7 +9,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import DEMO_IMAGE, DEMO_MODEL, noise_image, save_image, square_mask, tiny_model
+from helpers import (
+    DEMO_IMAGE,
+    DEMO_MODEL,
+    PLAIN,
+    flags_of,
+    noise_image,
+    save_image,
+    square_mask,
+    tiny_model,
+)
 
 from igseg.analysis.tiles import MOST_TILES, Tiling, starts
 from igseg.errors import InputError
@@ -238,16 +247,19 @@ def test_statistics_say_the_tiles_and_fit_json():
 # ------------------------------------------------------------------ the command line
 
 
+# Tiles are explained at their own size.
+IN_TILES = flags_of({name: value for name, value in PLAIN.items() if name != 'image_size'})
+
+
 def run(tmp_path, image, *flags: str) -> int:
-    return main([*tiny_model(tmp_path), '--image_path', str(image), '--device', 'cpu',
-                 '--num_steps', '2', '--target', 'image', '--output_dir', str(tmp_path / 'out'),
+    return main([*IN_TILES, '--image_path', str(image), '--output_dir', str(tmp_path / 'out'),
                  *flags])  # fmt: skip
 
 
 @pytest.mark.parametrize('size', [(40, 300), (300, 40), (17, 17), (1, 1), (130, 130)])
 def test_pictures_of_any_shape(tmp_path, size, capsys):
     image = save_image(tmp_path / 'a.png', noise_image(*size))
-    assert run(tmp_path, image, '--tile', '64', '--export', 'npy') == 0
+    assert run(tmp_path, image, '--tile', '64', '--export', 'npy', '--figures', 'png') == 0
     told = capsys.readouterr()
     assert 'Tiles explained' in told.out
     assert ('padded black' in told.err) == (min(size) < 64)
@@ -275,8 +287,8 @@ def test_a_batch_in_tiles_with_masks(tmp_path, capsys):
     for name in 'ab':
         save_image(tmp_path / 'images' / f'{name}.png', noise_image(80, 100, ord(name)))
         save_image(tmp_path / 'masks' / f'{name}.png', square_mask(80, 100) * np.uint8(255))
-    assert main([*tiny_model(tmp_path), '--mode', 'batch', '--data_dir', str(tmp_path), '--tile',
-                 '64', '--target', 'truth', '--num_steps', '2', '--device', 'cpu', '--output_dir',
+    assert main([*IN_TILES, '--mode', 'batch', '--data_dir', str(tmp_path), '--tile', '64',
+                 '--target', 'truth', '--figures', 'none', '--output_dir',
                  str(tmp_path / 'out')]) == 0  # fmt: skip
     statistics = load_view(tmp_path / 'out' / 'b')[1]
     assert statistics['target_area'] == int(square_mask(80, 100).sum())
@@ -287,7 +299,9 @@ def test_a_batch_in_tiles_with_masks(tmp_path, capsys):
 
 def test_a_tile_that_the_network_does_not_take_is_enlarged_and_said(tmp_path, capsys):
     image = save_image(tmp_path / 'a.png', noise_image(70, 70))
-    assert run(tmp_path, image, '--tile', '50', '--figures', 'none') == 0
+    flags = [*tiny_model(tmp_path), '--image_path', str(image), '--tile', '50', '--target', 'image']
+    flags += ['--device', 'cpu', '--num_steps', '2', '--figures', 'none']
+    assert main([*flags, '--output_dir', str(tmp_path / 'out')]) == 0
     told = capsys.readouterr().err
     assert 'tile 50: the network takes multiples of' in told
     assert load_view(tmp_path / 'out' / 'a')[1]['tiles']['size'] == [64, 64]

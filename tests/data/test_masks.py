@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import noise_image, save_image, square_mask, tiny_model
+from helpers import PLAIN_FLAGS, noise_image, save_image, square_mask
 from PIL import Image
 
 import integrated_gradients
@@ -311,8 +311,7 @@ def test_an_image_whose_truth_does_not_count_anywhere_has_no_scores():
 
 def run(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
     status = integrated_gradients.main([
-        *tiny_model(tmp_path), '--device', 'cpu', '--image_size', '32', '--num_steps', '2',
-        '--figures', 'none', '--output_dir', str(tmp_path / 'out'), *arguments,
+        *PLAIN_FLAGS, '--figures', 'none', '--output_dir', str(tmp_path / 'out'), *arguments,
     ])  # fmt: skip
     files = sorted((tmp_path / 'out').glob('*/*_statistics.json'))
     return status, [json.loads(path.read_text()) for path in files]

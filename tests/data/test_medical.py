@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from helpers import noise_image, save_image, square_mask, tiny_model
+from helpers import PLAIN_FLAGS, noise_image, save_image, square_mask
 
 import integrated_gradients
 from igseg.data.masks import read_mask
@@ -22,8 +22,7 @@ from igseg.results.export import at_size, overlap
 def run(folder: Path, *arguments: object) -> tuple[int, list[dict]]:
     """The command line with a tiny network; the statistics of what was explained."""
     status = integrated_gradients.main([
-        *tiny_model(folder), '--device', 'cpu', '--image_size', '32', '--num_steps', '2',
-        '--figures', 'none', '--target', 'image', '--output_dir', str(folder / 'out'),
+        *PLAIN_FLAGS, '--figures', 'none', '--output_dir', str(folder / 'out'),
         *map(str, arguments),
     ])  # fmt: skip
     files = sorted((folder / 'out').glob('*/*_statistics.json'))

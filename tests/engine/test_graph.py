@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -497,7 +497,7 @@ def test_random_graphs_give_the_same_cropped_as_in_full(layers, places):
     try:
         shape = network(x).shape
     except RuntimeError:  # nothing is left of the map
-        return
+        assume(False)
     graph = NetworkGraph(network, x)
     boxes = []
     for part in (places[:4], places[4:]):

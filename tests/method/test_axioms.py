@@ -108,20 +108,20 @@ def test_implementation_invariance_batch_norm_folded_or_not():
     torch.testing.assert_close(maps[0], maps[1], atol=1e-6, rtol=1e-4)
 
 
-def test_linearity_in_the_target(exact_ig, brain_detail):
+def test_linearity_in_the_target(exact_ig, brain):
     generator = torch.Generator().manual_seed(0)
     first, second = torch.rand(2, 1, 64, 64, generator=generator) / 64**2
     map_of_first, map_of_second, map_of_sum = (
-        exact_ig.explain(brain_detail, Target('t', weights), num_steps=5).attributions
+        exact_ig.explain(brain, Target('t', weights), num_steps=5).attributions
         for weights in (first, second, 2 * first - 3 * second)
     )
     assert relative_error(map_of_sum, 2 * map_of_first - 3 * map_of_second) < 1e-5
 
 
-def test_exchanging_image_and_baseline_changes_the_sign(exact_ig, brain_detail):
-    black = torch.full_like(brain_detail, -1.0)
-    there = exact_ig.explain(brain_detail, 'image', black, 6).attributions
-    back = exact_ig.explain(black, 'image', brain_detail, 6).attributions
+def test_exchanging_image_and_baseline_changes_the_sign(exact_ig, brain):
+    black = torch.full_like(brain, -1.0)
+    there = exact_ig.explain(brain, 'image', black, 6).attributions
+    back = exact_ig.explain(black, 'image', brain, 6).attributions
     assert relative_error(there, -back) < 1e-5
 
 
@@ -147,17 +147,17 @@ def test_completeness_gap_by_hand(total, score, low, gap):
     ('rule', 'method', 'baseline_type'),
     [('gauss-legendre', 'gausslegendre', 'zero'), ('midpoint', 'riemann_middle', 'blur')],
 )
-def test_agreement_with_captum(exact_ig, brain_detail, rule, method, baseline_type):
-    ours = exact_ig.explain(brain_detail, baseline_type=baseline_type, num_steps=9, rule=rule)
+def test_agreement_with_captum(exact_ig, brain, rule, method, baseline_type):
+    ours = exact_ig.explain(brain, baseline_type=baseline_type, num_steps=9, rule=rule)
     assert ours.rule == rule
-    pixels = BASELINES[baseline_type](exact_ig.preprocessing.to_pixels(brain_detail), None)
+    pixels = BASELINES[baseline_type](exact_ig.preprocessing.to_pixels(brain), None)
     region = ours.region
 
     def mean_logit(images):
         return exact_ig.model(images)[:, 0][:, region].mean(dim=1)
 
     theirs = captum.attr.IntegratedGradients(mean_logit).attribute(
-        brain_detail.double(),
+        brain.double(),
         exact_ig.preprocessing.normalise(pixels).double(),
         n_steps=9,
         method=method,

@@ -740,7 +740,7 @@ def test_an_option_goes_to_every_method_that_has_it():
 # ------------------------------------------------------------------ the command line
 
 DEMO_LINE = ['--model_path', str(DEMO_MODEL), '--image_size', '64', '--num_steps', '3', '--device',
-             'cpu', '--target', 'image']  # fmt: skip
+             'cpu', '--target', 'image', '--step_batch', '1']  # fmt: skip
 ON_DEMO = [form_of(name).replace('NAME', 'encoder.stage4') for name in METHODS]
 
 

@@ -58,9 +58,9 @@ def test_the_reference_in_closed_form(images):
 
 
 @pytest.mark.parametrize('baseline_type', ['zero', 'blur'])
-def test_the_engine_computes_what_the_reference_does(exact_ig, brain_detail, baseline_type):
-    ours = exact_ig.explain(brain_detail, 'predicted', baseline_type, 7, 'midpoint')
-    x = brain_detail.double()
+def test_the_engine_computes_what_the_reference_does(exact_ig, brain, baseline_type):
+    ours = exact_ig.explain(brain, 'predicted', baseline_type, 7, 'midpoint')
+    x = brain.double()
     fit = exact_ig.preprocessing
     (image,) = build_baselines(baseline_type, fit.to_pixels(x), fit)
     baseline = fit.normalise(image).double()
@@ -202,9 +202,9 @@ def test_the_error_of_the_sum_is_honest(rule):
     assert 0 < float(true.norm()) <= 1.2 * float(result.summed_error.uncertainty.norm())
 
 
-def test_uncertainty_of_an_explanation(ig, brain_detail):
-    explanation = ig.explain(brain_detail, num_steps=17)
-    finer = ig.explain(brain_detail, num_steps=129)
+def test_uncertainty_of_an_explanation(ig, brain):
+    explanation = ig.explain(brain, num_steps=17)
+    finer = ig.explain(brain, num_steps=129)
     off = (explanation.attributions - finer.attributions).sum(dim=0)
     assert explanation.uncertainty.shape == off.shape == (64, 64)
     assert float(off.norm()) < 1.5 * float(explanation.uncertainty.norm())
@@ -212,4 +212,4 @@ def test_uncertainty_of_an_explanation(ig, brain_detail):
     right = explanation.attributions.sum(dim=0).sign() == finer.attributions.sum(dim=0).sign()
     wrong_share = float((settled & ~right).sum() / settled.sum())
     assert wrong_share < 0.1 and float((~settled & ~right).sum()) > 0
-    assert ig.explain(brain_detail, 'image', num_steps=1).uncertainty is None
+    assert ig.explain(brain, 'image', num_steps=1).uncertainty is None

@@ -169,7 +169,7 @@ def test_errors_need_a_truth_and_a_mistake(spec):
 
 
 def test_mask_and_target_objects_as_target(ig, brain):
-    mask = torch.zeros(128, 128, dtype=torch.bool)
+    mask = torch.zeros(64, 64, dtype=torch.bool)
     mask[20:30, 20:30] = True
     result = ig.explain(brain, mask.numpy(), num_steps=1)
     assert torch.equal(result.region, mask)

@@ -9,7 +9,7 @@ from helpers import explain, relative_error
 from igseg.engine.graph import Plan
 from igseg.engine.sampler import PathSampler
 from igseg.method import walk
-from integrated_gradients import InputError, IntegratedGradients, Target
+from integrated_gradients import InputError, Target
 
 
 @pytest.mark.parametrize('step_batch', [1, 3])
@@ -30,9 +30,8 @@ def test_the_step_where_something_is_not_finite_is_named(what, formula, step_bat
 # ------------------------------------------------------------------ shared forward passes
 
 
-def test_several_targets_share_the_forward_passes(exact_ig, brain_detail, monkeypatch):
-    ig = IntegratedGradients(exact_ig.model, 'cpu', exact_ig.preprocessing, step_batch=2)
-    ig.explain(brain_detail, num_steps=2)  # prepares
+def test_several_targets_share_the_forward_passes(exact_ig, brain, monkeypatch):
+    exact_ig.explain(brain, num_steps=2)  # prepares
     rows = torch.arange(64).view(-1, 1).expand(64, 64)
     regions = [rows < 20, rows > 50, torch.ones(64, 64, dtype=torch.bool)]
     spent = {'forwards': 0, 'backwards': 0}
@@ -55,31 +54,31 @@ def test_several_targets_share_the_forward_passes(exact_ig, brain_detail, monkey
     counted = []
     for targets in (regions[:1], regions):
         spent |= {'forwards': 0, 'backwards': 0}
-        together = ig.explain_targets(brain_detail, targets, num_steps=9, rule='midpoint')
+        together = exact_ig.explain_targets(brain, targets, num_steps=9, rule='midpoint')
         counted.append((spent['forwards'], spent['backwards']))
         assert {explanation.cost.forward_passes for explanation in together} == {spent['forwards']}
     # 9 nodes, the prediction, F(x'), and the crop to the first region, which is compared.
     assert counted == [(12, 9), (11, 27)]
     for region, explanation in zip(regions, together, strict=True):
-        alone = ig.explain(brain_detail, region, num_steps=9, rule='midpoint')
+        alone = exact_ig.explain(brain, region, num_steps=9, rule='midpoint')
         assert relative_error(explanation.attributions, alone.attributions) < 1e-9
         assert explanation.score == pytest.approx(alone.score)
         assert explanation.trend.scores == pytest.approx(alone.trend.scores)
 
 
 def test_the_same_target_object_may_be_given_twice(ig, brain):
-    target = Target('t', torch.rand(1, 128, 128) / 128**2)
+    target = Target('t', torch.rand(1, 64, 64) / 64**2)
     first, second = ig.explain_targets(brain, [target, target], num_steps=3)
     assert relative_error(second.attributions, first.attributions) < 1e-6
 
 
 def test_open_rules_need_two_more_forward_passes_and_a_crop_one_for_comparison(
-    exact_ig, brain_detail
+    exact_ig, brain
 ):
-    explanation = exact_ig.explain(brain_detail, num_steps=9, rule='midpoint')
+    explanation = exact_ig.explain(brain, num_steps=9, rule='midpoint')
     assert explanation.cropping.computed_share < 0.9
     assert explanation.cost.forward_passes == 9 + 2 + 1 and explanation.gradient_evaluations == 9
-    whole = exact_ig.explain(brain_detail, 'image', num_steps=9, rule='midpoint')
+    whole = exact_ig.explain(brain, 'image', num_steps=9, rule='midpoint')
     assert whole.cropping.computed_share == 1 and whole.cost.forward_passes == 9 + 2
 
 
@@ -87,14 +86,14 @@ def test_open_rules_need_two_more_forward_passes_and_a_crop_one_for_comparison(
 
 
 @pytest.mark.parametrize('rule', ['adaptive', 'clenshaw-curtis'])
-def test_a_tolerance_is_reached_and_is_true(ig, brain_detail, rule):
-    explanation = ig.explain(brain_detail, rule=rule, tolerance=0.15, max_steps=150)
+def test_a_tolerance_is_reached_and_is_true(ig, brain, rule):
+    explanation = ig.explain(brain, rule=rule, tolerance=0.15, max_steps=150)
     assert explanation.within_tolerance and explanation.map_error <= 0.15
     assert explanation.completeness_gap <= 0.15
     assert explanation.steps == explanation.gradient_evaluations < 150
-    reference = ig.explain(brain_detail, rule='trapezoid', num_steps=129)
+    reference = ig.explain(brain, rule='trapezoid', num_steps=129)
     assert relative_error(explanation.attributions, reference.attributions) < 0.15
-    assert explanation.uncertainty.shape == brain_detail.shape[-2:]
+    assert explanation.uncertainty.shape == brain.shape[-2:]
     assert (explanation.uncertainty >= 0).all()
 
 
@@ -110,13 +109,13 @@ def test_tolerance_of_image_equal_to_baseline(ig, brain):
 
 
 @pytest.mark.parametrize('deviation', [math.inf, math.nan])
-def test_an_error_that_rounding_makes_infinite_is_unknown(ig, brain_detail, monkeypatch, deviation):
+def test_an_error_that_rounding_makes_infinite_is_unknown(ig, brain, monkeypatch, deviation):
     monkeypatch.setattr(PathSampler, 'check_precision', lambda *args: deviation)
-    explanation = ig.explain(brain_detail, num_steps=3, precision='bfloat16')
+    explanation = ig.explain(brain, num_steps=3, precision='bfloat16')
     assert explanation.cost.precision == 'bfloat16'
     assert explanation.map_error is None and explanation.uncertainty is None
     monkeypatch.setattr(walk, 'reduced_dtype', lambda *args: torch.bfloat16)
-    chosen = ig.explain(brain_detail, num_steps=3, precision='auto')
+    chosen = ig.explain(brain, num_steps=3, precision='auto')
     assert chosen.cost.precision == 'float32' and chosen.map_error is not None
 
 

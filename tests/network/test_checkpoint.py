@@ -261,7 +261,7 @@ def test_names_that_could_do_harm_do_nothing(tmp_path, state, call):
     checkpoint = read(tmp_path, {'hook': evil, 'state_dict': state})
     assert same(checkpoint.state, state) and not mark.exists()
     # The weights of an evil tensor are none.
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match='no state dict'):
         read(tmp_path, {'state_dict': dict.fromkeys(state, evil)})
     assert not mark.exists()
 

@@ -110,33 +110,35 @@ def test_what_the_factory_computes_is_part_of_what_is_finished(folder):
     for changed in (False, False, True):
         if changed:
             (folder / 'unet.py').write_text(UNET.replace('max_pool2d', 'avg_pool2d'))
-        command = [sys.executable, str(ROOT / 'integrated_gradients.py'), *flags(folder, factory)]
-        subprocess.run(command, check=True, capture_output=True)
+        assert main([*flags(folder, factory), '--figures', 'none']) == 0
         (path,) = folder.glob('out/*/*_statistics.json')
         runs.append((path.stat().st_mtime_ns, json.loads(path.read_text())['resume_key']))
     assert runs[0] == runs[1] and runs[1][1] != runs[2][1]
 
 
-@pytest.mark.parametrize(
-    ('how', 'used'), [('import layers', 'layers.block'), ('from layers import block', 'block')]
-)
-def test_code_beside_the_factory_is_part_of_the_network(tmp_path, how, used):
-    """However it is imported, and although no weight tells."""
-    code = f'{how}\nfrom torch import nn\n\n\nclass Net(nn.Conv2d):\n    def forward(self, x):\n'
-    (tmp_path / 'net.py').write_text(f'{code}        return {used}(super().forward(x))\n')
+def test_code_beside_the_factory_is_part_of_the_network(tmp_path):
+    """However it is imported, in whatever process, and although no weight tells."""
+    ways = {'import layers': 'layers.block', 'from layers import block': 'block'}
+    for number, (how, used) in enumerate(ways.items()):
+        forward = f'    def forward(self, x):\n        return {used}(super().forward(x))\n'
+        code = f'{how}\nfrom torch import nn\n\n\nclass Net(nn.Conv2d):\n{forward}'
+        (tmp_path / f'net{number}.py').write_text(code)
     script = (
         'import sys; from igseg.network.factory import build_network; '
         'from igseg.network.identity import structure_digest; '
         'options = {"in_channels": 3, "out_channels": 1, "kernel_size": 1}; '
-        'print(structure_digest(build_network(sys.argv[1], options)))'
+        'print(*(structure_digest(build_network(one, options)) for one in sys.argv[1:]))'
     )
+    factories = [f'{tmp_path}/net{number}.py:Net' for number in range(len(ways))]
     digests = []
     for factor in (1, 1, 2):
         (tmp_path / 'layers.py').write_text(f'def block(x):\n    return {factor} * x\n')
-        command = [sys.executable, '-B', '-c', script, f'{tmp_path}/net.py:Net']
+        command = [sys.executable, '-B', '-c', script, *factories]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-        digests.append(done.stdout)
-    assert digests[0] == digests[1] != digests[2]
+        digests.append(done.stdout.split())
+    assert digests[0] == digests[1]
+    for before, after in zip(digests[1], digests[2], strict=True):
+        assert before != after
 
 
 @pytest.mark.parametrize('ours', ['errors', 'checks.verdict', 'network.recognise'])

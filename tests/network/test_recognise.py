@@ -181,17 +181,17 @@ def test_names_of_earlier_versions(tmp_path):
 def test_weights_that_fit_nothing_are_an_error_at_once(tmp_path, change, message):
     state = {**network('unet', 'resnet18', {}).state_dict(), **change}
     torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / 'm.pth')
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone, however busy the machine is
     with pytest.raises(InputError, match=message) as caught:
         load_model(tmp_path / 'm.pth', 'cpu')
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert '--model_factory' in str(caught.value) and '\n' not in str(caught.value)
 
 
 def test_a_model_much_larger_than_its_file_is_not_built(tmp_path):
     state = network('unet', 'resnet18', {}).state_dict()
     stem = torch.zeros(1).expand(64, 10**8, 7, 7)  # a single number for very many channels
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match='encoder that was not recognised'):
         recognise({**state, 'encoder.conv1.weight': stem}, tmp_path, create_model)
 
 

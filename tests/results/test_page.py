@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from helpers import EVIL, checked_batch, noise_image, save_image, tiny_model
+from helpers import EVIL, PLAIN_BATCH, noise_image, save_image
 
 from igseg.settings import reproducing_command
 from igseg.statistics import counts_text, shown, span_text
 from integrated_gradients import Settings, build_parser, main
-
-
-@pytest.fixture(scope='module')
-def batch(tmp_path_factory) -> Path:
-    return checked_batch(tmp_path_factory.mktemp('page'))
 
 
 def test_the_page_stands_alone(batch):
@@ -87,10 +81,9 @@ def test_methods_stand_side_by_side_with_their_checks(tmp_path):
     methods = ['ig', 'gradient', 'occlusion']
     for number in range(2):
         save_image(tmp_path / 'data' / f'a{number}.png', noise_image(40, 60, number))
-    arguments = ['--mode', 'batch', *tiny_model(tmp_path), '--device', 'cpu', '--data_dir',
-                 str(tmp_path / 'data'), '--output_dir', str(tmp_path / 'results'),
-                 '--image_size', '64', '--num_steps', '4', '--target', 'image', '--evaluate',
-                 'quick', '--figures', 'png', '--method', *methods]  # fmt: skip
+    arguments = [*PLAIN_BATCH, '--data_dir', str(tmp_path / 'data'), '--output_dir',
+                 str(tmp_path / 'results'), '--evaluate', 'quick', '--figures', 'png', '--method',
+                 *methods]  # fmt: skip
     assert main(arguments) == 0
     text = (tmp_path / 'results' / 'index.html').read_text(encoding='utf-8')
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
@@ -109,6 +102,7 @@ def test_methods_stand_side_by_side_with_their_checks(tmp_path):
 def test_one_method_has_nothing_beside_it(batch):
     text = (batch / 'index.html').read_text(encoding='utf-8')
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert len(data) == 3
     for entry in data:
         assert entry['beside'] is None and 'methods' not in entry['files']
         assert entry['of'] == 'truth'

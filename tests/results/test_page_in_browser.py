@@ -6,20 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from helpers import EVIL, checked_batch, images_of
+from helpers import EVIL, PATIENCE, images_of
 
 from igseg.analysis import summary
 from igseg.analysis.summary import read_table
 from igseg.results.page import report_html
 from integrated_gradients import Settings
-
-
-@pytest.fixture(scope='module')
-def batch(browser, tmp_path_factory) -> Path:
-    return checked_batch(tmp_path_factory.mktemp('page'))
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +26,9 @@ def browser() -> Iterator:
                  '--disable-background-networking', '--disable-component-update',
                  '--disable-sync']  # fmt: skip
         try:
-            started = driver.chromium.launch(executable_path=chromium, args=flags)
+            started = driver.chromium.launch(
+                executable_path=chromium, args=flags, timeout=1000 * PATIENCE
+            )
         except playwright.Error:
             if os.environ.get('REQUIRE_BROWSER'):
                 raise
@@ -41,11 +37,18 @@ def browser() -> Iterator:
         started.close()
 
 
+def new_page(browser, **how: object):
+    """A page that is waited for however busy the machine is."""
+    opened = browser.new_page(**how)
+    opened.set_default_timeout(1000 * PATIENCE)
+    return opened
+
+
 @pytest.fixture
 def page(browser, batch) -> Iterator:
     """The opened page. All errors of the browser fail the test, and so does every address that is
     not that of a file."""
-    opened = browser.new_page(viewport={'width': 1100, 'height': 800})
+    opened = new_page(browser, viewport={'width': 1100, 'height': 800})
     trouble: list[str] = []
     opened.on('console', lambda message: trouble.append(message.text))
     opened.on('pageerror', lambda error: trouble.append(str(error)))
@@ -154,7 +157,7 @@ def test_an_evil_name_is_text(browser, batch, tmp_path):
         images, {**content['summary'], 'figures': {}}, failed, failed, [EVIL] * len(images)
     )
     (tmp_path / 'index.html').write_text(text, encoding='utf-8')
-    opened = browser.new_page()
+    opened = new_page(browser)
     opened.goto((tmp_path / 'index.html').as_uri())
     opened.locator('.open').first.click()
     for place in ('#detail-name', '#detail-verdict', '#detail-command'):
@@ -173,7 +176,7 @@ def test_a_thousand_images(browser, batch, tmp_path):
     text = report_html(entries, {**content['summary'], 'figures': {}}, [], [], ['python'] * 1000)
     assert len(text) < 20e6
     (tmp_path / 'index.html').write_text(text, encoding='utf-8')
-    opened = browser.new_page()
+    opened = new_page(browser)
     opened.goto((tmp_path / 'index.html').as_uri(), wait_until='domcontentloaded')
     opened.locator('th[data-key="1"] button').click()
     assert opened.locator('#images .open').first.inner_text() == 'image_0'
@@ -193,7 +196,7 @@ def test_pages_and_pictures_that_were_left_out(browser, batch, tmp_path, monkeyp
     table, defaults = read_table(results / 'summary.csv'), Settings().record()
     result = summary.result_of(table, results)
     summary.write_summary(table, result, defaults, defaults, results)
-    opened = browser.new_page()
+    opened = new_page(browser)
     opened.goto((results / 'index.html').as_uri())
     assert opened.locator('#images .open').count() == 2 and opened.locator('h2').count() > 1
     opened.locator('nav a').first.click()
