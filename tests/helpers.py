@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import time
@@ -84,6 +86,17 @@ def noise_image(height: int = 40, width: int = 60, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding='utf-8'))))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture."""
+    with Image.open(path) as picture:
+        return picture.size
+
+
 def square_mask(height: int = 40, width: int = 60) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     mask[10:20, 15:30] = 1
@@ -128,6 +141,7 @@ def coco(name: str, folder: str = '') -> dict:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 error of a map."""
+    found, expected = found.detach(), expected.detach()
     return float((found - expected).norm() / expected.norm())
 
 

@@ -11,7 +11,7 @@ def test_notebook_is_committed_without_outputs_and_runs_top_to_bottom(monkeypatc
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == 'code']
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    monkeypatch.setenv('IMAGE_SIZE', '64')
+    monkeypatch.setenv('IMAGE_SIZE', '128')
     client = nbclient.NotebookClient(
         notebook,
         timeout=PATIENCE,

@@ -176,19 +176,21 @@ def _csv_text(rows: Sequence[Sequence[object]]) -> str:
 
 def _append_whole(path: Path, header: str, text: str) -> bool:
     """Add text to a file, after a header if it is new; False, and the file as it was, where it
-    cannot be written."""
+    cannot be written. Without a buffer, which would be written once more when the file is closed
+    and leave as much of a row as there is room for."""
     try:
-        with path.open('a', encoding='utf-8') as stream:
+        with path.open('ab', buffering=0) as stream:
             before = stream.tell()
+            content = (text if before else header + text).encode()
+            whole = False
             try:
-                stream.write(text if before else header + text)
-                stream.flush()
-            except OSError:
-                os.ftruncate(stream.fileno(), before)
-                raise
+                whole = stream.write(content) == len(content)
+            finally:
+                if not whole:
+                    os.ftruncate(stream.fileno(), before)
     except OSError:
         return False
-    return True
+    return whole
 
 
 class Journal:

@@ -1,12 +1,11 @@
 """A batch: what is read once for a run, and what an error of one image costs."""
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import noise_image, save_image
+from helpers import csv_rows, noise_image, save_image
 
 from igseg.analysis import batch as batch_module
 from igseg.analysis import sample as sample_module
@@ -50,7 +49,7 @@ def test_an_unexpected_error_costs_one_image_and_leaves_its_traceback(
     out = tmp_path / 'out'
     result = analyse_batch(explainer(), list_samples(images), SMALL, out, figures='none')
     assert [one['image'] for one in result.images] == ['0', '2']
-    (failed,) = csv.DictReader((out / 'failures.csv').open(encoding='utf-8'))
+    (failed,) = csv_rows(out / 'failures.csv')
     assert failed['image'] == '1'
     assert 'Traceback' in failed['reason'] and "KeyError: 'a fault of ours'" in failed['reason']
 
@@ -104,7 +103,7 @@ def test_an_unexpected_error_while_writing_costs_one_image(images, tmp_path, mon
     out = tmp_path / 'out'
     result = analyse_batch(explainer(), list_samples(images), SMALL, out, figures='none')
     assert [one['image'] for one in result.images] == ['0', '2']
-    (failed,) = csv.DictReader((out / 'failures.csv').open(encoding='utf-8'))
+    (failed,) = csv_rows(out / 'failures.csv')
     assert failed['image'] == '1' and 'Traceback' in failed['reason']
     said = capsys.readouterr().err
     assert 'unexpected KeyError' in said and 'Traceback' not in said

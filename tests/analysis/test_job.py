@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import PATIENCE, PLAIN, PLAIN_BATCH, ROOT, wait_until
+from helpers import PATIENCE, PLAIN, PLAIN_BATCH, ROOT, csv_rows, wait_until
 from torch.distributed import HashStore
 
 import integrated_gradients
@@ -300,7 +299,7 @@ def test_rows_appear_while_the_batch_runs(tmp_path, data):
 
     def before_image() -> None:
         path = tmp_path / 'out' / 'summary.csv'
-        rows.append(len(list(csv.DictReader(path.open()))) if path.exists() else 0)
+        rows.append(len(csv_rows(path)) if path.exists() else 0)
 
     batch_integrated_gradients_analysis(
         data_dir=data,

@@ -1,6 +1,7 @@
 """A batch in numbers: medians with intervals, tables, and pages in order of concern."""
 
 import math
+import resource
 import time
 
 import numpy as np
@@ -55,6 +56,20 @@ def test_rows_are_added_whole_or_not_at_all(tmp_path):
     (tmp_path / 'out' / 'a.csv').unlink()
     table.add([{'x': 3}])
     assert table.text() == 'x,y\n3,\n'
+
+
+def test_a_row_of_which_a_full_disk_takes_a_part_is_left_out_and_comes_with_the_next(tmp_path):
+    table = AppendedTable(tmp_path / 'a.csv', ('x',))
+    table.add([{'x': 1}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        table.add([{'x': 23456789}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / 'a.csv').read_text() == 'x\n1\n'
+    table.add([{'x': 2}])
+    assert (tmp_path / 'a.csv').read_text() == 'x\n1\n23456789\n2\n'
 
 
 def test_the_columns_are_the_flat_statistics(tmp_path, data):

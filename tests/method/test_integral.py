@@ -28,7 +28,7 @@ class Density:
 
 def images(values) -> torch.Tensor:
     """(targets, 3, H, W) from (targets, pixels)."""
-    return torch.as_tensor(values, dtype=torch.float64).reshape(len(values), 3, -1, 1)
+    return torch.as_tensor(np.array(values), dtype=torch.float64).reshape(len(values), 3, -1, 1)
 
 
 def jumping(alpha: float) -> torch.Tensor:

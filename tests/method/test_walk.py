@@ -72,9 +72,7 @@ def test_the_same_target_object_may_be_given_twice(ig, brain):
     assert relative_error(second.attributions, first.attributions) < 1e-6
 
 
-def test_open_rules_need_two_more_forward_passes_and_a_crop_one_for_comparison(
-    exact_ig, brain
-):
+def test_open_rules_need_two_more_forward_passes_and_a_crop_one_for_comparison(exact_ig, brain):
     explanation = exact_ig.explain(brain, num_steps=9, rule='midpoint')
     assert explanation.cropping.computed_share < 0.9
     assert explanation.cost.forward_passes == 9 + 2 + 1 and explanation.gradient_evaluations == 9

@@ -157,9 +157,9 @@ def test_a_long_title_of_the_summary_figure_stays_on_the_page():
 def test_pictures_are_legible_when_printed(tmp_path):
     path = tmp_path / 'a.png'
     attribution_figure(view(320, 320), statistics_for_figures()).savefig(path)
-    picture = Image.open(path)
-    assert picture.info['dpi'][0] >= 149
-    assert 1500 < picture.width < 3000 and picture.height < 3000
+    with Image.open(path) as picture:
+        assert picture.info['dpi'][0] >= 149
+        assert 1500 < picture.width < 3000 and picture.height < 3000
 
 
 def test_pixels_whose_sign_is_not_settled_are_dimmed():
