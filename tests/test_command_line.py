@@ -1,5 +1,6 @@
 """The command line as a user runs it: single, batch, resuming, and every bad input."""
 
+import contextlib
 import csv
 import json
 import os
@@ -33,6 +34,7 @@ from PIL import Image
 from plain_network import WEIGHTS
 
 import integrated_gradients
+from igseg.analysis import job
 from igseg.analysis.job import StopSignals
 from igseg.network.loading import create_model
 from integrated_gradients import batch_integrated_gradients_analysis, build_parser, main
@@ -322,6 +324,21 @@ def test_a_signal_that_python_drops_still_stops():
             stop.check()
     assert stop.exit_status == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_signal_that_torchrun_passes_on_late_is_one_with_the_first(monkeypatch, ranks):
+    """On a busy machine it took more than three seconds, and no summary was left."""
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'a')
+    monkeypatch.setenv('WORLD_SIZE', str(ranks))
+    now = 100.0
+    monkeypatch.setattr(job.time, 'monotonic', lambda: now)
+    with StopSignals():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        now += 10
+        with contextlib.nullcontext() if ranks == 2 else pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_background_job_goes_on_ignoring_ctrl_c():

@@ -226,9 +226,11 @@ class StopSignals:
     """
 
     AT_ONCE = 3.0  # seconds
+    PASSED_ON = 30.0  # seconds in which torchrun, on however busy a machine, has passed a signal on
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._at_once = self.PASSED_ON if started_by_torchrun() else self.AT_ONCE
         self._when = -math.inf
 
     def __enter__(self) -> StopSignals:
@@ -244,7 +246,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        if time.monotonic() - self._when < self.AT_ONCE:
+        if time.monotonic() - self._when < self._at_once:
             return
         self.number, self._when = number, time.monotonic()
         raise KeyboardInterrupt

@@ -287,7 +287,7 @@ def test_factories_that_do_not_work_are_an_error_of_one_sentence(folder, factory
 
 
 def test_a_factory_goes_without_the_names_of_smp(folder, capsys):
-    (folder / 'm.pth').touch()
+    (folder / 'm.pth').write_text('weights')  # which are not looked at
     arguments = [*flags(folder, f'{folder}/unet.py:UNet'), '--encoder', 'resnet18']
     assert main(arguments) == 2
     assert 'goes without --architecture and --encoder' in capsys.readouterr().err

@@ -82,8 +82,8 @@ def test_methods_stand_side_by_side_with_their_checks(tmp_path):
     for number in range(2):
         save_image(tmp_path / 'data' / f'a{number}.png', noise_image(40, 60, number))
     arguments = [*PLAIN_BATCH, '--data_dir', str(tmp_path / 'data'), '--output_dir',
-                 str(tmp_path / 'results'), '--image_size', '64', '--evaluate', 'quick', '--figures', 'png', '--method',
-                 *methods]  # fmt: skip
+                 str(tmp_path / 'results'), '--image_size', '64', '--evaluate', 'quick',
+                 '--figures', 'png', '--method', *methods]  # fmt: skip
     assert main(arguments) == 0
     text = (tmp_path / 'results' / 'index.html').read_text(encoding='utf-8')
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
