@@ -15,6 +15,8 @@ from igseg.data.pixels import read_image
 from igseg.preprocessing import Preprocessing
 from integrated_gradients import IntegratedGradients, load_model
 
+torch.set_warn_always(True)  # or what torch warns of once is an error of whichever test comes first
+
 if 'PYTEST_XDIST_WORKER' in os.environ:  # beside other workers, more threads only wait for a core
     os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start
     torch.set_num_threads(1)
