@@ -162,10 +162,12 @@ def test_letterbox_padding_counts_in_no_contrast():
 
 
 def test_auto_never_takes_the_black_image_for_stained_nuclei():
-    ig = IntegratedGradients(load_model(ROOT / 'demo' / 'nuclei_model.pth', 'cpu'), 'cpu')
+    model = load_model(ROOT / 'demo' / 'nuclei_model.pth', 'cpu')
+    ig = IntegratedGradients(model, 'cpu', replace(model.preprocessing, image_size=128))
     samples = [
         sample for sample in list_samples(ROOT / 'demo' / 'nuclei') if 'histology' in sample.name
     ]
+    assert len(samples) == 27
     for sample in samples[::4]:
         x = ig.preprocessing.normalise(ig.preprocessing.resize_image(sample.image()))[0]
         assert ig.explain(x, 'predicted', 'auto', num_steps=1, rule='midpoint').baseline != 'zero'

@@ -15,12 +15,12 @@ import torch
 from helpers import (
     DEMO_DATA,
     DEMO_IMAGE,
-    DEMO_MODEL,
     differences,
     integrate,
     noise_image,
     relative_error,
     save_image,
+    tiny_model,
 )
 from torch import nn
 
@@ -739,30 +739,36 @@ def test_an_option_goes_to_every_method_that_has_it():
 
 # ------------------------------------------------------------------ the command line
 
-DEMO_LINE = ['--model_path', str(DEMO_MODEL), '--image_size', '64', '--num_steps', '3', '--device',
-             'cpu', '--target', 'image', '--step_batch', '1']  # fmt: skip
-ON_DEMO = [form_of(name).replace('NAME', 'encoder.stage4') for name in METHODS]
+
+@pytest.fixture(scope='module')
+def line(tmp_path_factory) -> list[str]:
+    """A network with an encoder, and what is asked of it."""
+    return [*tiny_model(tmp_path_factory.mktemp('network')), '--image_size', '64', '--num_steps',
+            '3', '--step_batch', '1', '--device', 'cpu', '--target', 'image']  # fmt: skip
 
 
-def test_every_method_runs_from_the_command_line(tmp_path):
-    arguments = [*DEMO_LINE, '--image_path', str(DEMO_IMAGE), '--method', *ON_DEMO,
+ON_LINE = [form_of(name).replace('NAME', 'encoder.stage3') for name in METHODS]
+
+
+def test_every_method_runs_from_the_command_line(tmp_path, line):
+    arguments = [*line, '--image_path', str(DEMO_IMAGE), '--method', *ON_LINE,
                  '--method_option', 'samples=2', 'window=32', '--figures', 'none',
                  '--output_dir', str(tmp_path)]  # fmt: skip
     assert main(arguments) == 0
-    for method in ON_DEMO:
+    for method in ON_LINE:
         folder = tmp_path / f'{DEMO_IMAGE.stem}_{method.replace(":", "-")}'
         statistics = load_view(folder)[1]
-        assert statistics['method'] == method and statistics['methods'] == ON_DEMO
+        assert statistics['method'] == method and statistics['methods'] == ON_LINE
 
 
 def never(*arguments, **named):
     raise AssertionError('computed again')
 
 
-def test_methods_side_by_side_and_their_regions(tmp_path, monkeypatch):
+def test_methods_side_by_side_and_their_regions(tmp_path, monkeypatch, line):
     """Their figures are written, and drawn again if they are missing, without a new explanation."""
-    methods = ['blur', 'gradcam:encoder.stage4', 'occlusion']
-    arguments = [*DEMO_LINE, '--image_path', str(DEMO_IMAGE), '--method', *methods,
+    methods = ['blur', 'gradcam:encoder.stage3', 'occlusion']
+    arguments = [*line, '--image_path', str(DEMO_IMAGE), '--method', *methods,
                  '--method_option', 'window=32', '--segments', 'xrai', '--figures', 'png',
                  '--output_dir', str(tmp_path)]  # fmt: skip
     assert main(arguments) == 0
@@ -783,9 +789,9 @@ def test_methods_side_by_side_and_their_regions(tmp_path, monkeypatch):
     assert together.read_bytes() == before and regions.is_file()
 
 
-def test_a_batch_of_methods_resumes_where_it_stopped(tmp_path, monkeypatch):
-    arguments = ['--mode', 'batch', *DEMO_LINE, '--data_dir', str(DEMO_DATA), '--num_samples', '2',
-                 '--method', 'expected', 'gradcam:encoder.stage4', '--method_option',
+def test_a_batch_of_methods_resumes_where_it_stopped(tmp_path, monkeypatch, line):
+    arguments = ['--mode', 'batch', *line, '--data_dir', str(DEMO_DATA), '--num_samples', '2',
+                 '--method', 'expected', 'gradcam:encoder.stage3', '--method_option',
                  'references=3', '--figures', 'none', '--output_dir']  # fmt: skip
     assert main([*arguments, str(tmp_path / 'whole')]) == 0
     explained, calls = IntegratedGradients.explain_with, []
@@ -806,12 +812,12 @@ def test_a_batch_of_methods_resumes_where_it_stopped(tmp_path, monkeypatch):
     page = (tmp_path / 'whole' / 'index.html').read_text(encoding='utf-8')
     command = shlex.split(reproducing_command(summary['images'][0], Settings().record()))
     again = settings_from(build_parser().parse_args(command[2:]))
-    assert again.method == ('expected', 'gradcam:encoder.stage4') and 'Traceback' not in page
+    assert again.method == ('expected', 'gradcam:encoder.stage3') and 'Traceback' not in page
     assert again.method_option == ('references=3',)
 
 
-def test_a_tolerance_that_a_method_cannot_keep_to_is_status_2(capsys):
-    line = [*DEMO_LINE, '--image_path', str(DEMO_IMAGE), '--method', 'ig', 'occlusion']
+def test_a_tolerance_that_a_method_cannot_keep_to_is_status_2(capsys, line):
+    line = [*line, '--image_path', str(DEMO_IMAGE), '--method', 'ig', 'occlusion']
     at = line.index('--num_steps')
     assert main([*line[:at], '--tolerance', '0.1', *line[at + 2 :]]) == 2
     message = capsys.readouterr().err
