@@ -1,7 +1,7 @@
-"""The images of a batch: this process's share of them explained, and what comes of each reported.
+"""The images of a batch: a process explains its share of them and reports what came of each.
 
-An image that cannot be used costs that image; so does an error that nobody foresaw, whose traceback
-is then in failures.csv.
+An image that cannot be used does not stop the batch. Nor does an unexpected error: its traceback is
+then in failures.csv.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from igseg.settings import Settings
 
 
 class Batch:
-    """The images of a batch and how they are explained."""
+    """The images of a batch, and how they are explained."""
 
     def __init__(self, study: Study, samples: Sequence[Sample], output: Output) -> None:
         self.study, self.samples, self.output = study, samples, output
-        _ = study.truth_reading  # runs the network: here, not in the thread that reads
+        _ = study.truth_reading  # runs the network, which the reading thread must not
         self._prepared = False
 
     def run(self, before_image: Callable[[], object], share: Share) -> BatchResult:
-        """Explain this process's share; on rank 0, write the summary of all."""
+        """Explain this process's share. On rank 0, also write the summary of the whole batch."""
         names = [sample.name for sample in self.samples]
         progress = Progress(share, self.output.folder, names)
         on_gpu = self.study.explainer.device.type != 'cpu'
         writers = Writers(writer_processes(len(names), on_gpu))
         try:
-            with writers:  # leaving it waits for what is being written
+            with writers:  # the end of the block waits until all files are written
                 for number, pending in read_ahead(share, len(names), self._read):
                     before_image()
                     self._explain(number, pending, writers)
                     progress.add(writers.finished())
             progress.add(writers.finished())
             progress.wait_for_others()
-        finally:  # an interrupted batch keeps a summary of what it finished
+        finally:  # also an interrupted batch gets a summary of its finished images
             progress.add(writers.finished())
             result = progress.finish(self.study.settings, Settings().record())
         return result
@@ -64,17 +64,17 @@ class Batch:
         return Pending.of(self.study, self.samples[number], self.output)
 
     def _explain(self, number: int, pending: Callable[[], Pending], writers: Writers) -> None:
-        """Explain one image, if need be, and have its files written."""
+        """Explain one image, unless it is finished, and have its files written."""
         outcome = Outcome(number, self.samples[number].name)
         try:
-            if writers.in_trouble:  # the last image could not be written: can this one?
+            if writers.in_trouble:  # the last image could not be written: check the folder
                 make_output_folder(self.output.folder)
             by_target, write = self._statistics_of(pending())
         except EmptyTargetError as error:
             writers.settle(replace(outcome, status=SKIPPED, reason=str(error)))
         except InputError as error:
             writers.settle(replace(outcome, status=FAILED, reason=str(error)))
-        except Exception as error:  # a fault of ours: it costs this image, not the batch
+        except Exception as error:  # a bug costs this image, not the batch
             writers.settle(replace(outcome, status=FAILED, reason=unexpected(error)))
         else:
             for statistics in by_target:
@@ -94,8 +94,8 @@ class Batch:
         return statistics_of(self.study, pending, self.output, progress=long)
 
     def _prepare_once(self) -> None:
-        """Prepare the network on the batch's first image, whichever image is this process's first,
-        so that every process, and a run that goes on, decides alike."""
+        """Prepare the network on the first usable image of the batch. So each process, and a run
+        that is continued later, prepares it in the same way."""
         if self._prepared:
             return
         self._prepared, study = True, self.study
@@ -103,6 +103,6 @@ class Batch:
             with contextlib.suppress(InputError):
                 pixels = sample.load(study.channels, study.reading).pixels
                 image = crop_image(pixels, study.reading.crop, sample.name)
-                given = fit(study, ReadImage(image, None))
-                study.explainer.prepare(given.example, study.question.meaning)
+                network_input = fit(study, ReadImage(image, None))
+                study.explainer.prepare(network_input.example, study.question.meaning)
                 return

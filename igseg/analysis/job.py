@@ -1,10 +1,10 @@
-"""What keeps a long batch going: who explains which image, reading ahead, writing behind.
+"""How a long batch keeps going: which process explains which image, reading ahead, writing behind.
 
-The images are numbered in the order of the dataset. Each process claims the next number nobody has
-claimed: with one process a count, under torchrun a counter in the group's store, so that a slow
-image or a slow GPU holds nobody up. While an image is on the device, a thread reads the next one
-and worker processes draw and write those before it. What came of each image, its `Outcome`, goes
-to the process of rank 0, which keeps the summary.
+The images are numbered in the order of the dataset. Each process claims the next number that no
+process has claimed. A single process counts; under torchrun the counter stands in the group's
+store. So a slow image or a slow GPU delays no other process. While an image is on the device, a
+thread reads the next image, and worker processes draw and write the images before it. What came of
+each image, its `Outcome`, goes to the process of rank 0, which keeps the summary.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from filelock import FileLock, Timeout
 
 from igseg.errors import InputError, OutputError, unexpected
 
-if TYPE_CHECKING:  # they take a while to import, and processes that draw do without
+if TYPE_CHECKING:  # slow to import, and not needed by processes that draw
     from loky import ProcessPoolExecutor
     from torch.distributed.distributed_c10d import Store
 
 DONE, SKIPPED, FAILED = 'done', 'skipped', 'failed'
 LOCK, HOLDER = '.lock', '.holder.json'  # in the output folder
-MAX_WRITERS = {False: 2, True: 8}  # processes that draw and write, for each rank: beside a GPU
-POLL = 0.1  # seconds between looks at what other ranks have finished
+MAX_WRITERS = {False: 2, True: 8}  # processes that write, for each rank; True: beside a GPU
+POLL = 0.1  # seconds between two looks at what other ranks have finished
 GRACE = 10.0  # seconds that an interrupted batch waits for the other ranks
 NETWORK_DELAY = 5.0  # seconds until a shared folder shows what another machine has written
 
@@ -44,13 +44,13 @@ Item = TypeVar('Item')
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one image."""
+    """What came of an image."""
 
     number: int  # its place in the batch
     image: str
     status: str = DONE  # or SKIPPED (empty target), or FAILED (unusable input, or not written)
-    reason: str = ''  # one sentence, where it is not done
-    rows: tuple[dict[str, Any], ...] = ()  # of summary.csv, one for each target, where it is done
+    reason: str = ''  # one sentence, if it is not done
+    rows: tuple[dict[str, Any], ...] = ()  # of summary.csv, for each target, if it is done
 
 
 # --------------------------------------------------------------------------- who explains what
@@ -63,14 +63,14 @@ class Share(Protocol):
     size: int  # processes in all
 
     def claim(self, total: int, ahead: bool) -> int | None:
-        """The next number nobody has claimed; None where there is none, or where it is asked for
-        ahead of need and another process may be waiting for it."""
+        """The next number that no process has claimed; None if there is none. ahead: the number is
+        not needed yet; then also None if another process may be waiting for it."""
 
     def report(self, outcome: Outcome) -> None:
         """Tell rank 0 what came of an image."""
 
     def collect(self) -> list[Outcome]:
-        """On rank 0: what was reported since the last call."""
+        """On rank 0: all that was reported since the last call."""
 
     def begin(self) -> None:
         """Called by each process before its first image: the others wait for rank 0."""
@@ -126,13 +126,13 @@ class Group:
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        """store: one that all ranks share."""
+        """store: all ranks share it."""
         self.store, self.rank, self.size = store, rank, size
         self._collected = 0
 
     @classmethod
     def of_torchrun(cls) -> Group:
-        """The group this process belongs to, by the variables that torchrun set."""
+        """The group of this process, by the variables that torchrun set."""
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
@@ -163,25 +163,27 @@ class Group:
         return new
 
     def begin(self) -> None:
-        """See `Share`. After a restart torchrun's store may still hold what those that died have
-        left: rank 0 takes a part of it for those that are alive, and invites them there."""
+        """See `Share`. After a restart torchrun's store may still hold entries of processes that
+        died. So rank 0 takes an empty part of the store and invites the living ranks there."""
         from torch.distributed.distributed_c10d import PrefixStore
 
-        common, own_name = self.store, uuid4().hex
+        common, process_name = self.store, uuid4().hex
         if self.rank > 0:
-            common.set(f'rank {self.rank}', own_name)
-            invitation = f'invitation of {own_name}'
+            common.set(f'rank {self.rank}', process_name)
+            invitation = f'invitation of {process_name}'
             while not common.check([invitation]):  # `get` alone would not hear a signal
                 time.sleep(POLL)
             self.store = PrefixStore(common.get(invitation).decode(), common)
             self.store.add('joined', 1)
             return
-        self.store = PrefixStore(own_name, common)
+        self.store = PrefixStore(process_name, common)
         names = [f'rank {rank}' for rank in range(1, self.size)]
         while self.store.add('joined', 0) < len(names):
             for name in names:
-                if common.check([name]):  # perhaps that of a rank that died: then it comes again
-                    common.set(f'invitation of {common.get(name).decode()}', own_name)
+                if common.check(
+                    [name]
+                ):  # perhaps a dead rank's, until the living one overwrites it
+                    common.set(f'invitation of {common.get(name).decode()}', process_name)
             time.sleep(POLL)
 
     def leave(self) -> None:
@@ -195,16 +197,16 @@ class Group:
 
 
 def device_of_rank(device: str, ranks: int) -> str:
-    """One GPU for each of several processes on a machine, where GPUs are to be used."""
-    import torch  # not above: the processes that draw do without
+    """The device of this process: a GPU for each of several processes, if GPUs are used."""
+    import torch  # not above: the processes that draw do not need it
 
     from igseg.network.loading import resolve_device
 
     if ranks == 1 or device not in ('auto', 'cuda') or not torch.cuda.is_available():
         return device
-    own = f'cuda:{os.environ["LOCAL_RANK"]}'
-    torch.cuda.set_device(resolve_device(own))
-    return own
+    gpu = f'cuda:{os.environ["LOCAL_RANK"]}'
+    torch.cuda.set_device(resolve_device(gpu))
+    return gpu
 
 
 def started_by_torchrun() -> bool:
@@ -219,10 +221,10 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a KeyboardInterrupt that cannot get lost.
 
     Python drops an exception that a signal handler raises while a destructor or a callback runs.
-    The signal's number stays here, and `check` raises again. Signals that follow at once are one
-    with the first (torchrun passes on the Ctrl-C that its processes have had too), so that they
-    do not stop the summary from being written. A signal that is ignored, as shells make background
-    jobs ignore Ctrl-C, stays ignored.
+    This class keeps the signal's number, and `check` raises again. Signals that follow at once are
+    counted with the first, so that they do not stop the summary from being written: torchrun
+    passes on a Ctrl-C that its processes have already received. A signal that the process ignores,
+    as background jobs of a shell ignore Ctrl-C, stays ignored.
     """
 
     AT_ONCE = 3.0  # seconds
@@ -252,18 +254,18 @@ class StopSignals:
         raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt where a signal has come."""
+        """Raise KeyboardInterrupt if a signal has come."""
         if self.number is not None:
             raise KeyboardInterrupt
 
     @property
     def exit_status(self) -> int:
-        """What the shell expects of a process ended by that signal: 130 or 143."""
+        """The exit status of a process that the signal has ended: 130 or 143."""
         return 128 + (self.number or signal.SIGINT)
 
 
 def _holder(folder: Path) -> str:
-    """Who holds a folder, in words; empty where that is not known."""
+    """The run that holds a folder, in words; empty if it is unknown."""
     try:
         holder = json.loads((folder / HOLDER).read_text())
         return f' (process {holder["process"]} on {holder["host"]} since {holder["since"]})'
@@ -273,8 +275,8 @@ def _holder(folder: Path) -> str:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of an output folder. The operating system frees it when the process
-    ends, however it ends. Raises InputError, naming the holder, where another run has it."""
+    """Keep other runs out of an output folder. The operating system frees the folder when the
+    process ends in any way. Raises InputError, which names the holder, if another run has it."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -293,7 +295,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
             ))  # fmt: skip
         yield
     finally:
-        for name in (HOLDER, LOCK):  # before the release: then nobody else's is removed
+        for name in (HOLDER, LOCK):  # before the release, so that no file of another run is removed
             with contextlib.suppress(OSError):
                 (folder / name).unlink(missing_ok=True)
         lock.release()
@@ -305,8 +307,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def read_ahead(
     share: Share, total: int, read: Callable[[int], Item]
 ) -> Iterator[tuple[int, Callable[[], Item]]]:
-    """The numbers this process claims, each with a function that gives what was read, or raises
-    what reading raised. The next one is read while the caller works on the one before."""
+    """The numbers that this process claims, each with a function that returns what was read, or
+    raises what reading raised. While the caller works on an item, the next one is read."""
     with ThreadPoolExecutor(1, 'reading') as reader:
         waiting: list[tuple[int, Future[Item]]] = []
         while True:
@@ -332,9 +334,9 @@ def _end_with(parent: int) -> None:
 
 
 def start_worker(parent: int) -> None:
-    """Prepare a process that draws and writes: it takes only what time the computation leaves (else
-    every parallel loop there would wait for a core), leaves Ctrl-C to its parent, and ends with
-    it, however that ends."""
+    """Prepare a process that draws and writes. It has a low priority, else each parallel loop of
+    the computation would wait for a core. It ignores Ctrl-C, which its parent handles, and it ends
+    when its parent ends in any way."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(os, 'nice'):
@@ -343,17 +345,17 @@ def start_worker(parent: int) -> None:
 
 
 def _new_pool(processes: int) -> ProcessPoolExecutor:
-    from loky import ProcessPoolExecutor  # takes a while
+    from loky import ProcessPoolExecutor  # slow to import
 
     return ProcessPoolExecutor(processes, initializer=start_worker, initargs=(os.getpid(),))
 
 
 class Writers:
-    """Worker processes that draw and write finished images, and what came of all images.
+    """Worker processes that draw and write explained images; and what came of all images.
 
     At most two images wait for each process; then `add` waits too, so that memory stays bounded.
-    With no processes, everything happens at once in the caller's. Leaving the context waits for
-    what is being written.
+    Without worker processes the caller's process does everything at once. The end of the context
+    waits until all files are written.
     """
 
     def __init__(self, processes: int) -> None:
@@ -373,7 +375,7 @@ class Writers:
             self._pool.shutdown(wait=True)
 
     def add(self, outcome: Outcome, write: Callable[[], object]) -> None:
-        """Have an image written; its outcome is what is given, or FAILED where that fails."""
+        """Have an image written. Its outcome is `outcome`, or FAILED if writing fails."""
         if not self._processes:
             self._settle(outcome, write)
             return
@@ -393,11 +395,11 @@ class Writers:
         return len(self._waiting)
 
     def settle(self, outcome: Outcome) -> None:
-        """Note what came of an image for which nothing is to be written."""
+        """Note what came of an image of which nothing is written."""
         self._finished.append(outcome)
 
     def finished(self) -> list[Outcome]:
-        """What has come of images since the last call."""
+        """What came of images since the last call."""
         self.settle_done()
         finished, self._finished = self._finished, []
         return finished
@@ -426,14 +428,14 @@ class Writers:
                 '(run the same command again; --figures none needs less)'
             )
             outcome = replace(outcome, status=FAILED, reason=reason, rows=())
-        except Exception as error:  # a fault of ours: it costs this image, not the batch
+        except Exception as error:  # a bug costs this image, not the batch
             outcome = replace(outcome, status=FAILED, reason=unexpected(error), rows=())
         self.settle(outcome)
 
 
 def writer_processes(images: int, on_gpu: bool) -> int:
-    """How many processes should write: none for a handful of images, whose start would take longer
-    than it saves; more beside a GPU, which can explain faster than two could draw."""
+    """How many processes should write. None for a few images: to start them would take longer than
+    they save. More beside a GPU, which explains faster than two processes draw."""
     if images < 8:
         return 0
     ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))

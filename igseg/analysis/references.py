@@ -1,7 +1,7 @@
-"""Other images that an image is compared with: those of its dataset, or of a folder.
+"""Other images that an image is compared with: images of its dataset, or of a folder.
 
-Methods that draw their baselines from data (expected gradients) take some of them, evenly spaced,
-and never the image itself, nor a copy of it.
+Methods that draw their baselines from data (expected gradients) take some of these images, evenly
+spaced. They never take the explained image or a copy of it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from igseg.settings import Settings
 
 
 class ReferenceImages:
-    """Samples of which others are compared with; each is read once."""
+    """Samples whose images an image may be compared with; each is read once."""
 
     def __init__(self, samples: Sequence[Sample], reading: Reading) -> None:
         self.samples, self.reading = list(samples), reading
-        self.unreadable: list[str] = []  # why some of them are left out
+        self.unreadable: list[str] = []  # the reasons why samples are left out
         self._read: dict[str, np.ndarray | None] = {}  # pixels (H, W, C) by name; None: unreadable
 
     def chosen(self, count: int) -> list[Sample]:
-        """So many, evenly spaced, and one more in the place of the image itself."""
+        """`count` + 1 samples, evenly spaced: the explained image may be among them."""
         return choose_samples(self.samples, count + 1)
 
     def sha256(self, count: int) -> str:
-        """Of the files that may be drawn from; one that cannot be read counts as empty."""
+        """The digest of the image files that may be used; an unreadable file counts as empty."""
         digest = hashlib.sha256()
         for sample in self.chosen(count):
             content, _ = attempt(sample.image_path.read_bytes, OSError)
@@ -42,29 +42,29 @@ class ReferenceImages:
         return digest.hexdigest()
 
     def tensors(self, fit: Preprocessing, x: torch.Tensor, count: int) -> torch.Tensor:
-        """At most `count` images other than x (1, C, H, W), as the network takes them: (n, C, H,
-        W). Raises InputError where there is none."""
-        found = []
+        """At most `count` images other than x (1, C, H, W), as inputs of the network (n, C, H, W).
+        Raises InputError if there is no such image."""
+        tensors: list[torch.Tensor] = []
         for sample in self.chosen(count):
             image = self._pixels(sample, fit.channels)
             if image is None:
                 continue
-            own = fit.of_image(image)
-            other = own.normalise(own.resize_image(image)).to(x)
+            preprocessing = fit.of_image(image)
+            other = preprocessing.normalise(preprocessing.resize_image(image)).to(x)
             if other.shape == x.shape and not torch.equal(other, x):
-                found.append(other)
-        if not found:
-            said = (
+                tensors.append(other)
+        if not tensors:
+            problem = (
                 f'no other image to compare with can be used: {self.unreadable[0]}'
                 if self.unreadable
                 else 'there is no other image to compare with'
             )
-            raise InputError(f'{said} (name a folder with --reference_dir)')
-        return torch.cat(found[:count])
+            raise InputError(f'{problem} (name a folder with --reference_dir)')
+        return torch.cat(tensors[:count])
 
     def _pixels(self, sample: Sample, channels: int) -> np.ndarray | None:
-        """Of a sample, cut like the image that is explained, where it is large enough; None where
-        it cannot be read."""
+        """The pixels (H, W, C) of a sample, None if it cannot be read. They are cropped like the
+        explained image, if they are large enough."""
         if sample.name not in self._read:
             loaded, why = attempt(partial(sample.load, channels, self.reading), InputError, OSError)
             if loaded is None:
@@ -80,8 +80,8 @@ class ReferenceImages:
 
 
 def references_of(settings: Settings, samples: Sequence[Sample]) -> ReferenceImages:
-    """The images that methods may compare with: those of the folder that the settings name, else
-    these. Raises InputError for an unusable folder."""
+    """The images that methods may compare with: images of the folder that the settings name, else
+    of `samples`. Raises InputError for an unusable folder."""
     if settings.reference_dir is not None:
         try:
             samples = list_samples(settings.reference_dir)
@@ -91,19 +91,22 @@ def references_of(settings: Settings, samples: Sequence[Sample]) -> ReferenceIma
 
 
 def other_images(
-    given: ReferenceImages | torch.Tensor | None, count: int, x: torch.Tensor, fit: Preprocessing
+    references: ReferenceImages | torch.Tensor | None,
+    count: int,
+    x: torch.Tensor,
+    fit: Preprocessing,
 ) -> tuple[torch.Tensor | None, tuple[str, ...]]:
     """The other images (n, C, H, W) that a method compares an input x (1, C, H, W) with, at most
-    `count`, and what there is to say of them; None where it compares with none."""
+    `count`, and notes about them. None if count is 0: the method needs no other images."""
     if not count:
         return None, ()
-    if isinstance(given, torch.Tensor):
-        if given.ndim != 4 or given.shape[1:] != x.shape[1:] or not len(given):
+    if isinstance(references, torch.Tensor):
+        if references.ndim != 4 or references.shape[1:] != x.shape[1:] or not len(references):
             raise InputError(
                 f'references must have the shape (n, {", ".join(map(str, x.shape[1:]))}) of '
-                f'images like the input, not {tuple(given.shape)}'
+                f'images like the input, not {tuple(references.shape)}'
             )
-        return given.detach().to(x)[:count], ()
-    source = ReferenceImages((), Reading()) if given is None else given
-    found = source.tensors(fit, x, count)
-    return found, tuple(f'left out of the reference images: {why}' for why in source.unreadable)
+        return references.detach().to(x)[:count], ()
+    source = ReferenceImages((), Reading()) if references is None else references
+    others = source.tensors(fit, x, count)
+    return others, tuple(f'left out of the reference images: {why}' for why in source.unreadable)

@@ -1,4 +1,4 @@
-"""Settings taken apart, once for a run: here they end, and each stage gets the part it needs."""
+"""The settings of a run, taken apart once: each stage gets only the part that it needs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from igseg.settings import Settings
 
 
 class BaselineFile:
-    """The picture of a baseline, from a file; read once for each number of channels. Raises
-    InputError where the file cannot be opened."""
+    """The picture of a baseline from a file, read once for each number of channels. Raises
+    InputError if the file cannot be opened."""
 
     def __init__(self, path: str, reading: Reading) -> None:
         self.path, self._reading = path, reading
@@ -44,7 +44,7 @@ class BaselineFile:
         self._read: dict[int, np.ndarray | None] = {}
 
     def picture(self, channels: int) -> np.ndarray | None:
-        """(h, w, C), 0-255. Raises InputError where it cannot be read."""
+        """The picture (h, w, C), 0-255. Raises InputError if it cannot be read."""
         if channels not in self._read:
             self._read[channels] = read_baseline(self.path, channels, self._reading)
         return self._read[channels]
@@ -52,18 +52,18 @@ class BaselineFile:
 
 @dataclass(frozen=True)
 class SideFiles:
-    """The files beside model and images that settings name, read once for a run."""
+    """The files that settings name beside model and images, read once for a run."""
 
-    labels: LabelMap | None  # what the values of masks stand for
+    labels: LabelMap | None  # the meaning of the values in masks
     baseline: BaselineFile | None
-    references: ReferenceImages  # other images, for methods that compare with such
+    references: ReferenceImages  # other images, for methods that need such
 
     @classmethod
     def of(cls, settings: Settings, samples: Sequence[Sample] = ()) -> SideFiles:
         """samples: the other images of the dataset. Raises InputError."""
         labels = None if settings.label_map is None else read_label_map(settings.label_map)
-        known = settings.baseline in BASELINES or settings.baseline == AUTO
-        baseline = None if known else BaselineFile(settings.baseline, settings.reading)
+        without_file = settings.baseline in BASELINES or settings.baseline == AUTO
+        baseline = None if without_file else BaselineFile(settings.baseline, settings.reading)
         return cls(labels, baseline, references_of(settings, samples))
 
 
@@ -72,10 +72,10 @@ class SideFiles:
 
 @dataclass(frozen=True)
 class Study:
-    """What is the same for all images of a run, each part for the stage that needs it."""
+    """Everything that all images of a run share; each part is for the stage that needs it."""
 
     explainer: Explainer
-    settings: dict[str, Any]  # as they were asked for, for the summary
+    settings: dict[str, Any]  # as the user wants them, for the summary
     files: SideFiles
     reading: Reading  # of images
     label_map: str | None  # the file of the label map
@@ -85,9 +85,9 @@ class Study:
     question: Question
     integration: Integration
     methods: tuple[Method, ...]
-    effort: str | None  # of the checks; None: none are made
+    effort: str | None  # of the checks; None: no checks
     thresholds: Thresholds  # of the verdict
-    segments: str | None  # whether regions are ranked
+    segments: str | None  # how regions are found; None: regions are not ranked
     record: dict[str, Any]  # the settings as they took effect, and the network's identity
 
     @classmethod
@@ -98,7 +98,7 @@ class Study:
         samples: Sequence[Sample] = (),
         files: SideFiles | None = None,
     ) -> Study:
-        """samples: the other images of the dataset. files: where they were read already. Raises
+        """samples: the other images of the dataset. files: if they were read already. Raises
         InputError."""
         files = SideFiles.of(settings, samples) if files is None else files
         network, facts = explainer.facts.look_again(), explainer.facts
@@ -106,7 +106,7 @@ class Study:
         if tile is not None:
             tile = sides(size_taken(facts.model, network, facts.preprocessing.channels, tile))
         if files.baseline is not None:
-            files.baseline.picture(facts.preprocessing.channels)  # now: the file may change
+            files.baseline.picture(facts.preprocessing.channels)  # read it now: the file may change
         methods = tuple(map(build_method, settings.methods))
         return cls(
             explainer=explainer,
@@ -128,21 +128,21 @@ class Study:
 
     @property
     def network(self) -> NetworkDescription:
-        """What the network is taken for."""
+        """The description of the network, under the meaning that settings give its outputs."""
         return self.explainer.facts.description_for(self.question.meaning)
 
     @property
     def channels(self) -> int:
-        """How many channels images are read with."""
+        """The number of channels with which images are read."""
         return self.explainer.facts.preprocessing.channels
 
     @property
     def method_names(self) -> tuple[str, ...]:
-        """The methods as on the command line."""
+        """The names of the methods, as on the command line."""
         return tuple(method.name for method in self.methods)
 
     def question_for(self, channels: int) -> Question:
-        """The question that is asked of images of C channels."""
+        """The question for images of C channels, with the picture of the baseline's file."""
         baseline = self.files.baseline
         image = None if baseline is None else baseline.picture(channels)
         return replace(self.question, baseline_image=image)
@@ -153,23 +153,24 @@ class Study:
 
     @cached_property
     def truth_reading(self) -> TruthReading:
-        """What is known when ground truths are read."""
-        said = TruthReading(
+        """All that is needed to read ground truths: the label map, the number of classes."""
+        reading = TruthReading(
             label_map=self.files.labels, ignore_label=self.ignore_label, pixels=self.reading
         )
         count = self.explainer.facts.logit_maps()
         if count is None:
-            return said
+            return reading
         kind = self.network.kind(torch.empty(count, 1, 1))
         if kind == EXCLUSIVE:
-            return replace(said, numbers=count, background=self.network.background)
-        return replace(said, numbers=count + 1, one_class=count == 1)
+            return replace(reading, numbers=count, background=self.network.background)
+        return replace(reading, numbers=count + 1, one_class=count == 1)
 
 
 def _record(
     explainer: Explainer, settings: Settings, files: SideFiles, methods: Sequence[Method]
 ) -> dict[str, Any]:
-    """All settings as they took effect and the network's identity, for statistics and resume."""
+    """All settings as they took effect, and the identity of the network: for the statistics, and
+    to recognise finished images."""
     facts = explainer.facts
     record = {
         **settings.record(),

@@ -1,8 +1,8 @@
 """The tables, figures and pages of a batch, made without holding its images in memory.
 
-While a batch runs, a `Journal` adds each image's row to summary.csv. At the end the rows are put
-into the order of the dataset, and everything else is made from that table and from the images'
-own statistics files, read one after the other.
+While a batch runs, a `Journal` adds the rows of each image to summary.csv. At the end the rows are
+put into the order of the dataset. Everything else is made from that table and from the statistics
+files of the images, which are read one after the other.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from igseg.statistics import (
     names_of_channels,
 )
 
-if TYPE_CHECKING:  # it takes a while to import, and is needed when a batch ends
+if TYPE_CHECKING:  # slow to import, and needed only when a batch ends
     import pandas as pd
 
-CHANNELS = ('share_red', 'share_green', 'share_blue')  # of `channel_shares`, where there are such
+CHANNELS = ('share_red', 'share_green', 'share_blue')  # from `channel_shares` of colours
 _FLAT = {key: row.kind for key, row in STATISTICS.items() if row.kind != COMPOUND}
 _RECORDS = {key: kind for key, kind in _FLAT.items() if STATISTICS[key].group == RECORD}
 COLUMNS = {  # of summary.csv and summary.parquet: the flat statistics, and what a batch adds
@@ -72,34 +72,34 @@ SUMMARISED = tuple(  # figures whose median over a batch is given
     if row.summarised and row.group == group
 )
 FAILURES = ('image', 'reason')  # columns of failures.csv
-NOT_REPEATED = ('evaluation', 'trend')  # in summary.json: long, and in each image's own file
+NOT_REPEATED = ('evaluation', 'trend')  # in summary.json: long, and in the image's statistics
 DEGENERATE_RATIO = 0.95  # a mask covering more than this looks like wrong preprocessing
-BOOTSTRAPPED = 1000  # values; for more, the bootstrap costs much and says the same
+BOOTSTRAPPED = 1000  # values at most; for more, the bootstrap is slow and gives the same
 PAGE_LENGTH = 500  # explanations on one page
 VANISHED = (
     'its files have disappeared from the output folder during the run (run the same command again)'
 )
 
 
-Median = tuple[float | None, list[float] | None]  # of a figure, and its 95 % interval
+Median = tuple[float | None, list[float] | None]  # the median and its 95 % interval
 
 Reasons = list[dict[str, str]]  # {'image', 'reason'} of each image that is not done
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a batch analysis did."""
+    """The result of a batch."""
 
-    images: Sequence[Statistics]  # the contents of the statistics files, read when asked for
+    images: Sequence[Statistics]  # the contents of the statistics files, read when needed
     skipped: Reasons = field(default_factory=list)  # empty target
     failed: Reasons = field(default_factory=list)  # unusable, not written
     overview: dict[str, Any] = field(default_factory=dict)  # see `batch_summary`
-    unwritten: str = ''  # why the summary could not be written; empty where it was
+    unwritten: str = ''  # why the summary could not be written; empty: it was written
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The overview as it stands in summary.json: `median_NAME` and `interval_NAME` of each
-        figure among the counts."""
+        """The overview as it stands in summary.json: its figures are replaced by `median_NAME` and
+        `interval_NAME` of each figure."""
         flat: dict[str, Any] = {}
         for key, value in self.overview.items():
             flat |= _flat(value) if key == 'figures' else {key: value}
@@ -107,14 +107,14 @@ class BatchResult:
 
 
 def _flat(figures: dict[str, Median]) -> dict[str, float | list[float] | None]:
-    found: dict[str, float | list[float] | None] = {}
+    flat: dict[str, float | list[float] | None] = {}
     for name, (median, interval) in figures.items():
-        found |= {f'median_{name}': median, f'interval_{name}': interval}
-    return found
+        flat |= {f'median_{name}': median, f'interval_{name}': interval}
+    return flat
 
 
 class StatisticsFiles(Sequence[Statistics]):
-    """The statistics of many images; each is read from its file when it is asked for."""
+    """The statistics of many images; each is read from its file when it is needed."""
 
     def __init__(self, output_dir: Path, folders: Iterable[str]) -> None:
         self._output_dir, self._folders = output_dir, list(folders)
@@ -134,10 +134,11 @@ class StatisticsFiles(Sequence[Statistics]):
         return read_statistics(self._output_dir / self._folders[index])
 
 
-def say_warnings(statistics: dict[str, Any], said: Sequence[str] = ()) -> None:
-    """What the user must not miss about one image, on stderr. said: what was told already."""
+def say_warnings(statistics: dict[str, Any], printed: Sequence[str] = ()) -> None:
+    """Print on stderr what the user must not miss about an image. printed: notes that were printed
+    before."""
     for text in (*statistics['notes'], accuracy_warning(statistics)):
-        if text and text not in said:
+        if text and text not in printed:
             tqdm.write(f'{statistics["image"]}: {text}', file=sys.stderr)
 
 
@@ -145,9 +146,9 @@ def say_warnings(statistics: dict[str, Any], said: Sequence[str] = ()) -> None:
 
 
 class AppendedTable:
-    """A CSV file to which rows are added as they come: whole lines or nothing.
+    """A CSV file to which rows are added as they come: either whole lines or nothing.
 
-    Rows that cannot be written now (the disk is full) are kept and written with the next ones.
+    Rows that cannot be written (the disk is full) are written together with the next rows.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -156,15 +157,15 @@ class AppendedTable:
         path.unlink(missing_ok=True)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add rows; cells that a row lacks stay empty."""
+        """Add rows; cells of columns that a row lacks stay empty."""
         self._waiting += _csv_text([[row.get(name) for name in self.columns] for row in rows])
         if self._waiting and _append_whole(self.path, _csv_text([self.columns]), self._waiting):
             self._waiting = ''
 
     def text(self) -> str:
-        """All that was added, as the text of a CSV file."""
-        there = self.path.read_text(encoding='utf-8') if self.path.is_file() else ''
-        return (there or _csv_text([self.columns])) + self._waiting
+        """All rows that were added, as the text of a CSV file."""
+        written = self.path.read_text(encoding='utf-8') if self.path.is_file() else ''
+        return (written or _csv_text([self.columns])) + self._waiting
 
 
 def _csv_text(rows: Sequence[Sequence[object]]) -> str:
@@ -175,9 +176,9 @@ def _csv_text(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _append_whole(path: Path, header: str, text: str) -> bool:
-    """Add text to a file, after a header if it is new; False, and the file as it was, where it
-    cannot be written. Without a buffer, which would be written once more when the file is closed
-    and leave as much of a row as there is room for."""
+    """Add text to a file, and before it a header if the file is new. If that fails, the file stays
+    as it was, and the result is False. The file has no buffer: a buffer would be written again when
+    the file is closed, and would leave a part of a row if the disk is almost full."""
     try:
         with path.open('ab', buffering=0) as stream:
             before = stream.tell()
@@ -194,7 +195,7 @@ def _append_whole(path: Path, header: str, text: str) -> bool:
 
 
 class Journal:
-    """summary.csv and failures.csv, added to as the batch goes."""
+    """summary.csv and failures.csv, to which rows are added while the batch runs."""
 
     def __init__(self, output_dir: Path) -> None:
         self._output_dir = output_dir
@@ -215,11 +216,11 @@ class Journal:
             self._failures.add([common])
 
     def table(self, names: Sequence[str], complete: bool, patience: float = 0.0) -> pd.DataFrame:
-        """What was added, in the order of the dataset, with the columns COLUMNS.
+        """All rows in the order of the dataset, with the columns COLUMNS.
 
-        names: of all images of the batch. complete: whether each was added. Images whose files
-        have disappeared since are listed as failed; patience: seconds after which to look again
-        for those that are not there.
+        names: of all images of the batch. complete: whether each image was added. Images whose
+        files have disappeared since are listed as failed. patience: seconds after which missing
+        files are looked for again.
         """
         import pandas as pd
 
@@ -242,7 +243,7 @@ class Journal:
         return ordered
 
     def _gone(self, table: pd.DataFrame) -> list[int]:
-        """The numbers of images that are done, but whose files are not there."""
+        """The numbers of images that are done, but whose files have disappeared."""
         done = table[table['status'] == DONE]
         return [
             int(number)
@@ -252,18 +253,18 @@ class Journal:
 
 
 class Progress:
-    """What has come of the images so far; on rank 0 that of all ranks, with the bar and the
-    summary."""
+    """What came of the images so far. On rank 0: of the images of all ranks, with the progress bar
+    and the summary."""
 
     def __init__(self, share: Share, output_dir: Path, names: Sequence[str]) -> None:
         """names: of the images of the batch."""
         self._share, self._output_dir, self._names = share, output_dir, names
         self._journal = Journal(output_dir) if share.rank == 0 else None
         self._bar = tqdm(total=len(names), desc='images', unit='image', disable=share.rank > 0)
-        self._count = 0  # on rank 0: of images that something has come of
+        self._count = 0  # on rank 0: of images whose outcome is known
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
-        """Report what came of some of this process's images."""
+        """Report outcomes of images of this process."""
         for outcome in outcomes:
             self._share.report(outcome)
         if self._journal is None:
@@ -285,7 +286,7 @@ class Progress:
         self.add([])
 
     def finish(self, settings: dict[str, Any], defaults: dict[str, Any]) -> BatchResult:
-        """Leave the group; on rank 0, write the summary and give the result of all ranks."""
+        """Leave the group. On rank 0, write the summary and return the result of all ranks."""
         self._share.leave()
         if self._journal is None:
             return BatchResult([])
@@ -303,7 +304,7 @@ class Progress:
 
 
 def read_table(source: Path | io.StringIO) -> pd.DataFrame:
-    """summary.csv with the columns' types; what does not apply is missing."""
+    """summary.csv with the types of its columns; a figure that does not apply is missing."""
     import pandas as pd
 
     missing = {name: [''] for name, kind in COLUMNS.items() if kind != TEXT}
@@ -311,7 +312,7 @@ def read_table(source: Path | io.StringIO) -> pd.DataFrame:
 
 
 def row_of(statistics: Statistics) -> dict[str, Any]:
-    """The row of summary.csv for one explanation; its flags are a list until they are written."""
+    """The row of summary.csv for an explanation; its flags are a list until they are written."""
     row = {
         **statistics,
         **_channel_shares(statistics),
@@ -321,8 +322,8 @@ def row_of(statistics: Statistics) -> dict[str, Any]:
 
 
 def _channel_shares(statistics: Statistics) -> dict[str, float | None]:
-    """Each channel's share of |attribution|, by the name of its column; none where the map does
-    not tell channels apart."""
+    """Each channel's share of |attribution|, by the name of its column; None if the map does not
+    tell channels apart."""
     names = names_of_channels(statistics)
     shares = statistics['channel_shares'] or [None] * len(names)
     if len(shares) != len(names):
@@ -344,13 +345,13 @@ def flags_of(table: pd.DataFrame) -> list[list[str]]:
 
 
 def median_interval(values: Sequence[float] | np.ndarray) -> list[float] | None:
-    """The 95 % interval of the median; None for fewer than three values.
+    """The 95 % confidence interval of the median; None for fewer than three values.
 
-    By the bootstrap (bias-corrected and accelerated where that can be computed, else by
-    percentiles), seeded; for more than BOOTSTRAPPED values by their ranks (the sign test), which
-    is exact and which the bootstrap approaches.
+    It comes from a seeded bootstrap: bias-corrected and accelerated if that can be computed, else
+    by percentiles. For more than BOOTSTRAPPED values it comes from their ranks (the sign test),
+    which is exact; the bootstrap approaches it.
     """
-    from scipy import stats  # takes a while
+    from scipy import stats  # slow to import
 
     if len(values) < 3:
         return None
@@ -361,7 +362,7 @@ def median_interval(values: Sequence[float] | np.ndarray) -> list[float] | None:
         return [float(ranks.low), float(ranks.high)]
     for method in ('BCa', 'percentile'):
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # SciPy warns where BCa is degenerate
+            warnings.simplefilter('ignore')  # SciPy warns if BCa is degenerate
             interval = stats.bootstrap(
                 (np.asarray(values, float),), np.median, method=method, rng=np.random.default_rng(0)
             ).confidence_interval
@@ -371,30 +372,31 @@ def median_interval(values: Sequence[float] | np.ndarray) -> list[float] | None:
 
 
 def spearman(pairs: Sequence[Sequence[float]] | np.ndarray) -> float | None:
-    """Spearman's rank correlation of at least three pairs; None where one side is constant."""
+    """Spearman's rank correlation of at least three pairs; None if one side is constant."""
     if len(pairs) < 3:
         return None
-    one, other = np.asarray(pairs, float).T
-    return rank_correlation(one, other)
+    first, second = np.asarray(pairs, float).T
+    return rank_correlation(first, second)
 
 
 def batch_summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Counts, the median of every figure with its 95 % interval, how the attribution ratio goes
-    with Dice, the verdicts, and what looks wrong about the predictions."""
+    """The counts, the median of each figure with its 95 % interval, the correlation of the
+    attribution ratio with Dice, the findings, and what looks wrong about the predictions."""
     done, skipped = table[table['status'] == DONE], int((table['status'] == SKIPPED).sum())
     return {
         'images': len(done),
         'skipped': skipped,
         'failed': int((table['status'] == FAILED).sum()),
-        'figures': {name: _median_of(_known(done, name)) for name in SUMMARISED},
-        'ratio_dice_correlation': spearman(_known(done, 'attribution_ratio', 'dice')),
+        'figures': {name: _median_of(_values_of(done, name)) for name in SUMMARISED},
+        'ratio_dice_correlation': spearman(_values_of(done, 'attribution_ratio', 'dice')),
         'findings': batch_findings(flags_of(done)),
         'suspicion': _suspicion(done, skipped),
     }
 
 
-def _known(table: pd.DataFrame, *names: str) -> np.ndarray:
-    """The values of columns where all of them are known: (N,) of one, (N, names) of several."""
+def _values_of(table: pd.DataFrame, *names: str) -> np.ndarray:
+    """The values of columns in the rows where none of them is missing: (N,) of one column,
+    (N, names) of several."""
     values: np.ndarray = table[list(names)].dropna().to_numpy(float)
     return values[:, 0] if len(names) == 1 else values
 
@@ -404,7 +406,7 @@ def _median_of(values: np.ndarray) -> Median:
 
 
 def _suspicion(done: pd.DataFrame, skipped: int) -> str | None:
-    """A sentence where most predictions are all foreground or empty; else None."""
+    """A sentence if most predictions are all foreground or empty; else None."""
     full = int((done['prediction_ratio'] > DEGENERATE_RATIO).sum())
     empty = skipped + int((done['prediction_area'] == 0).sum())
     if 2 * (full + empty) <= len(done) + skipped:
@@ -417,7 +419,7 @@ def _suspicion(done: pd.DataFrame, skipped: int) -> str | None:
 
 
 def median_lines(result: BatchResult) -> list[str]:
-    """The median of every figure that was measured and its interval, as lines to read."""
+    """Lines of text: the median and the interval of each figure that was measured."""
     lines = []
     for name, (median, interval) in result.overview.get('figures', {}).items():
         if median is not None:
@@ -446,10 +448,10 @@ def write_summary(
     defaults: dict[str, Any],
     output_dir: Path,
 ) -> None:
-    """index.html (and index_2.html, … for many images), summary.csv and .parquet (one row an
-    explanation), summary.json, summary.png; failures.csv where images failed.
+    """Write index.html (and index_2.html, … for many images), summary.csv and summary.parquet (a
+    row for each explanation), summary.json, summary.png, and failures.csv if images failed.
 
-    settings: of this batch, as they are recorded; defaults: those that need not be said.
+    settings: of this batch, as they are recorded. defaults: values that commands leave out.
     """
     writers: dict[Path, Callable[[Path], object]] = {
         output_dir / 'summary.csv': lambda path: table.to_csv(path, index=False),
@@ -460,7 +462,7 @@ def write_summary(
         writers[output_dir / 'failures.csv'] = lambda path: failures.to_csv(path, index=False)
     done = table[table['status'] == DONE]
     if len(done):
-        from igseg.results.figures import summary_figure  # with matplotlib, which takes a while
+        from igseg.results.figures import summary_figure  # with matplotlib, which is slow to import
 
         figure = summary_figure(
             done, gap_tolerance_of(settings), result.overview['ratio_dice_correlation'],
@@ -480,8 +482,8 @@ def write_summary(
 
 
 def page_plan(done: pd.DataFrame) -> list[tuple[Page, list[str]]]:
-    """The pages, each with the folders it shows. One page is in the order of the dataset; where
-    there are several, images with the most concerns come first."""
+    """The pages, each with the folders that it shows. A single page is in the order of the dataset;
+    of several pages, the first shows the images with the most concerns."""
     if len(done) > PAGE_LENGTH:
         count = [concerns(flags) for flags in flags_of(done)]
         done = done.assign(concerns=count).sort_values('concerns', ascending=False, kind='stable')
@@ -508,7 +510,7 @@ def _write_page(
 
 
 def _write_json(path: Path, result: BatchResult, settings: dict[str, Any]) -> None:
-    """summary.json, image by image."""
+    """Write summary.json, image by image."""
     head = {
         'summary': result.summary,
         'settings': settings,
@@ -526,7 +528,7 @@ def _write_json(path: Path, result: BatchResult, settings: dict[str, Any]) -> No
 
 
 def _remove_stale(output_dir: Path, keep: set[str]) -> None:
-    """Remove an earlier run's picture and pages that would not belong to this summary."""
+    """Remove the picture and the pages of an earlier run that do not belong to this summary."""
     for path in (*output_dir.glob('index_*.html'), output_dir / 'summary.png'):
         if path.name not in keep and re.fullmatch(r'index_\d+\.html|summary\.png', path.name):
             path.unlink(missing_ok=True)

@@ -1,16 +1,15 @@
-"""Large pictures, tile by tile: where tiles lie, and how what was found in them becomes one map.
+"""Large pictures, tile by tile: where tiles lie, and how their maps become the map of the picture.
 
-A network takes inputs of one size; a picture that is larger is cut into tiles of that size, in its
-own pixels, which overlap so that no output pixel lacks its surroundings. Every output pixel
-*belongs to* one tile: of those that show it the one in whose middle part it lies, the border
-between two neighbours being the middle of what both show. The target of the picture is the mean
-over a region R, a sum over tiles:
+A network takes inputs of one size. A larger picture is cut into tiles of that size, without
+resizing it. The tiles overlap, so that no output pixel lacks its surroundings. Each output pixel
+belongs to the *core* of exactly one tile: the cores of two neighbours meet in the middle of their
+overlap. The target of the picture is the mean over a region R, which is a sum over tiles:
 
-    F = sum over tiles t of (share of R that belongs to t) * (mean over that part of R)
+    F = sum over tiles t of (share of R in the core of t) * (mean over that part of R)
 
-So the map of the picture is the sum of the tiles' maps, each weighted by its tile's share;
-where tiles overlap, their attributions add up. Score and baseline score are the same sums, and
-completeness holds for them.
+So the map of the picture is the sum of the maps of the tiles, each weighted by the share of its
+tile; where tiles overlap, their attributions add up. The score and the baseline score are sums of
+the same kind, and completeness holds for them.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ DEFAULT_OVERLAP = 4  # tiles overlap by this part of their shorter side
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side: as few as overlap by at least `overlap`, spread evenly from
-    edge to edge; a single one where the side is no longer than a tile."""
+    """Where tiles begin along a side: as few tiles as overlap by at least `overlap`, spread evenly
+    from edge to edge. A side that is no longer than a tile has a single tile."""
     gaps = -(-max(0, length - tile) // (tile - overlap))
     return [number * (length - tile) // gaps for number in range(gaps + 1)] if gaps else [0]
 
 
-def own_spans(begins: Sequence[int], length: int, tile: int) -> list[slice]:
-    """Along a side, the pixels that belong to each tile: together all, each once."""
+def core_spans(begins: Sequence[int], length: int, tile: int) -> list[slice]:
+    """The pixels of each tile's core along a side: together all pixels, each in one core."""
     pairs = pairwise(begins)
     borders = [0, *((first + tile + second) // 2 for first, second in pairs), length]
     return [slice(low, high) for low, high in pairwise(borders)]
@@ -66,25 +65,25 @@ def own_spans(begins: Sequence[int], length: int, tile: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a picture; slices are of the picture's pixels."""
+    """A tile of a picture. Its fields are slices of the picture's pixels."""
 
-    rows: slice  # what it shows
+    rows: slice  # what the tile shows
     columns: slice
-    own_rows: slice  # what belongs to it
-    own_columns: slice
+    core_rows: slice  # the tile's core
+    core_columns: slice
 
     @property
-    def own(self) -> tuple[slice, slice]:
-        """Of a map (h, w) of the tile, what belongs to it."""
+    def core(self) -> tuple[slice, slice]:
+        """The place of the core in a map (h, w) of the tile."""
         top, left = self.rows.start, self.columns.start
         return (
-            slice(self.own_rows.start - top, self.own_rows.stop - top),
-            slice(self.own_columns.start - left, self.own_columns.stop - left),
+            slice(self.core_rows.start - top, self.core_rows.stop - top),
+            slice(self.core_columns.start - left, self.core_columns.stop - left),
         )
 
     @property
     def shown(self) -> tuple[slice, slice]:
-        """Of a map (h, w) of the tile, what is no padding."""
+        """The part of a map (h, w) of the tile that is no padding."""
         rows, columns = self.rows, self.columns
         return slice(0, rows.stop - rows.start), slice(0, columns.stop - columns.start)
 
@@ -94,8 +93,8 @@ class Tiling:
     """How a picture is cut into tiles."""
 
     size: tuple[int, int]  # (height, width) of the picture
-    tile: tuple[int, int]  # of every tile; a picture that is smaller is padded black
-    overlap: int  # of neighbours, at least
+    tile: tuple[int, int]  # (height, width) of a tile; a smaller picture is padded black
+    overlap: int  # of neighbouring tiles, at least
 
     def __post_init__(self) -> None:
         if self.overlap >= min(self.tile):
@@ -114,25 +113,25 @@ class Tiling:
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
-        """All of them, row by row."""
+        """All tiles, row by row."""
         spans = []
         for length, tile in zip(self.size, self.tile, strict=True):
             begins = starts(length, tile, self.overlap)
             shown = [slice(begin, min(begin + tile, length)) for begin in begins]
-            spans.append(list(zip(shown, own_spans(begins, length, tile), strict=True)))
+            spans.append(list(zip(shown, core_spans(begins, length, tile), strict=True)))
         return tuple(
-            Tile(rows, columns, own_rows, own_columns)
-            for rows, own_rows in spans[0]
-            for columns, own_columns in spans[1]
+            Tile(rows, columns, core_rows, core_columns)
+            for rows, core_rows in spans[0]
+            for columns, core_columns in spans[1]
         )
 
     @property
     def middle(self) -> Tile:
-        """One that shows something, if any does."""
+        """A tile in the middle, which most likely shows something."""
         return self.tiles[len(self.tiles) // 2]
 
     def cut(self, picture: np.ndarray, tile: Tile) -> np.ndarray:
-        """What a tile (h, w, ...) shows of a picture (H, W, ...), padded with zeros, black."""
+        """The part of a picture (H, W, ...) in a tile (h, w, ...), padded with zeros (black)."""
         shown = picture[tile.rows, tile.columns]
         if shown.shape[:2] == self.tile:
             return shown
@@ -141,72 +140,73 @@ class Tiling:
         return whole
 
     def part_of(self, target: Target, tile: Tile) -> tuple[float, Target | None]:
-        """The share of a picture's target that belongs to a tile, and the target of the tile: the
-        mean over that part; None where there is none."""
-        weights = target.weights[:, tile.own_rows, tile.own_columns]
+        """The share of a picture's target in the core of a tile, and the target of the tile: the
+        mean over that part. None if the core has no part of the target."""
+        weights = target.weights[:, tile.core_rows, tile.core_columns]
         share = float(weights.double().sum())
         if not weights.any():
             return 0.0, None
-        own = target.weights.new_zeros((len(weights), *self.tile))
-        place = (slice(None), *tile.own)
-        own[place] = weights / share
-        return share, replace(target, weights=own)
+        tile_weights = target.weights.new_zeros((len(weights), *self.tile))
+        place = (slice(None), *tile.core)
+        tile_weights[place] = weights / share
+        return share, replace(target, weights=tile_weights)
 
 
-# --------------------------------------------------------------------------- one map of them
+# --------------------------------------------------------------------------- one map of all tiles
 
 
 class Mosaic:
-    """The map of a picture for one target, as it grows tile by tile; memory is that of the map."""
+    """The map of a picture for one target, which grows tile by tile in the memory of one map."""
 
     def __init__(self, tiling: Tiling, channels: int) -> None:
         self._tiling = tiling
         self.attributions = torch.zeros((channels, *tiling.size))  # (C, H, W)
-        self._squares = torch.zeros(tiling.size)  # (H, W): of the uncertainties, their sum
-        self._error = 0.0  # the same of the tiles' whole errors; NaN where one is unknown
-        self._known = True  # whether every tile's uncertainty is
+        self._squares = torch.zeros(tiling.size)  # (H, W): sum of the squared uncertainties
+        self._squared_error = 0.0  # sum of the tiles' squared L2 errors; NaN: not all are known
+        self._uncertainty_known = True  # whether the uncertainty of each tile is known
         self.score = self.baseline_score = 0.0
         self.steps = self.explained = 0
-        self._scores: dict[float, float] = {}  # F at the nodes that all tiles share
+        self._scores: dict[float, float] = {}  # F at the nodes (alphas) that all tiles share
         self.costs: list[Cost] = []
 
     def add(self, tile: Tile, share: float, part: Explanation) -> None:
-        """Take in what was found in a tile. share: of the target. Errors of different tiles are
-        taken to be independent."""
+        """Add the explanation of a tile. share: the tile's share of the target. Errors of different
+        tiles are assumed to be independent."""
         place, shown = (tile.rows, tile.columns), (slice(None), *tile.shown)
-        every_channel = (slice(None), *place)
-        own = part.attributions.cpu().float()
-        self.attributions[every_channel] += share * own[shown]
-        self._error += (share * _error_of(part, float(own.double().norm()))) ** 2
+        all_channels = (slice(None), *place)
+        attributions = part.attributions.cpu().float()
+        self.attributions[all_channels] += share * attributions[shown]
+        self._squared_error += (share * _error_of(part, float(attributions.double().norm()))) ** 2
         if part.uncertainty is None:
-            self._known = False
+            self._uncertainty_known = False
         else:
             self._squares[place] += (share * part.uncertainty[tile.shown]).square()
         self.score += share * part.score
-        assert part.baseline_score is not None  # tiles go with a method that has a baseline
+        assert part.baseline_score is not None  # tiles need a method with a baseline
         self.baseline_score += share * part.baseline_score
-        seen = dict(zip(part.trend.alphas, part.trend.scores, strict=True))
-        known = self._scores if self.explained else dict.fromkeys(seen, 0.0)
-        self._scores = {a: known[a] + share * seen[a] for a in known if a in seen}
+        scores = dict(zip(part.trend.alphas, part.trend.scores, strict=True))
+        sums = self._scores if self.explained else dict.fromkeys(scores, 0.0)
+        self._scores = {a: sums[a] + share * scores[a] for a in sums if a in scores}
         self.steps = max(self.steps, part.steps)
         self.explained += 1
         self.costs.append(part.cost)
 
     @property
     def uncertainty(self) -> torch.Tensor | None:
-        """(H, W): estimated error of the map summed over its channels; None where unknown."""
-        return self._squares.sqrt() if self._known else None
+        """(H, W): estimated error of the map summed over its channels; None: unknown."""
+        return self._squares.sqrt() if self._uncertainty_known else None
 
     @property
     def map_error(self) -> float | None:
-        """Estimated relative L2 error of the map; None where unknown."""
+        """Estimated relative L2 error of the map; None: unknown."""
         size = float(self.attributions.double().norm())
-        error = math.sqrt(self._error) / size if size else math.nan
+        error = math.sqrt(self._squared_error) / size if size else math.nan
         return error if math.isfinite(error) else None
 
     def trend(self, on_baseline: float) -> Trend:
-        """F along the path, where every tile has a node. on_baseline: the overlap of the
-        prediction on the baseline with that on the image; between the ends it is not known."""
+        """F at the nodes of the path that all tiles share. on_baseline: the overlap of the
+        prediction on the baseline with the prediction on the image. Between the ends of the path
+        the overlap is unknown."""
         alphas = tuple(sorted(self._scores))
         ends = {0.0: on_baseline, 1.0: 1.0}
         return Trend(alphas, tuple(self._scores[a] for a in alphas), tuple(map(ends.get, alphas)))
@@ -214,7 +214,7 @@ class Mosaic:
     def result(self, on_baseline: float) -> MethodResult:
         """The result of all tiles together. on_baseline: see `trend`."""
         height, width = self._tiling.tile
-        every, overlap = len(self._tiling.tiles), self._tiling.overlap
+        count, overlap = len(self._tiling.tiles), self._tiling.overlap
         return MethodResult(
             self.attributions,
             self.steps,
@@ -224,22 +224,24 @@ class Mosaic:
             uncertainty=self.uncertainty,
             total=float(self.attributions.double().sum()),
             score=self.score,
-            tiles=Tiles(every, self.explained, (height, width), overlap),
+            tiles=Tiles(count, self.explained, (height, width), overlap),
         )
 
 
 def _error_of(part: Explanation, size: float) -> float:
-    """The estimated L2 error of a tile's map, of L2 norm `size`; NaN where it is unknown."""
+    """The estimated L2 error of a tile's map, which has the L2 norm `size`; NaN: unknown."""
     if part.map_error is not None:
         return part.map_error * size
-    if part.uncertainty is not None and not size:  # a tile that is like its baseline
+    if part.uncertainty is not None and not size:  # a tile that equals its baseline
         return float(part.uncertainty.double().norm())
     return math.nan
 
 
 def cost_of(parts: Sequence[Cost], gradients: int, passes: int, seconds: float) -> Cost:
-    """The cost of a picture. parts: of all its tiles; the rest: of the whole."""
-    known = [cost.precision_deviation for cost in parts if cost.precision_deviation is not None]
+    """The cost of a picture. parts: of its tiles. The other arguments are of the whole picture."""
+    deviations = [
+        cost.precision_deviation for cost in parts if cost.precision_deviation is not None
+    ]
     return Cost(
         gradient_evaluations=gradients,
         forward_passes=passes,
@@ -247,7 +249,7 @@ def cost_of(parts: Sequence[Cost], gradients: int, passes: int, seconds: float) 
         step_batch=max(cost.step_batch for cost in parts),
         peak_memory_bytes=parts[-1].peak_memory_bytes,
         precision=' and '.join(sorted({cost.precision for cost in parts})),
-        precision_deviation=max(known, default=None),
+        precision_deviation=max(deviations, default=None),
         retried=next((cost.retried for cost in parts if cost.retried), None),
         preparation=parts[0].preparation,
         cropping=_cropping_of([cost.cropping for cost in parts]),
@@ -255,14 +257,14 @@ def cost_of(parts: Sequence[Cost], gradients: int, passes: int, seconds: float) 
 
 
 def _cropping_of(parts: Sequence[Cropping]) -> Cropping:
-    logits = [one.logit_deviation for one in parts if one.logit_deviation is not None]
-    gradients = [one.gradient_deviation for one in parts if one.gradient_deviation is not None]
+    logits = [part.logit_deviation for part in parts if part.logit_deviation is not None]
+    gradients = [part.gradient_deviation for part in parts if part.gradient_deviation is not None]
     return Cropping(
-        computed_share=sum(one.computed_share for one in parts) / len(parts),
-        boxes=sum(one.boxes for one in parts),
+        computed_share=sum(part.computed_share for part in parts) / len(parts),
+        boxes=sum(part.boxes for part in parts),
         logit_deviation=max(logits, default=None),
         gradient_deviation=max(gradients, default=None),
-        fell_back=any(one.fell_back for one in parts),
+        fell_back=any(part.fell_back for part in parts),
     )
 
 
@@ -271,12 +273,12 @@ def _cropping_of(parts: Sequence[Cropping]) -> Cropping:
 
 @dataclass(frozen=True)
 class TiledInput:
-    """A picture and its truth, which the network takes tile by tile, in the picture's pixels."""
+    """A picture and its truth, in the pixels of the picture; the network takes it tile by tile."""
 
     image: np.ndarray  # (H, W, C), 0-255
     preprocessing: Preprocessing  # of each tile
     truth: np.ndarray | None  # (H, W) labels
-    placement: Placement  # in itself
+    placement: Placement  # of the picture in itself
     tiling: Tiling
 
     @classmethod
@@ -289,7 +291,7 @@ class TiledInput:
         overlap: int | None,
         origin: tuple[int, int] = (0, 0),
     ) -> TiledInput:
-        """See `ModelInput.of`. tile: (height, width). overlap: None: a quarter of the tile."""
+        """See `ModelInput.of`. tile: (height, width). overlap: None for a quarter of the tile."""
         image = image[:, :, None] if image.ndim == 2 else image
         size = (image.shape[0], image.shape[1])
         overlap = min(tile) // DEFAULT_OVERLAP if overlap is None else overlap
@@ -303,16 +305,16 @@ class TiledInput:
         )
 
     def input_of(self, picture: np.ndarray, tile: Tile) -> torch.Tensor:
-        """What the network takes, (1, C, h, w), of a tile of the image or of a baseline."""
+        """A tile of the image or of a baseline as the network takes it, (1, C, h, w)."""
         return self.preprocessing.normalise(self.tiling.cut(picture, tile))
 
     @property
     def example(self) -> torch.Tensor:
-        """What the network may be prepared on: a tile that shows something, if any does."""
+        """An input on which the network may be prepared: the tile in the middle."""
         return self.input_of(self.image, self.tiling.middle)
 
     def padding_note(self) -> tuple[str, ...]:
-        """Whether the picture is smaller than a tile, in words."""
+        """A note if the picture is smaller than a tile, else empty."""
         (height, width), tile = self.tiling.size, self.tiling.tile
         if height >= tile[0] and width >= tile[1]:
             return ()
@@ -322,14 +324,14 @@ class TiledInput:
         )
 
     def holding(self, targets: Sequence[Target]) -> list[Tile]:
-        """The tiles to which pixels of the targets belong."""
-        held = torch.stack([target.region for target in targets]).any(dim=0)
-        return [t for t in self.tiling.tiles if bool(held[t.own_rows, t.own_columns].any())]
+        """The tiles whose cores hold pixels of the targets."""
+        region = torch.stack([target.region for target in targets]).any(dim=0)
+        return [t for t in self.tiling.tiles if bool(region[t.core_rows, t.core_columns].any())]
 
 
 def explain_tiles(
     explainer: Explainer,
-    given: TiledInput,
+    tiled_input: TiledInput,
     question: Question,
     integration: Integration,
     method: Method,
@@ -337,17 +339,18 @@ def explain_tiles(
 ) -> list[Explained]:
     """For each target the explanation of the whole picture, and the truth of its class."""
     started = time.perf_counter()
-    _, notes = explainer.see(given.example, question.meaning)
-    notes += given.padding_note()
+    _, notes = explainer.see(tiled_input.example, question.meaning)
+    notes += tiled_input.padding_note()
     engine, network = explainer.engine, explainer.facts.description_for(question.meaning)
     before = engine.forward_passes, engine.gradient_evaluations
-    logits = picture_logits(explainer, given, given.image, given.tiling.tiles, progress)
-    prediction = Prediction.of(network, logits, question, given.truth, given.placement)
-    baseline = _choose_baseline(explainer, given, prediction, question)
+    tiles = tiled_input.tiling.tiles
+    logits = picture_logits(explainer, tiled_input, tiled_input.image, tiles, progress)
+    prediction = Prediction.of(network, logits, question, tiled_input.truth, tiled_input.placement)
+    baseline = _choose_baseline(explainer, tiled_input, prediction, question)
     mosaics = _mosaics(
-        explainer, given, prediction, question, integration, method, baseline, progress
+        explainer, tiled_input, prediction, question, integration, method, baseline, progress
     )
-    on_baseline = picture_logits(explainer, given, baseline.pixels, given.tiling.tiles)
+    on_baseline = picture_logits(explainer, tiled_input, baseline.pixels, tiles)
     predicted = network.foreground(prediction.masks)
     overlap = mask_overlap(predicted, network, question.threshold, on_baseline)
     cost = cost_of(
@@ -365,45 +368,46 @@ def explain_tiles(
     }
     results = [mosaic.result(float(overlap[0])) for mosaic in mosaics]
     explanations = explanations_of(method.declares, prediction, baseline, results, cost, common)
-    return with_truth(explanations, given.truth)
+    return with_truth(explanations, tiled_input.truth)
 
 
 def picture_logits(
     explainer: Explainer,
-    given: TiledInput,
+    tiled_input: TiledInput,
     picture: np.ndarray,
     tiles: Sequence[Tile],
     progress: bool = False,
 ) -> torch.Tensor:
-    """The network's logits (1, K, H, W) on a picture, put together from tiles; 0 beside them. Each
-    pixel's come from the tile that it belongs to."""
-    engine, facts, tiling = explainer.engine, explainer.facts, given.tiling
+    """The network's logits (1, K, H, W) on a picture, put together from the cores of `tiles`. The
+    logits are 0 beside these cores."""
+    engine, facts, tiling = explainer.engine, explainer.facts, tiled_input.tiling
     whole: torch.Tensor | None = None
     last: torch.Tensor | None = None
-    with engine.running(facts.checked(given.example), facts.state), torch.no_grad():
+    with engine.running(facts.checked(tiled_input.example), facts.state), torch.no_grad():
         for tile in tqdm(tiles, 'prediction', unit='tile', leave=False, disable=not progress):
-            x = given.input_of(picture, tile)
-            if last is None or not torch.equal(x, last):  # of one colour many are alike
+            x = tiled_input.input_of(picture, tile)
+            if last is None or not torch.equal(x, last):  # tiles of one colour are alike
                 logits, last = enlarged(engine.run(facts.checked(x)), tiling.tile).cpu(), x
             if whole is None:
                 whole = torch.zeros((1, logits.shape[1], *tiling.size))
-            own = (..., *tile.own)
-            whole[..., tile.own_rows, tile.own_columns] = logits[own].float()
-    assert whole is not None  # a picture has a tile
+            core = (..., *tile.core)
+            whole[..., tile.core_rows, tile.core_columns] = logits[core].float()
+    assert whole is not None  # a picture has at least one tile
     return whole
 
 
 def _choose_baseline(
-    explainer: Explainer, given: TiledInput, prediction: Prediction, question: Question
+    explainer: Explainer, tiled_input: TiledInput, prediction: Prediction, question: Question
 ) -> ChosenBaseline:
-    """The baselines of the whole picture: each tile gets its part. Their tensors are left out."""
-    image, kind = given.image.astype(np.float32), question.baseline
+    """The baseline of the whole picture, without tensors: each tile gets a part of it."""
+    image, kind = tiled_input.image.astype(np.float32), question.baseline
     notes: list[str] = []
-    fit = given.preprocessing
+    fit = tiled_input.preprocessing
 
     def on_baseline(kind: str) -> tuple[np.ndarray, torch.Tensor]:
         (pixels,) = baseline_pictures(question, kind, image, fit)
-        return pixels, picture_logits(explainer, given, pixels, given.holding(prediction.targets))
+        tiles = tiled_input.holding(prediction.targets)
+        return pixels, picture_logits(explainer, tiled_input, pixels, tiles)
 
     if kind == AUTO:
         kind, *notes = best_baseline(image, prediction, question.threshold, None, on_baseline)
@@ -413,7 +417,7 @@ def _choose_baseline(
 
 def _mosaics(
     explainer: Explainer,
-    given: TiledInput,
+    tiled_input: TiledInput,
     prediction: Prediction,
     question: Question,
     integration: Integration,
@@ -422,21 +426,22 @@ def _mosaics(
     progress: bool,
 ) -> list[Mosaic]:
     """The map of each target. Targets that share a tile share its forward passes."""
-    mosaics = [Mosaic(given.tiling, given.image.shape[2]) for _ in prediction.targets]
-    tiles = tqdm(given.holding(prediction.targets), 'attributions', unit='tile', leave=False,
+    mosaics = [Mosaic(tiled_input.tiling, tiled_input.image.shape[2]) for _ in prediction.targets]
+    tiles = tqdm(tiled_input.holding(prediction.targets), 'attributions', unit='tile', leave=False,
                  disable=not progress)  # fmt: skip
     for tile in tiles:
-        parts = [given.tiling.part_of(target, tile) for target in prediction.targets]
-        own = [part for _, part in parts if part is not None]
-        asked = replace(
+        parts = [tiled_input.tiling.part_of(target, tile) for target in prediction.targets]
+        targets = [target for _, target in parts if target is not None]
+        tile_question = replace(
             question,
-            targets=[replace(one, weights=one.weights.to(explainer.device)) for one in own],
+            targets=[replace(t, weights=t.weights.to(explainer.device)) for t in targets],
             baseline='tensor',
-            baselines=[given.input_of(one, tile)[0] for one in baseline.pictures],
+            baselines=[tiled_input.input_of(picture, tile)[0] for picture in baseline.pictures],
         )
-        here = ModelInput(given.input_of(given.image, tile), given.preprocessing)
-        left = iter(explainer.explain_with(here, asked, integration, method))
-        for mosaic, (share, part) in zip(mosaics, parts, strict=True):
-            if part is not None:
-                mosaic.add(tile, share, next(left))
+        x = tiled_input.input_of(tiled_input.image, tile)
+        model_input = ModelInput(x, tiled_input.preprocessing)
+        explained = iter(explainer.explain_with(model_input, tile_question, integration, method))
+        for mosaic, (share, target) in zip(mosaics, parts, strict=True):
+            if target is not None:
+                mosaic.add(tile, share, next(explained))
     return mosaics

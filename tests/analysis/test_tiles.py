@@ -47,11 +47,13 @@ def test_every_pixel_belongs_to_one_tile_that_shows_it(length, tile, overlap):
     assert fewer < 1 or (length - tile) > fewer * (tile - overlap)
     tiling = Tiling((length, 40), (tile, 40), overlap)
     owned = np.zeros(tiling.size, int)
-    for one in tiling.tiles:
-        owned[one.own_rows, one.own_columns] += 1
-        assert one.rows.start <= one.own_rows.start < one.own_rows.stop <= one.rows.stop
-        inner = (one.rows.start > 0) * (overlap // 2)  # the part that only its neighbour owns
-        assert one.own_rows.start - one.rows.start >= inner
+    for placed in tiling.tiles:
+        owned[placed.core_rows, placed.core_columns] += 1
+        assert (
+            placed.rows.start <= placed.core_rows.start < placed.core_rows.stop <= placed.rows.stop
+        )
+        inner = (placed.rows.start > 0) * (overlap // 2)  # the part that only its neighbour owns
+        assert placed.core_rows.start - placed.rows.start >= inner
     assert (owned == 1).all()
 
 
