@@ -6,23 +6,25 @@ For a network f (logit map), an image x and a baseline x', Integrated Gradients 
 
 (Sundararajan, Taly, Yan: Axiomatic Attribution for Deep Networks, ICML 2017, eq. 1), where the
 *target score* F is one number: the mean of the logit (or the probability) over a fixed set of
-output pixels, the *target region*. The attributions sum to F(x) - F(x') (completeness); how far
-the computed ones miss that is the *completeness gap*, reported with every explanation.
+output pixels, the *target region*. The attributions sum to F(x) - F(x') (completeness). The
+*completeness gap* is how far the computed attributions miss this sum; each explanation reports it.
 
-`plain_map` is that equation and nothing else. `IntegratedGradients` computes the same, exact to a
-tolerance, in step batches, only what the target can see. Below it stands the way of an image:
+`plain_map` is this equation and nothing else. `IntegratedGradients` computes the same map exactly
+to a tolerance, in step batches, and only the part that the target can see. This is the way of an
+image, with the places of the code:
 
     main                argv -> Request: settings, network, data, output       command_line
-    load_explainer      checkpoint -> network and what is known of it          network
+    load_explainer      checkpoint -> network, and the facts about it          network
     Study.of            settings -> the part that each stage needs             analysis/study
     read_sample         files -> pixels and labels                             data
-    fit                 pixels -> the network's input, and what made it        analysis/describe
+    fit                 pixels -> the network's input, and its preprocessing   analysis/describe
     explain_with        prediction, targets, baselines -> paths -> the map     here
     describe            explanation -> statistics, checks, verdict             checks, statistics
     write_image         statistics and arrays -> figures and files             results
 
-and the ladder, each rung on the one above it: `explain_image`, `analyse_image`, `analyse_sample`,
-`analyse_batch`. From the command line: `python integrated_gradients.py --help`.
+Four functions go this way, each further than the function before: `explain_image`,
+`analyse_image`, `analyse_sample`, `analyse_batch`. From the command line:
+`python integrated_gradients.py --help`.
 """
 
 from __future__ import annotations
@@ -123,15 +125,15 @@ def plain_map(
 
 
 class IntegratedGradients:
-    """Integrated Gradients of a segmentation network: the same, exact to a tolerance, in step
-    batches, cropped to what the target can see.
+    """Integrated Gradients of a segmentation network, exact to a tolerance, in step batches,
+    cropped to the part of the image that the target can see.
 
-    model: any torch.nn.Module mapping (N, C, H, W) to logits (N, K, h, w); it is moved to the
-        device and otherwise left as it was found.
+    model: any torch.nn.Module that maps (N, C, H, W) to logits (N, K, h, w). It is moved to the
+        device and not changed otherwise.
     device: 'auto', 'cuda', 'mps', 'cpu' or a torch.device.
-    preprocessing: how inputs were normalised; by default the model's own, else ImageNet's for
-        three channels, and none (pixels from 0 to 1) for others.
-    step_batch: interpolation steps per pass; by default measured.
+    preprocessing: how inputs were normalised; by default as stored with the model, else as for
+        ImageNet with three channels, and not at all (pixels from 0 to 1) with others.
+    step_batch: interpolation steps for each pass; by default measured.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class IntegratedGradients:
         self.facts = NetworkFacts(self.model, self.device, preprocessing)
         self._step_batch = step_batch
         self._engines: dict[str | None, GradientEngine] = {}
-        self._gives: str | None = None  # the kind of probabilities the network gives; None: logits
+        self._gives: str | None = None  # kind of probabilities that the network gives; None: logits
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -155,12 +157,12 @@ class IntegratedGradients:
 
     @property
     def network(self) -> NetworkDescription:
-        """What the network is, as it is now."""
+        """The description of the network, as it is now."""
         return self.facts.look_again()
 
     @property
     def engine(self) -> GradientEngine:
-        """What computes logits and gradients of the network, as it was seen last."""
+        """The engine that computes logits and gradients of the network as it was last looked at."""
         if self._gives not in self._engines:
             model = self.model if self._gives is None else LogitsOf(self.model, self._gives)
             self._engines[self._gives] = GradientEngine(model, self.device, self._step_batch)
@@ -177,7 +179,7 @@ class IntegratedGradients:
         """The attributions alone: same shape and device as the input, (C, H, W) or (N, C, H, W),
         with one channel where the method does not tell channels apart.
 
-        Each image of a batch gets its own target. Options and errors: see `explain`.
+        Each image of a batch has a target for itself. Options and errors: see `explain`.
         """
         images = input_tensor if input_tensor.ndim == 4 else input_tensor.unsqueeze(0)
         if not len(images):
@@ -223,7 +225,7 @@ class IntegratedGradients:
 
         input_tensor: (C, H, W) or (1, C, H, W), normalised as the model expects.
         targets: each a spec (a key of TARGETS, see --help), a Target, or an (h, w) boolean mask
-            of output pixels. 'each-object' stands for as many objects as there are.
+            of output pixels. 'each-object' stands for all objects, a target each.
         baseline_type: a key of BASELINES, an image file, or a tensor of the input's shape in
             the same normalised space.
         num_steps, rule, and as options method (one), method_option, no_multiply, tolerance,
@@ -233,12 +235,12 @@ class IntegratedGradients:
         truth: (h, w) class labels, for target 'truth'. placement: for target 'pixel:X,Y' in
             original image coordinates; without it X,Y are output pixels.
         skip_empty: leave out targets whose region holds no pixel, unless all are empty.
-        references: (n, C, H, W), other images, for methods that compare with such; by default those
+        references: (n, C, H, W), other images, for methods that need such; by default the images
             of `reference_dir`.
 
         Raises InputError: wrong shapes or values, not enough memory; EmptyTargetError: a target
-        region holds no pixel; NonFiniteError: logits or gradients that are not finite, also when
-        computed again in float32 where precision was reduced.
+        region holds no pixel; NonFiniteError: logits or gradients that are not finite. With
+        reduced precision they are first computed again in float32.
         """
         if unknown := sorted(options.keys() - OF_AN_EXPLANATION):
             raise TypeError(
@@ -250,13 +252,15 @@ class IntegratedGradients:
         (method,) = map(build_method, settings.methods)
         self.facts.description.check_input(tuple(input_tensor.shape))
         channels = input_tensor.shape[-3]
-        own = self.facts.preprocessing_for(channels)
-        check_normalised(own)
+        preprocessing = self.facts.preprocessing_for(channels)
+        check_normalised(preprocessing)
         others = references if references is not None else references_of(settings, ())
         question = replace(settings.question, targets=targets, skip_empty=skip_empty,
-                           **given_baseline(baseline_type, channels))  # fmt: skip
-        given = ModelInput(input_tensor, own, truth, placement)
-        return self.explain_with(given, question, settings.integration, method, others, progress)
+                           **baseline_fields(baseline_type, channels))  # fmt: skip
+        model_input = ModelInput(input_tensor, preprocessing, truth, placement)
+        return self.explain_with(
+            model_input, question, settings.integration, method, others, progress
+        )
 
     def explain_with(
         self,
@@ -267,12 +271,12 @@ class IntegratedGradients:
         references: ReferenceImages | torch.Tensor | None = None,
         progress: bool = False,
     ) -> list[Explanation]:
-        """The explanation of each target; `explain_targets` where all is said."""
+        """The explanation of each target. `explain_targets` is the same with plain arguments."""
         started = time.perf_counter()
         x, notes = self.see(given.x, question.meaning)  # (1, C, H, W)
         engine, network = self.engine, self.facts.description_for(question.meaning)
         preprocessing = given.preprocessing
-        if engine.network is None:  # later, the method itself finds out
+        if engine.network is None:  # later, the method notices it itself
             with frozen(self.model), explained_memory(self.device):
                 method.check_network(self.model, x.to(engine.dtype))
         with engine.running(x, self.facts.state):
@@ -293,7 +297,7 @@ class IntegratedGradients:
             results, retried = run_method(method, task, progress)
             forward_passes = engine.forward_passes - before[0]
             gradients = engine.gradient_evaluations - before[1]
-        assert engine.preparation is not None  # it was made before the engine ran
+        assert engine.preparation is not None  # the engine has made it before it ran
         cost = Cost(
             gradient_evaluations=gradients,
             forward_passes=forward_passes,
@@ -322,25 +326,26 @@ class IntegratedGradients:
     def see(
         self, input_tensor: torch.Tensor, meaning: Meaning
     ) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """Look at the network again, and find out on an input, (C, H, W) or (1, C, H, W), whether
-        it gives logits or probabilities. Returns the input as (1, C, H, W) on the device, and what
-        was found, in sentences. Raises InputError."""
+        """Look at the network again, and see for an input, (C, H, W) or (1, C, H, W), whether the
+        network gives logits or probabilities. Returns the input as (1, C, H, W) on the device, and
+        notes about the outputs. Raises InputError."""
         self.facts.look_again()
         x = self.facts.checked(input_tensor)
         self._gives, notes = self.facts.see_outputs(x, meaning)
         return x, notes
 
     def prepare(self, input_tensor: torch.Tensor, meaning: Meaning | None = None) -> None:
-        """Prepare the network's private copy on this input, (C, H, W) or (1, C, H, W), instead of
-        on the first that is explained. Raises InputError as `explain_targets` does."""
+        """Prepare the private copy of the network on this input, (C, H, W) or (1, C, H, W). Without
+        this call it is prepared on the first input that is explained. Raises InputError as
+        `explain_targets` does."""
         x, _ = self.see(input_tensor, meaning or Meaning())
         with self.engine.running(x, self.facts.state):
             pass
 
 
 def check_normalised(fit: Preprocessing) -> None:
-    """Raise InputError where inputs are normalised with numbers of each image, which a tensor does
-    not tell."""
+    """Raise InputError if inputs are normalised with the mean and deviation of each image, which
+    cannot be read off a tensor."""
     if fit.of_each == 'zscore' and not any(fit.mean) and set(fit.std) == {1.0}:
         raise InputError(
             'the input was normalised with the mean and deviation of its image, which a tensor '
@@ -348,25 +353,27 @@ def check_normalised(fit: Preprocessing) -> None:
         )
 
 
-def given_baseline(baseline: str | Path | torch.Tensor | None, channels: int) -> dict[str, Any]:
-    """What a `Question` holds of a baseline: a key of BASELINES, an image file, or a tensor; None:
-    the usual one."""
+def baseline_fields(baseline: str | Path | torch.Tensor | None, channels: int) -> dict[str, Any]:
+    """The fields of a `Question` for a baseline: a key of BASELINES, an image file, or a tensor.
+    None stands for the default baseline."""
     baseline = Settings.baseline if baseline is None else baseline
     if isinstance(baseline, (str, Path)):
         image = read_baseline(str(baseline), channels, Reading())
         return {'baseline': str(baseline), 'baseline_image': image}
-    several = [baseline] if isinstance(baseline, torch.Tensor) else list(baseline)
-    return {'baseline': 'tensor', 'baselines': several}
+    tensors = [baseline] if isinstance(baseline, torch.Tensor) else list(baseline)
+    return {'baseline': 'tensor', 'baselines': tensors}
 
 
 def method_baseline(
     method: Method, task: Task, baseline: ChosenBaseline, fit: Preprocessing
 ) -> ChosenBaseline:
-    """The baseline that a method compares the image with: its own one, else the given one."""
-    own_baseline = method.baseline(task)
-    if own_baseline is None:
+    """The baseline that a method compares the image with: chosen by the method, else by the
+    user."""
+    chosen = method.baseline(task)
+    if chosen is None:
         return baseline
-    return replace(baseline, name=own_baseline[0], pictures=[fit.to_pixels(own_baseline[1])])
+    name, x = chosen
+    return replace(baseline, name=name, pictures=[fit.to_pixels(x)])
 
 
 # --------------------------------------------------------------------------- the ladder
@@ -383,9 +390,9 @@ def explain_image(
     """Explain an image as it was read: (H0, W0, C), 0-255, with (H0, W0) truth labels if known.
 
     Returns for each target, and each method, the explanation and the truth of the explained class
-    at model resolution, (H, W) bool or None. Of several targets, empty ones are left out. Where all
+    at model resolution, (H, W) bool or None. Of several targets, empty ones are left out. If all
     are empty and `settings.on_empty` is 'image', the whole image is explained. samples: other
-    images, for methods that compare with such, where `settings.reference_dir` names no folder.
+    images, for methods that need such, if `settings.reference_dir` names no folder.
     """
     study = Study.of(ig, settings, samples)
     read = ReadImage(image, counted_truth(study, truth)[0])
@@ -402,17 +409,18 @@ def analyse_image(
     class_names: Mapping[int, str] | None = None,
     samples: Sequence[Sample] = (),
 ) -> list[Description]:
-    """Explain an image: for each target its statistics, and what its figures are drawn from.
+    """Explain an image: for each target its statistics, and the arrays of its figures.
 
     Arguments and errors as for `explain_image`; the figures are
     `attribution_figure(view_of(arrays), statistics)` and `channels_figure(...)`. class_names: of
-    the dataset, by the numbers in its masks, where neither settings nor network name the classes.
+    the dataset, by the numbers in its masks; for classes that neither settings nor network name.
     """
     study = Study.of(ig, settings, samples)
     truth, notes = counted_truth(study, truth)
     read = ReadImage(image, truth, class_names=class_names or {}, notes=notes)
-    given = fit(study, read)
-    return describe(study, name, read, given, explain(study, given, progress), progress)
+    network_input = fit(study, read)
+    explained = explain(study, network_input, progress)
+    return describe(study, name, read, network_input, explained, progress)
 
 
 describe_targets = analyse_image  # its name in earlier versions
@@ -444,9 +452,9 @@ def analyse_sample(
     """Explain one sample and write its files for each target.
 
     figures: a key of FIGURES. Returns the contents of the statistics files. A sample that was
-    finished before under the same settings, image, truth and network is read back instead,
-    unless `overwrite`. samples: see `explain_image`. Raises InputError for an unusable sample,
-    OutputError if writing fails.
+    finished before with the same settings, image, truth and network is read back instead,
+    unless `overwrite` is set. samples: see `explain_image`. Raises InputError for an unusable
+    sample, OutputError if writing fails.
     """
     output = Output(output_dir, figures, overwrite)
     return finish_sample(Study.of(ig, settings, samples), sample, output, progress)
@@ -462,7 +470,7 @@ def analyse_batch(
     overwrite: bool = False,
     share: Share | None = None,
 ) -> BatchResult:
-    """Explain the samples that are this process's share; on rank 0, write the summary of all.
+    """Explain this process's share of the samples. On rank 0, write the summary of all samples.
 
     Arguments: see `batch_integrated_gradients_analysis`.
     """
@@ -475,7 +483,7 @@ def analyse_batch(
 
 
 def load_explainer(source: NetworkSource, settings: Settings) -> IntegratedGradients:
-    """What explains images by a checkpoint under these settings."""
+    """The `IntegratedGradients` of a checkpoint's network, under these settings."""
     model, preprocessing = open_network(source, settings)
     return IntegratedGradients(model, source.device, preprocessing, settings.step_batch)
 
@@ -507,14 +515,16 @@ def batch_integrated_gradients_analysis(
     share: Share | None = None,
     **options: Any,
 ) -> BatchResult:
-    """Explain images of a dataset split, evenly spaced through it, and write a summary.
+    """Explain images of a dataset split, evenly spaced through the split, and write a summary.
 
     num_samples: None for all. images_dir, masks_dir, mask_suffix, mask_prefix, mask_name: for a
-    dataset that lies in no known way. figures: what to draw of each image, a key of FIGURES.
-    overwrite: compute finished images again. export: a key of EXPORTS, to write maps in the
-    geometry of their images too. before_image: called before each; what it raises ends the batch,
-    whose summary is still written. share: of a group of processes, which share the images; the
-    result is that of all on rank 0, and empty on the others. options: further fields of `Settings`.
+    dataset in no known layout. figures: what to draw of each image, a key of FIGURES. overwrite:
+    compute finished images again. export: a key of EXPORTS, to also write maps in the geometry of
+    their images. before_image: called before each image; an exception from it ends the batch, and
+    the summary is still written. share: of a process in a group that shares the images. On rank 0
+    the result is that of the whole group, on other ranks it is empty. options: more fields of
+    `Settings`.
+
     An image that cannot be used or written is listed in the result and does not stop the others.
     Raises InputError for an unusable model, folder or setting, or a folder that another run is
     using; OutputError if nothing can be written there.
@@ -538,10 +548,10 @@ def analyse_dataset(
     before_image: Callable[[], object],
     share: Share,
 ) -> BatchResult:
-    """`batch_integrated_gradients_analysis` under whole settings."""
-    every = with_slices(list_samples(data.data_dir, source=data), settings.reading)
-    samples = choose_samples(every, num_samples)
-    files = SideFiles.of(settings, every)
+    """The same as `batch_integrated_gradients_analysis`, with its arguments as objects."""
+    all_samples = with_slices(list_samples(data.data_dir, source=data), settings.reading)
+    samples = choose_samples(all_samples, num_samples)
+    files = SideFiles.of(settings, all_samples)
     for note in samples[0].notes if share.rank == 0 else ():
         print(f'note: {note}', file=sys.stderr)
     make_output_folder(output.folder)
@@ -559,9 +569,9 @@ def analyse_dataset(
 def run_single(request: Request) -> int:
     """Explain one image and print its statistics."""
     settings, output = request.settings, request.output
-    assert request.image_path is not None  # `parse` has told so
+    assert request.image_path is not None  # `parse` has checked it
     say_cost(settings)
-    # A bad image is told before the model is loaded.
+    # A bad image is reported before the model is loaded.
     sample = single_sample(request.image_path, request.mask_path, request.data)
     sample.check(settings.reading)
     files = SideFiles.of(settings, around(sample))
@@ -576,9 +586,9 @@ def run_single(request: Request) -> int:
 
 
 def run_batch(request: Request, stop: StopSignals) -> int:
-    """Explain a dataset split and print its summary; 1 if some image failed.
+    """Explain a dataset split and print its summary. Returns 1 if an image failed.
 
-    Under torchrun, this process takes its share, and rank 0 prints.
+    Under torchrun, this process explains its share, and rank 0 prints.
     """
     share = Group.of_torchrun() if started_by_torchrun() else Alone()
     if share.rank == 0:
@@ -610,8 +620,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # --------------------------------------------------------------------------- what is handed on
 
-# Names that users take from here and that this module does not need itself, by the room of the
-# package where they stand; each is imported when somebody asks for it.
+# Names that users import from this module, though it does not need them itself, by the module of
+# the package where they stand. Each is imported only when it is used.
 HANDED_ON = {
     'analysis.image': 'build_baselines input_preprocessing',
     'checks.checks': 'evaluate evaluate_explanation',
@@ -644,18 +654,18 @@ HANDED_ON = {
 
 def __getattr__(name: str) -> Any:
     """A name that is handed on (PEP 562)."""
-    for room, names in HANDED_ON.items():
+    for module, names in HANDED_ON.items():
         if name in names.split():
-            return getattr(importlib.import_module(f'igseg.{room}'), name)
+            return getattr(importlib.import_module(f'igseg.{module}'), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
-    """What there is, with what is handed on."""
+    """The names of this module, and the names that it hands on."""
     return sorted({*globals(), *' '.join(HANDED_ON.values()).split()})
 
 
-__all__ = [  # what `import *` gives: the names of this module that users write, and these
+__all__ = [  # `import *` gives the names of this module that users write, and HANDED_ON
     'BatchResult', 'Cost', 'Explanation', 'InputError', 'Integration', 'IntegratedGradients',
     'ModelInput', 'NetworkDescription', 'Preprocessing', 'Question', 'Reading', 'Sample',
     'Settings', 'Study', 'Target', 'analyse_batch', 'analyse_image', 'analyse_sample',

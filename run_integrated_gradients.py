@@ -4,8 +4,8 @@
     python run_integrated_gradients.py --yes      asks nothing (also without a terminal)
 
 The model is the newest `models_*/best_model.pth`, the data `Dataset_no_preprocessing/`, both in
-the current folder; results go to `integrated_gradients_results/`. Where there is no model, the
-bundled demo is offered. Any flag of `integrated_gradients.py` may be added and wins.
+the current folder; results go to `integrated_gradients_results/`. Without a model, the bundled demo
+is offered. Any flag of `integrated_gradients.py` may be added, and wins over the answers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEMO_IMAGE = 'colin27_axial_079'  # a slice through the middle of the structure
 
 @dataclass(frozen=True)
 class Source:
-    """What is analysed: a checkpoint, a dataset folder and the image offered first."""
+    """What is analysed: a checkpoint, a dataset folder, and the image that is offered."""
 
     model: Path
     data_dir: Path
@@ -46,12 +46,12 @@ class Source:
 
 def find_models(folder: Path = Path()) -> list[Path]:
     """The checkpoints `models_*/best_model.pth` of a folder, newest first."""
-    found = folder.glob('models_*/best_model.pth')
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    paths = folder.glob('models_*/best_model.pth')
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def ask(question: str, default: str, interactive: bool, choices: Sequence[str] = ()) -> str:
-    """The user's answer; the default on Enter and where nobody can be asked."""
+    """The user's answer. The default if the answer is empty, or if nobody can be asked."""
     if not interactive:
         return default
     while True:
@@ -62,8 +62,8 @@ def ask(question: str, default: str, interactive: bool, choices: Sequence[str] =
 
 
 def choose_source(interactive: bool) -> Source:
-    """The user's own model and data, else the demo. Raises InputError where neither is there or
-    wanted."""
+    """The user's model and data; if there is no model, the demo. Raises InputError if the demo is
+    missing too, or not wanted."""
     models = find_models()
     if not models and not DEMO_MODEL.is_file():
         raise InputError(
@@ -85,12 +85,12 @@ def choose_source(interactive: bool) -> Source:
 
 
 def first_image(samples: list[Sample], wanted: str | None) -> Path:
-    """The image offered first: the wanted one, else the first that has something in its mask."""
+    """The image that is offered: the wanted image, else the first image whose mask is not empty."""
     for sample in samples:
         if sample.name == wanted:
             return sample.image_path
     for sample in samples if wanted is None else ():
-        with contextlib.suppress(InputError):  # told when it is explained
+        with contextlib.suppress(InputError):  # reported when the image is explained
             truth = sample.truth()
             if truth is not None and (truth > 0).any():
                 return sample.image_path
@@ -115,8 +115,7 @@ def command(source: Source, interactive: bool) -> list[str]:
 
 
 def description() -> str:
-    """What `--help` says: the text at the top of this file, with the commands as the user has
-    them."""
+    """The text of `--help`: the docstring of this file, with commands as the user types them."""
     text = str(__doc__)
     for script in (RUNNER, MAIN) if uses_scripts() else ():
         text = text.replace(f'python {FILES[script]}', script).replace(FILES[script], script)
@@ -124,7 +123,7 @@ def description() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Ask, then hand over to integrated_gradients.py; returns its exit status."""
+    """Ask, then run integrated_gradients.py. Returns its exit status."""
     parser = argparse.ArgumentParser(
         description=description(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -132,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = parser.parse_known_args(argv)
     interactive = sys.stdin.isatty() and not args.yes
     try:
-        read_flags(['--model_path', '.', *flags])  # an error in them is told before any question
+        read_flags(['--model_path', '.', *flags])  # reports an error in them before any question
         arguments = [*command(choose_source(interactive), interactive), *flags]
         parse(arguments)
     except InputError as error:
@@ -142,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('\ninterrupted: nothing was started', file=sys.stderr)
         return 130
     sys.stdout.flush()
-    import integrated_gradients  # torch comes with it, which takes seconds: after the questions
+    import integrated_gradients  # imports torch, which takes seconds
 
     return integrated_gradients.main(arguments)
 

@@ -4,13 +4,14 @@
     python benchmarks/compare_captum.py --name demo --model_path demo/demo_model.pth \\
         --data_dir demo/Dataset_no_preprocessing --image_size 256
 
-Runs are interleaved, the medians of --repeats compared: seconds for the same nodes in float32 and
-in reduced precision, for the same map error, until a map is known to be good, for targets of
-different size, for 1 and 3 targets, for 1 and several images. Captum runs with Gauss-Legendre nodes
-and internal_batch_size 1, which needs the least memory; ours measures its step batch. Writes
-benchmarks/results/compare_captum_NAME.md. With --memory: instead the peak memory of each in a
-process of its own, in compare_captum_NAME_memory.md. With --profile: where the time of one gradient
-goes, and how far that is from what the machine can multiply, in compare_captum_NAME_profile.md.
+Runs are interleaved, and the medians of --repeats runs are compared: seconds for the same nodes in
+float32 and in reduced precision, for the same map error, until a map is known to be good, for
+targets of different size, for 1 and 3 targets, for 1 and several images. Captum runs with
+Gauss-Legendre nodes and internal_batch_size 1, which needs the least memory; our tool measures its
+step batch. Writes benchmarks/results/compare_captum_NAME.md. With --memory: instead the peak memory
+of each tool in a separate process, in compare_captum_NAME_memory.md. With --profile: where the time
+of one gradient goes, and how it compares with the fastest matrix product of the machine, in
+compare_captum_NAME_profile.md.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ from integrated_gradients import (
     load_model,
 )
 
-CAPTUM_NODES = 50  # its default
+CAPTUM_NODES = 50  # Captum's default
 KNOWN_ERROR = 0.05  # of a map, relative L2
 STEP_COUNTS = (8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 44, 48, 56, 64, 80, 96, 128)
-# Parts of a profile, by what the name of an operator holds; the first that matches.
+# Parts of a profile, and texts in the names of their operators; the first match counts.
 PARTS = {
     'convolutions': ('conv',),
     'batch norms': ('batch_norm',),
@@ -58,7 +59,7 @@ PARTS = {
     'sums and products': ('add', 'mul', 'sum', 'div'),
     'copies and memory': ('copy', 'clone', 'contiguous', 'empty', 'fill', 'zero', 'pad', 'resize'),
 }
-PEAK_SIDE = 4096  # of the matrices whose product shows the machine's arithmetic peak
+PEAK_SIDE = 4096  # of the matrices by which the arithmetic peak is measured
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Bench:
     def captum(
         self, number: int, nodes: int, region: torch.Tensor | None = None, batch: int | None = 1
     ) -> torch.Tensor:
-        """Captum's map; the prediction that finds the region is part of the work."""
+        """Captum's map. If no region is given, its prediction is part of the measured work."""
         x = self.images[number]
         if region is None:
             with torch.no_grad():
@@ -100,10 +101,10 @@ def thirds(region: torch.Tensor) -> list[torch.Tensor]:
 
 
 def load(arguments: argparse.Namespace, count: int) -> Bench:
-    """The model and images in which it finds something."""
+    """The model, and images on which it predicts something."""
     model = load_model(arguments.model_path, 'cpu').requires_grad_(False)
-    own = model.preprocessing
-    fit = Preprocessing(arguments.image_size, 'stretch', own.mean, own.std)
+    stored = model.preprocessing
+    fit = Preprocessing(arguments.image_size, 'stretch', stored.mean, stored.std)
     bench = Bench(model, IntegratedGradients(model, 'cpu', fit), [], [])
     samples = list_samples(arguments.data_dir)
     for sample in choose_samples(samples, min(len(samples), 6 * count)):
@@ -119,8 +120,8 @@ def load(arguments: argparse.Namespace, count: int) -> Bench:
 def interleave(
     tasks: dict[str, Callable[[], object]], repeats: int, warm: int = 0
 ) -> tuple[dict[str, float], dict[str, object]]:
-    """Median seconds of each task, taken in turn after `warm` rounds that are not counted, and
-    what each gave last."""
+    """Median seconds of each task, and its last result. The tasks run in turn, after `warm` rounds
+    that are not counted."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     results = {}
     for round_number in tqdm(range(repeats + warm), desc=' / '.join(tasks), leave=False):
@@ -132,12 +133,12 @@ def interleave(
     return {name: float(np.median(values)) for name, values in times.items()}, results
 
 
-def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def deviation(attributions: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((attributions - expected).norm() / expected.norm())
 
 
 def peak_memory(tool: str, arguments: argparse.Namespace) -> int:
-    """Peak bytes of a fresh process that explains one image with one of the tools."""
+    """Peak bytes of a fresh process that explains one image with a tool."""
     command = [sys.executable, __file__, *arguments.command, '--only', tool]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
@@ -149,14 +150,14 @@ def run_only(arguments: argparse.Namespace) -> None:
     if arguments.only == 'prepared':
         bench.explain(0, num_steps=2)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-        Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
+        Path('/proc/self/clear_refs').write_text('5')  # resets the peak
     if arguments.only in ('ours', 'prepared'):
         bench.explain(0, num_steps=arguments.nodes)
     else:
         batch = 1 if arguments.only == 'captum' else None
         bench.captum(0, arguments.nodes, batch=batch)
-    # Not getrusage, whose peak starts from that of the process it was forked from.
+    # Not by getrusage: its peak starts from the peak of the parent process.
     status = Path('/proc/self/status').read_text()
     print(1024 * int(status.split('VmHWM:')[1].split()[0]))
 
@@ -186,11 +187,11 @@ def compare_memory(arguments: argparse.Namespace) -> str:
 
 
 def profiled(task: Callable[[], object]) -> tuple[object, dict[str, float]]:
-    """What a task gives, and the seconds it spends in each of PARTS, and in all others."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    """The result of a task, and the seconds that it spends in each of PARTS and in all others."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = task()
     seconds = dict.fromkeys((*PARTS, 'others'), 0.0)
-    for event in found.key_averages():
+    for event in profile.key_averages():
         name = event.key.lower()
         part = next((p for p, words in PARTS.items() if any(w in name for w in words)), 'others')
         seconds[part] += event.self_cpu_time_total / 1e6
@@ -200,7 +201,7 @@ def profiled(task: Callable[[], object]) -> tuple[object, dict[str, float]]:
 def profile_gradient(
     network: torch.nn.Module, x: torch.Tensor, region: torch.Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds by part of one forward and one backward pass, after one that is not counted."""
+    """Seconds of each part in a forward and in a backward pass, after a pass as warm-up."""
     for _ in range(2):
         point = x.clone().requires_grad_()
         score, ahead = profiled(lambda point=point: network(point)[0, 0][region].mean())
@@ -209,7 +210,7 @@ def profile_gradient(
 
 
 def arithmetic_peak() -> float:
-    """The most floating-point operations a second that a float32 matrix product reaches here."""
+    """The most floating-point operations per second of a float32 matrix product on this machine."""
     matrix = torch.rand(PEAK_SIDE, PEAK_SIDE)
     times = []
     for _ in range(4):
@@ -258,7 +259,7 @@ prepared copy takes {spent:.2f} s ({100 * work / peak / spent:.0f} % of the peak
 def equal_error_steps(bench: Bench, reference: torch.Tensor) -> tuple[float, int]:
     """The map error of Captum's default, and how many steps of the adaptive rule reach it.
 
-    Found by bisection, as if more steps were always better.
+    The number of steps is searched by bisection, as if more steps were always better.
     """
     level = deviation(bench.captum(0, CAPTUM_NODES), reference)
 
@@ -276,40 +277,40 @@ def compare_sharing(bench: Bench, gauss: dict, repeats: int, row: Callable[..., 
         {
             'Captum': lambda: [bench.captum(0, nodes, part) for part in parts],
             'ours': lambda: bench.ours.explain_targets(bench.images[0], parts, **gauss),
-            'one': lambda: bench.explain(0, **gauss),
+            'single': lambda: bench.explain(0, **gauss),
         },
         repeats,
     )
     row('3 targets of one image', seconds['Captum'], seconds['ours'],
-        f'{seconds["ours"] / seconds["one"]:.2f} times one target')  # fmt: skip
+        f'{seconds["ours"] / seconds["single"]:.2f} times one target')  # fmt: skip
 
-    some = range(len(bench.images))
+    numbers = range(len(bench.images))
     seconds, _ = interleave(
         {
-            'Captum': lambda: [bench.captum(k, nodes) for k in some],
-            'ours': lambda: [bench.explain(k, **gauss) for k in some],
+            'Captum': lambda: [bench.captum(k, nodes) for k in numbers],
+            'ours': lambda: [bench.explain(k, **gauss) for k in numbers],
         },
         1,
     )
-    row(f'{len(some)} images', seconds['Captum'], seconds['ours'])
+    row(f'{len(numbers)} images', seconds['Captum'], seconds['ours'])
 
 
 def regions_of(region: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Targets of different size, (h, w) bool each: the largest object of a mask, its middle pixel,
-    and boxes around that of a fiftieth and of a quarter of the image."""
+    """Targets of different size, (h, w) bool each: the largest object of a mask; its middle pixel;
+    boxes around this pixel, of a fiftieth and of a quarter of the image."""
     _, numbers, sizes, _ = cv2.connectedComponentsWithStats(region.numpy().astype(np.uint8))
-    found = torch.from_numpy(numbers == 1 + int(np.argmax(sizes[1:, cv2.CC_STAT_AREA])))
-    row, column = (int(line.float().median()) for line in found.nonzero().T)
+    largest = torch.from_numpy(numbers == 1 + int(np.argmax(sizes[1:, cv2.CC_STAT_AREA])))
+    row, column = (int(line.float().median()) for line in largest.nonzero().T)
 
     def box(share: float) -> torch.Tensor:
         height, width = (max(1, round(share**0.5 * size)) for size in region.shape)
         top = min(max(0, row - height // 2), region.shape[0] - height)
         left = min(max(0, column - width // 2), region.shape[1] - width)
-        chosen = torch.zeros_like(region)
-        chosen[top : top + height, left : left + width] = True
-        return chosen
+        pixels = torch.zeros_like(region)
+        pixels[top : top + height, left : left + width] = True
+        return pixels
 
-    return {'one object': found, 'one pixel': box(0), 'a small region': box(0.02),
+    return {'one object': largest, 'one pixel': box(0), 'a small region': box(0.02),
             'a large region': box(0.25)}  # fmt: skip
 
 
@@ -330,10 +331,10 @@ def compare_regions(bench: Bench, gauss: dict, repeats: int, row: Callable[..., 
             f'{deviation(maps["ours"].attributions, maps["Captum"]):.1e}')  # fmt: skip
 
 
-def compare_known(
+def compare_known_error(
     bench: Bench, repeats: int, row: Callable[..., None], reference: torch.Tensor
 ) -> None:
-    """The row of the time until a map is thought to be within KNOWN_ERROR of the true one."""
+    """The row of the time until a tool takes its map to be within KNOWN_ERROR of the true map."""
     seconds, maps = interleave(
         {
             'Captum': lambda: bench.captum(0, CAPTUM_NODES),
@@ -341,7 +342,8 @@ def compare_known(
         },
         repeats,
     )
-    errors = [deviation(found, reference) for found in (maps['Captum'], maps['ours'].attributions)]
+    attributions = (maps['Captum'], maps['ours'].attributions)
+    errors = [deviation(values, reference) for values in attributions]
     row(f'until {100 * KNOWN_ERROR:.0f} % of map error, by what each knows', seconds['Captum'],
         seconds['ours'], f'{CAPTUM_NODES} nodes of theirs, truly off by {errors[0]:.3f}; '
         f'{maps["ours"].steps} of ours, truly off by {errors[1]:.3f}')  # fmt: skip
@@ -354,8 +356,8 @@ def compare(arguments: argparse.Namespace) -> list[str]:
     gauss = {'num_steps': nodes, 'rule': 'gauss-legendre'}
     rows = []
 
-    def row(what: str, theirs: float, mine: float, remark: str = '') -> None:
-        rows.append(f'| {what} | {theirs:.2f} s | {mine:.2f} s | {theirs / mine:.2f} | {remark} |')
+    def row(what: str, theirs: float, ours: float, remark: str = '') -> None:
+        rows.append(f'| {what} | {theirs:.2f} s | {ours:.2f} s | {theirs / ours:.2f} | {remark} |')
         print(rows[-1], file=sys.stderr, flush=True)
 
     seconds, maps = interleave(
@@ -377,7 +379,7 @@ def compare(arguments: argparse.Namespace) -> list[str]:
         f'maps differ by {off:.3f}, reported {reduced.cost.precision_deviation:.3f}')  # fmt: skip
 
     if not arguments.skip_error:
-        # Of equidistant nodes.
+        # The true map, from equidistant nodes.
         reference = bench.explain(
             0, rule='trapezoid', num_steps=arguments.reference_nodes
         ).attributions
@@ -391,7 +393,7 @@ def compare(arguments: argparse.Namespace) -> list[str]:
         )
         remark = f'relative L2 {level:.3f}: {CAPTUM_NODES} nodes of theirs, {steps} of ours'
         row('equal map error, float32', seconds['Captum'], seconds['ours'], remark)
-        compare_known(bench, max(1, repeats // 2), row, reference)
+        compare_known_error(bench, max(1, repeats // 2), row, reference)
 
     if not arguments.skip_regions:
         compare_regions(bench, gauss, repeats, row)
@@ -433,7 +435,7 @@ def main(command: Sequence[str]) -> int:
     parser.add_argument('--nodes', type=int, default=12)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--batch', type=int, default=10, help='images of the last comparison')
-    parser.add_argument('--reference_nodes', type=int, default=257, help='of the true map')
+    parser.add_argument('--reference_nodes', type=int, default=257, help='nodes of the true map')
     parser.add_argument('--skip_error', action='store_true', help='leave out equal map error')
     parser.add_argument('--skip_regions', action='store_true', help='leave out targets by size')
     parser.add_argument('--memory', action='store_true', help='compare peak memory, not time')

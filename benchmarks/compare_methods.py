@@ -1,15 +1,16 @@
-"""Every method of attribution on the same images: what each costs, and how far each can be trusted.
+"""All methods of attribution on the same images: what each costs, and how far it can be trusted.
 
     python benchmarks/compare_methods.py --name demo --model_path demo/demo_model.pth \\
         --data_dir demo/Dataset_no_preprocessing --images 20
 
-Of each image and method: seconds, gradients and forward passes; the completeness gap where the
-method promises a sum; deletion and insertion against the same map in the wrong place, and against
-the better of a random map and the image's edges; infidelity; the share of the map inside the truth;
-and its change under a little noise. Tables hold medians over the images with 95 % intervals by the
-bootstrap; a figure whose paired difference from plain `ig` is beyond chance is marked. After every
-image the tables are written anew, so that a run that is cut off loses nothing: to
-benchmarks/results/compare_methods_NAME.md, one image under every method beside it as a JPEG.
+For each image and method it measures: seconds, gradients and forward passes; the completeness gap,
+if the method promises a sum; deletion and insertion, compared with the same map in the wrong place,
+and with the better of a random map and the image's edges; infidelity; the share of the map inside
+the truth; and the change of the map under a little noise. Tables hold medians over the images with
+95 % intervals by the bootstrap. A figure is marked if its paired difference from plain `ig` is
+beyond chance. After each image the tables are written to
+benchmarks/results/compare_methods_NAME.md, so that a run that is cut off loses nothing. A JPEG
+beside them shows one image under all methods.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ from integrated_gradients import (
     load_model,
 )
 
-PLAIN = 'ig'  # what the others are compared with
-CHECKS = (places, curves, patches)  # that need no gradient
+PLAIN = 'ig'  # the method with which the others are compared
+CHECKS = (places, curves, patches)  # checks that need no gradient
 EFFORT = Effort(fills=('local mean',), units=('superpixel',), points=4, displaced=2, random_maps=1,
                 patches=16, noisy=1, map_steps=4)  # fmt: skip
 RESAMPLES = 2000
-COVERED = 0.95  # of an interval
+COVERED = 0.95  # probability of an interval
 BETTER, WORSE = ' ▲', ' ▼'  # than plain ig, beyond chance
 PICTURE_BYTES = 300_000
 
@@ -66,11 +67,11 @@ class Column:
     heading: str
     key: str  # of the statistics
     form: str = '{:.2f}'
-    lower: bool | None = None  # whether less is better; None: as METRICS says
+    lower: bool | None = None  # whether lower is better; None: as METRICS says
 
     @property
     def sign(self) -> int:
-        """1 where more is better, -1 where less is."""
+        """1 if higher is better, -1 if lower is better."""
         lower = METRICS[self.key].better == 'lower' if self.lower is None else self.lower
         return -1 if lower else 1
 
@@ -91,7 +92,7 @@ TRUST = (
     Column('noise, broad', 'broad_sensitivity'),
     Column('noise, every pixel', 'max_sensitivity'),
 )
-KEPT = tuple(column.key for column in (*COSTS, *TRUST))
+RECORDED = tuple(column.key for column in (*COSTS, *TRUST))
 
 Rows = dict[str, dict[str, dict]]  # method -> image -> statistics
 
@@ -100,44 +101,45 @@ Rows = dict[str, dict[str, dict]]  # method -> image -> statistics
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
-    """The interval of the median over images, by percentiles of resampled ones; None: too few."""
+    """The interval of the median, by percentiles of resampled medians; None: too few values."""
     if len(values) < 3:
         return None
-    several = np.asarray(values, float)
+    array = np.asarray(values, float)
     rng = np.random.default_rng(seed)
-    drawn = several[rng.integers(0, len(several), (RESAMPLES, len(several)))]
-    low, high = np.quantile(np.median(drawn, axis=1), [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    resamples = array[rng.integers(0, len(array), (RESAMPLES, len(array)))]
+    low, high = np.quantile(np.median(resamples, axis=1), [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return float(low), float(high)
 
 
-def known(images: dict[str, dict], column: Column) -> dict[str, float]:
-    """A figure of the images where it applies."""
-    return {name: one[column.key] for name, one in images.items() if one[column.key] is not None}
+def figures_of(images: dict[str, dict], column: Column) -> dict[str, float]:
+    """A column's figure of the images to which it applies, by the names of the images."""
+    figures = {name: statistics[column.key] for name, statistics in images.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def cell(images: dict[str, dict], column: Column, plain: dict[str, dict] | None) -> str:
-    """Median, interval, and whether it differs from plain ig on the same images."""
-    values = known(images, column)
+    """Median, interval, and a mark if the figure differs from plain ig on the same images."""
+    values = figures_of(images, column)
     if not values:
         return 'n/a'
     text = column.form.format(np.median([*values.values()]))
     interval = bootstrap_interval([*values.values()])
     if interval and interval[0] < interval[1]:
         text += ' ({} to {})'.format(*map(column.form.format, interval))
-    return text + (mark(values, known(plain, column), column.sign) if plain else '')
+    return text + (mark(values, figures_of(plain, column), column.sign) if plain else '')
 
 
 def mark(values: dict[str, float], plain: dict[str, float], sign: int) -> str:
-    """Whether figures of images are better or worse than those of others of the same images."""
-    both = values.keys() & plain.keys()
-    interval = bootstrap_interval([sign * (values[name] - plain[name]) for name in sorted(both)])
+    """The mark of figures that are better or worse than the plain figures of the same images."""
+    names = values.keys() & plain.keys()
+    interval = bootstrap_interval([sign * (values[name] - plain[name]) for name in sorted(names)])
     if interval is None or interval[0] <= 0 <= interval[1]:
         return ''
     return BETTER if interval[0] > 0 else WORSE
 
 
 def table(rows: Rows, columns: Sequence[Column], compared: bool) -> str:
-    """A table in Markdown. compared: with plain ig."""
+    """A table in Markdown. compared: whether figures are compared with plain ig."""
     lines = [['method', *(column.heading for column in columns)], ['---'] * (len(columns) + 1)]
     for method, images in rows.items():
         plain = rows.get(PLAIN) if compared and method != PLAIN else None
@@ -154,75 +156,76 @@ class Judged:
 
     statistics: dict
     explanation: Explanation
-    truth: np.ndarray | None  # (H, W) bool: of what is explained
+    truth: np.ndarray | None  # (H, W) bool: true pixels of the explained class
 
 
 class Remembering:
-    """A network that computes no image twice: the checks of all methods ask for many of the same
-    (the controls, and patches of the same baseline)."""
+    """A network with a memory of its outputs: the checks of all methods need many of the same
+    outputs (of the controls, and of patches of the same baseline)."""
 
     def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.run = run
-        self.known: dict[bytes, torch.Tensor] = {}
+        self.outputs: dict[bytes, torch.Tensor] = {}
 
     def __call__(self, points: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, K, h, w), without gradients."""
-        found = []
+        outputs = []
         for point in points.split(1):
             key = hashlib.sha256(point.numpy().tobytes()).digest()
-            if key not in self.known:
-                self.known[key] = self.run(point)
-            found.append(self.known[key])
-        return torch.cat(found)
+            if key not in self.outputs:
+                self.outputs[key] = self.run(point)
+            outputs.append(self.outputs[key])
+        return torch.cat(outputs)
 
 
 def judge(
     ig: IntegratedGradients,
-    given: ModelInput,
+    model_input: ModelInput,
     settings: Settings,
     method: str,
     remembering: Remembering,
     samples: Sequence[Sample],
 ) -> Judged:
-    """Explain an image and check its map. Raises InputError: nothing is predicted."""
-    alone = of_method(settings, method)
-    (found,) = explanations(ig, given, alone, samples)
-    truth = None if given.truth is None else found.objective.explained(given.truth)
-    statistics = explanation_statistics(found, truth)
-    subject = subject_of(ig, given.x, found, truth, given.placement)
+    """Explain an image and check its map. Raises InputError if nothing is predicted."""
+    (explanation,) = explanations(ig, model_input, of_method(settings, method), samples)
+    labels = model_input.truth
+    truth = None if labels is None else explanation.objective.explained(labels)
+    statistics = explanation_statistics(explanation, truth)
+    subject = subject_of(ig, model_input.x, explanation, truth, model_input.placement)
     with ig.engine.running(subject.x):
         for check in CHECKS:
             statistics |= check(replace(subject, run=remembering), EFFORT).metrics
         statistics |= noise_sensitivity(subject, EFFORT).metrics
-    return Judged(statistics, found, truth)
+    return Judged(statistics, explanation, truth)
 
 
 def of_method(settings: Settings, method: str) -> Settings:
-    """These settings for one of their methods, with the options that it has."""
+    """The settings for a single one of their methods, with the options of this method."""
     options = METHODS[method.partition(':')[0]].options
-    own = tuple(text for text in settings.method_option if text.partition('=')[0] in options)
-    return replace(settings, method=(method,), method_option=own)
+    texts = tuple(text for text in settings.method_option if text.partition('=')[0] in options)
+    return replace(settings, method=(method,), method_option=texts)
 
 
 def compare(
-    ig: IntegratedGradients, given: ModelInput, settings: Settings, samples: Sequence[Sample]
+    ig: IntegratedGradients, model_input: ModelInput, settings: Settings, samples: Sequence[Sample]
 ) -> Iterator[Judged]:
-    """An image under every method; samples: the others of its dataset. Raises InputError: nothing
-    is predicted."""
+    """An image under each method. samples: of its dataset. Raises InputError if nothing is
+    predicted."""
     plain = replace(of_method(settings, PLAIN), num_steps=2)
-    explanations(ig, given, plain)  # what is prepared once for an image is no method's time
+    explanations(ig, model_input, plain)  # so that preparation counts in no method's time
     remembering = Remembering(ig.engine.run)
     for method in settings.method:
-        yield judge(ig, given, settings, method, remembering, samples)
+        yield judge(ig, model_input, settings, method, remembering, samples)
 
 
 def picture(
-    name: str, image: np.ndarray, given: ModelInput, judged: Sequence[Judged], path: Path
+    name: str, image: np.ndarray, model_input: ModelInput, judged: Sequence[Judged], path: Path
 ) -> None:
-    """One image under every method, small enough to be passed on."""
-    views = [view_of(display_arrays(one.explanation, image, one.truth, given.placement))
-             for one in judged]  # fmt: skip
-    figure = methods_figure(views, [{'image': name, **one.statistics} for one in judged])
+    """Save a picture of one image under all methods, in at most PICTURE_BYTES if possible."""
+    placement = model_input.placement
+    views = [view_of(display_arrays(result.explanation, image, result.truth, placement))
+             for result in judged]  # fmt: skip
+    figure = methods_figure(views, [{'image': name, **result.statistics} for result in judged])
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=80)
     drawn, quality = Image.open(buffer).convert('RGB'), 90
@@ -232,19 +235,19 @@ def picture(
         drawn.save(path, quality=quality)
 
 
-# --------------------------------------------------------------------------- all of it
+# --------------------------------------------------------------------------- the whole run
 
 
 def in_random_order(samples: Sequence[Sample]) -> Iterator[Sample]:
-    """Those with a mask: a run that is cut off has some of everything."""
+    """The samples with a mask. In random order a run that is cut off has samples of all kinds."""
     for number in np.random.default_rng(0).permutation(len(samples)):
         if (samples[number].truth() > 0).any():
             yield samples[number]
 
 
 def report(rows: Rows, arguments, ig: IntegratedGradients) -> str:
-    """What is written beside the picture."""
-    images = sorted({name for one in rows.values() for name in one})
+    """The text of the results."""
+    images = sorted({name for by_image in rows.values() for name in by_image})
     of = '' if len(images) == arguments.images else f' (of {arguments.images} that were asked for)'
     return f"""# Methods compared: {arguments.name}
 
@@ -282,17 +285,19 @@ def parse(command: Sequence[str]):
     """The flags."""
     parser = benchmark_parser(__doc__)
     parser.add_argument('--images', type=int, default=20)
-    parser.add_argument('--image_size', type=int, help="default: the model's own")
-    parser.add_argument('--steps', type=int, default=20, help='of every path')
+    parser.add_argument('--image_size', type=int, help="default: the model's")
+    parser.add_argument('--steps', type=int, default=20, help='of each path')
     parser.add_argument('--baseline', default='mean')
-    parser.add_argument('--layer', default='encoder.stage4', help='of layer and gradcam')
+    parser.add_argument(
+        '--layer', default='encoder.stage4', help='the layer of methods layer and gradcam'
+    )
     parser.add_argument('--methods', nargs='+', help='default: all')
     parser.add_argument('--method_option', nargs='+', default=(), metavar='NAME=VALUE')
     parser.add_argument('--shown', type=int, default=0, help='number of the image in the picture')
     arguments = parser.parse_args(command)
     arguments.command = list(command)
-    every = [form_of(name).replace('NAME', arguments.layer) for name in METHODS]
-    arguments.methods = arguments.methods or every
+    all_methods = [form_of(name).replace('NAME', arguments.layer) for name in METHODS]
+    arguments.methods = arguments.methods or all_methods
     return arguments
 
 
@@ -312,23 +317,23 @@ def main(command: Sequence[str]) -> int:
     done = 0
     for sample in in_random_order(samples):
         image = sample.image()
-        given = ModelInput.of(ig.preprocessing, image, sample.truth())
-        ig.prepare(given.x)
+        model_input = ModelInput.of(ig.preprocessing, image, sample.truth())
+        ig.prepare(model_input.x)
         judged = []
         try:
-            for method, one in zip(
-                settings.method, compare(ig, given, settings, samples), strict=True
-            ):
-                judged.append(one)
-                say(sample.name, method, *(f'{key}={one.statistics[key]}' for key in KEPT))
+            results = compare(ig, model_input, settings, samples)
+            for method, result in zip(settings.method, results, strict=True):
+                judged.append(result)
+                figures = (f'{key}={result.statistics[key]}' for key in RECORDED)
+                say(sample.name, method, *figures)
         except InputError as error:
             say(f'{sample.name} is left out: {error}')
             continue
-        for method, one in zip(settings.method, judged, strict=True):
-            rows[method][sample.name] = {key: one.statistics[key] for key in KEPT}
+        for method, result in zip(settings.method, judged, strict=True):
+            rows[method][sample.name] = {key: result.statistics[key] for key in RECORDED}
         path.write_text(report(rows, arguments, ig), encoding='utf-8')
         if done == arguments.shown:
-            picture(sample.name, image, given, judged, path.with_suffix('.jpg'))
+            picture(sample.name, image, model_input, judged, path.with_suffix('.jpg'))
         done += 1
         if done == arguments.images:
             break

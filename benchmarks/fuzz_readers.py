@@ -4,10 +4,10 @@
     python benchmarks/fuzz_readers.py -atheris_runs=20000 -rss_limit_mb=2048 -timeout=10 \\
         benchmarks/work/corpus
 
-The tests mutate files with Hypothesis everywhere; this finds what only a guided search does, where
-Atheris is available (Linux, some versions of Python). Every input goes to one reader, which its
-first byte names; anything but a result or an InputError stops the run and leaves the input.
-Further flags are libFuzzer's.
+The tests mutate files with Hypothesis on all systems. This program finds faults that only a guided
+search finds; it needs Atheris (Linux, some versions of Python). Each input goes to the reader that
+its first byte names. An exception other than InputError stops the run, and the input is saved.
+Other flags are those of libFuzzer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import atheris
 
 HERE = Path(__file__).resolve().parent
 
-READERS = ['igseg', 'PIL', 'pydicom', 'nibabel']  # whose coverage guides the changes
+READERS = ['igseg', 'PIL', 'pydicom', 'nibabel']  # packages whose coverage guides the mutations
 with atheris.instrument_imports(include=READERS):
     import nibabel
     import numpy as np
@@ -41,7 +41,7 @@ FOLDER = Path(tempfile.mkdtemp())
 
 
 def dataset(path: str) -> Callable[[bytes], None]:
-    """A reader of a dataset in which one file is what was given."""
+    """A reader of a dataset, which writes its input to a file of the dataset."""
 
     def read(content: bytes) -> None:
         root = FOLDER / path.split('/')[0]
@@ -56,14 +56,14 @@ def dataset(path: str) -> Callable[[bytes], None]:
 
 
 def file(name: str, *readers: Callable[[Path], object]) -> Callable[[bytes], None]:
-    """A reader of a file by each of several functions, one of which may well refuse it."""
+    """A reader that gives a file to several functions; each of them may refuse it."""
 
     def read(content: bytes) -> None:
         path = FOLDER / name
         path.write_bytes(content)
-        for one in readers:
+        for reader in readers:
             try:
-                one(path)
+                reader(path)
             except InputError:
                 continue
 
@@ -87,7 +87,7 @@ READERS: dict[bytes, Callable[[bytes], None]] = {
 
 
 def read(content: bytes) -> None:
-    """Give an input to its reader; one that names none to one of them."""
+    """Give an input to the reader that it names; if it names none, to any reader."""
     which = content[:1]
     if which not in READERS:
         which = list(READERS)[(which or b'\0')[0] % len(READERS)]

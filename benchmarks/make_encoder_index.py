@@ -3,10 +3,11 @@ r"""Makes `encoder_index.json.gz`, by which the encoder of a checkpoint is recog
     python benchmarks/make_encoder_index.py --records records.jsonl \
         --index igseg/network/encoder_index.json.gz
 
-Every encoder that segmentation-models-pytorch can build, its own and timm's, is built without
-weights for the names and shapes of its tensors; that takes about half an hour. What was recorded
-already is not built again. Then encoders of the same names and shapes are given the same weights:
-those that compute the same from the same noise are one, the others must be told apart by the user.
+Every encoder that segmentation-models-pytorch can build, with those of timm, is built without
+weights, to record the names and shapes of its tensors. That takes about half an hour; encoders that
+are recorded already are not built again. Then encoders with the same names and shapes get the same
+weights. If they compute the same from the same noise, they are one kind; other encoders must be
+told apart by the user.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from tqdm import tqdm
 from igseg.network.identity import structure_digest
 from igseg.network.recognise import DEPTHS, VIT, index_key, skeleton, tensor_shapes
 
-LARGEST = 150_000_000  # numbers in an encoder that is run to compare it
-ORDER = ('3', '5', '4', VIT)  # of depths: what is found at one often decides the next
+LARGEST = 150_000_000  # weights of an encoder that is still run for a comparison
+ORDER = ('3', '5', '4', VIT)  # of depths: the result at a depth often decides the next
 AGREE = 1e-9  # relative; double precision
 
 
 def build(name: str, depth: int | str, in_channels: int = 3, **options: object):
-    """An encoder without weights, on torch's device of the moment."""
+    """An encoder without pretrained weights, on the present default device of torch."""
     if depth == VIT:
         return TimmViTEncoder(name[3:], pretrained=False, in_channels=in_channels, **options)
     return smp.encoders.get_encoder(name, in_channels=in_channels, depth=depth, weights=None)
 
 
 def records_of(name: str) -> Iterator[dict[str, object]]:
-    """What is recorded of an encoder: one entry for each depth that it can be built for."""
+    """The records of an encoder: one for each depth with which it can be built."""
     loose = None
     for depth in sorted(DEPTHS, reverse=True):
         encoder = skeleton(lambda depth=depth: build(name, depth))
@@ -59,7 +60,7 @@ def records_of(name: str) -> Iterator[dict[str, object]]:
 
 
 def _vit_record(name: str) -> Iterator[dict[str, object]]:
-    """The entry of an encoder of DPT. What else varies is the classifier and the image size."""
+    """The record of an encoder of DPT. Its classifier and its image size vary too."""
     encoder = skeleton(lambda: build(name, VIT))
     if encoder is None or len(set(encoder.output_strides)) > 1:
         return
@@ -70,11 +71,12 @@ def _vit_record(name: str) -> Iterator[dict[str, object]]:
         yield _record(name, VIT, encoder, loose)
 
 
-def _differing(one: torch.nn.Module, other: torch.nn.Module | None) -> set[str]:
-    """The names of tensors that are of another shape in, or are in only one of two networks."""
-    if other is None:
+def _differing(network: torch.nn.Module, variant: torch.nn.Module | None) -> set[str]:
+    """The names of tensors that have different shapes in a network and in its variant, or that
+    only one of the two has."""
+    if variant is None:
         return set()
-    shapes = [tensor_shapes(network.state_dict()) for network in (one, other)]
+    shapes = [tensor_shapes(module.state_dict()) for module in (network, variant)]
     return {
         name for name in shapes[0].keys() | shapes[1].keys()
         if shapes[0].get(name) != shapes[1].get(name)
@@ -94,20 +96,20 @@ def _record(name: str, depth: int | str, encoder: torch.nn.Module, loose: set[st
 
 
 def make_records(path: Path, part: int, parts: int) -> None:
-    """Record all encoders that are not recorded yet, or one part of them."""
-    known = {line['name'] for line in map(json.loads, path.open())} if path.exists() else set()
+    """Record all encoders that are not recorded yet, or a part of them."""
+    recorded = {line['name'] for line in map(json.loads, path.open())} if path.exists() else set()
     names = [*smp.encoders.get_encoder_names(), *(f'tu-{name}' for name in timm.list_models())]
     with path.open('a') as file:
         for name in tqdm(names[part::parts]):
-            if name in known:
+            if name in recorded:
                 continue
-            found = list(records_of(name)) or [{'name': name, 'depth': None}]
-            file.writelines(json.dumps(record) + '\n' for record in found)
+            records = list(records_of(name)) or [{'name': name, 'depth': None}]
+            file.writelines(json.dumps(record) + '\n' for record in records)
             file.flush()
 
 
 def _digest(encoder: torch.nn.Module) -> str:
-    """The same for encoders of the same structure, whatever their names."""
+    """The digest of an encoder's structure, whatever its name."""
     of_timm = isinstance(encoder, (TimmUniversalEncoder, TimmViTEncoder))
     return structure_digest(encoder.model if of_timm else encoder)[:16]
 
@@ -135,8 +137,8 @@ def make_index(records: Path, path: Path) -> None:
 
 
 def _kinds(members: list[dict], judge: _Judge) -> list[list[str]]:
-    """The names of encoders of the same tensors, those that compute the same together; smp's own
-    before timm's, the plainest first."""
+    """Names of encoders with the same tensors: a list for each group that computes the same. Names
+    of smp come before those of timm, and the plainest name comes first."""
     kinds: dict[str, list[dict]] = defaultdict(list)
     for record in members:
         kinds[record['digest']].append(record)
@@ -156,38 +158,39 @@ def _plainness(name: str) -> tuple:
 
 
 class _Judge:
-    """Whether encoders compute the same from the same weights; remembers what it found."""
+    """Whether encoders compute the same from the same weights; it remembers its results."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[str, str], dict[str, bool | None]] = defaultdict(dict)
+        # By the names of two encoders, their results by depth.
+        self.results: dict[tuple[str, str], dict[str, bool | None]] = defaultdict(dict)
 
-    def same(self, one: dict, other: dict) -> bool:
-        """Whether two encoders of the same tensors compute the same."""
-        depth, known = str(one['depth']), self.found[one['name'], other['name']]
-        if known.get('3') is False and depth in '45':  # the first stages differ already
-            known[depth] = False
-        elif known.get('5') is True and depth == '4':
-            known[depth] = True
+    def same(self, first: dict, second: dict) -> bool:
+        """Whether two encoders with the same tensors compute the same."""
+        depth, by_depth = str(first['depth']), self.results[first['name'], second['name']]
+        if by_depth.get('3') is False and depth in '45':  # the first stages differ already
+            by_depth[depth] = False
+        elif by_depth.get('5') is True and depth == '4':
+            by_depth[depth] = True
         else:
-            known[depth] = _compute_the_same(one, other)
-        return known[depth] is True
+            by_depth[depth] = _compute_the_same(first, second)
+        return by_depth[depth] is True
 
 
-def _compute_the_same(one: dict, other: dict) -> bool | None:
-    """Whether two encoders give the same features of noise, with weights that follow from their
-    names; None where they are too large or cannot be run."""
-    size = _size(one['name'], one['depth'])
+def _compute_the_same(first: dict, second: dict) -> bool | None:
+    """Whether two encoders compute the same features of noise, with weights that follow from the
+    names of their tensors. None: they are too large, or cannot be run."""
+    size = _size(first['name'], first['depth'])
     options: dict[str, object] = {}
-    if one['depth'] == VIT:  # made for the same image size they may even be the same structure
+    if first['depth'] == VIT:  # built for the same image size they may have the same structure
         options = {'img_size': size[-1], 'num_classes': 7}
-        outlines = [skeleton(lambda record=r: _built(record, **options)) for r in (one, other)]
+        outlines = [skeleton(lambda record=r: _built(record, **options)) for r in (first, second)]
         if None in outlines:
             options = {}
         elif _digest(outlines[0]) == _digest(outlines[1]):
             return True
-    if max(one['numbers'], other['numbers']) > LARGEST:
+    if max(first['numbers'], second['numbers']) > LARGEST:
         return None
-    features = [_features(record, size, options) for record in (one, other)]
+    features = [_features(record, size, options) for record in (first, second)]
     if None in features:
         return None
     return all(
@@ -204,7 +207,7 @@ def _built(record: dict, **options: object) -> torch.nn.Module:
 def _features(
     record: dict, size: tuple[int, int], options: dict[str, object]
 ) -> list[torch.Tensor] | None:
-    """What an encoder gives for noise; None where it cannot be run at that size."""
+    """The features of an encoder for noise; None if it cannot be run at this size."""
     try:
         with _Untouched():
             encoder = _built(record, **options)
@@ -223,7 +226,7 @@ def _features(
 
 
 class _Untouched(TorchFunctionMode):
-    """Leaves weights as memory had them: they are all set afterwards."""
+    """Leaves the memory of new weights as it is: all weights are set afterwards."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         if getattr(function, '__name__', '') in ('normal_', 'uniform_', 'erfinv_', 'trunc_normal_'):
@@ -240,7 +243,7 @@ def _size(name: str, depth: int | str) -> tuple[int, int]:
 
 
 def _weights(name: str, shape: torch.Size) -> torch.Tensor:
-    """Values that hold activations near 1. Variances are small, so that their epsilon is seen."""
+    """Values that keep activations near 1. Variances are small, so that epsilon has an effect."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big')
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if name.endswith('running_var'):
@@ -256,9 +259,13 @@ if __name__ == '__main__':
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--records', type=Path, required=True, help='what was built; added to')
-    parser.add_argument('--index', type=Path, help='written from the records')
-    parser.add_argument('--part', type=int, default=0, help='only this one of --parts')
+    parser.add_argument(
+        '--records', type=Path, required=True, help='file of the records; new records are added'
+    )
+    parser.add_argument(
+        '--index', type=Path, help='file of the index, which is made from the records'
+    )
+    parser.add_argument('--part', type=int, default=0, help='which of --parts to record')
     parser.add_argument('--parts', type=int, default=1)
     arguments = parser.parse_args()
     make_records(arguments.records, arguments.part, arguments.parts)

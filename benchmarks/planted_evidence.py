@@ -1,19 +1,19 @@
-"""Maps where the truth is known: pictures with planted evidence, and a network trained on them.
+"""Maps of which the truth is known: pictures with planted evidence, and networks trained on them.
 
     python benchmarks/planted_evidence.py
     python benchmarks/planted_evidence.py --batches 150 --pictures 2 --baselines mean --methods all
 
-Each scenario says what decides whether a spot belongs to the mask, and nothing else does:
+In each scenario a single thing decides whether a spot belongs to the mask:
 
-- look: the spot's own look; marks lie about that mean nothing (distractors);
-- cue: a small mark at a fixed distance to the right of the spot; spots without it are background;
-- shortcut: a watermark in a corner; without it no spot is in the mask.
+- look: the look of the spot. There are also marks, which mean nothing (distractors);
+- cue: a small mark at a fixed distance to the right of the spot. Spots without it are background;
+- shortcut: a watermark in a corner. Without it no spot is in the mask.
 
-Spots are dark on light or bright on dark. A small U-Net learns each scenario in about a minute;
-then its maps are taken on new pictures, against every baseline: how much of the attribution lies
-on what is known to matter, and what the verdict says. A shortcut has to be found (the score hangs
-on a distant spot), and nothing may be cried where there is none. With --methods the same is asked
-of other methods, beside the image's Sobel edges as a yardstick. Everything is seeded.
+Spots are dark on light or bright on dark. A small U-Net learns each scenario in about a minute.
+Then new pictures are explained with each baseline. The table tells how much of the attribution lies
+on the evidence, and what the verdict says. The verdict must find a shortcut (the score depends on a
+distant spot), and must not report a shortcut that does not exist. With --methods the same is done
+for other methods, and for the image's Sobel edges as a yardstick. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from integrated_gradients import (
     IntegratedGradients,
     ModelInput,
     Settings,
+    baseline_fields,
     build_baselines,
-    given_baseline,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -59,13 +59,13 @@ PREPROCESSING = Preprocessing(image_size=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3)
 RADIUS, MARK, DISTANCE = 7, 5, 18  # pixels: of a spot, side of a mark, from spot to mark
 STAMP = 8  # pixels: side of the watermark
 TOLERANCE, MAX_STEPS = 0.1, 100
-REFERENCES = 16  # other pictures, for methods that compare with such
-BOUNDARY_POINTS = 33  # at which the score is looked at for the boundary
+REFERENCES = 16  # other pictures, for methods that need such
+BOUNDARY_POINTS = 33  # at which the score is computed to find the boundary
 SCENARIOS = ('look', 'cue', 'shortcut')
 BASELINES = ('zero', 'white', 'mean', 'blur', 'boundary', 'auto')
-SHORTCUT = 'distant spot'  # what a verdict has to find
-EDGES = 'edges'  # a yardstick that no network is asked for
-LAYER = 'down.3'  # of layer and gradcam: 12x12, before the coarsest levels
+SHORTCUT = 'distant spot'  # the finding of a verdict that tells of a shortcut
+EDGES = 'edges'  # a yardstick: the map of the edges, without a network
+LAYER = 'down.3'  # for layer and gradcam: 12x12, before the coarsest levels
 EDGES_DECLARED = Declared(EDGES, None, baseline=NO_BASELINE)
 METHODS_COMPARED = (*(form_of(name).replace('NAME', LAYER) for name in METHODS), EDGES)
 VERDICTS = ('trust broadly', 'trust in part', 'do not trust')
@@ -73,17 +73,17 @@ VERDICTS = ('trust broadly', 'trust in part', 'do not trust')
 
 @dataclass(frozen=True)
 class Picture:
-    """A generated image and where everything in it lies; masks are (S, S) bool."""
+    """A generated image, and the places of all things in it; masks are (S, S) bool."""
 
     image: np.ndarray  # (S, S, 3) uint8
     mask: np.ndarray  # what is to be segmented
-    evidence: np.ndarray  # what decides it: spots in the mask, their marks, the watermark
-    distractors: np.ndarray  # what looks as if it could, and does not
+    evidence: np.ndarray  # what decides the mask: spots in it, their marks, the watermark
+    distractors: np.ndarray  # what looks as if it decided the mask, and does not
 
 
 def generate(scenario: str, bright: bool, rng: np.random.Generator, stamped: bool) -> Picture:
-    """A picture. bright: bright spots on a dark ground, else the other way round. stamped: with a
-    watermark (elsewhere than in `shortcut` it has no meaning)."""
+    """A picture. bright: bright spots on a dark ground, else dark spots on a light ground. stamped:
+    with a watermark, which has a meaning only in `shortcut`."""
     ground, spot = (60, 170) if bright else (190, 80)
     rough = rng.normal(0, 1, (SIDE // 8, SIDE // 8)).astype(np.float32)
     grey = ground + 8 * np.kron(rough, np.ones((8, 8))) + rng.normal(0, 6, (SIDE, SIDE))
@@ -113,7 +113,7 @@ def generate(scenario: str, bright: bool, rng: np.random.Generator, stamped: boo
 
 
 def _square(row: int, column: int, side: int) -> tuple[slice, slice]:
-    """Around a centre."""
+    """The rows and columns of a square around a centre."""
     half = side // 2
     return slice(row - half, row - half + side), slice(column - half, column - half + side)
 
@@ -124,7 +124,7 @@ def _pattern(side: int) -> np.ndarray:
 
 
 class UNet(nn.Module):
-    """Five levels, the last of which sees the whole picture."""
+    """A U-Net whose coarsest level sees the whole picture."""
 
     WIDTHS = (12, 24, 32, 48, 64, 64)
 
@@ -163,9 +163,10 @@ def trained(scenario: str, batches: int, seed: int) -> UNet:
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, batches)
     for _ in tqdm(range(batches), desc=f'learning {scenario}', unit='batch'):
-        some = [generate(scenario, k % 2 == 0, rng, rng.random() < 0.5) for k in range(16)]
-        x = torch.cat([PREPROCESSING.normalise(one.image) for one in some])
-        truth = torch.from_numpy(np.stack([one.mask for one in some])).float().unsqueeze(1)
+        pictures = [generate(scenario, k % 2 == 0, rng, rng.random() < 0.5) for k in range(16)]
+        x = torch.cat([PREPROCESSING.normalise(picture.image) for picture in pictures])
+        masks = np.stack([picture.mask for picture in pictures])
+        truth = torch.from_numpy(masks).float().unsqueeze(1)
         loss = DEMO_TRAINING['segmentation_loss'](network(x), truth)
         optimizer.zero_grad()
         loss.backward()
@@ -175,8 +176,8 @@ def trained(scenario: str, batches: int, seed: int) -> UNet:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was found of one picture against one baseline."""
+class Examined:
+    """The figures of a picture's map with a baseline."""
 
     on_evidence: float  # shares of |attribution|
     on_distractors: float
@@ -184,21 +185,22 @@ class Seen:
     dice: float
 
 
-def boundary(ig: IntegratedGradients, given: ModelInput) -> torch.Tensor:
+def boundary(ig: IntegratedGradients, model_input: ModelInput) -> torch.Tensor:
     """A baseline at the decision boundary (after Morasso et al. 2025): the point nearest to the
     picture, on the way to its mean, at which the mean logit over the prediction is not positive."""
-    (rough,) = explanations(ig, given, Settings(baseline='mean', num_steps=2))
-    (mean,) = build_baselines('mean', PREPROCESSING.to_pixels(given.x), PREPROCESSING)
+    (rough,) = explanations(ig, model_input, Settings(baseline='mean', num_steps=2))
+    x = model_input.x
+    (mean,) = build_baselines('mean', PREPROCESSING.to_pixels(x), PREPROCESSING)
     start = PREPROCESSING.normalise(mean)
     alphas = torch.linspace(1, 0, BOUNDARY_POINTS).view(-1, 1, 1, 1)
     with torch.no_grad():
-        scores = rough.objective(ig.model(start + alphas * (given.x - start)))
+        scores = rough.objective(ig.model(start + alphas * (x - start)))
     below = (scores <= 0).nonzero()
-    return start + alphas[int(below[0]) if len(below) else -1] * (given.x - start)
+    return start + alphas[int(below[0]) if len(below) else -1] * (x - start)
 
 
 def declared_by(method: str) -> Declared:
-    """What a method says of itself."""
+    """What a method declares."""
     return EDGES_DECLARED if method == EDGES else build_methods([method], [])[0].declares
 
 
@@ -213,50 +215,59 @@ def examine(
     baseline: str,
     method: str = 'ig',
     references: torch.Tensor | None = None,
-) -> Seen | None:
-    """The map of a picture, checked; None where nothing is predicted. references: other pictures
-    (n, 3, S, S), for methods that compare with such."""
+) -> Examined | None:
+    """The figures of a picture's map; None if nothing is predicted. references: other pictures
+    (n, 3, S, S), for methods that need such."""
     ig = IntegratedGradients(network, 'cpu', PREPROCESSING)
-    given = ModelInput.of(PREPROCESSING, picture.image, picture.mask.astype(np.uint8))
+    model_input = ModelInput.of(PREPROCESSING, picture.image, picture.mask.astype(np.uint8))
     settings = Settings(method=('ig' if method == EDGES else method,))
     if declared_by(method).quadrature:
         settings = replace(settings, tolerance=TOLERANCE, max_steps=MAX_STEPS)
     try:
-        against = boundary(ig, given) if baseline == 'boundary' else baseline
-        question = replace(settings.question, **given_baseline(against, 3))
-        (chosen,) = map(build_method, settings.methods)
-        (found,) = ig.explain_with(given, question, settings.integration, chosen, references)
+        chosen = boundary(ig, model_input) if baseline == 'boundary' else baseline
+        question = replace(settings.question, **baseline_fields(chosen, 3))
+        (built,) = map(build_method, settings.methods)
+        (explanation,) = ig.explain_with(
+            model_input, question, settings.integration, built, references
+        )
     except InputError:
         return None
     if method == EDGES:
-        found = replace(with_map(found, edges_of(ig, given.x).sum(axis=0)), again=edges_of)
-    statistics = explanation_statistics(found, picture.mask)
-    statistics |= evaluate_explanation(ig, given.x, found, 'quick', picture.mask, given.placement)
+        edges = edges_of(ig, model_input.x).sum(axis=0)
+        explanation = replace(with_map(explanation, edges), again=edges_of)
+    statistics = explanation_statistics(explanation, picture.mask)
+    statistics |= evaluate_explanation(
+        ig, model_input.x, explanation, 'quick', picture.mask, model_input.placement
+    )
     statistics |= {'notes': [], 'settings': {**settings.record(), 'evaluate': 'quick'}}
-    magnitude = found.attributions.abs().sum(dim=0).numpy()
-    flags = [one['flag'] for one in verdict_of(statistics)]
-    shares = [float(magnitude[where].sum() / magnitude.sum())
-              for where in (picture.evidence, picture.distractors)]  # fmt: skip
-    return Seen(*shares, flags, statistics['dice'])
+    magnitude = explanation.attributions.abs().sum(dim=0).numpy()
+    flags = [finding['flag'] for finding in verdict_of(statistics)]
+    shares = [float(magnitude[mask].sum() / magnitude.sum())
+              for mask in (picture.evidence, picture.distractors)]  # fmt: skip
+    return Examined(*shares, flags, statistics['dice'])
 
 
-def row_of(names: Sequence[str], seen: Sequence[Seen]) -> str:
-    """A row of the table, which the names head."""
-    first = Counter(one.flags[0] for one in seen)
-    found = sum(SHORTCUT in one.flags for one in seen)
+def row_of(names: Sequence[str], examined: Sequence[Examined]) -> str:
+    """A row of the table, which begins with the names."""
+    verdicts = Counter(picture.flags[0] for picture in examined)
+    shortcuts = sum(SHORTCUT in picture.flags for picture in examined)
     cells = [
-        *names, f'{np.mean([one.dice for one in seen]):.2f}',
-        f'{np.mean([one.on_evidence for one in seen]):.0%}',
-        f'{np.mean([one.on_distractors for one in seen]):.0%}',
-        f'{found}/{len(seen)}', *(str(first[flag]) for flag in VERDICTS),
+        *names, f'{np.mean([picture.dice for picture in examined]):.2f}',
+        f'{np.mean([picture.on_evidence for picture in examined]):.0%}',
+        f'{np.mean([picture.on_distractors for picture in examined]):.0%}',
+        f'{shortcuts}/{len(examined)}', *(str(verdicts[flag]) for flag in VERDICTS),
     ]  # fmt: skip
     return f'| {" | ".join(cells)} |'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--batches', type=int, default=400, help='of 16 pictures, to learn from')
-    parser.add_argument('--pictures', type=int, default=8, help='to explain, of each kind')
+    parser.add_argument(
+        '--batches', type=int, default=400, help='batches of 16 pictures that a network learns from'
+    )
+    parser.add_argument(
+        '--pictures', type=int, default=8, help='pictures of each kind that are explained'
+    )
     parser.add_argument('--baselines', nargs='+', default=BASELINES)
     parser.add_argument('--methods', nargs='+', default=['ig'], help='or: all')
     parser.add_argument('--seed', type=int, default=0)
@@ -273,19 +284,20 @@ def main() -> None:
             stamped = [scenario == 'shortcut' or k % 2 == 0 for k in range(args.pictures)]
             pictures = [generate(scenario, bright, rng, stamp) for stamp in stamped]
             others = [generate(scenario, bright, rng, k % 2 == 0) for k in range(REFERENCES)]
-            references = torch.cat([PREPROCESSING.normalise(one.image) for one in others])
+            references = torch.cat([PREPROCESSING.normalise(other.image) for other in others])
             kind = 'bright' if bright else 'dark'
             for baseline, method in product(args.baselines, methods):
-                several = tqdm(pictures, desc=f'{scenario}, {kind}, {baseline}, {method}',
-                               unit='picture')  # fmt: skip
-                seen = [one for p in several
-                        if (one := examine(network, p, baseline, method, references))]  # fmt: skip
+                progress = tqdm(pictures, desc=f'{scenario}, {kind}, {baseline}, {method}',
+                                unit='picture')  # fmt: skip
+                results = [examine(network, picture, baseline, method, references)
+                           for picture in progress]  # fmt: skip
+                examined = [result for result in results if result is not None]
                 names = [scenario, kind, baseline]
                 if several_methods:
-                    against = declared_by(method).baseline
-                    names[2:] = [baseline if against == USER_BASELINE else against, f'`{method}`']
-                if seen:
-                    print(row_of(names, seen), flush=True)
+                    chosen = declared_by(method).baseline
+                    names[2:] = [baseline if chosen == USER_BASELINE else chosen, f'`{method}`']
+                if examined:
+                    print(row_of(names, examined), flush=True)
 
 
 if __name__ == '__main__':

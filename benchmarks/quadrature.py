@@ -3,10 +3,10 @@
     python benchmarks/quadrature.py --name demo --model_path demo/demo_model.pth \\
         --data_dir demo/Dataset_no_preprocessing --images 8 --image_size 128
 
-Every rule's map is compared with a reference of 1,025 equidistant nodes (trapezoid rule) on several
-images and three baselines: relative L2 and L1 error, raw and smoothed (Gaussian, sigma 2 pixels),
-overlap of the strongest 5 % of pixels, completeness gap, and the error the rule itself reports.
-Cases that are done are kept in --work_dir and not computed again. Writes
+The map of each rule is compared with a reference of 1,025 equidistant nodes (trapezoid rule) on
+several images and three baselines: relative L2 and L1 error, raw and smoothed (Gaussian, sigma 2
+pixels), overlap of the strongest 5 % of pixels, completeness gap, and the error that the rule
+reports. Finished cases are stored in --work_dir and not computed again. Writes
 benchmarks/results/quadrature_NAME.md and .png.
 """
 
@@ -60,31 +60,31 @@ ROUGHNESS_CELLS = 128
 
 
 class Case:
-    """One image against one baseline; no node of its path is evaluated twice."""
+    """An image with a baseline; no node of its path is evaluated twice."""
 
     def __init__(
         self, network: torch.nn.Module, x: torch.Tensor, baseline: torch.Tensor, region
     ) -> None:
         self.network, self.x, self.baseline = network, x, baseline
         self.weights = region / region.sum()
-        self.known: dict[float, tuple[float, torch.Tensor]] = {}
+        self.results: dict[float, tuple[float, torch.Tensor]] = {}  # results of `at`
 
     def at(self, alpha: float) -> tuple[float, torch.Tensor]:
         """The score and the attribution density (1, 3, H, W) at a node."""
         key = round(alpha, 12)
-        if key not in self.known:
+        if key not in self.results:
             change = self.x - self.baseline
             point = (self.baseline + alpha * change).requires_grad_()
             score = (self.network(point) * self.weights).sum()
             (gradient,) = torch.autograd.grad(score, point)
-            self.known[key] = (score.item(), gradient * change)
-        return self.known[key]
+            self.results[key] = (score.item(), gradient * change)
+        return self.results[key]
 
     def evaluate(self, nodes: np.ndarray) -> Iterator[torch.Tensor]:
         return (self.at(float(node))[1] for node in nodes)
 
     def residual(self, interval: Interval) -> torch.Tensor:
-        """What completeness says about an interval: the error of its part of the sum."""
+        """The completeness gap of an interval: the error of its part of the sum."""
         (low, a), (high, b) = self.at(interval.left), self.at(interval.right)
         by_rule = (interval.right - interval.left) / 2 * (a.sum() + b.sum())
         return (high - low - by_rule).abs().reshape(1)
@@ -93,30 +93,30 @@ class Case:
         """How much the density changes within each of many equal cells (RiemannOpt)."""
         nodes = np.linspace(0, 1, ROUGHNESS_CELLS + 1)
         maps = [self.at(float(node))[1] for node in nodes]
-        found = np.array([float((b - a).abs().sum()) for a, b in pairwise(maps)])
-        return found / found.sum()
+        changes = np.array([float((b - a).abs().sum()) for a, b in pairwise(maps)])
+        return changes / changes.sum()
 
     def run(self, rule: str, steps: int, roughness: np.ndarray) -> PathIntegral:
-        """The map that a rule gives."""
+        """The map of a rule."""
         if rule == ADAPTIVE:
             return run_alone(adaptive_rounds(steps), self.evaluate)
         if rule == 'adaptive by residual':
             return run_alone(adaptive_rounds(steps, priority=self.residual), self.evaluate)
         if rule == 'nuig':
             ends = np.linspace(0, 1, NUIG_INTERVALS + 1)
-            found = nuig_rule(steps, [self.at(float(end))[0] for end in ends])
+            quadrature = nuig_rule(steps, [self.at(float(end))[0] for end in ends])
         elif rule == 'riemannopt':
-            found = riemannopt_rule(steps, roughness)
+            quadrature = riemannopt_rule(steps, roughness)
         else:
-            found = FIXED_RULES[rule](steps)
-        return sum_rule(self.evaluate, found)
+            quadrature = FIXED_RULES[rule](steps)
+        return sum_rule(self.evaluate, quadrature)
 
 
-def compare(found: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Errors of a map (3, H, W) against the reference."""
+def compare(attributions: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Errors of a map (3, H, W), relative to the reference."""
 
     def relative(order: int, smooth: bool) -> float:
-        maps = [found - reference, reference]
+        maps = [attributions - reference, reference]
         if smooth:
             maps = [cv2.GaussianBlur(m.transpose(1, 2, 0), (0, 0), SMOOTHING) for m in maps]
         off, size = (np.linalg.norm(m.ravel(), order) for m in maps)
@@ -126,29 +126,29 @@ def compare(found: np.ndarray, reference: np.ndarray) -> dict[str, float]:
         magnitude = np.abs(m).sum(axis=0).ravel()
         return np.argsort(-magnitude, kind='stable')[: int(STRONGEST * magnitude.size)]
 
-    top = np.intersect1d(strongest(found), strongest(reference)).size
+    common = np.intersect1d(strongest(attributions), strongest(reference)).size
     return {
         'l2': relative(2, False), 'l1': relative(1, False),
         'l2_smooth': relative(2, True), 'l1_smooth': relative(1, True),
-        'overlap': top / len(strongest(reference)),
+        'overlap': common / len(strongest(reference)),
     }  # fmt: skip
 
 
-_prepared: dict[str, tuple] = {}  # of this worker process: a network is prepared once
+_prepared: dict[str, tuple] = {}  # by path; a worker process prepares a network once
 
 
 def load(model_path: str, size: int | None) -> tuple[torch.nn.Module, Preprocessing]:
     if model_path not in _prepared:
         model = load_model(model_path, 'cpu')
-        own = model.preprocessing
-        fit = Preprocessing(size or own.image_size, 'stretch', own.mean, own.std)
+        stored = model.preprocessing
+        fit = Preprocessing(size or stored.image_size, 'stretch', stored.mean, stored.std)
         example = torch.zeros(1, 3, fit.image_size, fit.image_size)
         _prepared[model_path] = prepared_copy(model, example)[0], fit
     return _prepared[model_path]
 
 
 def make_case(model_path: str, size: int | None, image: np.ndarray, baseline: str) -> Case | None:
-    """The case of an image; None where the network predicts nothing."""
+    """The case of an image; None if the network predicts nothing."""
     network, fit = load(model_path, size)
     pixels = fit.resize_image(image).astype(np.float32)
     x = fit.normalise(pixels)
@@ -167,7 +167,7 @@ def run_case(
     roughness: list[float],
     path: Path,
 ) -> list[dict]:
-    """All rules on one case; kept in a file, from which a finished case is read back."""
+    """All rules on one case. A finished case is stored in a file and read back from there."""
     if path.is_file():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
@@ -177,12 +177,12 @@ def run_case(
     rows = []
     for rule, counts in COUNTS.items():
         for steps in counts:
-            found = case.run(rule, steps, np.array(roughness))
-            total = float(found.integral.double().sum())
+            path_integral = case.run(rule, steps, np.array(roughness))
+            total = float(path_integral.integral.double().sum())
             rows.append({
                 'image': name, 'baseline': baseline, 'rule': rule, 'evaluations': steps,
-                **compare(found.integral[0].numpy(), reference.numpy()),
-                'estimate': float(found.relative_errors()),
+                **compare(path_integral.integral[0].numpy(), reference.numpy()),
+                'estimate': float(path_integral.relative_errors()),
                 'gap': abs(total - change) / abs(change),
             })  # fmt: skip
     temporary = path.with_suffix('.tmp')
@@ -192,7 +192,7 @@ def run_case(
 
 
 def choose_cases(arguments: argparse.Namespace) -> list:
-    """Images evenly spaced through the test split, without those where nothing is predicted."""
+    """Images evenly spaced through the test split, without images on which nothing is predicted."""
     samples = list_samples(arguments.data_dir)
     for count in range(arguments.images, len(samples) + 1):
         chosen = [
@@ -217,7 +217,7 @@ def honest_share(rows: Sequence[dict]) -> float:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Medians over all cases, a line for every rule and number of evaluations."""
+    """Medians over all cases, a line for each rule and number of evaluations."""
     lines = [
         '| rule | evaluations | L2 | L1 | L2 smoothed | L1 smoothed | top 5 % overlap | gap | '
         'reported error | error below reported |',
@@ -225,18 +225,20 @@ def table(rows: Sequence[dict]) -> str:
     ]
     for rule, counts in COUNTS.items():
         for steps in counts:
-            some = [r for r in rows if r['rule'] == rule and r['evaluations'] == steps]
-            figures = [f'{middle(some, key):.3f}' for key in ('l2', 'l1', 'l2_smooth', 'l1_smooth')]
+            cases = [r for r in rows if r['rule'] == rule and r['evaluations'] == steps]
+            figures = [
+                f'{middle(cases, key):.3f}' for key in ('l2', 'l1', 'l2_smooth', 'l1_smooth')
+            ]
             lines.append(
-                f'| {rule} | {steps} | {" | ".join(figures)} | {middle(some, "overlap"):.1%} | '
-                f'{middle(some, "gap"):.1%} | {middle(some, "estimate"):.3f} | '
-                f'{honest_share(some):.0%} |'
+                f'| {rule} | {steps} | {" | ".join(figures)} | {middle(cases, "overlap"):.1%} | '
+                f'{middle(cases, "gap"):.1%} | {middle(cases, "estimate"):.3f} | '
+                f'{honest_share(cases):.0%} |'
             )
     return '\n'.join(lines)
 
 
 def needed(rows: Sequence[dict], level: float) -> Iterator[tuple[str, str]]:
-    """For every rule the fewest evaluations whose median L2 error is at most `level`."""
+    """For each rule the fewest evaluations with a median L2 error of at most `level`."""
     for rule, counts in COUNTS.items():
         enough = [
             steps
@@ -248,7 +250,7 @@ def needed(rows: Sequence[dict], level: float) -> Iterator[tuple[str, str]]:
 
 
 def figure(rows: Sequence[dict], name: str) -> Figure:
-    """Error and gap against evaluations, and reported against true error."""
+    """Three plots: error and gap over evaluations, and true over reported error."""
     fig = Figure(figsize=(15, 5), dpi=120, layout='constrained')
     error, gap, calibration = fig.subplots(1, 3)
     for rule, counts in COUNTS.items():
@@ -256,11 +258,11 @@ def figure(rows: Sequence[dict], name: str) -> Figure:
             [r for r in rows if r['rule'] == rule and r['evaluations'] == steps] for steps in counts
         ]
         style = {'marker': 'o', 'markersize': 3, 'linewidth': 2.5 if rule == ADAPTIVE else 1}
-        error.loglog(counts, [middle(some, 'l2') for some in by_count], label=rule, **style)
-        gap.loglog(counts, [middle(some, 'gap') for some in by_count], label=rule, **style)
-        every = [row for some in by_count for row in some]
+        error.loglog(counts, [middle(cases, 'l2') for cases in by_count], label=rule, **style)
+        gap.loglog(counts, [middle(cases, 'gap') for cases in by_count], label=rule, **style)
+        of_rule = [row for cases in by_count for row in cases]
         calibration.loglog(
-            [row['estimate'] for row in every], [row['l2'] for row in every], '.', markersize=3
+            [row['estimate'] for row in of_rule], [row['l2'] for row in of_rule], '.', markersize=3
         )
     for axis, title in ((error, 'map error (relative L2)'), (gap, 'completeness gap')):
         axis.set_title(f'{title}, median over the cases')
@@ -272,7 +274,7 @@ def figure(rows: Sequence[dict], name: str) -> Figure:
     calibration.plot(line, line, 'k--', linewidth=1)
     calibration.set_title(f'true below reported in {honest_share(rows):.0%} of {len(rows)} maps')
     calibration.set_xlabel('reported error')
-    for axis in (error, gap, calibration):  # labels at the decades and our own ticks only
+    for axis in (error, gap, calibration):  # labels only at the decades and at our ticks
         axis.xaxis.set_minor_formatter(NullFormatter())
     calibration.set_ylabel('true error (relative L2)')
     fig.suptitle(f'{name}: {len({(r["image"], r["baseline"]) for r in rows})} cases')
@@ -280,7 +282,7 @@ def figure(rows: Sequence[dict], name: str) -> Figure:
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command for the record; files outside the project are not named."""
+    """A command as text for the results, without the names of files outside the project."""
     return ' '.join('…' if word.startswith(('..', '/')) else word for word in command)
 
 
@@ -318,7 +320,7 @@ Evaluations needed for the median error of Gauss-Legendre with 50 nodes ({level:
 
 
 def cpu_name() -> str:
-    """The processor, as Linux tells it."""
+    """The name of the processor, from Linux."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -327,7 +329,7 @@ def cpu_name() -> str:
 
 
 def benchmark_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark needs."""
+    """A parser with the flags that all benchmarks need."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument('--name', required=True, help='names the result files')
     parser.add_argument('--model_path', required=True)

@@ -1,5 +1,6 @@
-"""Does a batch survive, scale and stay small? One command for each row of
-the table in docs/many_images.md.
+"""Does a batch survive kills, scale, and stay small in memory?
+
+Each command measures a row of the table in docs/many_images.md:
 
     python benchmarks/reliability.py kills --kills 50
     python benchmarks/reliability.py ranks --ranks 1 2 3
@@ -7,14 +8,16 @@ the table in docs/many_images.md.
     python benchmarks/reliability.py large --images 2000
     python benchmarks/reliability.py writing --image_size 640
 
-kills: a batch is killed (SIGKILL) at random instants and started again; every few kills it is
+kills: a batch is killed (SIGKILL) at random instants and started again. Every few kills it is
     finished and compared, file by file, with an undisturbed run.
-ranks: the same batch under torchrun with several numbers of processes, one thread each; results
-    are compared file by file, and the time with 1 and 2 ranks gives the throughput ratio.
-pipeline: the demo at 256x256; wall time of the command by the time spent explaining, and memory.
-large: many small synthetic images through a tiny network; memory between the first and the last.
-writing: what it takes to draw and write one image, and the bytes it leaves.
-Each writes benchmarks/results/reliability_NAME.md.
+ranks: the same batch under torchrun with several numbers of processes, one thread each. Results
+    are compared file by file, and the times with 1 and 2 ranks give the throughput ratio.
+pipeline: the demo at 256x256: wall time of the command divided by the time spent explaining, and
+    memory.
+large: many small synthetic images through a tiny network: memory from the first to the last image.
+writing: the time to draw and write one image, and the bytes of its files.
+
+Each command writes benchmarks/results/reliability_NAME.md.
 """
 
 from __future__ import annotations
@@ -54,44 +57,44 @@ ROOT = HERE.parent
 
 
 def run_ranks(ranks: Sequence[int], images: int, size: int, work: Path) -> dict:
-    """Run one batch with several numbers of ranks; compare with the first, and time them."""
+    """Run a batch with several numbers of ranks, time it, and compare it with the first."""
     arguments = [*SMALL, '--image_size', str(size), '--num_steps', '16', '--num_samples',
                  str(images), '--figures', 'none', '--output_dir']  # fmt: skip
-    found: dict[str, object] = {'images': images}
+    figures: dict[str, object] = {'images': images}
     seconds: dict[int, float] = {}
     for count in ranks:
         started = time.perf_counter()
         process = torchrun(count, [*arguments, str(work / f'ranks_{count}')])
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
         seconds[count] = time.perf_counter() - started
-        found[f'seconds with {count}, start included'] = round(seconds[count], 1)
+        figures[f'seconds with {count}, start included'] = round(seconds[count], 1)
         if count != ranks[0]:
             different = differences(work / f'ranks_{ranks[0]}', work / f'ranks_{count}')
-            found[f'files that differ, {count} against {ranks[0]}'] = len(different)
+            figures[f'files that differ, {count} against {ranks[0]}'] = len(different)
     if {1, 2} <= seconds.keys():
-        found['throughput of 2 ranks by that of 1'] = round(seconds[1] / seconds[2], 2)
-    return found
+        figures['throughput of 2 ranks by that of 1'] = round(seconds[1] / seconds[2], 2)
+    return figures
 
 
 # --------------------------------------------------------------------------- memory and time
 
 
 def watched(command: Sequence[str], table: Path) -> Iterator[tuple[float, int, int]]:
-    """Run a command; every half second, the seconds so far, the images it has finished and the
-    resident bytes of all its processes."""
+    """Run a command. Yields every half second: the seconds so far, the number of finished images,
+    and the resident bytes of all its processes."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         rows = table.read_bytes().count(b'\n') - 1 if table.is_file() else 0
-        memory = sum(resident(one) for one in family(process.pid))
+        memory = sum(resident(member) for member in family(process.pid))
         yield time.perf_counter() - started, rows, memory
         time.sleep(0.5)
     assert process.returncode == 0, command
 
 
 def resident(process: int) -> int:
-    """Resident bytes of a process that no other process shares, and its share of the others."""
+    """Resident bytes of a process, with a share of the bytes that it shares (PSS)."""
     try:
         lines = Path(f'/proc/{process}/smaps_rollup').read_text().splitlines()
     except OSError:
@@ -100,19 +103,20 @@ def resident(process: int) -> int:
 
 
 def run_watched(arguments: Sequence[str], output: Path, early: int, late: int) -> dict:
-    """Run a batch and report its memory around two numbers of images, and its time."""
+    """Run a batch. Its time, and its memory after about `early` and `late` images."""
     command = [sys.executable, str(ROOT / 'integrated_gradients.py'), *arguments]
     started = time.perf_counter()
-    seen = list(watched([*command, '--output_dir', str(output)], output / 'summary.csv'))
+    moments = list(watched([*command, '--output_dir', str(output)], output / 'summary.csv'))
     wall = time.perf_counter() - started
-    last = min(when for when, rows, _ in seen if rows == max(rows for _, rows, _ in seen))
+    finished = max(rows for _, rows, _ in moments)
+    last = min(moment for moment, rows, _ in moments if rows == finished)
     table = read_table(output / 'summary.csv')
     spent = float(table['seconds'].sum())
 
     width = max(2, late // 20)
 
     def memory(images: int) -> float:
-        near = [size for _, rows, size in seen if abs(rows - images) <= width]
+        near = [size for _, rows, size in moments if abs(rows - images) <= width]
         return float(np.median(near)) / 2**20
 
     changes = [memory(images) / memory(early) - 1 for images in range(early, late + 1, width)]
@@ -127,7 +131,7 @@ def run_watched(arguments: Sequence[str], output: Path, early: int, late: int) -
         f'MiB of all processes around image {late}': round(memory(late)),
         'change': f'{memory(late) / memory(early) - 1:+.1%}',
         'changes on the way': f'{min(changes):+.1%} to {max(changes):+.1%}',
-        'peak MiB of all processes': round(max(size for _, _, size in seen) / 2**20),
+        'peak MiB of all processes': round(max(size for _, _, size in moments) / 2**20),
         'files for each image': sum(
             (output / str(table['folder'][0]) / f'{table["folder"][0]}_{end}').is_file()
             for end in FILE_ENDINGS.values()
@@ -136,7 +140,7 @@ def run_watched(arguments: Sequence[str], output: Path, early: int, late: int) -
 
 
 def run_pipeline(images: int, work: Path) -> dict:
-    """The demo at 256x256, everything drawn."""
+    """The demo at 256x256, with all figures."""
     arguments = ['--mode', 'batch', *DEMO, '--image_size', '256', '--num_samples', str(images),
                  '--on_empty', 'image', '--device', 'cpu']  # fmt: skip
     return run_watched(arguments, work / 'pipeline', 20, images - 5)
@@ -153,10 +157,10 @@ def run_large(images: int, work: Path) -> dict:
     arguments = ['--mode', 'batch', *tiny_model(work), '--data_dir', str(data), '--image_size',
                  '32', '--num_samples', 'all', '--num_steps', '2', '--target', 'image',
                  '--device', 'cpu']  # fmt: skip
-    found = run_watched(arguments, work / 'large', 20, images - 5)
-    del found['ratio']  # what is drawn takes longer than such a network
-    found['pages'] = len(list((work / 'large').glob('index*.html')))
-    return found
+    figures = run_watched(arguments, work / 'large', 20, images - 5)
+    del figures['ratio']  # drawing takes longer than such a network
+    figures['pages'] = len(list((work / 'large').glob('index*.html')))
+    return figures
 
 
 def run_writing(size: int, work: Path) -> dict:
@@ -167,24 +171,24 @@ def run_writing(size: int, work: Path) -> dict:
     ig = integrated_gradients.IntegratedGradients(model, 'cpu', preprocessing)
     image = list_samples(DEMO_DATA)[0].image()
     ((statistics, arrays),) = integrated_gradients.analyse_image(ig, 'image', image, None, settings)
-    found: dict[str, object] = {'image size': size}
+    costs: dict[str, object] = {'image size': size}
     for figures in FIGURES:
-        described = [({**statistics, 'folder': figures}, arrays)]
-        write_image(work, described, figures)  # once before: what is loaded at first use
+        descriptions = [({**statistics, 'folder': figures}, arrays)]
+        write_image(work, descriptions, figures)  # not timed: libraries are loaded at first use
         started = time.process_time()
-        write_image(work, described, figures)
-        found[f'core-seconds, {figures}'] = round(time.process_time() - started, 2)
-        written = [path.stat().st_size for path in (work / figures).iterdir()]
-        found[f'megabytes, {figures}'] = round(sum(written) / 1e6, 1)
-        found[f'files, {figures}'] = len(written)
-    return found
+        write_image(work, descriptions, figures)
+        costs[f'core-seconds, {figures}'] = round(time.process_time() - started, 2)
+        sizes = [path.stat().st_size for path in (work / figures).iterdir()]
+        costs[f'megabytes, {figures}'] = round(sum(sizes) / 1e6, 1)
+        costs[f'files, {figures}'] = len(sizes)
+    return costs
 
 
 # --------------------------------------------------------------------------- command line
 
 
-def write(name: str, command: Sequence[str], found: dict) -> None:
-    """The results as a table."""
+def write(name: str, command: Sequence[str], figures: dict) -> None:
+    """Write the figures as a table."""
     lines = [
         '# Reliability: ' + name,
         '',
@@ -193,7 +197,7 @@ def write(name: str, command: Sequence[str], found: dict) -> None:
         '| | |',
         '|---|---|',
     ]
-    lines += [f'| {key} | {value} |' for key, value in found.items()]
+    lines += [f'| {key} | {value} |' for key, value in figures.items()]
     text = '\n'.join(lines) + '\n'
     (HERE / 'results' / f'reliability_{name}.md').write_text(text, encoding='utf-8')
     print(text)
@@ -210,9 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         'large': {'--images': 2000},
         'writing': {'--image_size': 640},
     }.items():
-        added = commands.add_parser(name)
+        command = commands.add_parser(name)
         for flag, default in flags.items():
-            added.add_argument(flag, type=int, default=default)
+            command.add_argument(flag, type=int, default=default)
     commands.choices['ranks'].add_argument('--ranks', type=int, nargs='+', default=[1, 2, 3])
     args = parser.parse_args(argv)
     work = args.work_dir / args.command
@@ -225,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         'large': lambda: run_large(args.images, work),
         'writing': lambda: run_writing(args.image_size, work),
     }
-    found = jobs[args.command]()
+    figures = jobs[args.command]()
     words = ['benchmarks/reliability.py', *(sys.argv[1:] if argv is None else argv)]
-    write(args.command, words, found)
+    write(args.command, words, figures)
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Placements of interpolation steps from the literature, for comparison; none is used outside.
+"""Placements of interpolation steps from the literature; they are used only for comparison.
 
 NUIG        Bhat and Raychowdhury 2023, arXiv:2302.11107: forward passes at the ends of a few equal
             intervals; each interval gets a share of the steps in proportion to sqrt(|dF|).
-RiemannOpt  Swain and Singhi 2024, arXiv:2410.04118: points that belong to the model, found once.
+RiemannOpt  Swain and Singhi 2024, arXiv:2410.04118: points that are optimised once for a model.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ NUIG_INTERVALS = 4
 
 
 def nuig_rule(steps: int, scores: Sequence[float]) -> Rule:
-    """Steps placed by the change of the score over equal intervals, midpoint rule in each.
+    """Steps placed by the change of the score over equal intervals, with the midpoint rule in each.
 
     scores: F at the ends of the intervals, which cost forward passes.
     """
     change = np.sqrt(np.abs(np.diff(scores)))
     count = len(change)
     share = change / change.sum() if change.sum() else np.full(count, 1 / count)
-    wanted = 1 + share * (steps - count)  # every interval gets one
+    wanted = 1 + share * (steps - count)  # each interval gets at least a step
     numbers = np.floor(wanted).astype(int)
     for row in np.argsort(numbers - wanted, kind='stable')[: steps - numbers.sum()]:
         numbers[row] += 1
@@ -34,10 +34,10 @@ def nuig_rule(steps: int, scores: Sequence[float]) -> Rule:
 
 
 def riemannopt_rule(steps: int, roughness: np.ndarray) -> Rule:
-    """Right Riemann sum at points that minimise sum of width^2 * roughness / 2.
+    """Right Riemann sum at points that minimise the sum of width^2 * roughness / 2.
 
-    roughness: how much the attribution density changes within each of many equal cells, found on
-    one image of the model. The authors smooth its logarithm with a Bartlett window of 11 and
+    roughness: how much the attribution density changes within each of many equal cells, for an
+    image of the model. The authors smooth its logarithm with a Bartlett window of 11 and
     minimise numerically; for many steps the minimum has widths in proportion to
     1 / sqrt(roughness), which is used here.
     """

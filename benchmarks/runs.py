@@ -1,4 +1,4 @@
-"""What benchmarks and tests share: the demo's paths, a tiny model, comparing runs, killing runs."""
+"""Shared by benchmarks and tests: paths of the demo, a tiny model, comparing and killing runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEMO_DATA = ROOT / 'demo' / 'Dataset_no_preprocessing'
 DEMO = ['--model_path', str(DEMO_MODEL), '--data_dir', str(DEMO_DATA)]
 SMALL = ['--mode', 'batch', *DEMO, '--image_size', '64', '--num_steps', '2', '--target', 'image',
          '--step_batch', '1', '--device', 'cpu']  # fmt: skip
-COST = ('seconds', 'peak_memory_bytes', 'step_batch')  # what may differ between two runs
+COST = ('seconds', 'peak_memory_bytes', 'step_batch')  # statistics that may differ between two runs
 PARTS = 5  # kills before a batch is finished and compared
 
 
@@ -49,17 +49,17 @@ def tiny_model(folder: Path) -> list[str]:
 # --------------------------------------------------------------------------- comparing runs
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """What differs between the results in two output folders, apart from what they cost."""
-    names = [{str(p.relative_to(folder)) for p in folder.rglob('*')} for folder in (one, other)]
-    found = [f'only in one of them: {name}' for name in sorted(names[0] ^ names[1])]
+def differences(first: Path, second: Path) -> list[str]:
+    """The differences between the results in two output folders, apart from their cost."""
+    names = [{str(p.relative_to(folder)) for p in folder.rglob('*')} for folder in (first, second)]
+    texts = [f'only in one of them: {name}' for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
         compare = {'.json': _json, '.npz': _arrays, '.png': _pixels, '.csv': _table}.get(
             Path(name).suffix
         )
-        if compare and name != 'summary.png' and compare(one / name) != compare(other / name):
-            found.append(f'differs: {name}')
-    return found
+        if compare and name != 'summary.png' and compare(first / name) != compare(second / name):
+            texts.append(f'differs: {name}')
+    return texts
 
 
 def _json(path: Path) -> object:
@@ -67,7 +67,7 @@ def _json(path: Path) -> object:
 
 
 def without_cost(content: object) -> object:
-    """Statistics without what they cost, at any depth; a summary without medians of it."""
+    """Statistics without their cost, at any depth; a summary without the medians of the cost."""
     if isinstance(content, dict):
         return {
             key: without_cost(value)
@@ -94,7 +94,7 @@ def _table(path: Path) -> object:
 
 
 def in_child(arguments: Sequence[str]) -> int:
-    """Start the command line in a forked process, which saves the seconds of importing; its id."""
+    """Start the command line in a forked process, which imports nothing again. Returns its id."""
     child = os.fork()
     if child:
         return child
@@ -107,12 +107,12 @@ def in_child(arguments: Sequence[str]) -> int:
 
 
 def exit_status(child: int) -> int:
-    """Wait for a child."""
+    """Wait for a child process. Returns its exit status."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed(child: int, after: float) -> bool:
-    """Kill a child after some seconds; False, at once, where it finished before."""
+    """Kill a child after some seconds. False, at once, if it finishes before."""
     end = time.monotonic() + after
     while time.monotonic() < end:
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -158,8 +158,8 @@ def torchrun(
     options: Sequence[str] = ('--standalone',),
     start_new_session: bool = False,
 ) -> subprocess.Popen:
-    """Start the command line under torchrun, one thread for each rank; without torchrun for one
-    rank that stands alone."""
+    """Start the command line under torchrun, one thread for each rank. A single rank that stands
+    alone is started without torchrun."""
     command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={ranks}',
                *options, str(ROOT / 'integrated_gradients.py'), *arguments]  # fmt: skip
     if ranks == 1 and '--standalone' in options:
@@ -171,19 +171,23 @@ def torchrun(
 
 def family(process: int) -> list[int]:
     """A process and its descendants (Linux)."""
-    found = [process]
+    processes = [process]
     try:
         children = Path(f'/proc/{process}/task/{process}/children').read_text().split()
     except OSError:
-        return found
+        return processes
     for child in children:
-        found += family(int(child))
-    return found
+        processes += family(int(child))
+    return processes
 
 
 def explanations(
-    ig: IntegratedGradients, given: ModelInput, settings: Settings, samples: Sequence[Sample] = ()
+    ig: IntegratedGradients,
+    model_input: ModelInput,
+    settings: Settings,
+    samples: Sequence[Sample] = (),
 ) -> list[Explanation]:
-    """The explanations of an input under whole settings. samples: other images, for methods that
-    compare with such."""
-    return [one for one, _ in explain(Study.of(ig, settings, samples), given)]
+    """The explanations of an input with these settings. samples: other images, for methods that
+    need such."""
+    explained = explain(Study.of(ig, settings, samples), model_input)
+    return [explanation for explanation, _ in explained]

@@ -1,9 +1,9 @@
-"""Draw one map against every plain baseline, of dark nuclei and of bright ones.
+"""Draw maps of dark nuclei and of bright nuclei with each plain baseline.
 
     python demo/draw_baselines.py
 
-What a baseline has in common with the target gets no attribution, whatever the network does:
-black hides dark nuclei, and white makes bright ones weigh less than the ground around them.
+Pixels in which the baseline equals the target get no attribution, whatever the network does. So
+black hides dark nuclei, and white makes bright nuclei weigh less than the ground around them.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ def main() -> None:
     ig = IntegratedGradients(load_model(HERE / 'nuclei_model.pth', 'cpu'), 'cpu')
     figure = Figure(figsize=(15, 6), dpi=100, layout='constrained')
     rows = figure.subplots(len(IMAGES), 1 + len(KINDS))
-    for axes, (what, name) in zip(rows, IMAGES.items(), strict=True):
+    for axes, (description, name) in zip(rows, IMAGES.items(), strict=True):
         image = ig.preprocessing.resize_image(read_image(HERE / 'nuclei' / 'test' / f'{name}.jpg'))
         axes[0].imshow(image)
-        axes[0].set_title(what, fontsize=10)
+        axes[0].set_title(description, fontsize=10)
         x = ig.preprocessing.normalise(image)[0]
-        for axis, kind in zip(axes[1:], tqdm(KINDS, desc=what, unit='map'), strict=True):
-            found = ig.explain(x, 'predicted', kind, tolerance=0.1)
-            statistics = explanation_statistics(found)
-            magnitude = found.attributions.abs().sum(dim=0).numpy()
+        for axis, kind in zip(axes[1:], tqdm(KINDS, desc=description, unit='map'), strict=True):
+            explanation = ig.explain(x, 'predicted', kind, tolerance=0.1)
+            statistics = explanation_statistics(explanation)
+            magnitude = explanation.attributions.abs().sum(dim=0).numpy()
             axis.imshow(magnitude, cmap='hot', norm=Normalize(0, clip_level(magnitude)))
-            axis.contour(found.region.numpy(), [0.5], colors=TARGET_COLOUR, linewidths=0.6)
-            title = kind if kind == found.baseline else f'{kind}: {found.baseline}'
+            axis.contour(explanation.region.numpy(), [0.5], colors=TARGET_COLOUR, linewidths=0.6)
+            chosen = explanation.baseline
+            title = kind if kind == chosen else f'{kind}: {chosen}'
             figures = ', '.join(
                 f'{word} {shown(key, statistics[key])}'
                 for word, key in (('contrast', 'baseline_contrast'),

