@@ -24,6 +24,7 @@ from helpers import (
     PLAIN_BATCH,
     PLAIN_FLAGS,
     ROOT,
+    SLOW_BATCH,
     image_size,
     noise_image,
     save_image,
@@ -292,8 +293,8 @@ def test_figures_are_redrawn_without_the_model(tmp_path):
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_batch_keeps_a_summary_and_says_how_to_go_on(tmp_path, number, status):
     process = subprocess.Popen(
-        [sys.executable, 'integrated_gradients.py', *PLAIN_BATCH, '--num_samples', 'all',
-         '--num_steps', '500', '--figures', 'none', '--output_dir', str(tmp_path)],
+        [sys.executable, 'integrated_gradients.py', *SLOW_BATCH, '--num_samples', 'all',
+         '--output_dir', str(tmp_path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # Where the tests themselves run in the background, the shell lets them ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
