@@ -310,10 +310,9 @@ class IntegratedGradients:
             preparation=engine.preparation,
             cropping=crops.cropping,
         )
-        output_note = (engine.output_note,) if engine.output_note else ()
         compares = method.declares.baseline != NO_BASELINE
         common = {
-            'notes': (*notes, *baseline.notes, *left_out, *output_note, *prediction.notes()),
+            'notes': (*notes, *baseline.notes, *left_out, *engine.notes, *prediction.notes()),
             'difference': baseline.difference(given.placement) if compares else None,
             'again': partial(method.map_for_check, integration.seed, others),
             'rule': method.rule_name(integration.rule),

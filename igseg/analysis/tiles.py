@@ -359,9 +359,8 @@ def explain_tiles(
         engine.forward_passes - before[0],
         time.perf_counter() - started,
     )
-    output_note = (engine.output_note,) if engine.output_note else ()
     common = {
-        'notes': (*notes, *baseline.notes, *output_note, *prediction.notes()),
+        'notes': (*notes, *baseline.notes, *engine.notes, *prediction.notes()),
         'difference': baseline.difference(None),
         'rule': method.rule_name(integration.rule),
         'tolerance': integration.tolerance,

@@ -30,12 +30,13 @@ from igseg.engine.precision import reduced_copy
 from igseg.engine.preparation import (
     EQUIVALENCE_TOLERANCE,
     EXACT_TOLERANCE,
+    ROUNDED_GRADIENT,
     Network,
     prepared_copy,
     relative_difference,
     within,
 )
-from igseg.errors import NonFiniteError, attempt
+from igseg.errors import InputError, NonFiniteError, attempt
 from igseg.explanation import Cropping, Preparation
 from igseg.network.identity import Fingerprint, fingerprint
 from igseg.network.outputs import (
@@ -43,6 +44,7 @@ from igseg.network.outputs import (
     explained_memory,
     explained_network,
     frozen,
+    output_of,
     segmentation_logits,
     weights_dtype,
 )
@@ -187,6 +189,8 @@ class GradientEngine:
         self._reduced_copies: dict[torch.dtype, nn.Module] = {}  # of a network without a graph
         self._fingerprint: Fingerprint | None = None
         self._prepared: dict[torch.Size, tuple[Network, Preparation]] = {}
+        # By the size of images: whether several may go through the network together.
+        self._independence: dict[torch.Size, bool] = {}
         # By the size of images: deviation of the gradients of crops from those of the whole map.
         self._gradient_deviations: dict[torch.Size, float] = {}
 
@@ -206,6 +210,18 @@ class GradientEngine:
     def gradient_evaluations(self) -> int:
         """Samples whose gradients went back through the network so far."""
         return self.passes.gradients
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided about the network, in sentences."""
+        notes = [self.output_note] if self.output_note else []
+        if not all(self._independence.values()):
+            notes.append(
+                'images in a batch influence each other in this network (batch norm without '
+                'running statistics, or a mean over the batch), or it takes a single image only: '
+                'they go through it one at a time'
+            )
+        return tuple(notes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,7 +255,8 @@ class GradientEngine:
         now: the present fingerprint."""
         size = x.shape[1:]
         if now != self._fingerprint:
-            self._prepared, self._gradient_deviations = {}, {}
+            self._prepared, self._gradient_deviations, self._independence = {}, {}, {}
+            self.step_batch.single = False
         if size not in self._prepared:
             while len(self._prepared) >= MOST_GRAPHS:
                 del self._prepared[next(iter(self._prepared))]
@@ -253,7 +270,7 @@ class GradientEngine:
     def _new_copy(self, x: torch.Tensor) -> tuple[Network, Preparation]:
         if self.output_note is None:
             with torch.no_grad():
-                self.output_note = choice_among(self.model(x), x.shape[-2:])
+                self.output_note = choice_among(output_of(self.model, x), x.shape[-2:])
         return prepared_copy(self.model, x)
 
     def crops(self, targets: Sequence[Score]) -> Crops:
@@ -347,6 +364,19 @@ class GradientEngine:
     ) -> list[torch.Tensor]:
         """`run` for the boxes of a plan: one map for each box. plan: None: the whole output."""
         self.passes.forward += len(x)
+        if len(x) > 1 and not self._independent(x, plan):
+            images = [self._maps_at_once(image, plan, reduced) for image in x.split(1)]
+            maps = [torch.cat(box) for box in zip(*images, strict=True)]
+        else:
+            maps = self._maps_at_once(x, plan, reduced)
+        for logits in maps:
+            check_finite(logits, 'the logits', alphas, flags)
+        return maps
+
+    def _maps_at_once(
+        self, x: torch.Tensor, plan: Plan | None, reduced: torch.dtype | None
+    ) -> list[torch.Tensor]:
+        """The maps of images that go through the network together."""
         network = self.network
         assert network is not None  # `running` prepares it, or the caller sets it
         with explained_network(x.shape):
@@ -354,10 +384,52 @@ class GradientEngine:
                 maps = self._run_graph(network, x, plan or network.whole, reduced)
             else:
                 maps = [self._run_network(network, x, reduced)]
-            maps = [logits.to(x.dtype) for logits in maps]
-        for logits in maps:
-            check_finite(logits, 'the logits', alphas, flags)
-        return maps
+        return [logits.to(x.dtype) for logits in maps]
+
+    def _independent(self, x: torch.Tensor, plan: Plan | None) -> bool:
+        """Whether images (N, C, H, W), N > 1, may go through the network together: whether each
+        then has the logits and the gradient that it has alone.
+
+        This is tried once for each size of images. It does not hold for batch norm without running
+        statistics, for a mean over the batch, or for a network that takes only the first image."""
+        size = x.shape[1:]
+        if size not in self._independence:
+            pair = torch.cat([x[:1], x[-1:]]).detach()
+            independent, _ = attempt(partial(self._same_alone, pair, plan), InputError)
+            self._independence[size] = bool(independent)  # None: two images cannot be run
+            if not independent:
+                self.step_batch.one_at_a_time()
+        return self._independence[size]
+
+    def _same_alone(self, pair: torch.Tensor, plan: Plan | None) -> bool:
+        """Whether the first of two images has the logits and the gradient that it has alone, and
+        the second the logits. Raises InputError if the network cannot be run on one of them."""
+        (logits, gradient), (alone, alone_gradient) = (
+            self._response(images, plan) for images in (pair, pair[:1])
+        )
+        with torch.no_grad():
+            second = torch.cat([box.flatten() for box in self._maps_at_once(pair[1:], plan, None)])
+        if len(logits) != 2:  # the network leaves out an image
+            return False
+        deviations = [relative_difference(logits[0], alone[0]),
+                      relative_difference(logits[1], second)]  # fmt: skip
+        gradient_deviation = relative_difference(gradient[0], alone_gradient[0])
+        if within([*deviations, gradient_deviation], EQUIVALENCE_TOLERANCE):
+            return True
+        # Rounding alone may push a ReLU over its kink. Logits then agree, gradients differ little.
+        return within(deviations, EQUIVALENCE_TOLERANCE) and gradient_deviation <= ROUNDED_GRADIENT
+
+    def _response(
+        self, images: torch.Tensor, plan: Plan | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of images (N, C, H, W): their logits, (N, numbers), and the gradient of the first
+        image's sum of squared logits, (N, C, H, W)."""
+        points = images.clone().requires_grad_()
+        with torch.enable_grad():
+            boxes = self._maps_at_once(points, plan, None)
+            logits = torch.cat([box.flatten(1) for box in boxes], dim=1)
+            (gradient,) = torch.autograd.grad(logits[0].float().square().sum(), points)
+        return logits.detach(), gradient
 
     def cropped_logits(self, x: torch.Tensor, crops: Crops) -> torch.Tensor:
         """`run` for the boxes of crops only; zeros outside of the boxes."""
@@ -391,13 +463,13 @@ class GradientEngine:
         """The whole output of a network without a graph; reduced precision by autocast."""
         if reduced is None:
             with torch.autocast(self.device.type, enabled=False):
-                output = network(x.to(self.dtype))
+                output = output_of(network, x.to(self.dtype))
         else:
             if reduced not in self._reduced_copies:
                 assert isinstance(network, nn.Module)  # the precision of a function is not reduced
                 self._reduced_copies[reduced] = reduced_copy(network, reduced)
             with torch.autocast(self.device.type, dtype=reduced):
-                output = self._reduced_copies[reduced](x)
+                output = output_of(self._reduced_copies[reduced], x)
         return segmentation_logits(output, x.shape[-2:])
 
     def densities(
@@ -418,7 +490,7 @@ class GradientEngine:
         """
         by_target = []
         for number, (score, target) in enumerate(zip(scores, targets, strict=True), start=1):
-            # In evaluation mode samples do not influence each other, so the gradient of the sum
+            # Samples do not influence each other (see `_independent`), so the gradient of the sum
             # holds the gradient of each sample. The sum is scaled by the size of the region, so
             # that the gradients of single pixels do not underflow.
             with explained_network(points.shape):

@@ -28,7 +28,8 @@ class StepBatch:
     def __init__(self, device: torch.device, fixed: int | None = None) -> None:
         self.device = device
         self.size = fixed or 1
-        self._fixed = fixed is not None
+        self._fixed = fixed
+        self.single = False  # whether the network can take only one image at a time
         self._chosen: dict[object, int] = {}  # (pixels, precision) -> size
         self.measuring = False  # whether the best size is still unknown
         self._times: list[float] = []  # seconds per step, with the current size
@@ -37,7 +38,8 @@ class StepBatch:
     def start(self, pixels: int, precision: torch.dtype | None = None) -> None:
         """Prepare for an image with so many pixels."""
         self._key = (pixels, precision)
-        if self._fixed:
+        if self._fixed is not None or self.single:
+            self.size, self.measuring = 1 if self.single else self._fixed or 1, False
             return
         self.measuring = self._key not in self._chosen
         self.size = self._chosen.get(self._key, 1)
@@ -89,9 +91,15 @@ class StepBatch:
         if self.size == 1:
             raise MemoryError('out of memory for a single step')
         self.size //= 2
+        if self._fixed is not None:
+            self._fixed = self.size
         self._settle()
         if self.device.type == 'cuda':
             torch.cuda.empty_cache()
+
+    def one_at_a_time(self) -> None:
+        """Use a size of 1 from now on: the network cannot take several images together."""
+        self.size, self.measuring, self.single = 1, False, True
 
     def _settle(self) -> None:
         self.measuring = False

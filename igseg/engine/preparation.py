@@ -14,7 +14,7 @@ from igseg.engine.rewrites import Rewrites
 from igseg.engine.trace import NotExportable
 from igseg.errors import InputError, attempt
 from igseg.explanation import Preparation
-from igseg.network.outputs import enlarged, frozen, segmentation_logits
+from igseg.network.outputs import enlarged, frozen, output_of, segmentation_logits
 
 EQUIVALENCE_TOLERANCE = 1e-4  # relative L2 difference; beyond it the original is used
 EXACT_TOLERANCE = 1e-9  # the same in double precision
@@ -32,7 +32,7 @@ class LogitMap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         size = x.shape[-2:]
-        return enlarged(segmentation_logits(self.network(x), size), size)
+        return enlarged(segmentation_logits(output_of(self.network, x), size), size)
 
 
 # Images (N, C, H, W) -> a result that contains their logits.
@@ -63,7 +63,7 @@ def measure_deviation(
         x = example.detach().clone().requires_grad_()
         with torch.enable_grad():
             size = x.shape[-2:]
-            logits = enlarged(segmentation_logits(network(x), size), size)
+            logits = enlarged(segmentation_logits(output_of(network, x), size), size)
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
         results.append((logits.detach(), gradient))
     (logits, gradient), (other_logits, other_gradient) = results
@@ -121,7 +121,9 @@ def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Pre
         graph, reason = attempt(partial(NetworkGraph, LogitMap(model), example), NotExportable)
         network = plain_copy(model) if graph is None else graph
         with torch.no_grad():
-            model(example)  # so that a network which counts its calls deviates from its graph
+            output_of(
+                model, example
+            )  # so that a network which counts its calls deviates from its graph
         deviations = measure_deviation(model, network, example)
         fell_back = not within(deviations, EQUIVALENCE_TOLERANCE)
         if fell_back and max(measure_deviation(model, model, example)) > EQUIVALENCE_TOLERANCE:

@@ -24,7 +24,7 @@ from igseg.engine.engine import Crops
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
 from igseg.method.walk import Task
-from igseg.network.outputs import enlarged, explained_network, segmentation_logits
+from igseg.network.outputs import enlarged, explained_network, output_of, segmentation_logits
 
 MOST_NAMED = 24  # layers that an error names
 
@@ -50,7 +50,7 @@ def layers_of(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module]:
                modules.items() if name]  # fmt: skip
     try:
         with torch.no_grad(), explained_network(x.shape):
-            model(x)
+            output_of(model, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -94,7 +94,7 @@ class FromLayer(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of the whole network for images (N, C, H, W)."""
         size = x.shape[-2:]
-        return enlarged(segmentation_logits(self.model(x), size), size)
+        return enlarged(segmentation_logits(output_of(self.model, x), size), size)
 
     def see(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits of an image (1, C, H, W), and the layer's output for it."""

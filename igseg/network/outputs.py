@@ -7,7 +7,7 @@ And how a user's network is run: afterwards it is unchanged, and errors become o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ def probability_kind(network: torch.nn.Module, x: torch.Tensor) -> str | None:
     with torch.no_grad():
         for probe in (x, -x, 10 * x, 10 * noise):
             with explained_network(x.shape):
-                output = network(probe)
+                output = output_of(network, probe)
             maps = segmentation_logits(output, x.shape[-2:]).float()
             if not bool(((maps >= -1e-6) & (maps <= 1 + 1e-6)).all()):  # NaN counts as beyond too
                 return None
@@ -124,6 +124,12 @@ def probability_kind(network: torch.nn.Module, x: torch.Tensor) -> str | None:
 
 
 # --------------------------------------------------------------------------- running a network
+
+
+def output_of(network: Callable[[torch.Tensor], object], x: torch.Tensor) -> object:
+    """The output of a network for images x, of which it gets a copy: a network may write into its
+    input, and the input may belong to the user or be a leaf of an autograd graph."""
+    return network(x.clone())
 
 
 @contextlib.contextmanager
