@@ -142,7 +142,7 @@ def object_target(context: TargetContext, argument: str) -> Target:
     if int(argument) > len(context.objects):
         raise EmptyTargetError(
             f'target "object:{argument}" is empty: the predicted mask has '
-            f'{len(context.objects)} objects (use --each_object, or --target predicted)'
+            f'{len(context.objects)} objects (use --target each-object, or --target predicted)'
         )
     region, label = context.objects[int(argument) - 1]
     labels = torch.full_like(context.labels, label)

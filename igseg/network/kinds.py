@@ -50,11 +50,11 @@ class NetworkSource:
 
     def check(self) -> None:
         """Raise InputError for what is wrong, as far as it can be checked without the network."""
-        check_model_path(Path(self.model_path))
         if self.model_factory is not None:
-            place_and_name(self.model_factory)
             if self.architecture or self.encoder:
                 raise InputError('a model factory goes without --architecture and --encoder')
+            place_and_name(self.model_factory)
+        check_model_path(Path(self.model_path))
         check_device_name(str(self.device))
 
 
