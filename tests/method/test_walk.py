@@ -31,7 +31,7 @@ def test_the_step_where_something_is_not_finite_is_named(what, formula, step_bat
 
 
 def test_several_targets_share_the_forward_passes(exact_ig, brain, monkeypatch):
-    exact_ig.explain(brain, num_steps=2)  # prepares
+    exact_ig.explain(brain, num_steps=9, rule='midpoint')  # prepares, and tries a batch
     rows = torch.arange(64).view(-1, 1).expand(64, 64)
     regions = [rows < 20, rows > 50, torch.ones(64, 64, dtype=torch.bool)]
     spent = {'forwards': 0, 'backwards': 0}
