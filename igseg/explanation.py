@@ -157,6 +157,9 @@ class Explanation:
     fine: torch.Tensor | None = None  # (c, h, w): the map of a layer in the layer's resolution
     again: Callable[..., np.ndarray] | None = None  # the method's map of another input, for checks
     tiles: Tiles | None = None  # None: in one piece
+    # How far the network's gradient misses the change of its score; None: not measured.
+    gradient_deviation: float | None = None
+    gradient_cause: str | None = None  # where it misses much: why, in words
 
     @property
     def score_type(self) -> str:
@@ -235,6 +238,7 @@ class MethodResult:
     total_error: float | None = None  # standard error of the total, where nodes were drawn
     reduced: torch.dtype | None = None  # reduced precision; None: the precision of the network
     deviation: float | None = None  # of the map from float32, where precision was reduced
+    gradient_deviation: float | None = None  # see `Explanation`
     fine: torch.Tensor | None = None  # (c, h, w): the map of a layer, before it was enlarged
     score: float | None = None  # F at the image; None: F of the whole logit map
     tiles: Tiles | None = None  # None: in one piece

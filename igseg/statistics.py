@@ -332,6 +332,12 @@ STATISTICS: dict[str, Statistic] = {
     'map_error': Statistic('estimated relative L2 error of the map',
         of=lambda m: m.explanation.map_error, unit='%', summarised=True, page=4,
         label='Map error (estimate)', heading='Map error'),
+    'gradient_deviation': Statistic(
+        "how far the network's gradient misses the change of its score: the median at three places "
+        'of the path, or what is missed between its nodes however many there are', unit='%',
+        of=lambda m: m.explanation.gradient_deviation),
+    'gradient_cause': Statistic('why, where the gradient misses much', TEXT,
+        of=lambda m: m.explanation.gradient_cause),
     'settled_share': Statistic(
         'share of |attribution|, summed over channels with its sign, on pixels where it is at '
         'least its uncertainty', of=lambda m: m.settled_share, unit='%', summarised=True,

@@ -168,6 +168,9 @@ class Mosaic:
         self.steps = self.explained = 0
         self._scores: dict[float, float] = {}  # F at the nodes (alphas) that all tiles share
         self.costs: list[Cost] = []
+        # How far the gradient misses the score: the mean over the tiles, weighted by their shares.
+        self.gradient_deviation: float | None = None
+        self.gradient_cause: str | None = None
 
     def add(self, tile: Tile, share: float, part: Explanation) -> None:
         """Add the explanation of a tile. share: the tile's share of the target. Errors of different
@@ -189,6 +192,11 @@ class Mosaic:
         self._scores = {a: sums[a] + share * scores[a] for a in sums if a in scores}
         self.steps = max(self.steps, part.steps)
         self.explained += 1
+        if part.gradient_deviation is not None:
+            self.gradient_deviation = (
+                self.gradient_deviation or 0.0
+            ) + share * part.gradient_deviation
+            self.gradient_cause = self.gradient_cause or part.gradient_cause
         self.costs.append(part.cost)
 
     @property
@@ -224,6 +232,7 @@ class Mosaic:
             uncertainty=self.uncertainty,
             total=float(self.attributions.double().sum()),
             score=self.score,
+            gradient_deviation=self.gradient_deviation,
             tiles=Tiles(count, self.explained, (height, width), overlap),
         )
 
@@ -364,6 +373,7 @@ def explain_tiles(
         'difference': baseline.difference(None),
         'rule': method.rule_name(integration.rule),
         'tolerance': integration.tolerance,
+        'gradient_cause': next(filter(None, (m.gradient_cause for m in mosaics)), None),
     }
     results = [mosaic.result(float(overlap[0])) for mosaic in mosaics]
     explanations = explanations_of(method.declares, prediction, baseline, results, cost, common)

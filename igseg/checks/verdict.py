@@ -19,6 +19,9 @@ from igseg.statistics import gap_text, how_text, names_of_channels, shown, tiles
 
 GOOD, NOTE, CONCERN = 'good', 'note', 'concern'  # levels of a finding
 
+WRONG_GRADIENT = 'wrong gradient'  # a finding, beside which those of MORE_STEPS are left out
+MORE_STEPS = ('gap too large', 'map not computed', 'map not settled')
+
 
 def _threshold(default: float, meaning: str) -> float:
     """A field of Thresholds."""
@@ -34,6 +37,11 @@ class Thresholds:
     )
     background_ratio: float = _threshold(
         1.2, 'below which the target hardly weighs more than the background'
+    )
+    gradient_deviation: float = _threshold(
+        0.1,
+        "share of the score's change that the network's gradient misses, above which it does "
+        'not describe the score',
     )
     baseline_contrast: float = _threshold(
         0.9, 'below which the baseline is more like the target than the rest'
@@ -125,6 +133,12 @@ def gap_tolerance_of(settings: dict) -> float:
 
 
 FINDING_RULES: tuple[FindingRule, ...] = (
+    FindingRule(WRONG_GRADIENT, CONCERN, ('gradient_deviation', 'gradient_cause'),
+         lambda s, t: s['gradient_deviation'] > t.gradient_deviation,
+         "The network's gradient does not describe its score: it misses {gradient_deviation:.0%} "
+         'of the change of the score ({gradient_cause}). More steps do not help: the map is not '
+         "that of the network's score.",
+         fatal="the network's gradient does not describe its score"),
     FindingRule('baseline hides the target', CONCERN, ('baseline_contrast',), hides_target,
          'The baseline is more like the target than like the rest of the image (contrast '
          '{baseline_contrast:.2g}), so that the target can get no attribution whatever the model '
@@ -264,6 +278,8 @@ def findings(statistics: dict, limits: Thresholds | None = None) -> list[Finding
         if all(statistics.get(name) is not None for name in rule.needs)
         and rule.holds(statistics, limits)
     ]
+    if any(finding.flag == WRONG_GRADIENT for finding in results):
+        results = [finding for finding in results if finding.flag not in MORE_STEPS]
     order = (CONCERN, NOTE, GOOD)
     results.sort(key=lambda finding: order.index(finding.level))
     return [first_sentence(results, _unchecked(statistics)), *results]
@@ -332,6 +348,13 @@ def accuracy_warning(statistics: dict) -> str | None:
     gap_tolerance = gap_tolerance_of(settings)
     error = shown('map_error', statistics['map_error'])
     gap = shown('completeness_gap', statistics['completeness_gap'])
+    deviation = statistics.get('gradient_deviation')  # older results have none
+    if deviation is not None and deviation > Thresholds().gradient_deviation:
+        return (
+            "WARNING: the network's gradient does not describe its score, of whose change it "
+            f'misses {deviation:.0%} ({statistics["gradient_cause"]}): do not rely on this map; '
+            'more steps do not help.'
+        )
     if statistics['within_tolerance'] is False:
         return (
             f'WARNING: the tolerance of {shown("map_error", settings["tolerance"])} was not '

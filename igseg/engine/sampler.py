@@ -77,6 +77,8 @@ class PathSampler:
         self.reduced: torch.dtype | None = None  # reduced precision; None: that of the network
         # F of the targets at each node, (targets,); NaN for targets that were not evaluated there.
         self.scores: dict[float, torch.Tensor] = {}
+        # dF/dalpha of the targets by the gradient, at nodes where it was computed; NaN as above.
+        self.slopes: dict[float, torch.Tensor] = {}
         self.overlaps: dict[float, torch.Tensor] = {}  # at nodes where the whole map was computed
         self._overlap, self._on_steps = overlap, on_steps
         self._flags = FiniteFlags() if engine.waits else None
@@ -151,6 +153,7 @@ class PathSampler:
         self, alphas: Sequence[float], targets: tuple[int, ...], densities: torch.Tensor
     ) -> None:
         """Keep densities (nodes, targets, C, H, W) until they are asked for."""
+        self._log_rows(self.slopes, alphas, targets, densities.flatten(2).sum(dim=2))
         for alpha, row in zip(alphas, densities, strict=True):
             self._ready.update(
                 ((alpha, t), density) for t, density in zip(targets, row, strict=True)
@@ -208,10 +211,38 @@ class PathSampler:
         self, alphas: Sequence[float], targets: tuple[int, ...], scores: torch.Tensor
     ) -> None:
         """Log scores (nodes, targets)."""
-        for alpha, row in zip(alphas, scores, strict=True):
-            logged = self.scores.setdefault(alpha, row.new_full((len(self.targets),), torch.nan))
-            for target, score in zip(targets, row, strict=True):  # a list as index waits for a GPU
-                logged[target] = score
+        self._log_rows(self.scores, alphas, targets, scores)
+
+    def _log_rows(
+        self,
+        log: dict[float, torch.Tensor],
+        alphas: Sequence[float],
+        targets: tuple[int, ...],
+        rows: torch.Tensor,
+    ) -> None:
+        """Log a number of each target at each node, (nodes, targets)."""
+        for alpha, row in zip(alphas, rows, strict=True):
+            logged = log.setdefault(alpha, row.new_full((len(self.targets),), torch.nan))
+            for target, number in zip(targets, row, strict=True):  # a list as index waits for a GPU
+                logged[target] = number
+
+    def look_between(self, alpha: float) -> None:
+        """Log the scores and the slopes of all targets at a node that the rule did not ask for."""
+        densities = self._evaluate([alpha], self.all_targets, None)
+        self._check()
+        self._log_rows(self.slopes, [alpha], self.all_targets, densities.flatten(2).sum(dim=2))
+
+    def measured_slopes(self, alphas: Sequence[float], step: float) -> torch.Tensor:
+        """dF/dalpha by central differences, (nodes, targets): the change of F between two points
+        that lie `step` before and after each node in the direction of the path's velocity."""
+        points, velocities = self.path.at(self._tensor(alphas))
+        probes = torch.cat([points + step * velocities, points - step * velocities])
+        crops, rows = self._crops_of(self.all_targets), []
+        with torch.no_grad():
+            for chunk in probes.split(self.engine.step_batch.size):
+                rows.append(torch.stack(crops.scores(self.engine.maps(chunk, crops.plan)), dim=1))
+        after, before = torch.cat(rows).double().split(len(points))
+        return (after - before) / (2 * step)
 
     def check_precision(self, reduced: torch.dtype, nodes: Sequence[float]) -> float:
         """Relative L2 deviation of the map from float32, over nodes that are evaluated in both.

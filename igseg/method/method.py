@@ -11,14 +11,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from igseg.engine.engine import GradientEngine
 from igseg.engine.sampler import AttributionPath
 from igseg.explanation import Declared, MethodResult
 from igseg.method.choice import MethodChoice, chosen_methods
 from igseg.method.paths import UnitVelocity
 from igseg.method.rules import ADAPTIVE, Integration, MethodRule
 from igseg.method.walk import Task, in_precision, plain_task
+from igseg.network.outputs import gradient_stops
 from igseg.network.score import Score
 from igseg.setting import resolved
+
+# The deviation of the gradient from the score beyond which its cause is looked for.
+NOTABLE_DEVIATION = 0.02
 
 # --------------------------------------------------------------------------- what a method is
 
@@ -30,6 +35,7 @@ class Method:
 
     declared: Declared  # as its row says
     counts: ClassVar[str] = 'interpolation steps'  # the unit of its progress bar
+    uses_gradients: ClassVar[bool] = True  # whether its map is made of gradients
 
     @property
     def declares(self) -> Declared:
@@ -157,6 +163,20 @@ def build_methods(
 # --------------------------------------------------------------------------- running a method
 
 
+def gradient_cause(
+    engine: GradientEngine, x: torch.Tensor, results: Sequence[MethodResult]
+) -> str | None:
+    """Why the gradient of a network misses changes of its score, in words; None: it misses little.
+
+    x: the image, (1, C, H, W). results: of a method, for each target."""
+    if not any((result.gradient_deviation or 0.0) > NOTABLE_DEVIATION for result in results):
+        return None
+    stops = gradient_stops(engine.model, x.to(engine.dtype))
+    if not stops:
+        return 'nothing in the network that stops a gradient is known'
+    return f'no gradient, or another one, passes through {stops} in the network'
+
+
 def run_method(method: Method, task: Task, progress: bool) -> tuple[list[MethodResult], str | None]:
     """The result of a method for each target. They are in the precision that the user wants, or in
     float32 with a sentence that says why."""
@@ -170,4 +190,11 @@ def run_method(method: Method, task: Task, progress: bool) -> tuple[list[MethodR
         # Without an estimated error of the map, nobody could tell whether reduced precision is
         # accurate enough.
         wanted = task.integration.precision if method.declares.quadrature else 'float32'
-        return in_precision(explain_in, wanted)
+        results, retried = in_precision(explain_in, wanted)
+    if not (task.checks_gradient and method.uses_gradients):
+        return results, retried
+    if any(result.gradient_deviation is None for result in results):
+        deviations = task.straight_deviations()
+        results = [replace(result, gradient_deviation=deviation)
+                   for result, deviation in zip(results, deviations, strict=True)]  # fmt: skip
+    return results, retried

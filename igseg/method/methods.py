@@ -395,6 +395,7 @@ class OcclusionMethod(Method):
     """`occlusion`: Zeiler, Fergus 2014, section 4.2."""
 
     counts = 'squares'
+    uses_gradients = False
 
     window: int | None
     stride: int | None

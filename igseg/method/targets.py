@@ -436,6 +436,7 @@ def explanations_of(
                 sum_error=result.total_error,
                 fine=result.fine,
                 tiles=result.tiles,
+                gradient_deviation=result.gradient_deviation,
                 **of_truth,
                 **common,
             )

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -24,7 +25,8 @@ from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
 from igseg.errors import NonFiniteError, attempt
 from igseg.explanation import MethodResult, Trend, completeness_gap
 from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
-from igseg.method.rules import AnyRule, Integration, first_nodes
+from igseg.method.paths import StraightPath, UnitVelocity
+from igseg.method.rules import AnyRule, Integration, Stratified, first_nodes
 from igseg.network.description import NetworkDescription
 from igseg.network.outputs import OutOfMemory, enlarged, out_of_memory_is_one_error
 from igseg.network.score import Score
@@ -35,6 +37,18 @@ from igseg.network.score import Score
 MASK_SHARE = 0.05
 FORWARD_SHARE = 0.4
 MOST_MASKS = 3
+
+# Whether the gradient describes the score is measured at nodes near these places of a path, by
+# central differences of so small a part of the path that kinks (of ReLU) hardly matter.
+GRADIENT_PLACES = (0.25, 0.5, 0.75)
+GRADIENT_STEP = 1e-4
+SCORE_ROUNDING = 5e-6  # rounding error of F in single precision, relative to the largest |F|
+# A change of the score between two nodes that the gradient misses counts if it is so much larger
+# than the estimated error of the map, and than this share of all changes of the score; and if it
+# stays when its interval is bisected so often. Then more nodes would not find it.
+BEYOND_MAP_ERROR = 3.0
+LEAST_MISSED_SHARE = 0.05
+BISECTIONS = 8
 
 Result = TypeVar('Result')
 
@@ -49,6 +63,8 @@ class Walk:
     ends: list[torch.Tensor]  # F at the end of each path, (targets,) each
     reduced: torch.dtype | None  # reduced precision; None: the precision of the network
     deviation: float  # of the map from float32, where precision is reduced
+    # Of each target: how far the gradient misses the change of the score; None: not measured.
+    gradient_deviations: list[float] | None = None
 
     def results(self) -> list[MethodResult]:
         """The mean over the paths, for each target."""
@@ -88,7 +104,9 @@ class Walk:
             total_error=None if sum_variance is None else float(sum_variance[0]) ** 0.5,
             reduced=self.reduced,
             deviation=self.deviation if self.reduced else None,
-        )
+            gradient_deviation=None if self.gradient_deviations is None
+            else self.gradient_deviations[number],
+        )  # fmt: skip
 
 
 def _mean_of(scores: Sequence[torch.Tensor], number: int) -> float:
@@ -110,6 +128,7 @@ class Task:
     references: torch.Tensor | None = None  # (n, C, H, W): other images
     on_steps: Callable[[int], object] = lambda count: None  # called with the number of steps done
     pixels_of_pass: int | None = None  # of the network's input, if x is the output of a layer
+    checks_gradient: bool = False  # whether to measure how far the gradient misses the score
 
     @property
     def x(self) -> torch.Tensor:
@@ -172,7 +191,12 @@ class Task:
             starts.append(sampler.scores[0.0])
             ends.append(sampler.scores[1.0])
         assert first is not None  # a method names a path
-        return Walk(means, first, starts, ends, reduced, deviation)
+        walk = Walk(means, first, starts, ends, reduced, deviation)
+        if not self.checks_gradient:
+            return walk
+        jumps = isinstance(rule, Stratified)  # to another baseline at each node
+        errors = [None if jumps else result.map_error or 0.0 for result in walk.results()]
+        return replace(walk, gradient_deviations=gradient_deviations(first, errors))
 
     def _with_gradient(self, at_image: AtImage) -> AtImage:
         """The results at the image, with the gradient of every target."""
@@ -197,6 +221,12 @@ class Task:
         limit = min(integration.precision_tolerance, (integration.tolerance or 1.0) / 2)
         refused = integration.precision == 'auto' and not deviation <= limit  # also where it is NaN
         return None if refused else reduced, deviation
+
+    def straight_deviations(self) -> list[float]:
+        """`gradient_deviations` on the straight path, for methods that walk along no path."""
+        path = StraightPath(self.baselines[0], self.x)
+        sampler = PathSampler(self.engine, path, self.at_image, self.overlap)
+        return gradient_deviations(sampler, [None] * len(self.at_image.targets))
 
     def crops_of(self, target: int) -> Crops:
         """The crops of one target."""
@@ -316,6 +346,82 @@ def exact_enough(
     error, total, high, low = torch.stack([errors[0], running.integral.sum(), *ends]).tolist()
     gap = (completeness_gap(total, high, low) or 0.0) if complete else 0.0
     return math.hypot(error, rounding) <= tolerance and gap <= tolerance
+
+
+# --------------------------------------------------------------------------- gradient and score
+
+
+def gradient_deviations(sampler: PathSampler, map_errors: Sequence[float | None]) -> list[float]:
+    """How far the gradient misses the change of the score of each target, relative to that change;
+    near 0 for a network whose gradient is that of its score.
+
+    The larger of two measures. At three nodes: the median difference between the slope by the
+    gradient and that by a central difference, which finds parts of a network that pass no gradient
+    or another one. Between nodes: the change that more nodes would not find (`_missed_share`),
+    which finds rounding and signs, that small differences do not see. map_errors: the relative
+    errors of the maps; None: the second measure says nothing on this path.
+    """
+    nodes = _checked_nodes(sampler)
+    measured = sampler.measured_slopes(nodes, GRADIENT_STEP).cpu().numpy()  # (nodes, targets)
+    slopes = torch.stack([sampler.slopes[node] for node in nodes]).double().cpu().numpy()
+    scores = torch.stack(list(sampler.scores.values())).double().abs().nan_to_num(0.0)
+    noise = SCORE_ROUNDING * scores.amax(dim=0).cpu().numpy() / GRADIENT_STEP
+    larger = np.maximum(np.abs(measured), np.abs(slopes))
+    beyond = np.maximum(np.abs(measured - slopes) - noise, 0)
+    deviations = np.divide(beyond, larger, out=np.zeros_like(beyond), where=larger > 0)
+    medians = np.median(deviations, axis=0).tolist()
+    if isinstance(sampler.path, UnitVelocity):  # whose slopes are not those of the path
+        return medians
+    missed = [0.0 if error is None else _missed_share(sampler, target, error)
+              for target, error in enumerate(map_errors)]  # fmt: skip
+    return [max(pair) for pair in zip(medians, missed, strict=True)]
+
+
+def _checked_nodes(sampler: PathSampler) -> list[float]:
+    """Three nodes near GRADIENT_PLACES at which the slope of every target is known."""
+    inner = [alpha for alpha, row in sampler.slopes.items() if 0 < alpha < 1]
+    known = [alpha for alpha in inner if not bool(sampler.slopes[alpha].isnan().any())]
+    if len(known) < len(GRADIENT_PLACES):
+        for alpha in GRADIENT_PLACES:
+            sampler.look_between(alpha)
+        return list(GRADIENT_PLACES)
+    return sorted({min(known, key=lambda alpha: abs(alpha - place)) for place in GRADIENT_PLACES})
+
+
+def _missed_share(sampler: PathSampler, target: int, map_error: float) -> float:
+    """The share of the changes of a score between nodes that the gradient misses, if it stays when
+    the interval that misses most is bisected again and again; else 0."""
+
+    def at(alpha: float) -> tuple[float, float, float]:
+        return (alpha, float(sampler.scores[alpha][target]), float(sampler.slopes[alpha][target]))
+
+    def missed(left: tuple[float, float, float], right: tuple[float, float, float]) -> float:
+        """The change of F beyond that by the trapezoid rule."""
+        return right[1] - left[1] - (right[0] - left[0]) * (left[2] + right[2]) / 2
+
+    both = sorted(sampler.scores.keys() & sampler.slopes.keys())
+    nodes = [node for node in map(at, both) if math.isfinite(node[1]) and math.isfinite(node[2])]
+    if len(nodes) < 2:
+        return 0.0
+    changes = sum(abs(right[1] - left[1]) for left, right in pairwise(nodes))
+    total = sum(abs(missed(*ends)) for ends in pairwise(nodes))
+    if not changes or total <= max(LEAST_MISSED_SHARE, BEYOND_MAP_ERROR * map_error) * changes:
+        return 0.0
+    left, right = max(pairwise(nodes), key=lambda ends: abs(missed(*ends)))
+    first, elsewhere = abs(missed(left, right)), 0.0
+    for _ in range(BISECTIONS):
+        middle = (left[0] + right[0]) / 2
+        sampler.look_between(middle)
+        halves = sorted(((left, at(middle)), (at(middle), right)),
+                        key=lambda ends: abs(missed(*ends)))  # fmt: skip
+        elsewhere += abs(missed(*halves[0]))
+        left, right = halves[1]
+        if elsewhere + abs(missed(left, right)) <= first / 2:
+            return 0.0
+    return total / changes
+
+
+# --------------------------------------------------------------------------- what a path logs
 
 
 def mask_nodes(nodes: np.ndarray, steps: int, share: float) -> list[float]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from igseg.errors import InputError
 from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
@@ -213,6 +215,57 @@ def explained_network(shape: Sequence[int]) -> Iterator[None]:
             f'the network cannot be run on an input of shape {tuple(shape)}: '
             f'{type(error).__name__}: {text[:300]} (are size and channels those of its training?)'
         ) from error
+
+
+# --------------------------------------------------------------------------- where gradients stop
+
+# Functions whose gradient is zero, or that have none, or another one than their own.
+WITHOUT_GRADIENT = ('round', 'floor', 'ceil', 'trunc', 'sign', 'heaviside', 'gt', 'ge', 'lt', 'le',
+                    'eq', 'ne', 'argmax', 'bernoulli', 'fake_quantize_per_tensor_affine',
+                    'fake_quantize_per_channel_affine', 'detach', 'data')  # fmt: skip
+
+
+class _GradientStops(TorchFunctionMode):
+    """Notes where a network that is run on an image inside this mode passes no gradient on."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        self.stops: list[str] = []
+        self._of_image = {id(x): x}  # the tensors that depend on the image, which keeps them alive
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(id(tensor) in self._of_image for tensor in _tensors_in((args, kwargs))):
+            words = (resolve_name(func) or '').removesuffix('.__get__').split('.')
+            name = words[-1].strip('_')
+            if name in WITHOUT_GRADIENT:
+                self.stops.append(f'torch.{name}' if name not in ('detach', 'data') else f'.{name}')
+            elif not torch.is_grad_enabled():
+                self.stops.append('torch.no_grad (or a torch.autograd.Function)')
+            self._of_image.update((id(tensor), tensor) for tensor in _tensors_in(result))
+        return result
+
+
+def _tensors_in(values: object) -> list[torch.Tensor]:
+    """The tensors among arguments or results, in lists and dictionaries too."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, (list, tuple)):
+        return [tensor for value in values for tensor in _tensors_in(value)]
+    return []
+
+
+def gradient_stops(network: nn.Module, x: torch.Tensor) -> str:
+    """What in a network passes no gradient on, or another one than its own, in words that follow
+    'no gradient passes through'; empty where nothing is known. x: an image (1, C, H, W)."""
+    with torch.enable_grad(), explained_network(x.shape):
+        image = x.detach().clone().requires_grad_()
+        mode = _GradientStops(image)
+        with mode:
+            network(image)
+    return ', '.join(dict.fromkeys(mode.stops))
 
 
 def weights_dtype(model: nn.Module) -> torch.dtype:
