@@ -235,14 +235,16 @@ class _GradientStops(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(id(tensor) in self._of_image for tensor in _tensors_in((args, kwargs))):
+        results = _tensors_in(result)
+        depends = any(id(tensor) in self._of_image for tensor in _tensors_in((args, kwargs)))
+        if results and depends:
             words = (resolve_name(func) or '').removesuffix('.__get__').split('.')
             name = words[-1].strip('_')
             if name in WITHOUT_GRADIENT:
                 self.stops.append(f'torch.{name}' if name not in ('detach', 'data') else f'.{name}')
             elif not torch.is_grad_enabled():
                 self.stops.append('torch.no_grad (or a torch.autograd.Function)')
-            self._of_image.update((id(tensor), tensor) for tensor in _tensors_in(result))
+            self._of_image.update((id(tensor), tensor) for tensor in results)
         return result
 
 
