@@ -83,7 +83,7 @@ from igseg.errors import InputError
 from igseg.explanation import NO_BASELINE, Cost, Explanation
 from igseg.method.baselines import choose_baseline
 from igseg.method.choice import Question
-from igseg.method.method import Method, build_method, gradient_cause, run_method
+from igseg.method.method import Method, build_method, run_method
 from igseg.method.rules import Integration
 from igseg.method.targets import ChosenBaseline, Prediction, explanations_of
 from igseg.method.walk import Task, dtype_name, mask_overlap
@@ -292,11 +292,9 @@ class IntegratedGradients:
             others, left_out = other_images(references, method.most_references, x, preprocessing)
             predicted = network.foreground(prediction.masks)
             overlap = partial(mask_overlap, predicted, network, question.threshold)
-            task = Task(engine, at_image, inputs, integration, overlap, others,
-                        checks_gradient=True)  # fmt: skip
+            task = Task(engine, at_image, inputs, integration, overlap, others)
             baseline = method_baseline(method, task, baseline, preprocessing)
             results, retried = run_method(method, task, progress)
-            cause = gradient_cause(engine, x, results)
             forward_passes = engine.forward_passes - before[0]
             gradients = engine.gradient_evaluations - before[1]
         assert engine.preparation is not None  # the engine has made it before it ran
@@ -316,7 +314,6 @@ class IntegratedGradients:
         common = {
             'notes': (*notes, *baseline.notes, *left_out, *engine.notes, *prediction.notes()),
             'difference': baseline.difference(given.placement) if compares else None,
-            'gradient_cause': cause,
             'again': partial(method.map_for_check, integration.seed, others),
             'rule': method.rule_name(integration.rule),
             'tolerance': integration.tolerance,

@@ -239,6 +239,7 @@ class MethodResult:
     reduced: torch.dtype | None = None  # reduced precision; None: the precision of the network
     deviation: float | None = None  # of the map from float32, where precision was reduced
     gradient_deviation: float | None = None  # see `Explanation`
+    gradient_cause: str | None = None  # see `Explanation`
     fine: torch.Tensor | None = None  # (c, h, w): the map of a layer, before it was enlarged
     score: float | None = None  # F at the image; None: F of the whole logit map
     tiles: Tiles | None = None  # None: in one piece

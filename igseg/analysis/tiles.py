@@ -233,6 +233,7 @@ class Mosaic:
             total=float(self.attributions.double().sum()),
             score=self.score,
             gradient_deviation=self.gradient_deviation,
+            gradient_cause=self.gradient_cause,
             tiles=Tiles(count, self.explained, (height, width), overlap),
         )
 
@@ -373,7 +374,6 @@ def explain_tiles(
         'difference': baseline.difference(None),
         'rule': method.rule_name(integration.rule),
         'tolerance': integration.tolerance,
-        'gradient_cause': next(filter(None, (m.gradient_cause for m in mosaics)), None),
     }
     results = [mosaic.result(float(overlap[0])) for mosaic in mosaics]
     explanations = explanations_of(method.declares, prediction, baseline, results, cost, common)

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from igseg.engine.engine import GradientEngine
-from igseg.engine.sampler import AttributionPath
+from igseg.engine.sampler import AttributionPath, PathSampler
 from igseg.explanation import Declared, MethodResult
 from igseg.method.choice import MethodChoice, chosen_methods
-from igseg.method.paths import UnitVelocity
+from igseg.method.paths import StraightPath, UnitVelocity
 from igseg.method.rules import ADAPTIVE, Integration, MethodRule
-from igseg.method.walk import Task, in_precision, plain_task
+from igseg.method.walk import Task, gradient_deviations, in_precision, plain_task
 from igseg.network.outputs import gradient_stops
 from igseg.network.score import Score
 from igseg.setting import resolved
@@ -163,18 +162,29 @@ def build_methods(
 # --------------------------------------------------------------------------- running a method
 
 
-def gradient_cause(
-    engine: GradientEngine, x: torch.Tensor, results: Sequence[MethodResult]
-) -> str | None:
-    """Why the gradient of a network misses changes of its score, in words; None: it misses little.
+def straight_deviations(task: Task) -> list[float]:
+    """`gradient_deviations` of each target on the straight path, for methods that walk along no
+    path."""
+    path = StraightPath(task.baselines[0], task.x)
+    sampler = PathSampler(task.engine, path, task.at_image, task.overlap)
+    return gradient_deviations(sampler, [None] * len(task.at_image.targets))
 
-    x: the image, (1, C, H, W). results: of a method, for each target."""
+
+def with_causes(task: Task, results: Sequence[MethodResult]) -> list[MethodResult]:
+    """The results of a method, with the cause, in words, where the network's gradient misses much
+    of the change of the score."""
     if not any((result.gradient_deviation or 0.0) > NOTABLE_DEVIATION for result in results):
-        return None
-    stops = gradient_stops(engine.model, x.to(engine.dtype))
-    if not stops:
-        return 'nothing in the network that stops a gradient is known'
-    return f'no gradient, or another one, passes through {stops} in the network'
+        return list(results)
+    stops = gradient_stops(task.engine.model, task.x.to(task.engine.dtype))
+    cause = 'nothing in the network that stops a gradient is known'
+    if stops:
+        cause = f'no gradient, or another one, passes through {stops} in the network'
+    return [
+        replace(result, gradient_cause=cause)
+        if (result.gradient_deviation or 0.0) > NOTABLE_DEVIATION
+        else result
+        for result in results
+    ]
 
 
 def run_method(method: Method, task: Task, progress: bool) -> tuple[list[MethodResult], str | None]:
@@ -194,7 +204,7 @@ def run_method(method: Method, task: Task, progress: bool) -> tuple[list[MethodR
     if not (task.checks_gradient and method.uses_gradients):
         return results, retried
     if any(result.gradient_deviation is None for result in results):
-        deviations = task.straight_deviations()
+        deviations = straight_deviations(task)
         results = [replace(result, gradient_deviation=deviation)
                    for result, deviation in zip(results, deviations, strict=True)]  # fmt: skip
-    return results, retried
+    return with_causes(task, results), retried

@@ -17,6 +17,7 @@ velocities there. `PathSampler` (in the engine) computes the densities, and `int
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -105,6 +106,8 @@ class BlurPath:
 class UnitVelocity:
     """The points of another path with velocity 1 for every input, so that the densities are plain
     gradients."""
+
+    unit: ClassVar[bool] = True  # its densities are not the slopes of F along the path
 
     path: AttributionPath
 

@@ -437,6 +437,7 @@ def explanations_of(
                 fine=result.fine,
                 tiles=result.tiles,
                 gradient_deviation=result.gradient_deviation,
+                gradient_cause=result.gradient_cause,
                 **of_truth,
                 **common,
             )

@@ -25,7 +25,6 @@ from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
 from igseg.errors import NonFiniteError, attempt
 from igseg.explanation import MethodResult, Trend, completeness_gap
 from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
-from igseg.method.paths import StraightPath, UnitVelocity
 from igseg.method.rules import AnyRule, Integration, Stratified, first_nodes
 from igseg.network.description import NetworkDescription
 from igseg.network.outputs import OutOfMemory, enlarged, out_of_memory_is_one_error
@@ -128,7 +127,7 @@ class Task:
     references: torch.Tensor | None = None  # (n, C, H, W): other images
     on_steps: Callable[[int], object] = lambda count: None  # called with the number of steps done
     pixels_of_pass: int | None = None  # of the network's input, if x is the output of a layer
-    checks_gradient: bool = False  # whether to measure how far the gradient misses the score
+    checks_gradient: bool = True  # whether to measure how far the gradient misses the score
 
     @property
     def x(self) -> torch.Tensor:
@@ -222,12 +221,6 @@ class Task:
         refused = integration.precision == 'auto' and not deviation <= limit  # also where it is NaN
         return None if refused else reduced, deviation
 
-    def straight_deviations(self) -> list[float]:
-        """`gradient_deviations` on the straight path, for methods that walk along no path."""
-        path = StraightPath(self.baselines[0], self.x)
-        sampler = PathSampler(self.engine, path, self.at_image, self.overlap)
-        return gradient_deviations(sampler, [None] * len(self.at_image.targets))
-
     def crops_of(self, target: int) -> Crops:
         """The crops of one target."""
         all_crops = self.at_image.crops
@@ -292,7 +285,8 @@ def plain_task(
     with torch.no_grad():
         logits = enlarged(engine.run(x), x.shape[-2:])
     at_image = AtImage(x, logits, (target,), None)
-    return Task(engine, at_image, [baseline], integration, _no_overlap, references)
+    return Task(engine, at_image, [baseline], integration, _no_overlap, references,
+                checks_gradient=False)  # fmt: skip
 
 
 def _no_overlap(logits: torch.Tensor) -> torch.Tensor:
@@ -369,8 +363,8 @@ def gradient_deviations(sampler: PathSampler, map_errors: Sequence[float | None]
     larger = np.maximum(np.abs(measured), np.abs(slopes))
     beyond = np.maximum(np.abs(measured - slopes) - noise, 0)
     deviations = np.divide(beyond, larger, out=np.zeros_like(beyond), where=larger > 0)
-    medians = np.median(deviations, axis=0).tolist()
-    if isinstance(sampler.path, UnitVelocity):  # whose slopes are not those of the path
+    medians: list[float] = np.median(deviations, axis=0).tolist()
+    if getattr(sampler.path, 'unit', False):  # the slopes are not those of the path
         return medians
     missed = [0.0 if error is None else _missed_share(sampler, target, error)
               for target, error in enumerate(map_errors)]  # fmt: skip
