@@ -346,10 +346,11 @@ def accuracy_warning(statistics: dict) -> str | None:
     """The warning for a map that is less accurate than the user wants; None: there is none."""
     settings = statistics['settings']
     gap_tolerance = gap_tolerance_of(settings)
+    limits = Thresholds(**settings.get('thresholds') or {})
     error = shown('map_error', statistics['map_error'])
     gap = shown('completeness_gap', statistics['completeness_gap'])
     deviation = statistics.get('gradient_deviation')  # older results have none
-    if deviation is not None and deviation > Thresholds().gradient_deviation:
+    if deviation is not None and deviation > limits.gradient_deviation:
         return (
             "WARNING: the network's gradient does not describe its score, of whose change it "
             f'misses {deviation:.0%} ({statistics["gradient_cause"]}): do not rely on this map; '
@@ -361,7 +362,7 @@ def accuracy_warning(statistics: dict) -> str | None:
             f'reached in {statistics["steps"]} steps: map error {error}, completeness gap {gap} '
             '(allow more with --max_steps).'
         )
-    if hides_target(statistics, Thresholds()):
+    if hides_target(statistics, limits):
         contrast = statistics['baseline_contrast']
         return (
             f'WARNING: the baseline hides the target (contrast {contrast:.2g}): the map cannot '
