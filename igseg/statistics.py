@@ -336,7 +336,7 @@ STATISTICS: dict[str, Statistic] = {
         "how far the network's gradient misses the change of its score: the median at three places "
         'of the path, or what is missed between its nodes however many there are', unit='%',
         of=lambda m: m.explanation.gradient_deviation),
-    'gradient_cause': Statistic('why, where the gradient misses much', TEXT,
+    'gradient_cause': Statistic('why, where the gradient misses much', COMPOUND,
         of=lambda m: m.explanation.gradient_cause),
     'settled_share': Statistic(
         'share of |attribution|, summed over channels with its sign, on pixels where it is at '

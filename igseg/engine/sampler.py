@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -232,6 +233,18 @@ class PathSampler:
         self._check()
         self._log_rows(self.slopes, [alpha], self.all_targets, densities.flatten(2).sum(dim=2))
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside this context the logs are used and added to. Afterwards they are as before, and
+        the passes do not count."""
+        logs = dict(self.scores), dict(self.slopes), dict(self.overlaps)
+        passes, before = self.engine.passes, replace(self.engine.passes)
+        try:
+            yield
+        finally:
+            self.scores, self.slopes, self.overlaps = logs
+            passes.forward, passes.gradients = before.forward, before.gradients
+
     def measured_slopes(self, alphas: Sequence[float], step: float) -> torch.Tensor:
         """dF/dalpha by central differences, (nodes, targets): the change of F between two points
         that lie `step` before and after each node in the direction of the path's velocity."""
@@ -241,7 +254,7 @@ class PathSampler:
         with torch.no_grad():
             for chunk in probes.split(self.engine.step_batch.size):
                 rows.append(torch.stack(crops.scores(self.engine.maps(chunk, crops.plan)), dim=1))
-        after, before = torch.cat(rows).double().split(len(points))
+        after, before = torch.cat(rows).cpu().double().split(len(points))  # MPS has no float64
         return (after - before) / (2 * step)
 
     def check_precision(self, reduced: torch.dtype, nodes: Sequence[float]) -> float:

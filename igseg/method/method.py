@@ -167,7 +167,8 @@ def straight_deviations(task: Task) -> list[float]:
     path."""
     path = StraightPath(task.baselines[0], task.x)
     sampler = PathSampler(task.engine, path, task.at_image, task.overlap)
-    return gradient_deviations(sampler, [None] * len(task.at_image.targets))
+    with sampler.aside():
+        return gradient_deviations(sampler, [None] * len(task.at_image.targets))
 
 
 def with_causes(task: Task, results: Sequence[MethodResult]) -> list[MethodResult]:

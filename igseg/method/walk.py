@@ -195,7 +195,8 @@ class Task:
             return walk
         jumps = isinstance(rule, Stratified)  # to another baseline at each node
         errors = [None if jumps else result.map_error or 0.0 for result in walk.results()]
-        return replace(walk, gradient_deviations=gradient_deviations(first, errors))
+        with first.aside():
+            return replace(walk, gradient_deviations=gradient_deviations(first, errors))
 
     def _with_gradient(self, at_image: AtImage) -> AtImage:
         """The results at the image, with the gradient of every target."""
@@ -356,10 +357,10 @@ def gradient_deviations(sampler: PathSampler, map_errors: Sequence[float | None]
     errors of the maps; None: the second measure says nothing on this path.
     """
     nodes = _checked_nodes(sampler)
-    measured = sampler.measured_slopes(nodes, GRADIENT_STEP).cpu().numpy()  # (nodes, targets)
-    slopes = torch.stack([sampler.slopes[node] for node in nodes]).double().cpu().numpy()
-    scores = torch.stack(list(sampler.scores.values())).double().abs().nan_to_num(0.0)
-    noise = SCORE_ROUNDING * scores.amax(dim=0).cpu().numpy() / GRADIENT_STEP
+    measured = sampler.measured_slopes(nodes, GRADIENT_STEP).numpy()  # (nodes, targets)
+    slopes = torch.stack([sampler.slopes[node] for node in nodes]).cpu().double().numpy()
+    scores = torch.stack(list(sampler.scores.values())).cpu().double().abs().nan_to_num(0.0)
+    noise = SCORE_ROUNDING * scores.amax(dim=0).numpy() / GRADIENT_STEP
     larger = np.maximum(np.abs(measured), np.abs(slopes))
     beyond = np.maximum(np.abs(measured - slopes) - noise, 0)
     deviations = np.divide(beyond, larger, out=np.zeros_like(beyond), where=larger > 0)

@@ -79,7 +79,8 @@ def test_the_columns_are_the_flat_statistics(tmp_path, data):
     (statistics,) = result.images
     nested = {'trend', 'preparation', 'cropping', 'tiles', 'settings', 'versions', 'notes',
               'targets', 'methods', 'mask_flags', 'verdict', 'evaluation', 'channel_shares',
-              'channel_names', 'class_scores', 'value_range', 'placement'}  # fmt: skip
+              'channel_names', 'class_scores', 'value_range', 'placement',
+              'gradient_cause'}  # fmt: skip
     added = {'status', 'reason', 'flags', 'number', 'share_red', 'share_green', 'share_blue'}
     assert set(statistics) - nested == set(COLUMNS) - added
     assert [key for key in statistics if key in COLUMNS] == [

@@ -147,11 +147,13 @@ def test_every_text_can_be_written_and_every_threshold_is_used():
         names = {part[1] for part in string.Formatter().parse(rule.text) if part[1]}
         assert {name.split('.')[0].split('[')[0] for name in names} <= set(rule.needs)
     # Moving a threshold far to either side changes what is found in some image.
+    figures['gradient_deviation'] = None  # a wrong gradient leaves out other findings
     shown = figures | {'baseline_contrast': None, 'deletion_margin': None}  # nothing is hidden
+    wrong = {'gradient_deviation': 0.5, 'gradient_cause': 'sign'}
     for threshold in (field.name for field in fields(Thresholds)):
         assert any(
             flags(example, **{threshold: -9.0}) != flags(example, **{threshold: 9.0})
-            for example in (figures, shown)
+            for example in (figures, shown, wrong)
         ), threshold
 
 
@@ -208,7 +210,7 @@ def test_map_error_in_words():
 
 def test_a_fatal_finding_is_a_concern_and_says_why_in_the_first_sentence():
     fatal = [rule for rule in FINDING_RULES if rule.fatal]
-    assert len(fatal) == 6 and all(rule.level == CONCERN for rule in fatal)
+    assert len(fatal) == 7 and all(rule.level == CONCERN for rule in fatal)
     assert not any(rule.fatal and rule.of_model for rule in FINDING_RULES)
     assert all(rule.level == CONCERN for rule in FINDING_RULES if rule.of_model)
     figures = SETTINGS | {'recomputed_correlation': 0.1}
