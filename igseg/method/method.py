@@ -174,17 +174,16 @@ def straight_deviations(task: Task) -> list[float]:
 def with_causes(task: Task, results: Sequence[MethodResult]) -> list[MethodResult]:
     """The results of a method, with the cause, in words, where the network's gradient misses much
     of the change of the score."""
-    if not any((result.gradient_deviation or 0.0) > NOTABLE_DEVIATION for result in results):
+    notable = [(result.gradient_deviation or 0.0) > NOTABLE_DEVIATION for result in results]
+    if not any(notable):
         return list(results)
     stops = gradient_stops(task.engine.model, task.x.to(task.engine.dtype))
     cause = 'nothing in the network that stops a gradient is known'
     if stops:
         cause = f'no gradient, or another one, passes through {stops} in the network'
     return [
-        replace(result, gradient_cause=cause)
-        if (result.gradient_deviation or 0.0) > NOTABLE_DEVIATION
-        else result
-        for result in results
+        replace(result, gradient_cause=cause) if is_notable else result
+        for result, is_notable in zip(results, notable, strict=True)
     ]
 
 

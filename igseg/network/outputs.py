@@ -266,7 +266,7 @@ def gradient_stops(network: nn.Module, x: torch.Tensor) -> str:
         image = x.detach().clone().requires_grad_()
         mode = _GradientStops(image)
         with mode:
-            network(image)
+            output_of(network, image)
     return ', '.join(dict.fromkeys(mode.stops))
 
 

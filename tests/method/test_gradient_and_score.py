@@ -126,6 +126,20 @@ def test_occlusion_needs_no_gradient():
     assert explanation.gradient_deviation is None and explanation.gradient_cause is None
 
 
+def test_the_cause_is_named_in_a_network_that_writes_into_its_input():
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = WRONG['sign'][0]()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x -= 0.1
+            return self.network(x)
+
+    explanation, _ = explained(Writing())
+    assert explanation.gradient_deviation > 0.1 and 'torch.sign' in explanation.gradient_cause
+
+
 def test_several_targets_are_told_apart():
     class TwoMaps(nn.Module):
         def __init__(self) -> None:
