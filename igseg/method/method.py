@@ -16,7 +16,7 @@ from igseg.explanation import Declared, MethodResult
 from igseg.method.choice import MethodChoice, chosen_methods
 from igseg.method.paths import StraightPath, UnitVelocity
 from igseg.method.rules import ADAPTIVE, Integration, MethodRule
-from igseg.method.walk import Task, gradient_deviations, in_precision, plain_task
+from igseg.method.walk import Task, deviations_aside, in_precision, plain_task
 from igseg.network.outputs import gradient_stops
 from igseg.network.score import Score
 from igseg.setting import resolved
@@ -162,13 +162,12 @@ def build_methods(
 # --------------------------------------------------------------------------- running a method
 
 
-def straight_deviations(task: Task) -> list[float]:
+def straight_deviations(task: Task) -> list[float] | None:
     """`gradient_deviations` of each target on the straight path, for methods that walk along no
     path."""
     path = StraightPath(task.baselines[0], task.x)
     sampler = PathSampler(task.engine, path, task.at_image, task.overlap)
-    with sampler.aside():
-        return gradient_deviations(sampler, [None] * len(task.at_image.targets))
+    return deviations_aside(sampler, [None] * len(task.at_image.targets))
 
 
 def with_causes(task: Task, results: Sequence[MethodResult]) -> list[MethodResult]:
@@ -205,6 +204,8 @@ def run_method(method: Method, task: Task, progress: bool) -> tuple[list[MethodR
         return results, retried
     if any(result.gradient_deviation is None for result in results):
         deviations = straight_deviations(task)
+        if deviations is None:
+            return results, retried
         results = [replace(result, gradient_deviation=deviation)
                    for result, deviation in zip(results, deviations, strict=True)]  # fmt: skip
     return with_causes(task, results), retried

@@ -195,8 +195,7 @@ class Task:
             return walk
         jumps = isinstance(rule, Stratified)  # to another baseline at each node
         errors = [None if jumps else result.map_error or 0.0 for result in walk.results()]
-        with first.aside():
-            return replace(walk, gradient_deviations=gradient_deviations(first, errors))
+        return replace(walk, gradient_deviations=deviations_aside(first, errors))
 
     def _with_gradient(self, at_image: AtImage) -> AtImage:
         """The results at the image, with the gradient of every target."""
@@ -344,6 +343,15 @@ def exact_enough(
 
 
 # --------------------------------------------------------------------------- gradient and score
+
+
+def deviations_aside(
+    sampler: PathSampler, map_errors: Sequence[float | None]
+) -> list[float] | None:
+    """`gradient_deviations`, neither logged nor counted. None: the network is not finite somewhere
+    on the path, where the method itself may never be."""
+    with sampler.aside():
+        return attempt(partial(gradient_deviations, sampler, map_errors), NonFiniteError)[0]
 
 
 def gradient_deviations(sampler: PathSampler, map_errors: Sequence[float | None]) -> list[float]:

@@ -140,6 +140,20 @@ def test_the_cause_is_named_in_a_network_that_writes_into_its_input():
     assert explanation.gradient_deviation > 0.1 and 'torch.sign' in explanation.gradient_cause
 
 
+def test_a_map_is_made_though_the_network_is_not_finite_on_a_path_that_no_method_walks():
+    black = torch.zeros_like(X)
+    with torch.no_grad():
+        start, end = (float(Hidden()(points).mean()) for points in (black, X))
+
+    def finite_at_the_ends(y: torch.Tensor) -> torch.Tensor:
+        share = (y.mean((1, 2, 3), keepdim=True) - start) / (end - start)
+        return y + ((share - 0.02) * (share - 0.98)).sqrt()
+
+    ig = IntegratedGradients(Hidden(result=finite_at_the_ends).eval(), 'cpu')
+    explanation = ig.explain(X, 'image', baseline_type=black, method='input_x_gradient')
+    assert explanation.gradient_deviation is None and explanation.attributions.isfinite().all()
+
+
 def test_several_targets_are_told_apart():
     class TwoMaps(nn.Module):
         def __init__(self) -> None:
