@@ -506,6 +506,7 @@ def batch_integrated_gradients_analysis(
     weights_key: str | None = None,
     model_options: dict[str, object] | None = None,
     model_factory: str | None = None,
+    allow_unused: bool = False,
     device: str | torch.device = 'auto',
     figures: str = 'all',
     overwrite: bool = False,
@@ -530,7 +531,7 @@ def batch_integrated_gradients_analysis(
     """
     settings = Settings(baseline=baseline_type, num_steps=num_steps, **options)
     source = NetworkSource(model_path, device, encoder, architecture, weights_key, model_options,
-                           model_factory)  # fmt: skip
+                           model_factory, allow_unused)  # fmt: skip
     output = Output(Path(output_dir), figures, overwrite, export)
     images, masks = (None if folder is None else Path(folder) for folder in (images_dir, masks_dir))
     data = DataSource(Path(data_dir), split, images, masks, mask_suffix, mask_prefix, mask_name)

@@ -88,6 +88,9 @@ class Request:
     model_factory: str | None = setting(None, MODEL,
         'your code that builds the network, or package.module:function; it is called with the '
         'values of --model_option', metavar='FILE.py:FUNCTION', default_text='a network of smp')
+    allow_unused: bool = setting(False, MODEL,
+        'with --model_factory: the checkpoint may hold weights that its network lacks in parts '
+        'that it has', default_text='off: such a checkpoint is refused')
     device: str = setting('auto', MODEL, 'auto, cuda, mps or cpu')
     # fmt: on
     settings: Settings = field(default_factory=Settings)
@@ -98,7 +101,7 @@ class Request:
         options = parse_options(self.model_option or ())
         return NetworkSource(
             self.model_path, device or self.device, self.encoder, self.architecture,
-            self.weights_key, options or None, self.model_factory,
+            self.weights_key, options or None, self.model_factory, self.allow_unused,
         )  # fmt: skip
 
     @property

@@ -450,6 +450,7 @@ def reproducing_command(statistics: Statistics, defaults: dict[str, Any]) -> str
         words += ['--slice', f'{place["axis"]}:{place["index"]}']
     for name in ('encoder', 'architecture', 'weights_key', 'model_factory'):
         words += [f'--{name}', str(used[name])] if name in used else []
+    words += ['--allow_unused'] if used.get('allow_unused') else []
     if used.get('model_options'):
         options = used['model_options'].items()
         words += ['--model_option', *(f'{key}={value!r}' for key, value in options)]

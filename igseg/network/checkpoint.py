@@ -31,6 +31,9 @@ AVERAGED = re.compile(r'ema|averag|swa|teacher|shadow', re.IGNORECASE)
 INFLATION = 4  # a checkpoint may become so many times as large when it is unpacked
 # Names of means and deviations that are not those of pixels.
 NOT_OF_PIXELS = re.compile(r'target|label|loss|output|metric|(^|[._])y_$', re.IGNORECASE)
+# Adapters: small weights beside those of a network, which change its layers.
+ADAPTER = re.compile(r'(^|[._])(lora|ia3|hada|oft|vera|dora|adapters?)([._]|$)', re.IGNORECASE)
+COUNTERS = ('num_batches_tracked', 'total_ops', 'total_params')  # buffers that change no output
 MOST_CHANNELS = 64  # means and deviations of more channels are not those of an image
 MOST_OBJECTS = 300  # kinds of pickled objects; reading a file with very many kinds takes long
 MOST_PLACES = 100_000  # dictionaries, lists and modules that are searched
@@ -55,7 +58,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what was decided, in sentences
     # mean and std that lie beside the weights, by number of channels; empty if `settings` have them
     normalisations: dict[int, dict[str, tuple[float, ...]]] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()  # tensors that the network does not have, if its names are known
+    # Tensors that the network does not have, if its names are known; without counters and indices.
+    unused: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, object]:
@@ -209,6 +213,25 @@ def is_plain_tensor(value: object) -> bool:
         and value.layout == torch.strided
         and value.device.type == 'cpu'
         and not value.is_quantized
+    )
+
+
+def is_weight(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor changes what a network gives, unlike a counter or a table of indices."""
+    return name.rpartition('.')[2] not in COUNTERS and (
+        tensor.is_floating_point() or tensor.is_complex()
+    )
+
+
+def adapters_text(names: Collection[str]) -> str:
+    """What to do about adapters among the tensors of a file, in words; empty if there are none."""
+    adapters = [name for name in names if ADAPTER.search(name)]
+    if not adapters:
+        return ''
+    return (
+        f'the file holds adapters (such as LoRA) in tensors like {adapters[0][:100]}, without '
+        'which it is another network: merge them into the weights before you save these (in peft: '
+        'model = model.merge_and_unload()), or let a --model_factory build the network with them'
     )
 
 
@@ -369,7 +392,9 @@ def _no_network_text(
 ) -> str:
     """The sentence for a file without a network. names: of tensors in the file. expected: names of
     the network's tensors."""
-    begin = ', '.join(name[:60] for name in names)
+    begin = ', '.join(name[:60] for name in names[:5])
+    if adapters := adapters_text(names):
+        return f'{path} does not fit the network: {adapters}'
     if names and expected:
         return (
             f'{path} holds no weights of the network of the model factory: its own begin with '
@@ -397,7 +422,7 @@ def _weights_of(
     beside: dict[str, dict[str, torch.Tensor]] = {}  # the group of tensors that holds each network
     names: list[str] = []
     for place, tensors in _groups_of_tensors(content):
-        names = [*names, *tensors][:5]
+        names += tensors
         for prefix, outer in _prefixes_of(tensors, expected) if expected else _prefixes(tensors):
             label = '.'.join((*place, prefix)).strip('.')
             state = {
@@ -420,7 +445,7 @@ def _weights_of(
     state = networks[key]
     unused: tuple[str, ...] = ()
     if expected:
-        unused = tuple(name for name in state if name not in expected)
+        unused = tuple(k for k, v in state.items() if k not in expected and is_weight(k, v))
         state = {name: value for name, value in state.items() if name in expected}
     return Checkpoint(state, settings, key, others, tuple(notes), normalisations, unused)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from typing import Any
 import torch
 
 from igseg.errors import InputError, one_line
-from igseg.network.checkpoint import Checkpoint
+from igseg.network.checkpoint import ADAPTER, Checkpoint, adapters_text, is_weight
 from igseg.network.identity import of_library
 from igseg.network.kinds import place_and_name
 
 PROBED_SIDES = (64, 224, 256)  # pixels: sides of inputs on which a network is tried
 NAMED = 3  # tensors that a sentence names
+# Names of parts that networks have for their training only.
+TRAINING_ONLY = re.compile(
+    r'aux|criterion|loss|metric|classif|teacher|ema|discriminator|project|predictor|queue|'
+    r'deep_?supervision|accuracy', re.IGNORECASE
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -124,12 +130,64 @@ def _names_text(names: list[str] | tuple[str, ...]) -> str:
     return ', '.join(names[:NAMED]) + (', …' if len(names) > NAMED else '')
 
 
-def load_weights(network: torch.nn.Module, checkpoint: Checkpoint, path: Path) -> list[str]:
+def _branch(names: Collection[str]) -> str:
+    """What all names of a network's tensors begin with, up to where the network branches into its
+    parts: empty, or the names of wrappers with a point behind."""
+    outer = ''
+    while True:
+        following = {name[len(outer) :].partition('.')[0] for name in names}
+        if len(following) != 1 or outer + next(iter(following)) in names:
+            return outer
+        outer += f'{following.pop()}.'
+
+
+def lacking(unused: Collection[str], names: Collection[str]) -> list[str]:
+    """The tensors in a file that lie in parts which the network has, though the network lacks the
+    tensors: it is another variant than the network in the file. Whole parts that the network lacks,
+    such as a head for training, do not count. names: of the network's tensors."""
+    outer = _branch(names)
+    parts = {name[len(outer) :].partition('.')[0] for name in names}
+    found = []
+    for name in unused:
+        part = name[len(outer) :].partition('.')[0]
+        inside = name.startswith(outer) and (
+            part in parts
+            or ADAPTER.search(name)
+            # The layers of a Sequential have numbers; and what one wrapper holds is one network.
+            or (part.isdecimal() and all(other.isdecimal() for other in parts))
+            or (outer and not TRAINING_ONLY.search(part))
+        )
+        found += [name] if inside else []
+    return found
+
+
+def _check_variant(
+    checkpoint: Checkpoint, names: Collection[str], path: Path, allow_unused: bool
+) -> None:
+    """Raise InputError where the file is of another variant of the network than the factory builds.
+    names: of the network's tensors. allow_unused: whether the user allows that."""
+    wrong = [] if allow_unused else lacking(checkpoint.unused, names)
+    if not wrong:
+        return
+    count = f'{len(wrong)} tensor{"s" if len(wrong) > 1 else ""}'
+    reason = adapters_text(wrong) or (
+        f'the network lacks {count} of the file in parts that it has ({_names_text(wrong)}), so it '
+        'is another variant than the network that was trained: let the factory build that variant'
+    )
+    raise InputError(
+        f'{path} does not fit the network of the model factory: {reason} (see --model_option; '
+        '--allow_unused explains the network as the factory builds it)'
+    )
+
+
+def load_weights(
+    network: torch.nn.Module, checkpoint: Checkpoint, path: Path, allow_unused: bool = False
+) -> list[str]:
     """Load the weights of a checkpoint, which was read for the names of this network, into the
-    network. path: of the checkpoint. Returns notes. Raises InputError where the weights do not
-    fit."""
+    network. path: of the checkpoint. allow_unused: whether the file may hold weights that parts of
+    the network lack. Returns notes. Raises InputError where the weights do not fit."""
     expected, stored = network.state_dict(), checkpoint.state
-    missing = [n for n in expected if n not in stored and not n.endswith('num_batches_tracked')]
+    missing = [n for n, value in expected.items() if n not in stored and is_weight(n, value)]
     reshaped = [n for n in expected if n in stored and expected[n].shape != stored[n].shape]
     if missing or reshaped:
         parts = [f'{len(missing)} tensors are missing ({_names_text(missing)})'] if missing else []
@@ -139,10 +197,9 @@ def load_weights(network: torch.nn.Module, checkpoint: Checkpoint, path: Path) -
                 f'{len(reshaped)} have another shape ({name}: {tuple(stored[name].shape)}, the '
                 f'network has {tuple(expected[name].shape)})'
             )
-        raise InputError(
-            f'{path} does not fit the network of the model factory: {" and ".join(parts)} (check '
-            '--model_option)'
-        )
+        reason = adapters_text(checkpoint.unused) or f'{" and ".join(parts)} (check --model_option)'
+        raise InputError(f'{path} does not fit the network of the model factory: {reason}')
+    _check_variant(checkpoint, expected.keys(), path, allow_unused)
     network.load_state_dict(stored, strict=False)
     if not checkpoint.unused:
         return []

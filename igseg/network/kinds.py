@@ -47,6 +47,7 @@ class NetworkSource:
     weights_key: str | None = None
     model_options: Mapping[str, object] | None = None
     model_factory: str | None = None
+    allow_unused: bool = False
 
     def check(self) -> None:
         """Raise InputError for what is wrong, as far as it can be checked without the network."""
@@ -54,6 +55,8 @@ class NetworkSource:
             if self.architecture or self.encoder:
                 raise InputError('a model factory goes without --architecture and --encoder')
             place_and_name(self.model_factory)
+        elif self.allow_unused:
+            raise InputError('--allow_unused goes with --model_factory (leave it out)')
         check_model_path(Path(self.model_path))
         check_device_name(str(self.device))
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from igseg.errors import InputError, one_line
-from igseg.network.checkpoint import Checkpoint, read_checkpoint
+from igseg.network.checkpoint import Checkpoint, adapters_text, read_checkpoint
 from igseg.network.description import NetworkDescription, accepted_sizes, input_channels
 from igseg.network.factory import build_network, load_weights, tried_channels
 from igseg.network.identity import ATTRIBUTE, PREPROCESSING, file_digest, network_digest
@@ -190,6 +190,8 @@ def _smp_network(
     checkpoint = read_checkpoint(path, weights_key)
     stored, notes = checkpoint.settings, list(checkpoint.notes)
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith('classification_head.')}
+    if adapters := adapters_text(state):
+        raise InputError(f'{path} is no plain network of smp: {adapters}')
     classes = _count_classes(state, path)
     _stored_preprocessing(stored, path)  # only a check; used when the channels are known
     user_options, options = options, {**checkpoint.options, **options}
@@ -217,7 +219,11 @@ def _smp_network(
 
 
 def _network_of_factory(
-    path: Path, weights_key: str | None, factory: str, options: dict[str, object]
+    path: Path,
+    weights_key: str | None,
+    factory: str,
+    options: dict[str, object],
+    allow_unused: bool,
 ) -> Built:
     """The network that the user's code builds, with weights from a checkpoint. Raises
     InputError."""
@@ -227,12 +233,14 @@ def _network_of_factory(
         notes = [*checkpoint.notes]
     else:
         checkpoint = read_checkpoint(path, weights_key, model.state_dict().keys())
-        notes = [*checkpoint.notes, *load_weights(model, checkpoint, path)]
+        notes = [*checkpoint.notes, *load_weights(model, checkpoint, path, allow_unused)]
     file = Path(factory.rpartition(':')[0])  # no file where the factory names a module
     digest = file_digest(file) if file.suffix == '.py' else None
     source: dict[str, object] = {'model_factory': factory, 'model_factory_sha256': digest}
     if weights_key == OF_THE_FACTORY:
         source['weights_key'] = weights_key
+    if allow_unused:
+        source['allow_unused'] = True
     return model, checkpoint, source, notes
 
 
@@ -328,6 +336,7 @@ def load_model(
     weights_key: str | None = None,
     model_options: Mapping[str, object] | None = None,
     model_factory: str | None = None,
+    allow_unused: bool = False,
 ) -> torch.nn.Module:
     """Load a checkpoint of segmentation-models-pytorch, or of a network that the user's own code
     builds, for inference.
@@ -340,7 +349,8 @@ def load_model(
     model_options: further arguments of the architecture, which leave no trace in the weights
     (`recognise.LEAVES_NO_TRACE`); they take precedence over stored arguments. model_factory:
     FILE.py:FUNCTION or package.module:function, which is called with the model_options and returns
-    the network.
+    the network. allow_unused: whether the file may hold weights that the factory's network lacks in
+    parts that it has.
 
     The model is returned in evaluation mode, in float32, on the device. It has two new attributes:
     `network_description` (a NetworkDescription, whose `notes` say what was decided), and
@@ -350,13 +360,16 @@ def load_model(
     not fit the architecture or the encoder.
     """
     NetworkSource(
-        model_path, device, encoder, architecture, weights_key, model_options, model_factory
-    ).check()
+        model_path, device, encoder, architecture, weights_key, model_options, model_factory,
+        allow_unused,
+    ).check()  # fmt: skip
     path, device = Path(model_path), resolve_device(device)
     if model_factory is None:
         built = _smp_network(path, weights_key, architecture, encoder, dict(model_options or {}))
     else:
-        built = _network_of_factory(path, weights_key, model_factory, dict(model_options or {}))
+        built = _network_of_factory(
+            path, weights_key, model_factory, dict(model_options or {}), allow_unused
+        )
     model, checkpoint, source, notes = built
     source = {
         'model_path': str(path),
