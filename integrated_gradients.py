@@ -91,7 +91,14 @@ from igseg.network.description import NetworkDescription
 from igseg.network.facts import NetworkFacts
 from igseg.network.kinds import Meaning, NetworkSource
 from igseg.network.loading import resolve_device
-from igseg.network.outputs import LogitsOf, enlarged, explained_memory, frozen, segmentation_logits
+from igseg.network.outputs import (
+    LogitsOf,
+    enlarged,
+    explained_memory,
+    frozen,
+    segmentation_logits,
+    with_chosen_map,
+)
 from igseg.network.score import Score, Target
 from igseg.preprocessing import Placement, Preprocessing
 from igseg.program import print_any_name
@@ -147,8 +154,9 @@ class IntegratedGradients:
         self.model = model.to(self.device)
         self.facts = NetworkFacts(self.model, self.device, preprocessing)
         self._step_batch = step_batch
-        self._engines: dict[str | None, GradientEngine] = {}
+        self._engines: dict[tuple[str | None, str | None], GradientEngine] = {}
         self._gives: str | None = None  # kind of probabilities that the network gives; None: logits
+        self._output_map: str | None = None  # which of several maps; None: chosen by its size
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -163,10 +171,12 @@ class IntegratedGradients:
     @property
     def engine(self) -> GradientEngine:
         """The engine that computes logits and gradients of the network as it was last looked at."""
-        if self._gives not in self._engines:
-            model = self.model if self._gives is None else LogitsOf(self.model, self._gives)
-            self._engines[self._gives] = GradientEngine(model, self.device, self._step_batch)
-        return self._engines[self._gives]
+        output = self._output_map, self._gives
+        if output not in self._engines:
+            model = with_chosen_map(self.model, self._output_map)
+            model = model if self._gives is None else LogitsOf(model, self._gives)
+            self._engines[output] = GradientEngine(model, self.device, self._step_batch)
+        return self._engines[output]
 
     def compute_integrated_gradients(
         self,
@@ -230,8 +240,8 @@ class IntegratedGradients:
             the same normalised space.
         num_steps, rule, and as options method (one), method_option, no_multiply, tolerance,
             max_steps, score, threshold, baseline_draws, seed, on_empty, min_object_area,
-            output_kind, background_class, outputs, precision, precision_tolerance: see `Settings`
-            and --help.
+            output_kind, background_class, outputs, output_map, precision, precision_tolerance: see
+            `Settings` and --help.
         truth: (h, w) class labels, for target 'truth'. placement: for target 'pixel:X,Y' in
             original image coordinates; without it X,Y are output pixels.
         skip_empty: leave out targets whose region holds no pixel, unless all are empty.
@@ -331,6 +341,7 @@ class IntegratedGradients:
         self.facts.look_again()
         x = self.facts.checked(input_tensor)
         self._gives, notes = self.facts.see_outputs(x, meaning)
+        self._output_map = meaning.output_map
         return x, notes
 
     def prepare(self, input_tensor: torch.Tensor, meaning: Meaning | None = None) -> None:

@@ -88,6 +88,9 @@ class Settings:
     outputs: str = setting('auto', MODEL,
         'what the network gives; auto: probabilities if all outputs lie in 0-1 for any input',
         choices=OUTPUTS)
+    output_map: str | None = setting(None, MODEL,
+        'which of several maps that the network gives: its key, its place, or its number, from 0',
+        metavar='NAME|INDEX', default_text='out or logits, else the first of the size of the image')
     class_names: tuple[str, ...] | None = setting(None, MODEL,
         'names of all labels, in order, for the figures of each class', metavar='NAME',
         default_text="the checkpoint's, else the dataset's")
@@ -221,6 +224,8 @@ class Settings:
             object.__setattr__(self, 'image_size', checked_size(self.image_size))
         self._check_tile()
         object.__setattr__(self, 'background_class', _checked_class(self.background_class))
+        if self.output_map is not None:
+            object.__setattr__(self, 'output_map', _checked_map(self.output_map))
         if self.class_names is not None:
             object.__setattr__(self, 'class_names', _checked_names(self.class_names))
         for name in ('mean', 'std'):
@@ -304,7 +309,11 @@ class Settings:
             baseline_draws=self.baseline_draws,
             seed=self.seed,
             meaning=Meaning(
-                self.outputs, self.output_kind, self.background_class, self.class_names
+                self.outputs,
+                self.output_kind,
+                self.background_class,
+                self.class_names,
+                self.output_map,
             ),
         )
 
@@ -376,6 +385,13 @@ def _checked_class(value: int | str | None) -> int | str | None:
     if number < 0 or isinstance(value, bool):
         raise InputError(f'background_class must be a class, from 0, or none, not {value!r}')
     return number
+
+
+def _checked_map(value: str | int) -> str:
+    """The name or the number of an output map, as text. Raises InputError."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == '':
+        raise InputError(f'output_map must be a name or a number from 0, not {value!r}')
+    return str(value)
 
 
 def _checked_names(names: Sequence[str]) -> tuple[str, ...]:

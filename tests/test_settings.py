@@ -45,7 +45,8 @@ def test_every_setting_is_a_flag_with_its_default_and_its_meaning():
 
 CHANGED = {
     'step_batch': 2, 'output_kind': 'multilabel', 'background_class': 'none',
-    'outputs': 'logits', 'class_names': ('organ', 'vessel'), 'channel_order': 'bgr',
+    'outputs': 'logits', 'output_map': '0', 'class_names': ('organ', 'vessel'),
+    'channel_order': 'bgr',
     'min_object_area': 5, 'image_size': (64, 96), 'resize': 'letterbox', 'normalize': 'none',
     'mean': (0.5, 0.5, 0.25), 'std': (0.5, 0.25, 0.5), 'pixel_range': '0-255',
     'target': ('image', 'pixel:1,2'), 'score': 'probability', 'threshold': 0.25,

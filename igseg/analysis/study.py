@@ -157,7 +157,7 @@ class Study:
         reading = TruthReading(
             label_map=self.files.labels, ignore_label=self.ignore_label, pixels=self.reading
         )
-        count = self.explainer.facts.logit_maps()
+        count = self.explainer.facts.logit_maps(self.question.meaning.output_map)
         if count is None:
             return reading
         kind = self.network.kind(torch.empty(count, 1, 1))

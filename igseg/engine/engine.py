@@ -40,6 +40,7 @@ from igseg.errors import InputError, NonFiniteError, attempt
 from igseg.explanation import Cropping, Preparation
 from igseg.network.identity import Fingerprint, fingerprint
 from igseg.network.outputs import (
+    LogitsOf,
     choice_among,
     explained_memory,
     explained_network,
@@ -269,8 +270,9 @@ class GradientEngine:
 
     def _new_copy(self, x: torch.Tensor) -> tuple[Network, Preparation]:
         if self.output_note is None:
+            network = self.model.network if isinstance(self.model, LogitsOf) else self.model
             with torch.no_grad():
-                self.output_note = choice_among(output_of(self.model, x), x.shape[-2:])
+                self.output_note = choice_among(output_of(network, x), x.shape[-2:])
         return prepared_copy(self.model, x)
 
     def crops(self, targets: Sequence[Score]) -> Crops:

@@ -19,6 +19,7 @@ from igseg.network.outputs import (
     probability_kind,
     segmentation_logits,
     weights_dtype,
+    with_chosen_map,
 )
 from igseg.preprocessing import Preprocessing, sides
 
@@ -36,10 +37,10 @@ class NetworkFacts:
         self.model, self.device = model, device
         self.state = fingerprint(model)  # of the network when it was last looked at
         self.description = describe_network(model)
-        # One of OUTPUT_KINDS, where the network was observed to give probabilities; and the
-        # weights with which that was observed.
+        # One of OUTPUT_KINDS, where the network was observed to give probabilities; and with which
+        # weights, and for which of its maps, that was observed.
         self.probabilities: str | None = None
-        self._observed_weights: tuple | None = None
+        self._observed: tuple | None = None
         self._maps: tuple[tuple, int | None] | None = None  # weights, and how many logit maps
         usual = self.description.preprocessing
         if preprocessing is None and usual == Preprocessing():
@@ -110,11 +111,12 @@ class NetworkFacts:
         about that, in sentences. x: an input (1, C, H, W). Raises InputError."""
         outputs = self.description.gives if meaning.outputs == 'auto' else meaning.outputs
         if outputs == LOGITS:
-            self.probabilities, self._observed_weights = None, None
-        elif self._observed_weights != self._weights:
+            self.probabilities, self._observed = None, None
+        elif self._observed != (self._weights, meaning.output_map):
             # A network that cannot be run raises no error here, but later, where it must be run.
-            self.probabilities, _ = attempt(partial(self._probability_kind, x), InputError)
-            self._observed_weights = self._weights
+            observe = partial(self._probability_kind, x, meaning.output_map)
+            self.probabilities, _ = attempt(observe, InputError)
+            self._observed = self._weights, meaning.output_map
         if outputs == PROBABILITIES and self.probabilities is None:
             raise InputError(
                 'outputs "probabilities": the network gives values beyond 0-1, or one value '
@@ -129,27 +131,27 @@ class NetworkFacts:
             'them as they are with --score probability)',
         )
 
-    def _probability_kind(self, x: torch.Tensor) -> str | None:
+    def _probability_kind(self, x: torch.Tensor, output_map: str | None) -> str | None:
         with (
             torch.inference_mode(False),
             torch.autocast(self.device.type, enabled=False),
             frozen(self.model),
             explained_memory(self.device),
         ):
-            return probability_kind(self.model, x.to(self.dtype))
+            return probability_kind(with_chosen_map(self.model, output_map), x.to(self.dtype))
 
-    def logit_maps(self) -> int | None:
+    def logit_maps(self, output_map: str | None = None) -> int | None:
         """How many logit maps the network gives, as its description says, else as counted for a
-        blank input. None: the network cannot be run."""
+        blank input. None: the network cannot be run. output_map: see `Meaning`."""
         described = self.description.source.get('classes')
-        if isinstance(described, int):
+        if isinstance(described, int) and output_map is None:
             return described
-        if self._maps is None or self._maps[0] != self._weights:
-            count, _ = attempt(self._count_maps, InputError)
-            self._maps = self._weights, count
+        if self._maps is None or self._maps[0] != (self._weights, output_map):
+            count, _ = attempt(partial(self._count_maps, output_map), InputError)
+            self._maps = (self._weights, output_map), count
         return self._maps[1]
 
-    def _count_maps(self) -> int:
+    def _count_maps(self, output_map: str | None) -> int:
         size = sides(self.preprocessing.image_size)
         blank = torch.zeros((1, self.preprocessing.channels, *size), dtype=self.dtype)
         with (
@@ -159,5 +161,5 @@ class NetworkFacts:
             explained_memory(self.device),
         ):
             with explained_network(blank.shape):
-                output = self.model(blank.to(self.device))
+                output = with_chosen_map(self.model, output_map)(blank.to(self.device))
             return segmentation_logits(output, size).shape[1]

@@ -34,6 +34,7 @@ class Meaning:
     output_kind: str | None = None  # of OUTPUT_KINDS
     background_class: int | str | None = None  # 'none': no class is background
     class_names: tuple[str, ...] | None = None  # of all labels, in order
+    output_map: str | None = None  # which of several maps, by name or number; None: by its size
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ And how a user's network is run: afterwards it is unchanged, and errors become o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +22,78 @@ from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
 LEAST_PROBABILITY = 1e-7  # probabilities are clipped at this value, and at 1 minus it
 
 
-def maps_in(output: object) -> list[torch.Tensor]:
-    """The maps (N, K, h, w) in a model's output: the output itself, or all maps in a list or a
-    dictionary. A dictionary or an object with `out` or `logits` counts as what lies there."""
-    for name in ('out', 'logits'):
-        if isinstance(output, dict) and name in output:
-            output = output[name]
-        elif not isinstance(output, (torch.Tensor, dict, tuple, list)) and hasattr(output, name):
-            output = getattr(output, name)
+# Where in an output its logit map lies, if it is there.
+MAPS = ('out', 'logits')
+# Names of what stands beside the masks of queries, of boxes, or of prototypes of masks.
+OF_DETECTION = re.compile(r'quer|box|proto|anchor|objectness|iou_', re.IGNORECASE)
+MOST_LISTED = 8  # maps that a sentence lists
+DEEPEST = 5  # lists in lists that are looked into
+
+
+def named_tensors(output: object, name: str = '', depth: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors in a model's output, by names: keys of dictionaries, fields of objects, places in
+    lists (from 0), joined by points. A tensor that is the output itself has the name `0`."""
+    if isinstance(output, torch.Tensor):
+        return {name or '0': output}
+    if depth > DEEPEST:
+        return {}
     if isinstance(output, dict):
-        output = list(output.values())
-    values = output if isinstance(output, (tuple, list)) else [output]
-    return [value for value in values if isinstance(value, torch.Tensor) and value.ndim == 4]
+        parts = {str(key): value for key, value in output.items()}
+    elif isinstance(output, (tuple, list)):
+        fields = getattr(output, '_fields', range(len(output)))  # those of a named tuple
+        parts = {str(key): value for key, value in zip(fields, output, strict=True)}
+    elif isinstance(output, (str, bytes, int, float, type(None))):
+        parts = {}
+    else:
+        parts = {key: value for key, value in getattr(output, '__dict__', {}).items()
+                 if isinstance(value, (torch.Tensor, dict, tuple, list))}  # fmt: skip
+    tensors: dict[str, torch.Tensor] = {}
+    for key, value in parts.items():
+        tensors |= named_tensors(value, f'{name}.{key}' if name else key, depth + 1)
+    return tensors
+
+
+def maps_in(output: object) -> dict[str, torch.Tensor]:
+    """The maps (N, K, h, w) in a model's output, by name. If some lie under `out` or `logits`, then
+    only those."""
+    maps = {name: tensor for name, tensor in named_tensors(output).items() if tensor.ndim == 4}
+    for name in MAPS:
+        inside = {key: value for key, value in maps.items() if key.partition('.')[0] == name}
+        if inside:
+            return inside
+    return maps
+
+
+def _listed(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Names and shapes, as text."""
+    texts = [f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items()]
+    return ', '.join(texts[:MOST_LISTED]) + (', …' if len(texts) > MOST_LISTED else '')
+
+
+def _check_classes(output: object, size: Sequence[int] | None) -> None:
+    """Raise InputError if what stands beside the maps of an output shows that they are no maps of
+    classes: queries, boxes, prototypes, or a tensor (N, boxes, numbers)."""
+    tensors, maps = named_tensors(output), maps_in(output)
+    shapes = {tuple(logits.shape[-2:]) for logits in maps.values()} | {tuple(size or ())}
+    clear = all(name.partition('.')[0] in MAPS for name in maps)  # what lies there is a logit map
+    signs = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if OF_DETECTION.search(name)
+        or (
+            (not clear or not maps)
+            and tensor.ndim == 3
+            and tensor.is_floating_point()
+            and tuple(tensor.shape[-2:]) not in shapes  # else a map without its channel
+        )
+    }
+    if signs and maps:
+        raise InputError(
+            f'the network gives queries, boxes or prototypes ({_listed(signs)}), so its maps are '
+            f'those of objects, not of classes: {_listed(maps)} (wrap it so that it returns a map '
+            'of classes (N, K, H, W); if there is one among these, choose it with --output_map '
+            'NAME)'
+        )
 
 
 def segmentation_logits(output: object, size: Sequence[int] | None = None) -> torch.Tensor:
@@ -41,9 +102,11 @@ def segmentation_logits(output: object, size: Sequence[int] | None = None) -> to
     The map is the output itself. Of several maps (deep supervision, auxiliary heads) it is the
     first with the size of the input, else the largest. In a dictionary or an object it lies under
     `out` or `logits`. size: (H, W) of the input; without it the first map is taken. Raises
-    InputError where there is no map.
+    InputError where there is no map, or where the maps are not of classes but of objects.
     """
-    maps = maps_in(output)
+    if not isinstance(output, torch.Tensor):
+        _check_classes(output, size)
+    maps = list(maps_in(output).values())
     if not maps:
         raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
     if size is None:
@@ -66,12 +129,38 @@ def choice_among(output: object, size: Sequence[int]) -> str:
     if len(maps) < 2:
         return ''
     taken = segmentation_logits(output, size)
-    number = next(k for k, logits in enumerate(maps, start=1) if logits is taken)
-    shapes = ', '.join(str(tuple(logits.shape)) for logits in maps[:4])
+    name = next(name for name, logits in maps.items() if logits is taken)
     return (
-        f'the network gives {len(maps)} maps, of shapes {shapes}: '
-        f'number {number} is explained (for another, wrap the network so that it returns that)'
+        f'the network gives {len(maps)} maps, {_listed(maps)}: {name} is explained (choose another '
+        'with --output_map NAME)'
     )
+
+
+class ChosenMap(torch.nn.Module):
+    """Wraps a network that gives several maps, so that it gives the map with a name.
+
+    name: as in `named_tensors`; or a number: of the map among all maps, from 0."""
+
+    def __init__(self, network: torch.nn.Module, name: str) -> None:
+        super().__init__()
+        self.network, self.name = network, name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) -> logits (N, K, h, w). Raises InputError for an unknown name."""
+        tensors = named_tensors(self.network(x))
+        maps = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 4}
+        if self.name in maps:
+            return maps[self.name]
+        if self.name.isdecimal() and int(self.name) < len(maps):
+            return list(maps.values())[int(self.name)]
+        raise InputError(
+            f'the network gives no map "{self.name}" (choose from {_listed(maps) or "none"})'
+        )
+
+
+def with_chosen_map(network: torch.nn.Module, name: str | None) -> torch.nn.Module:
+    """The network, wrapped in `ChosenMap` if a name is given."""
+    return network if name is None else ChosenMap(network, name)
 
 
 def enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -367,7 +367,7 @@ def statistics(folder) -> dict:
 def test_a_note_says_which_of_several_maps_is_explained(folder):
     assert odd(folder, 'two') == 0
     notes = statistics(folder)['notes']
-    assert any('gives 2 maps' in note and 'number 1 is explained' in note for note in notes)
+    assert any('gives 2 maps' in note and '0 is explained' in note for note in notes)
 
 
 def test_the_user_can_set_the_number_of_channels(folder):
