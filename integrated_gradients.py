@@ -93,7 +93,6 @@ from igseg.network.kinds import Meaning, NetworkSource
 from igseg.network.loading import resolve_device
 from igseg.network.outputs import (
     LogitsOf,
-    enlarged,
     explained_memory,
     frozen,
     segmentation_logits,
@@ -292,7 +291,8 @@ class IntegratedGradients:
         with engine.running(x, self.facts.state):
             before = engine.forward_passes, engine.gradient_evaluations
             with torch.no_grad():
-                logits = enlarged(engine.run(x), x.shape[-2:])  # (1, K, h, w)
+                logits = engine.run(x)  # (1, K, h, w)
+            network = replace(network, place=engine.place)
             prediction = Prediction.of(network, logits, question, given.truth, given.placement)
             crops = engine.compared_crops(x, logits, prediction.targets)
             at_image = AtImage(x, logits, prediction.targets, None, crops)

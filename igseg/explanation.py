@@ -26,6 +26,8 @@ class Preparation:
     fell_back: bool  # the original is used, because the copy deviated too much
     padded: int = 0  # paddings folded into convolutions
     no_graph: str | None = None  # why the network runs unchanged and without cropping
+    # Rows and columns of the input where the network's map lies; None: it shows the whole input.
+    place: tuple[tuple[int, int], tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)

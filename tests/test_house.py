@@ -19,7 +19,7 @@ igseg
 igseg: errors program setting maps explanation preprocessing statistics
 igseg.data: medical pixels truth masks annotations layouts samples
 igseg.network: kinds identity outputs description score facts checkpoint recognise factory loading
-igseg.engine: private_torch trace rewrites crops graph preparation memory precision engine sampler
+igseg.engine: private_torch trace geometry rewrites crops graph preparation memory engine sampler
 igseg.method: choice rules targets baselines paths integral walk method layers methods
 igseg.checks: effort subject curves checks verdict
 igseg.results: regions view fonts sheet figures files finished export page

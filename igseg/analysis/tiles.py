@@ -35,7 +35,6 @@ from igseg.method.choice import AUTO, Question
 from igseg.method.rules import Integration
 from igseg.method.targets import ChosenBaseline, Prediction, explanations_of
 from igseg.method.walk import mask_overlap
-from igseg.network.outputs import enlarged
 from igseg.network.score import Target
 from igseg.preprocessing import Placement, Preprocessing
 
@@ -393,10 +392,15 @@ def picture_logits(
     whole: torch.Tensor | None = None
     last: torch.Tensor | None = None
     with engine.running(facts.checked(tiled_input.example), facts.state), torch.no_grad():
+        if engine.place is not None:
+            raise InputError(
+                '--tile goes with networks whose map shows the whole tile, which is not so here: '
+                f'{engine.place_note} (explain a part of the image with --crop)'
+            )
         for tile in tqdm(tiles, 'prediction', unit='tile', leave=False, disable=not progress):
             x = tiled_input.input_of(picture, tile)
             if last is None or not torch.equal(x, last):  # tiles of one colour are alike
-                logits, last = enlarged(engine.run(facts.checked(x)), tiling.tile).cpu(), x
+                logits, last = engine.run(facts.checked(x)).cpu(), x
             if whole is None:
                 whole = torch.zeros((1, logits.shape[1], *tiling.size))
             core = (..., *tile.core)

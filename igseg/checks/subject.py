@@ -216,7 +216,7 @@ def subject_of(
     content = None if placement is None else placement.content(x.shape[-2:])
     return Subject(
         attributions=explanation.attributions.cpu().numpy(),
-        network=ig.engine.model,
+        network=ig.engine.original,
         target=target,
         x=x,
         baseline=fit.normalise(explanation.baseline_pixels).to(x),

@@ -7,7 +7,7 @@ this with the whole too (`GradientEngine.compared_crops`). A network without a g
 
 This file gives logits and gradients at points, counts them, and checks that they are finite.
 `sampler` asks for them along a path. `memory` says how many points go through the network at once,
-and `precision` which reduced types may be used.
+and `preparation` which reduced types may be used.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ import torch
 from torch import nn
 
 from igseg.engine.crops import Box, slices_of
+from igseg.engine.geometry import place_of_map
 from igseg.engine.graph import NetworkGraph, Plan
 from igseg.engine.memory import StepBatch
-from igseg.engine.precision import reduced_copy
 from igseg.engine.preparation import (
     EQUIVALENCE_TOLERANCE,
     EXACT_TOLERANCE,
     ROUNDED_GRADIENT,
+    LogitMap,
     Network,
     prepared_copy,
+    reduced_copy,
     relative_difference,
     within,
 )
@@ -41,6 +43,7 @@ from igseg.explanation import Cropping, Preparation
 from igseg.network.identity import Fingerprint, fingerprint
 from igseg.network.outputs import (
     LogitsOf,
+    Place,
     choice_among,
     explained_memory,
     explained_network,
@@ -185,13 +188,13 @@ class GradientEngine:
         self.runs_reduced: dict[torch.dtype, bool] = {}
         self.network: Network | None = None  # the graph, or the network that runs instead of it
         self.preparation: Preparation | None = None
-        # Which of several logit maps is explained; None: there is only one.
-        self.output_note: str | None = None
+        self.output_note = ''  # which of several logit maps is explained; empty: there is only one
         self._reduced_copies: dict[torch.dtype, nn.Module] = {}  # of a network without a graph
         self._fingerprint: Fingerprint | None = None
         self._prepared: dict[torch.Size, tuple[Network, Preparation]] = {}
         # By the size of images: whether several may go through the network together.
         self._independence: dict[torch.Size, bool] = {}
+        self._place_notes: dict[torch.Size, str] = {}  # where the map lies, in a sentence
         # By the size of images: deviation of the gradients of crops from those of the whole map.
         self._gradient_deviations: dict[torch.Size, float] = {}
 
@@ -216,6 +219,7 @@ class GradientEngine:
     def notes(self) -> tuple[str, ...]:
         """What was decided about the network, in sentences."""
         notes = [self.output_note] if self.output_note else []
+        notes += [self.place_note] if self.place_note else []
         if not all(self._independence.values()):
             notes.append(
                 'images in a batch influence each other in this network (batch norm without '
@@ -223,6 +227,23 @@ class GradientEngine:
                 'they go through it one at a time'
             )
         return tuple(notes)
+
+    @property
+    def place(self) -> Place | None:
+        """Where the network's map lies in the present input; None: it shows the whole input."""
+        return None if self.preparation is None else self.preparation.place
+
+    @property
+    def place_note(self) -> str:
+        """The same in a sentence; empty where nothing was to be decided."""
+        sizes = [size for size, (network, _) in self._prepared.items() if network is self.network]
+        return self._place_notes.get(sizes[0], '') if sizes else ''
+
+    @property
+    def original(self) -> nn.Module:
+        """The user's network; if its map does not show the whole input, wrapped so that its map
+        lies where it belongs."""
+        return self.model if self.place is None else LogitMap(self.model, self.place)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -269,11 +290,14 @@ class GradientEngine:
         self._fingerprint = now
 
     def _new_copy(self, x: torch.Tensor) -> tuple[Network, Preparation]:
-        if self.output_note is None:
-            network = self.model.network if isinstance(self.model, LogitsOf) else self.model
-            with torch.no_grad():
-                self.output_note = choice_among(output_of(network, x), x.shape[-2:])
-        return prepared_copy(self.model, x)
+        size = x.shape[-2:]
+        network = self.model.network if isinstance(self.model, LogitsOf) else self.model
+        with torch.no_grad():
+            output = output_of(network, x)
+        self.output_note = choice_among(output, size)
+        logits = segmentation_logits(output, size)
+        place, self._place_notes[x.shape[1:]] = place_of_map(network, x, logits)
+        return prepared_copy(self.model, x, place)
 
     def crops(self, targets: Sequence[Score]) -> Crops:
         """Which part of the output is computed for some targets: boxes around their regions, if

@@ -1,4 +1,5 @@
-"""The graph that replaces a network, or else a copy, compared with the original on one input."""
+"""The graph that replaces a network, or else a copy, compared with the original on one input; which
+reduced precision pays on which device, and a copy of a network in it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from igseg.engine.rewrites import Rewrites
 from igseg.engine.trace import NotExportable
 from igseg.errors import InputError, attempt
 from igseg.explanation import Preparation
-from igseg.network.outputs import enlarged, frozen, output_of, segmentation_logits
+from igseg.network.outputs import Place, fitted, frozen, output_of, segmentation_logits
 
 EQUIVALENCE_TOLERANCE = 1e-4  # relative L2 difference; beyond it the original is used
 EXACT_TOLERANCE = 1e-9  # the same in double precision
@@ -23,16 +24,17 @@ ARBITER_SIDE = 128  # side of the part of an image that is tried first in double
 
 
 class LogitMap(nn.Module):
-    """A network whose result is the logit map that is explained, enlarged to the size of the input
-    if it is smaller (see `segmentation_logits` and `enlarged`)."""
+    """A network whose result is the logit map that is explained, at the size of the input (see
+    `segmentation_logits` and `fitted`)."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, place: Place | None = None) -> None:
+        """place: where the map lies in the input; None: it shows the whole input."""
         super().__init__()
-        self.network = network
+        self.network, self.place = network, place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         size = x.shape[-2:]
-        return enlarged(segmentation_logits(output_of(self.network, x), size), size)
+        return fitted(segmentation_logits(output_of(self.network, x), size), size, self.place)
 
 
 # Images (N, C, H, W) -> a result that contains their logits.
@@ -63,7 +65,7 @@ def measure_deviation(
         x = example.detach().clone().requires_grad_()
         with torch.enable_grad():
             size = x.shape[-2:]
-            logits = enlarged(segmentation_logits(output_of(network, x), size), size)
+            logits = fitted(segmentation_logits(output_of(network, x), size), size)
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
         results.append((logits.detach(), gradient))
     (logits, gradient), (other_logits, other_gradient) = results
@@ -82,7 +84,7 @@ def _middle(x: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _same_in_double_precision(
-    model: nn.Module, x: torch.Tensor, logits: float, gradient: float
+    model: LogitMap, x: torch.Tensor, logits: float, gradient: float
 ) -> bool:
     """Whether the graph agrees with the original in double precision.
 
@@ -92,10 +94,11 @@ def _same_in_double_precision(
     deviations in single precision.
     """
     likely = logits <= EQUIVALENCE_TOLERANCE and gradient <= ROUNDED_GRADIENT
+    likely = likely and model.place is None  # the place is that of the map of a whole image
     for part in [_middle(x, ARBITER_SIDE), x] if likely else [x]:
         try:
             double, part = copy.deepcopy(model).double(), part.double()
-            deviations = measure_deviation(double, NetworkGraph(LogitMap(double), part), part)
+            deviations = measure_deviation(double, NetworkGraph(double, part), part)
         except Exception:  # the network needs another size or type, or cannot be copied
             continue
         return within(deviations, EXACT_TOLERANCE)
@@ -111,20 +114,23 @@ def plain_copy(model: nn.Module) -> nn.Module:
         return model
 
 
-def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Preparation]:
+def prepared_copy(
+    network: nn.Module, example: torch.Tensor, place: Place | None = None
+) -> tuple[Network, Preparation]:
     """A network's graph, rewritten and compared with the original. Where there is no graph: a
-    private copy of the network. Where graph or copy deviates: the original.
+    private copy of the network. Where graph or copy deviates: the original. All of them give the
+    logit map at the size of the input.
 
-    example: an input (1, C, H, W) in the network's precision.
+    example: an input (1, C, H, W) in the network's precision. place: where the network's map lies
+    in the input; None: it shows the whole input.
     """
+    model = LogitMap(network, place)
     with frozen(model):
-        graph, reason = attempt(partial(NetworkGraph, LogitMap(model), example), NotExportable)
-        network = plain_copy(model) if graph is None else graph
+        graph, reason = attempt(partial(NetworkGraph, model, example), NotExportable)
+        prepared = plain_copy(model) if graph is None else graph
         with torch.no_grad():
-            output_of(
-                model, example
-            )  # so that a network which counts its calls deviates from its graph
-        deviations = measure_deviation(model, network, example)
+            model(example)  # so that a network which counts its calls deviates from its graph
+        deviations = measure_deviation(model, prepared, example)
         fell_back = not within(deviations, EQUIVALENCE_TOLERANCE)
         if fell_back and max(measure_deviation(model, model, example)) > EQUIVALENCE_TOLERANCE:
             raise InputError(
@@ -137,6 +143,42 @@ def prepared_copy(model: nn.Module, example: torch.Tensor) -> tuple[Network, Pre
     rewrites = Rewrites(0, 0, 0) if graph is None else graph.rewrites
     preparation = Preparation(
         rewrites.folded, rewrites.transposed, *deviations, fell_back,
-        padded=rewrites.padded, no_graph=reason,
+        padded=rewrites.padded, no_graph=reason, place=place,
     )  # fmt: skip
-    return model if fell_back else network, preparation
+    return model if fell_back else prepared, preparation
+
+
+# --------------------------------------------------------------------------- reduced precision
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (x86: AVX-512 or AMX; ARM)."""
+    if not hasattr(torch.cpu, 'get_capabilities'):  # torch before 2.10
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16'))
+
+
+def reduced_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type of convolutions for a precision setting; None for float32.
+
+    `auto` reduces precision only where the hardware multiplies in the reduced type: to bfloat16 on
+    CPUs that have instructions for it, and on GPUs from Ampere on.
+    """
+    if precision == 'auto':
+        if device.type == 'cuda':
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            native = device.type == 'cpu' and cpu_has_bfloat16()
+        return torch.bfloat16 if native else None
+    return None if precision == 'float32' else getattr(torch, precision)
+
+
+def reduced_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy for autocast whose convolutions and linear layers hold their weights in this type,
+    so that the weights are not converted in every pass."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
+    return network

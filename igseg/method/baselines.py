@@ -19,7 +19,6 @@ from igseg.errors import InputError
 from igseg.maps import contrast
 from igseg.method.choice import AUTO, BASELINES, CANDIDATES, Question, check_baseline
 from igseg.method.targets import ChosenBaseline, Prediction
-from igseg.network.outputs import enlarged
 from igseg.preprocessing import Placement, Preprocessing, strong_blur
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def choose_baseline(
         (pixels,) = pictures(kind)
         with torch.no_grad():
             logits = engine.run(fit.normalise(pixels).to(x))
-        return pixels, enlarged(logits, x.shape[-2:])
+        return pixels, logits
 
     kind = question.baseline
     notes: list[str] = []

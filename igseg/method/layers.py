@@ -24,7 +24,13 @@ from igseg.engine.engine import Crops
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
 from igseg.method.walk import Task
-from igseg.network.outputs import enlarged, explained_network, output_of, segmentation_logits
+from igseg.network.outputs import (
+    Place,
+    explained_network,
+    fitted,
+    output_of,
+    segmentation_logits,
+)
 
 MOST_NAMED = 24  # layers that an error names
 
@@ -78,9 +84,12 @@ class FromLayer(nn.Module):
     """The part of a network behind a layer: output of the layer (N, c, h, w) -> the logit map at
     the image's size. Everything that does not depend on the layer is computed from the image x."""
 
-    def __init__(self, model: nn.Module, layer: nn.Module, x: torch.Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, layer: nn.Module, x: torch.Tensor, place: Place | None = None
+    ) -> None:
+        """place: where the network's map lies in the image; None: it shows the whole image."""
         super().__init__()
-        self.model, self.layer, self.x = model, layer, x
+        self.model, self.layer, self.x, self.place = model, layer, x, place
         self.replacement: torch.Tensor | None = None  # for the layer's output; None: not replaced
         self.activations: torch.Tensor | None = None  # the layer's last output
 
@@ -94,7 +103,7 @@ class FromLayer(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits of the whole network for images (N, C, H, W)."""
         size = x.shape[-2:]
-        return enlarged(segmentation_logits(output_of(self.model, x), size), size)
+        return fitted(segmentation_logits(output_of(self.model, x), size), size, self.place)
 
     def see(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits of an image (1, C, H, W), and the layer's output for it."""
@@ -118,7 +127,7 @@ def at_layer(task: Task, name: str, baselines: bool = True) -> Iterator[Task]:
     this context the network has a hook. baselines: whether they are needed."""
     model, dtype, of_image = task.engine.model, task.engine.dtype, task.x.dtype
     layer = layer_named(model, task.x.to(dtype), name)
-    network = FromLayer(model, layer, task.x.to(dtype))
+    network = FromLayer(model, layer, task.x.to(dtype), task.engine.place)
     engine, others = task.engine.for_network(network), task.baselines if baselines else ()
     handle = layer.register_forward_hook(network.hook)
     try:

@@ -177,9 +177,10 @@ def false_negative_target(context: TargetContext, argument: str) -> Target:
 
 def image_target(context: TargetContext, argument: str) -> Target:
     """The mean over every pixel."""
+    inside = context.network.inside(context.masks)
     if context.network.kind(context.masks) == MULTILABEL:
-        return context.mean_of(torch.ones_like(context.masks))
-    return context.mean_over(torch.ones_like(context.labels, dtype=torch.bool), context.labels)
+        return context.mean_of(inside.expand_as(context.masks))
+    return context.mean_over(inside, context.labels)
 
 
 def pixel_target(context: TargetContext, argument: str) -> Target:
@@ -198,6 +199,11 @@ def pixel_target(context: TargetContext, argument: str) -> Target:
     column, row = context.placement.to_model(x, y) if context.placement else (x, y)
     region = torch.zeros_like(context.labels, dtype=torch.bool)
     region[row, column] = True
+    if not (region & context.network.inside(region)).any():
+        raise InputError(
+            f'target pixel {x},{y} lies beside the map of the network, which does not show the '
+            'whole input (choose a pixel further inside)'
+        )
     return context.mean_over(region, context.labels)
 
 
@@ -248,8 +254,9 @@ def as_target(form: str | Target | torch.Tensor, score: str, context: TargetCont
             f'the target mask has shape {tuple(region.shape)}, the prediction '
             f'{tuple(context.labels.shape)}'
         )
+    region = region & context.network.inside(region)
     if not region.any():
-        raise EmptyTargetError('the target mask is empty')
+        raise EmptyTargetError('the target mask is empty, as far as the network predicts anything')
     return replace(context.mean_over(region, context.labels), score=score)
 
 
@@ -303,6 +310,8 @@ class Prediction:
             raise InputError('no target is given (use predicted)')
         numbers = None if truth is None else torch.as_tensor(truth).long().to(logits.device)
         masks = network.predicted(logits[0], question.threshold)
+        if numbers is not None and network.place is not None and numbers.shape == masks.shape[-2:]:
+            numbers = torch.where(network.inside(numbers), numbers, -1)  # does not count
         if numbers is not None and numbers.shape != masks.shape[-2:]:
             raise InputError(
                 f'truth has shape {tuple(numbers.shape)}, the prediction {tuple(masks.shape[-2:])}'

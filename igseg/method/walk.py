@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from igseg.engine.engine import CHECKED_NODES, Crops, GradientEngine
-from igseg.engine.precision import reduced_dtype
+from igseg.engine.preparation import reduced_dtype
 from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
 from igseg.errors import NonFiniteError, attempt
 from igseg.explanation import MethodResult, Trend, completeness_gap
 from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
 from igseg.method.rules import AnyRule, Integration, Stratified, first_nodes
 from igseg.network.description import NetworkDescription
-from igseg.network.outputs import OutOfMemory, enlarged, out_of_memory_is_one_error
+from igseg.network.outputs import OutOfMemory, out_of_memory_is_one_error
 from igseg.network.score import Score
 
 # Between the ends of a path a few whole logit maps are computed, to follow the predicted mask: at
@@ -283,7 +283,7 @@ def plain_task(
     engine = GradientEngine(module, x.device, None)
     engine.network = network
     with torch.no_grad():
-        logits = enlarged(engine.run(x), x.shape[-2:])
+        logits = engine.run(x)
     at_image = AtImage(x, logits, (target,), None)
     return Task(engine, at_image, [baseline], integration, _no_overlap, references,
                 checks_gradient=False)  # fmt: skip
@@ -314,7 +314,7 @@ def mask_overlap(
     mask: torch.Tensor, network: NetworkDescription, threshold: float, logits: torch.Tensor
 ) -> torch.Tensor:
     """Logits (N, K, h, w) -> (N,): IoU of their predicted masks with the mask (h, w)."""
-    masks = network.foreground(network.predicted(enlarged(logits, mask.shape), threshold))
+    masks = network.foreground(network.predicted(logits, threshold))
     both = (masks & mask).sum(dim=(1, 2))
     union = (masks | mask).sum(dim=(1, 2))
     return torch.where(union > 0, both / union, 1.0)

@@ -14,6 +14,7 @@ import torch
 from igseg.errors import InputError
 from igseg.network.identity import ATTRIBUTE, network_digest
 from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
+from igseg.network.outputs import Place
 from igseg.preprocessing import SIZE_MULTIPLE, ImageSize, Preprocessing, sides
 
 
@@ -37,6 +38,18 @@ class NetworkDescription:
     weights_sha256: str = ''  # of the weights and the structure, but not of the file
     source: dict[str, object] = field(default_factory=dict)  # file, architecture, encoder, classes
     notes: tuple[str, ...] = ()  # what was decided when it was loaded, in sentences
+    # Rows and columns of the input where the logit map lies; None: everywhere. Pixels beside it
+    # have no prediction.
+    place: Place | None = None
+
+    def inside(self, masks: torch.Tensor) -> torch.Tensor:
+        """The pixels (h, w) bool that have a prediction. masks: any (…, h, w)."""
+        inside = torch.ones(masks.shape[-2:], dtype=torch.bool, device=masks.device)
+        if self.place is not None:
+            inside[:] = False
+            rows, columns = (slice(max(0, start), max(0, stop)) for start, stop in self.place)
+            inside[rows, columns] = True
+        return inside
 
     def kind(self, maps: torch.Tensor) -> str:
         """The kind (of OUTPUT_KINDS) of logits or masks (…, K, h, w). Raises InputError where K
@@ -64,9 +77,10 @@ class NetworkDescription:
         classes, a pixel has the label with the highest logit; other labels have the pixels whose
         probability is above the threshold."""
         if self.kind(logits) != EXCLUSIVE:
-            return logits.sigmoid() > threshold
+            return (logits.sigmoid() > threshold) & self.inside(logits)
         highest = logits.argmax(dim=-3, keepdim=True)
-        return torch.zeros_like(logits, dtype=torch.bool).scatter_(-3, highest, True)
+        masks = torch.zeros_like(logits, dtype=torch.bool).scatter_(-3, highest, True)
+        return masks & self.inside(logits)
 
     def without_background(self, masks: torch.Tensor) -> torch.Tensor:
         """Masks (…, K, h, w) bool of all labels -> the same with an empty mask for the
@@ -84,19 +98,21 @@ class NetworkDescription:
     def drawn(self, numbers: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """The numbers (h, w) of a mask that people drew -> the pixels (K, h, w) bool of each label.
         Pixels with a negative number do not count and have no label. masks: any (K, h, w)."""
+        inside = self.inside(numbers)
         if self.kind(masks) == FOREGROUND:  # one class: all numbers above 0 are foreground
-            return (numbers > 0)[None]
+            return ((numbers > 0) & inside)[None]
         first = 1 if self.kind(masks) == MULTILABEL else 0
         labels = torch.arange(first, first + len(masks), device=numbers.device)
-        return numbers == labels.view(-1, 1, 1)
+        return (numbers == labels.view(-1, 1, 1)) & inside
 
     def drawn_objects(self, numbers: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """The numbers (h, w) of a mask that people drew -> the pixels (h, w) bool of all objects,
         also of objects with a label that the network does not have. masks: any (K, h, w)."""
+        inside = self.inside(numbers)
         if self.kind(masks) == EXCLUSIVE:
             background = -1 if self.background is None else self.background
-            return (numbers >= 0) & (numbers != background)
-        return numbers > 0
+            return (numbers >= 0) & (numbers != background) & inside
+        return (numbers > 0) & inside
 
     def explained(
         self, logits: torch.Tensor, masks: torch.Tensor, label: int | None
@@ -105,14 +121,14 @@ class NetworkDescription:
 
         logits: (1, K, h, w). masks: (K, h, w) bool, as predicted.
         """
-        chances = self.probabilities(logits)[0].float()
+        chances = self.probabilities(logits)[0].float() * self.inside(logits)
         if label is not None:
             return masks[label], chances[label]
         if self.kind(masks) != EXCLUSIVE:
             return self.foreground(masks), chances.max(dim=0).values
         all_objects = self.background is None
         chance = torch.ones_like(chances[0]) if all_objects else 1 - chances[self.background]
-        return self.foreground(masks), chance
+        return self.foreground(masks), chance * self.inside(logits)
 
     def accepted_size(self, size: ImageSize) -> ImageSize:
         """The smallest size that the network takes and that is at least `size`. Where the network
@@ -154,7 +170,7 @@ class NetworkDescription:
         preprocessing is left out: the file has it in another place, since settings may change
         it."""
         fields = asdict(self)
-        del fields['preprocessing'], fields['source'], fields['notes']
+        del fields['preprocessing'], fields['source'], fields['notes'], fields['place']
         return {**self.source, **fields}
 
 

@@ -163,13 +163,26 @@ def with_chosen_map(network: torch.nn.Module, name: str | None) -> torch.nn.Modu
     return network if name is None else ChosenMap(network, name)
 
 
-def enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Logits (N, K, h, w), enlarged (bilinear) to (H, W) if they are smaller. Maps of a single
-    pixel, which hold one number for each image, stay as they are."""
-    (height, width), size = logits.shape[-2:], tuple(size)
-    if height * width > 1 and height <= size[0] and width <= size[1] and (height, width) != size:
-        return F.interpolate(logits, size, mode='bilinear', align_corners=False)
-    return logits
+# Where a map lies in an image: its rows and its columns, from and to, which may lie beside it.
+Place = tuple[tuple[int, int], tuple[int, int]]
+
+
+def fitted(logits: torch.Tensor, size: Sequence[int], place: Place | None = None) -> torch.Tensor:
+    """Logits (N, K, h, w) at the size (H, W) of the image: enlarged (bilinear) or reduced (means)
+    to the place where they lie, with zeros beside it. place: None: the whole image. Maps of a
+    single pixel, which hold one number for each image, stay as they are."""
+    height, width = logits.shape[-2:]
+    if height * width == 1:
+        return logits
+    (top, bottom), (left, right) = place or ((0, size[0]), (0, size[1]))
+    extent = (bottom - top, right - left)
+    if (height, width) != extent:
+        if height >= extent[0] and width >= extent[1]:
+            logits = F.adaptive_avg_pool2d(logits, extent)
+        else:
+            logits = F.interpolate(logits, extent, mode='bilinear', align_corners=False)
+    sides = (left, size[1] - right, top, size[0] - bottom)
+    return F.pad(logits, sides) if any(sides) else logits
 
 
 # --------------------------------------------------------------------------- probabilities

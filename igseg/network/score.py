@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from igseg.network.description import NetworkDescription
-from igseg.network.outputs import enlarged
+from igseg.network.outputs import fitted
 
 
 class Score(Protocol):
@@ -44,9 +44,9 @@ class Target:
     network: NetworkDescription = field(default=ANY_NETWORK, repr=False)  # what the logits mean
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (N, K, h, w) -> scores (N,). Logits that are smaller than the weights are
-        enlarged."""
-        logits = enlarged(logits, self.weights.shape[-2:])
+        """Logits (N, K, h, w) -> scores (N,). Logits of another size than the weights
+        are fitted to it."""
+        logits = fitted(logits, self.weights.shape[-2:])
         values = logits if self.score == 'logit' else self.network.probabilities(logits)
         return (values * self.weights.to(values)).sum(dim=(1, 2, 3))
 

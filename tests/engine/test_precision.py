@@ -84,7 +84,7 @@ def test_auto_takes_reduced_precision_where_it_is_fast_and_accurate(
     engine = IntegratedGradients(smooth_network, 'cpu')
 
     def chosen(fast, **options):
-        monkeypatch.setattr('igseg.engine.precision.cpu_has_bfloat16', lambda: fast)
+        monkeypatch.setattr('igseg.engine.preparation.cpu_has_bfloat16', lambda: fast)
         return engine.explain(
             brain, 'image', num_steps=5, precision='auto', **options
         ).cost.precision
@@ -96,7 +96,7 @@ def test_auto_takes_reduced_precision_where_it_is_fast_and_accurate(
 
 
 def test_reduced_precision_of_a_gpu_follows_its_generation(monkeypatch):
-    from igseg.engine.precision import reduced_dtype
+    from igseg.engine.preparation import reduced_dtype
 
     for capability, dtype in (((8, 0), torch.bfloat16), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _, c=capability: c)
