@@ -41,9 +41,9 @@ from igseg.engine.preparation import (
 from igseg.errors import InputError, NonFiniteError, attempt
 from igseg.explanation import Cropping, Preparation
 from igseg.network.identity import Fingerprint, fingerprint
+from igseg.network.kinds import Place
 from igseg.network.outputs import (
     LogitsOf,
-    Place,
     choice_among,
     explained_memory,
     explained_network,

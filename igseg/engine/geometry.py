@@ -18,7 +18,8 @@ from torch import nn
 
 from igseg.engine.trace import Graph, NotExportable, Operation, Shape, inputs_of, trace
 from igseg.errors import attempt
-from igseg.network.outputs import Place, output_of, segmentation_logits
+from igseg.network.kinds import Place
+from igseg.network.outputs import output_of, segmentation_logits
 
 
 @dataclass(frozen=True)

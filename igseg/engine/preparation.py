@@ -15,7 +15,8 @@ from igseg.engine.rewrites import Rewrites
 from igseg.engine.trace import NotExportable
 from igseg.errors import InputError, attempt
 from igseg.explanation import Preparation
-from igseg.network.outputs import Place, fitted, frozen, output_of, segmentation_logits
+from igseg.network.kinds import Place
+from igseg.network.outputs import fitted, frozen, output_of, segmentation_logits
 
 EQUIVALENCE_TOLERANCE = 1e-4  # relative L2 difference; beyond it the original is used
 EXACT_TOLERANCE = 1e-9  # the same in double precision

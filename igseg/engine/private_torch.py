@@ -12,6 +12,7 @@ are slower and give the same result.
                                          its arguments, what it writes and which memory it shares
     expression_of                        `SymInt.node.expr`: how a size follows from the number of
                                          images
+    TorchDispatchMode                    a mode that sees every operator; its module is private
     packed_weight, convolve_packed       `torch.ops.mkldnn._reorder_convolution_weight` and
                                          `_convolution_pointwise`: weights in the order of oneDNN
 
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 if TYPE_CHECKING:
     import sympy

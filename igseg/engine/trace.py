@@ -1,8 +1,14 @@
-"""A network as a graph of operations, as `torch.export` traces it; none works in place."""
+"""A network as a graph of operations, none of which works in place.
+
+The network is run on tensors of the meta device, which have shapes but no values, and its
+operations are recorded (`record`). That takes moments. What cannot be recorded, as a network that
+looks at values, is traced by `torch.export` (`export`), which takes seconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import operator
@@ -10,7 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +24,7 @@ from torch import nn
 
 from igseg.engine.private_torch import (
     Operator,
+    TorchDispatchMode,
     WithoutDefault,
     arguments_of,
     expression_of,
@@ -40,6 +47,10 @@ Compute = Callable[..., Any]
 
 class NotExportable(Exception):
     """A network has no graph; the text says why, in a sentence."""
+
+
+class GradientOfItsOwn(NotExportable):
+    """A graph of the network would have another gradient than the network."""
 
 
 # --------------------------------------------------------------------------- the graph
@@ -85,7 +96,6 @@ class Operation:
     target: Compute | None  # None: nothing is computed
     arguments: dict[str, object]  # by their names in the operator's schema, with the defaults
     shape: Shape | None  # of the result; None: it is no tensor
-    module: str = ''  # the module of the original network that calls the operation
 
     # The methods below give the shape and the arguments with the type that a rule or a rewrite
     # needs. They raise NotExportable for any other type, as for a number computed from the image.
@@ -172,6 +182,7 @@ class Graph:
     # Constants that are the weights of `convolution`: how the kernel slides, and the shape of the
     # maps over which it slides.
     kernels: dict[Operation, tuple[Sliding, Shape]] = field(default_factory=dict)
+    not_recorded: str | None = None  # why it comes from `torch.export`; None: it was recorded
 
     def readers(self) -> dict[Operation, list[Operation]]:
         """For each operation those that read it. The output counts as a reader of itself."""
@@ -226,7 +237,7 @@ def call_of(operation: Operation, **changes: object) -> Compute:
     return compute
 
 
-# --------------------------------------------------------------------------- tracing
+# --------------------------------------------------------------------------- torch.export
 
 
 @contextlib.contextmanager
@@ -267,9 +278,7 @@ def _shape_of(node: torch.fx.Node) -> Shape | None:
 def _operation_of(
     node: torch.fx.Node, kind: str, target: Compute, arguments: dict[str, object]
 ) -> Operation:
-    stack = node.meta.get('nn_module_stack') or {}
-    module = next((path for path, _ in reversed(stack.values())), '')
-    return Operation(kind, target, arguments, _shape_of(node), module)
+    return Operation(kind, target, arguments, _shape_of(node))
 
 
 def _named_arguments(
@@ -429,11 +438,8 @@ class _Import:
         self.aliased |= {self.operations[node], operation}
 
 
-def trace(network: nn.Module, example: torch.Tensor) -> Graph:
-    """The graph of a network whose result is one tensor, for batches of images like the example.
-
-    example: (N, C, H, W). Raises NotExportable, with the reason.
-    """
+def export(network: nn.Module, example: torch.Tensor) -> Graph:
+    """The graph of a network as `torch.export` traces it. Arguments and errors: see `trace`."""
     try:
         with _silence(), torch.enable_grad():
             pair = example[:1].detach().repeat(2, 1, 1, 1)  # torch takes a batch of 1 as constant
@@ -448,3 +454,267 @@ def trace(network: nn.Module, example: torch.Tensor) -> Graph:
     except Exception as error:  # any error that the network's code may raise
         first = next(iter(str(error).strip().splitlines()), '')
         raise NotExportable(f'{type(error).__name__}: {first[:200]}') from error
+
+
+# --------------------------------------------------------------------------- recording
+
+RECORDED = (2, 3, 5)  # numbers of images; a size that is linear in these is so in all
+WITHOUT_CHANCE = {'train': False, 'training': False, 'dropout_p': 0.0}  # nothing random is done
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], object]) -> Any:
+    """A value of an operator, also a list, with the results of a function in place of tensors."""
+    if isinstance(value, (list, tuple)):
+        return [_mapped(part, function) for part in value]
+    return function(value) if isinstance(value, torch.Tensor) else value
+
+
+def _on_meta(operator: Operator, arguments: Mapping[str, object]) -> Any:
+    """The result of an operator whose tensors are put on the meta device."""
+    named = {name: _mapped(value, lambda t: t.to('meta')) for name, value in arguments.items()}
+    return operator(**named)
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the operations of a network that runs on meta tensors inside this mode.
+
+    The mode stands inside `torch.inference_mode`, where PyTorch shows it whole operators, such as
+    `conv2d`, and not the parts into which autograd takes them. What writes in place is recorded as
+    the operator that does not, if no other tensor may share the memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.constants: dict[Operation, torch.Tensor] = {}
+        self.output: Operation | None = None  # which gives the result of the network
+        self._by_tensor: dict[int, Operation] = {}
+        self._kept: list[torch.Tensor] = []  # a tensor that is gone would give its identity away
+        self._aliased: set[Operation] = set()  # operations that may share memory with others
+        self._of_image: set[Operation] = set()  # operations that depend on the image
+
+    def add(
+        self, operation: Operation, tensor: torch.Tensor | None = None, aliased: bool = False
+    ) -> Operation:
+        """Add an operation. tensor: its result. aliased: whether it may share memory."""
+        self.operations.append(operation)
+        if operation.kind == 'image' or self._of_image.intersection(inputs_of(operation)):
+            if not torch.is_grad_enabled():
+                raise GradientOfItsOwn(
+                    'parts of the network run under torch.no_grad, or as a torch.autograd.Function'
+                )
+            self._of_image.add(operation)
+        if tensor is not None:
+            self._by_tensor[id(tensor)] = operation
+            self._kept.append(tensor)
+        self._aliased |= {operation} if aliased else set()
+        return operation
+
+    def constant(self, value: torch.Tensor, meta: torch.Tensor | None = None) -> Operation:
+        """Add a fixed value. meta: the tensor that stands for it."""
+        operation = Operation('constant', None, {}, tuple(value.shape))
+        self.constants[operation] = value
+        return self.add(operation, meta, aliased=True)
+
+    def operation_of(self, tensor: torch.Tensor) -> Operation:
+        """The operation that gave a tensor. A tensor with values is a constant."""
+        if not tensor.is_meta:
+            with torch.inference_mode(False):
+                return self.constant(tensor.detach().clone())
+        if id(tensor) not in self._by_tensor:
+            raise NotExportable('the network holds a tensor that comes from nowhere')
+        return self._by_tensor[id(tensor)]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        arguments = _named_arguments(func, args, kwargs or {})
+        if torch.Tag.nondeterministic_seeded in func.tags and not any(
+            arguments.get(name, True) == value for name, value in WITHOUT_CHANCE.items()
+        ):
+            raise NotExportable(f'{name_of(func)} draws random numbers')
+        given: list[torch.Tensor] = []
+        _mapped(list(arguments.values()), given.append)
+        if not any(tensor.is_meta for tensor in given):
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, torch.Tensor) or not result.is_meta:
+                return result  # a value that does not depend on the image
+        elif writes_in_place(func):
+            return self._in_place(func, arguments)
+        else:
+            result = _on_meta(func, arguments)
+        if name_of(func) == 'to' or not any(result is tensor for tensor in given):
+            self._record(func, arguments, result)
+        return result
+
+    def _record(self, func: Operator, arguments: dict[str, object], result: object) -> None:
+        """Note that an operator gave a result: a tensor, or several in a list."""
+        kind = name_of(func)
+        arguments = {name: _mapped(value, self.operation_of) for name, value in arguments.items()}
+        if isinstance(result, torch.Tensor):
+            operation = Operation(kind, func, arguments, tuple(result.shape))
+            self.add(operation, result)
+            if shares_memory(func) or 'dropout' in kind or kind == 'type_as':
+                self._aliased |= {operation, *inputs_of(operation)[:1]}
+            return
+        if not isinstance(result, (list, tuple)):
+            return
+        operation, start = self.add(Operation(kind, func, arguments, None)), 0
+        self._aliased |= {*inputs_of(operation)[:1]}
+        for index, part in enumerate(result):
+            if not isinstance(part, torch.Tensor):
+                continue
+            item = Operation('getitem', _item_of, {'values': operation, 'index': index}, ())
+            if kind in ('split', 'split_with_sizes', 'chunk'):
+                length = part.shape[operation.number('dim', 0)]
+                item = Operation('slice', aten.slice.Tensor, {
+                    'self': inputs_of(operation)[0], 'dim': operation.number('dim', 0),
+                    'start': start, 'end': start + length, 'step': 1}, ())  # fmt: skip
+                start += length
+            item.shape = tuple(part.shape)
+            self.add(item, part, aliased=True)
+
+    def _in_place(self, func: Operator, arguments: dict[str, Any]) -> torch.Tensor:
+        """Note an operator that writes into its first argument, which is the result."""
+        kind, written = name_of(func), next(iter(arguments.values()))
+        same = same_overload(func, kind.removesuffix('_')) if kind.endswith('_') else None
+        if same is None or not written.is_meta or self.operation_of(written) in self._aliased:
+            raise NotExportable(f'{kind} changes a tensor in place')
+        arguments = _named_arguments(same, list(arguments.values()), {})
+        result = _on_meta(same, arguments)
+        if (result.shape, result.dtype) != (written.shape, written.dtype):
+            raise NotExportable(f'{kind} changes the shape or the type of a tensor in place')
+        recorded = {name: _mapped(value, self.operation_of) for name, value in arguments.items()}
+        operation = Operation(kind.removesuffix('_'), same, recorded, tuple(result.shape))
+        self.add(operation, written)
+        return written
+
+
+def _recording(network: nn.Module, example: torch.Tensor, count: int) -> _Recorder:
+    """The operations of a network for so many images. It runs as a copy, whose weights are meta
+    tensors, so that it stays as it was."""
+    recorder = _Recorder()
+    memo: dict[int, Any] = {}
+    for weight in (*network.parameters(), *network.buffers()):
+        meta = weight.detach().to('meta')
+        meta = nn.Parameter(meta, False) if isinstance(weight, nn.Parameter) else meta
+        memo[id(weight)] = meta
+        recorder.constant(weight.detach(), meta)
+    with torch.inference_mode(), torch.enable_grad():
+        meta_network = copy.deepcopy(network, memo)
+        x = torch.empty((count, *example.shape[1:]), dtype=example.dtype, device='meta')
+        recorder.add(Operation('image', None, {}, tuple(x.shape)), x, aliased=True)
+        with recorder:
+            result = meta_network(x)
+        if not isinstance(result, torch.Tensor):
+            raise NotExportable('the network gives more than one result')
+        recorder.output = recorder.operation_of(result)
+    return recorder
+
+
+class _Merge:
+    """Makes one graph, for any number of images, of recordings for several numbers."""
+
+    def __init__(self, recordings: Sequence[_Recorder], device: torch.device) -> None:
+        self.recordings, self.device = recordings, device
+        self.numbers = [{o: n for n, o in enumerate(r.operations)} for r in recordings]
+        self.sizes: dict[tuple[int, int], Operation] = {}  # (summand, factor) -> size
+
+    def graph(self) -> Graph:
+        first = self.recordings[0]
+        if len({len(recording.operations) for recording in self.recordings}) > 1:
+            raise NotExportable('its operations depend on the number of images')
+        for same in zip(*(recording.operations for recording in self.recordings), strict=True):
+            if len({(operation.kind, operation.target) for operation in same}) > 1:
+                raise NotExportable('its operations depend on the number of images')
+            if same[0].kind == 'constant':
+                self._check_constant(same)
+            arguments = [operation.arguments for operation in same]
+            same[0].arguments = {name: self._argument([a[name] for a in arguments])
+                                 for name in arguments[0]}  # fmt: skip
+            same[0].shape = self._shape([operation.shape for operation in same])
+        output = self._argument([recording.output for recording in self.recordings])
+        if not isinstance(output, Operation) or output in first.constants:
+            raise NotExportable('the network gives what does not depend on its input')
+        image = next(operation for operation in first.operations if operation.kind == 'image')
+        sizes: dict[Operation, Callable[[int], int]] = {
+            operation: partial(_linear, *key) for key, operation in self.sizes.items()
+        }
+        return Graph([*sizes, *first.operations], image, output, first.constants, sizes)
+
+    def _check_constant(self, same: Sequence[Operation]) -> None:
+        values = [r.constants[o] for r, o in zip(self.recordings, same, strict=True)]
+        for value in values[1:]:
+            if value.dtype != values[0].dtype or not (
+                value.data_ptr() == values[0].data_ptr() or torch.equal(value, values[0])
+            ):
+                raise NotExportable('a value depends on the number of images')
+
+    def _linear_in_count(self, values: Sequence[int]) -> tuple[int, int]:
+        """The summand and the factor with which a number follows from the number of images."""
+        (a, b, c), (m, n, last) = values, RECORDED
+        factor, rest = divmod(b - a, n - m)
+        summand = a - m * factor
+        if rest or summand + last * factor != c:
+            raise NotExportable('a number does not follow from the number of images')
+        return summand, factor
+
+    def _shape(self, shapes: Sequence[Shape | None]) -> Shape | None:
+        known = [shape for shape in shapes if shape is not None]
+        if len(known) < len(shapes) or len({len(shape) for shape in known}) > 1:
+            return None
+        lengths = [self._linear_in_count([size or 0 for size in sizes])
+                   for sizes in zip(*known, strict=True)]  # fmt: skip
+        return tuple(None if factor else length for length, factor in lengths)
+
+    def _argument(self, values: Sequence[Any]) -> object:
+        """An argument of one operation, from its values in all recordings."""
+        first = values[0]
+        if isinstance(first, Operation):
+            places = {n.get(value) for n, value in zip(self.numbers, values, strict=True)}
+            if len(places) == 1:
+                return first
+        elif isinstance(first, (list, tuple)):
+            if len({len(value) for value in values}) == 1:
+                return [self._argument(parts) for parts in zip(*values, strict=True)]
+        elif isinstance(first, torch.device):
+            return self.device if first.type == 'meta' else first
+        elif all(value == first and type(value) is type(first) for value in values):
+            return first
+        elif all(type(value) is int for value in values):
+            key = self._linear_in_count(values)
+            return self.sizes.setdefault(key, Operation('size', None, {}, None))
+        raise NotExportable('an argument depends on the number of images')
+
+
+def _linear(summand: int, factor: int, count: int) -> int:
+    return summand + factor * count
+
+
+def record(network: nn.Module, example: torch.Tensor) -> Graph:
+    """The graph of a network from its operations on meta tensors. Arguments and errors: see
+    `trace`."""
+    try:
+        with _silence():
+            recordings = [_recording(network, example, count) for count in RECORDED]
+        return _Merge(recordings, example.device).graph()
+    except GradientOfItsOwn:
+        raise
+    except Exception as error:  # any error that the network's code may raise
+        first = next(iter(str(error).strip().splitlines()), '')
+        raise NotExportable(first[:200] or type(error).__name__) from error
+
+
+def trace(network: nn.Module, example: torch.Tensor) -> Graph:
+    """The graph of a network whose result is one tensor, for batches of images like the example.
+
+    network: frozen, in evaluation mode. example: (N, C, H, W). Raises NotExportable, with the
+    reason.
+    """
+    try:
+        return record(network, example)
+    except GradientOfItsOwn:
+        raise  # an export would not show it
+    except NotExportable as error:
+        graph = export(network, example)
+        graph.not_recorded = str(error)
+        return graph

@@ -24,8 +24,8 @@ from igseg.engine.engine import Crops
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
 from igseg.method.walk import Task
+from igseg.network.kinds import Place
 from igseg.network.outputs import (
-    Place,
     explained_network,
     fitted,
     output_of,

@@ -13,8 +13,7 @@ import torch
 
 from igseg.errors import InputError
 from igseg.network.identity import ATTRIBUTE, network_digest
-from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
-from igseg.network.outputs import Place
+from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL, Place
 from igseg.preprocessing import SIZE_MULTIPLE, ImageSize, Preprocessing, sides
 
 

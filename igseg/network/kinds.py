@@ -24,6 +24,9 @@ ARCHITECTURES = (  # of segmentation-models-pytorch
     'pan', 'upernet', 'segformer', 'dpt',
 )  # fmt: skip
 
+# Where a map lies in an image: its rows and its columns, from and to, which may lie beside it.
+Place = tuple[tuple[int, int], tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class Meaning:

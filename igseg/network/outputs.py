@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from igseg.errors import InputError
-from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL
+from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL, Place
 
 LEAST_PROBABILITY = 1e-7  # probabilities are clipped at this value, and at 1 minus it
 
@@ -161,10 +161,6 @@ class ChosenMap(torch.nn.Module):
 def with_chosen_map(network: torch.nn.Module, name: str | None) -> torch.nn.Module:
     """The network, wrapped in `ChosenMap` if a name is given."""
     return network if name is None else ChosenMap(network, name)
-
-
-# Where a map lies in an image: its rows and its columns, from and to, which may lie beside it.
-Place = tuple[tuple[int, int], tuple[int, int]]
 
 
 def fitted(logits: torch.Tensor, size: Sequence[int], place: Place | None = None) -> torch.Tensor:

@@ -395,11 +395,6 @@ def test_padding_becomes_that_of_the_convolution():
     assert graph_of(NETWORKS['padding that others read too']).rewrites.padded == 0
 
 
-def test_operations_know_the_module_they_come_from():
-    graph = graph_of(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Sequential(nn.SiLU())))
-    assert [o.module for o in graph.graph.operations if o.target] == ['0', '1.0']
-
-
 # ------------------------------------------------------------------ what has no graph
 
 
