@@ -253,10 +253,6 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-class _InPlaceError(Exception):
-    """An operator changes a tensor in place that shares memory with others."""
-
-
 def _item_of(values: Sequence[object], index: int) -> object:
     return values[index]
 
@@ -297,14 +293,13 @@ def _named_arguments(
 
 
 class _Import:
-    """Turns an exported program into a Graph, in which nothing is changed in place."""
+    """Turns an exported program, in which nothing works in place any more, into a Graph."""
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         self.program = program
         self.operations: dict[torch.fx.Node, Operation] = {}
         self.constants: dict[Operation, torch.Tensor] = {}
         self.sizes: dict[Operation, Callable[[int], int]] = {}
-        self.aliased: set[Operation] = set()  # operations that may share memory with others
         self.made: list[Operation] = []  # in the order in which they run
 
     def graph(self) -> Graph:
@@ -345,7 +340,6 @@ class _Import:
             value = self.program.constants[name] if parameter is None else parameter
             operation = Operation('constant', None, {}, tuple(value.shape))
             self.constants[operation] = value.detach()
-        self.aliased.add(operation)
         return operation
 
     def _add_call(self, node: torch.fx.Node) -> None:
@@ -359,7 +353,10 @@ class _Import:
         elif isinstance(target, Operator):
             args = [self._argument(value) for value in node.args]
             kwargs = {name: self._argument(value) for name, value in node.kwargs.items()}
-            self._add_operator(node, target, _named_arguments(target, args, kwargs))
+            arguments = _named_arguments(target, args, kwargs)
+            if writes_in_place(target):
+                raise NotExportable(f'{name_of(target)} changes a tensor in place')
+            self._add(node, _operation_of(node, name_of(target), target, arguments))
         else:
             raise NotExportable(f'the network holds {target}, which is no plain operation')
 
@@ -385,34 +382,6 @@ class _Import:
             return {name: self._argument(part) for name, part in value.items()}
         return value
 
-    def _add_operator(
-        self, node: torch.fx.Node, target: Operator, arguments: dict[str, object]
-    ) -> None:
-        kind = name_of(target)
-        if writes_in_place(target):
-            kind, target, changed = self._not_in_place(kind, target, arguments)
-            for other, operation in list(self.operations.items()):
-                if operation is changed:  # from here on, its readers read the result
-                    self.operations[other] = self._add(
-                        node,
-                        self.operations.get(node) or _operation_of(node, kind, target, arguments),
-                    )
-            return
-        operation = self._add(node, _operation_of(node, kind, target, arguments))
-        if shares_memory(target) or 'dropout' in kind or kind == 'type_as':
-            self.aliased |= {operation, *inputs_of(operation)[:1]}
-
-    def _not_in_place(
-        self, kind: str, target: Operator, arguments: dict[str, object]
-    ) -> tuple[str, Operator, Operation]:
-        """For an operator that writes into its first argument: the name of the operator that
-        returns the same result, that operator, and the argument."""
-        written = next(iter(arguments.values()))
-        same = same_overload(target, kind.removesuffix('_')) if kind.endswith('_') else None
-        if not isinstance(written, Operation) or same is None or written in self.aliased:
-            raise _InPlaceError(f'{kind} changes a tensor in place')
-        return kind.removesuffix('_'), same, written
-
     def _add_item(self, node: torch.fx.Node) -> None:
         """One of several results of an operation; the parts of a split tensor become slices."""
         source, index = _computed(node.args[0]), node.args[1]
@@ -435,7 +404,6 @@ class _Import:
         else:
             arguments = {'values': operation, 'index': index}
             self._add(node, _operation_of(node, 'getitem', _item_of, arguments))
-        self.aliased |= {self.operations[node], operation}
 
 
 def export(network: nn.Module, example: torch.Tensor) -> Graph:
@@ -445,12 +413,9 @@ def export(network: nn.Module, example: torch.Tensor) -> Graph:
             pair = example[:1].detach().repeat(2, 1, 1, 1)  # torch takes a batch of 1 as constant
             batch = {0: torch.export.Dim('batch', min=1)}
             program = torch.export.export(network, (pair,), dynamic_shapes=(batch,), strict=False)
-            try:
-                return _Import(program).graph()
-            except _InPlaceError:
-                return _Import(program.run_decompositions({})).graph()
-    except (NotExportable, _InPlaceError) as error:
-        raise NotExportable(str(error)) from error
+            return _Import(program.run_decompositions({})).graph()  # nothing is in place then
+    except NotExportable:
+        raise
     except Exception as error:  # any error that the network's code may raise
         first = next(iter(str(error).strip().splitlines()), '')
         raise NotExportable(f'{type(error).__name__}: {first[:200]}') from error
