@@ -267,9 +267,12 @@ class NetworkGraph:
     Raises NotExportable where the network has no graph.
     """
 
-    def __init__(self, network: nn.Module, example: torch.Tensor) -> None:
-        """network: frozen, in evaluation mode, with one tensor as result. example: (1, C, H, W)."""
-        self.graph = trace(network, example)
+    def __init__(
+        self, network: nn.Module, example: torch.Tensor, traced: Graph | None = None
+    ) -> None:
+        """network: frozen, in evaluation mode, with one tensor as result. example: (1, C, H, W).
+        traced: the network's graph, where it is known."""
+        self.graph = trace(network, example) if traced is None else traced
         self.rewrites = rewrite(self.graph)
         self._constants: dict[torch.dtype | None, Constants] = {}
 

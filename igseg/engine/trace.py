@@ -616,6 +616,8 @@ class _Merge:
 
     def _linear_in_count(self, values: Sequence[int]) -> tuple[int, int]:
         """The summand and the factor with which a number follows from the number of images."""
+        if len(set(values)) == 1:
+            return values[0], 0
         (a, b, c), (m, n, last) = values, RECORDED
         factor, rest = divmod(b - a, n - m)
         summand = a - m * factor
@@ -655,12 +657,13 @@ def _linear(summand: int, factor: int, count: int) -> int:
     return summand + factor * count
 
 
-def record(network: nn.Module, example: torch.Tensor) -> Graph:
-    """The graph of a network from its operations on meta tensors. Arguments and errors: see
-    `trace`."""
+def record(network: nn.Module, example: torch.Tensor, counts: Sequence[int] = RECORDED) -> Graph:
+    """The graph of a network from its operations on meta tensors. counts: the numbers of images for
+    which it is recorded: RECORDED, or a single number, for which alone the graph then holds. Other
+    arguments, and errors: see `trace`."""
     try:
         with _silence():
-            recordings = [_recording(network, example, count) for count in RECORDED]
+            recordings = [_recording(network, example, count) for count in counts]
         return _Merge(recordings, example.device).graph()
     except GradientOfItsOwn:
         raise
