@@ -51,7 +51,7 @@ PLAIN = {'model_path': str(WEIGHTS), 'model_factory': FACTORY, 'num_steps': 2, '
 PLAIN_FLAGS = flags_of(PLAIN)
 PLAIN_BATCH = ['--mode', 'batch', '--data_dir', str(DEMO_DATA), *PLAIN_FLAGS]
 # An image takes a while, so that its process is killed or stopped before the last one.
-SLOW_BATCH = [*PLAIN_BATCH, '--num_steps', '500', '--figures', 'none']
+SLOW_BATCH = [*PLAIN_BATCH, '--num_steps', '250', '--figures', 'none']
 
 
 def wait_until(happened: Callable[[], T], process: subprocess.Popen | None = None) -> T:

@@ -480,6 +480,10 @@ class _Recorder(TorchDispatchMode):
         self.constants[operation] = value
         return self.add(operation, meta, aliased=True)
 
+    def depends_on_image(self, operation: Operation) -> bool:
+        """Whether the result of an operation depends on the image."""
+        return operation in self._of_image
+
     def operation_of(self, tensor: torch.Tensor) -> Operation:
         """The operation that gave a tensor. A tensor with values is a constant."""
         if not tensor.is_meta:
@@ -573,6 +577,8 @@ def _recording(network: nn.Module, example: torch.Tensor, count: int) -> _Record
         if not isinstance(result, torch.Tensor):
             raise NotExportable('the network gives more than one result')
         recorder.output = recorder.operation_of(result)
+        if not recorder.depends_on_image(recorder.output):
+            raise NotExportable('the network gives what does not depend on its input')
     return recorder
 
 
@@ -598,8 +604,7 @@ class _Merge:
                                  for name in arguments[0]}  # fmt: skip
             same[0].shape = self._shape([operation.shape for operation in same])
         output = self._argument([recording.output for recording in self.recordings])
-        if not isinstance(output, Operation) or output in first.constants:
-            raise NotExportable('the network gives what does not depend on its input')
+        assert isinstance(output, Operation)  # as in every recording
         image = next(operation for operation in first.operations if operation.kind == 'image')
         sizes: dict[Operation, Callable[[int], int]] = {
             operation: partial(_linear, *key) for key, operation in self.sizes.items()

@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,11 @@ INFLATION = 4  # a checkpoint may become so many times as large when it is unpac
 NOT_OF_PIXELS = re.compile(r'target|label|loss|output|metric|(^|[._])y_$', re.IGNORECASE)
 # Adapters: small weights beside those of a network, which change its layers.
 ADAPTER = re.compile(r'(^|[._])(lora|ia3|hada|oft|vera|dora|adapters?)([._]|$)', re.IGNORECASE)
-COUNTERS = ('num_batches_tracked', 'total_ops', 'total_params')  # buffers that change no output
+# Buffers that are no weights: counters, masks, constants, what observers and norms of weights keep.
+NO_WEIGHT = re.compile(
+    r'num_batches_tracked|total_(ops|params)|(attn_)?mask|inv_freq|mean|std|step|(min|max)_val|'
+    r'weight_[uv]|eps|(position|pos)_ids|zero_point|grid|n_averaged'
+)
 MOST_CHANNELS = 64  # means and deviations of more channels are not those of an image
 MOST_OBJECTS = 300  # kinds of pickled objects; reading a file with very many kinds takes long
 MOST_PLACES = 100_000  # dictionaries, lists and modules that are searched
@@ -218,9 +222,9 @@ def is_plain_tensor(value: object) -> bool:
 
 def is_weight(name: str, tensor: torch.Tensor) -> bool:
     """Whether a tensor changes what a network gives, unlike a counter or a table of indices."""
-    return name.rpartition('.')[2] not in COUNTERS and (
-        tensor.is_floating_point() or tensor.is_complex()
-    )
+    last = name.rpartition('.')[2]
+    floating = tensor.is_floating_point() or tensor.is_complex() or last in ('weight', 'bias')
+    return floating and tensor.numel() > 0 and not NO_WEIGHT.fullmatch(last)
 
 
 def adapters_text(names: Collection[str]) -> str:
@@ -414,7 +418,7 @@ def _no_network_text(
 
 
 def _weights_of(
-    content: object, path: Path, weights_key: str | None, expected: Collection[str] = ()
+    content: object, path: Path, weights_key: str | None, expected: Set[str] = frozenset()
 ) -> Checkpoint:
     """The network's weights, wherever they lie in the content. expected: the names of the network's
     tensors; empty: unknown. Raises InputError."""
@@ -432,6 +436,11 @@ def _weights_of(
                 networks[label], beside[label] = state, tensors
     if not networks:
         raise InputError(_no_network_text(content, path, names, expected))
+    if expected:  # a place that holds all of the network comes before a place that lacks some
+        complete = {label: len(expected & state.keys()) for label, state in networks.items()}
+        networks = {
+            label: networks[label] for label in sorted(networks, key=lambda k: -complete[k])
+        }
     key = _choose(list(networks), weights_key, path)
     others = tuple(label for label in networks if label != key)
     settings = _stored_settings(content)
@@ -446,6 +455,12 @@ def _weights_of(
     unused: tuple[str, ...] = ()
     if expected:
         unused = tuple(k for k, v in state.items() if k not in expected and is_weight(k, v))
+        prefixes = [prefix for prefix, _ in _prefixes_of(beside[key], expected)]
+        if '' not in prefixes:
+            unused += tuple(
+                name for name, value in beside[key].items()
+                if not name.startswith(tuple(prefixes)) and is_weight(name, value)
+            )  # fmt: skip
         state = {name: value for name, value in state.items() if name in expected}
     return Checkpoint(state, settings, key, others, tuple(notes), normalisations, unused)
 
@@ -501,7 +516,7 @@ def _saved_transforms(path: Path) -> dict[str, object]:
     return settings
 
 
-def _read_folder(folder: Path, weights_key: str | None, expected: Collection[str]) -> Checkpoint:
+def _read_folder(folder: Path, weights_key: str | None, expected: Set[str]) -> Checkpoint:
     """The checkpoint in a folder that `model.save_pretrained` wrote, or in another folder with a
     file of weights under a usual name (as accelerate writes). Raises InputError."""
     config_path = folder / 'config.json'
@@ -526,7 +541,7 @@ def _read_folder(folder: Path, weights_key: str | None, expected: Collection[str
 
 
 def read_checkpoint(
-    path: Path, weights_key: str | None = None, names: Collection[str] = ()
+    path: Path, weights_key: str | None = None, names: Set[str] = frozenset()
 ) -> Checkpoint:
     """The weights in a checkpoint file or a folder of `save_pretrained`.
 

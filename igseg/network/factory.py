@@ -27,8 +27,8 @@ PROBED_SIDES = (64, 224, 256)  # pixels: sides of inputs on which a network is t
 NAMED = 3  # tensors that a sentence names
 # Names of parts that networks have for their training only.
 TRAINING_ONLY = re.compile(
-    r'aux|criterion|loss|metric|classif|teacher|ema|discriminator|project|predictor|queue|'
-    r'deep_?supervision|accuracy', re.IGNORECASE
+    r'^aux|_aux|criterion|loss|metric|classif|teacher|discriminator|projector|predictor|queue|'
+    r'deep_?supervision|accuracy|^fc$|last_linear', re.IGNORECASE
 )  # fmt: skip
 
 
@@ -136,29 +136,34 @@ def _branch(names: Collection[str]) -> str:
     outer = ''
     while True:
         following = {name[len(outer) :].partition('.')[0] for name in names}
-        if len(following) != 1 or outer + next(iter(following)) in names:
+        inner = next(iter(following), '')
+        # Parts with numbers, as in a Sequential, are no wrappers, also if there is only one.
+        if len(following) != 1 or inner != _stem(inner) or outer + inner in names:
             return outer
-        outer += f'{following.pop()}.'
+        outer += f'{inner}.'
+
+
+def _stem(part: str) -> str:
+    """The name of a part without its number: `conv3` and `3` are further parts of their kind."""
+    return part.rstrip('0123456789')
 
 
 def lacking(unused: Collection[str], names: Collection[str]) -> list[str]:
     """The tensors in a file that lie in parts which the network has, though the network lacks the
     tensors: it is another variant than the network in the file. Whole parts that the network lacks,
-    such as a head for training, do not count. names: of the network's tensors."""
+    and heads for training, do not count. names: of the network's tensors."""
     outer = _branch(names)
     parts = {name[len(outer) :].partition('.')[0] for name in names}
-    found = []
+    numbered = {_stem(part) for part in parts if part != _stem(part)}
+    wrong = []
     for name in unused:
         part = name[len(outer) :].partition('.')[0]
         inside = name.startswith(outer) and (
-            part in parts
-            or ADAPTER.search(name)
-            # The layers of a Sequential have numbers; and what one wrapper holds is one network.
-            or (part.isdecimal() and all(other.isdecimal() for other in parts))
-            or (outer and not TRAINING_ONLY.search(part))
+            part in parts or (part != _stem(part) and _stem(part) in numbered)
         )
-        found += [name] if inside else []
-    return found
+        training = any(TRAINING_ONLY.search(word) for word in name.split('.')[:-1])
+        wrong += [name] if ADAPTER.search(name) or (inside and not training) else []
+    return wrong
 
 
 def _check_variant(

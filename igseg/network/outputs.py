@@ -7,6 +7,7 @@ And how a user's network is run: afterwards it is unchanged, and errors become o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,12 +23,31 @@ from igseg.network.kinds import EXCLUSIVE, FOREGROUND, MULTILABEL, Place
 LEAST_PROBABILITY = 1e-7  # probabilities are clipped at this value, and at 1 minus it
 
 
-# Where in an output its logit map lies, if it is there.
-MAPS = ('out', 'logits')
+MAPS = ('out', 'logits')  # where in an output its logit map lies, if it is there
 # Names of what stands beside the masks of queries, of boxes, or of prototypes of masks.
-OF_DETECTION = re.compile(r'quer|box|proto|anchor|objectness|iou_', re.IGNORECASE)
+OF_DETECTION = re.compile(
+    r'(^|\.)((class|masks)_queries_logits|(pred_)?(boxes|bboxes|bbox)|protos?|pred_logits|anchors|'
+    r'objectness|iou_(scores|predictions|pred))($|\.)', re.IGNORECASE
+)  # fmt: skip
+# Names of maps that are no classes, and of harmless tensors beside a map of classes.
+OTHER_MAPS = re.compile(
+    r'attention|hidden|feature|depth|cent(er|re)|offset|embed|token|boundary|edge', re.IGNORECASE
+)
+CLASSES = re.compile(r'seg|mask|sem|logit|pred|class', re.IGNORECASE)  # names of maps of classes
 MOST_LISTED = 8  # maps that a sentence lists
 DEEPEST = 5  # lists in lists that are looked into
+
+
+def _parts_of(output: object) -> dict[str, object]:
+    """The parts of a dictionary, a list or an object, by name."""
+    if isinstance(output, Mapping):
+        return {str(key): value for key, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        names = getattr(output, '_fields', range(len(output)))  # those of a named tuple
+        return {str(key): value for key, value in zip(names, output, strict=True)}
+    if dataclasses.is_dataclass(output):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return dict(getattr(output, '__dict__', {}))
 
 
 def named_tensors(output: object, name: str = '', depth: int = 0) -> dict[str, torch.Tensor]:
@@ -35,28 +55,21 @@ def named_tensors(output: object, name: str = '', depth: int = 0) -> dict[str, t
     lists (from 0), joined by points. A tensor that is the output itself has the name `0`."""
     if isinstance(output, torch.Tensor):
         return {name or '0': output}
-    if depth > DEEPEST:
-        return {}
-    if isinstance(output, dict):
-        parts = {str(key): value for key, value in output.items()}
-    elif isinstance(output, (tuple, list)):
-        fields = getattr(output, '_fields', range(len(output)))  # those of a named tuple
-        parts = {str(key): value for key, value in zip(fields, output, strict=True)}
-    elif isinstance(output, (str, bytes, int, float, type(None))):
-        parts = {}
-    else:
-        parts = {key: value for key, value in getattr(output, '__dict__', {}).items()
-                 if isinstance(value, (torch.Tensor, dict, tuple, list))}  # fmt: skip
     tensors: dict[str, torch.Tensor] = {}
-    for key, value in parts.items():
-        tensors |= named_tensors(value, f'{name}.{key}' if name else key, depth + 1)
+    if depth <= DEEPEST and not isinstance(output, nn.Module):
+        for key, value in _parts_of(output).items():
+            tensors |= named_tensors(value, f'{name}.{key}' if name else key, depth + 1)
     return tensors
 
 
 def maps_in(output: object) -> dict[str, torch.Tensor]:
     """The maps (N, K, h, w) in a model's output, by name. If some lie under `out` or `logits`, then
-    only those."""
-    maps = {name: tensor for name, tensor in named_tensors(output).items() if tensor.ndim == 4}
+    only those. Maps of whole numbers, as of an argmax, do not count."""
+    maps = {
+        name: tensor
+        for name, tensor in named_tensors(output).items()
+        if tensor.ndim == 4 and tensor.is_floating_point()
+    }
     for name in MAPS:
         inside = {key: value for key, value in maps.items() if key.partition('.')[0] == name}
         if inside:
@@ -70,23 +83,28 @@ def _listed(tensors: Mapping[str, torch.Tensor]) -> str:
     return ', '.join(texts[:MOST_LISTED]) + (', …' if len(texts) > MOST_LISTED else '')
 
 
-def _check_classes(output: object, size: Sequence[int] | None) -> None:
-    """Raise InputError if what stands beside the maps of an output shows that they are no maps of
-    classes: queries, boxes, prototypes, or a tensor (N, boxes, numbers)."""
+def _signs_of_detection(output: object, size: Sequence[int] | None) -> dict[str, torch.Tensor]:
+    """What in an output shows that its maps are masks of objects, by name: queries, boxes,
+    prototypes, or a tensor (N, objects, numbers) beside maps that no name calls maps of classes."""
     tensors, maps = named_tensors(output), maps_in(output)
+    signs = {name: tensor for name, tensor in tensors.items() if OF_DETECTION.search(name)}
+    if {'scores', 'labels'} <= tensors.keys():  # of each object
+        signs |= {name: tensors[name] for name in ('scores', 'labels')}
     shapes = {tuple(logits.shape[-2:]) for logits in maps.values()} | {tuple(size or ())}
-    clear = all(name.partition('.')[0] in MAPS for name in maps)  # what lies there is a logit map
-    signs = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if OF_DETECTION.search(name)
-        or (
-            (not clear or not maps)
-            and tensor.ndim == 3
-            and tensor.is_floating_point()
-            and tuple(tensor.shape[-2:]) not in shapes  # else a map without its channel
-        )
-    }
+    channels = {logits.shape[1] for logits in maps.values()}
+    clear = all(name in MAPS or (CLASSES.search(name) and not name[0].isdecimal()) for name in maps)
+    for name, tensor in tensors.items():
+        if tensor.ndim != 3 or not tensor.is_floating_point() or OTHER_MAPS.search(name):
+            continue
+        without_channel = tuple(tensor.shape[-2:]) in shapes
+        if not without_channel and (not clear or tensor.shape[1] in channels - {1}):
+            signs[name] = tensor
+    return signs
+
+
+def _check_classes(output: object, size: Sequence[int] | None) -> None:
+    """Raise InputError if the maps in an output are not of classes but of objects."""
+    maps, signs = maps_in(output), _signs_of_detection(output, size)
     if signs and maps:
         raise InputError(
             f'the network gives queries, boxes or prototypes ({_listed(signs)}), so its maps are '
@@ -96,17 +114,27 @@ def _check_classes(output: object, size: Sequence[int] | None) -> None:
         )
 
 
+def _likely_maps(output: object) -> dict[str, torch.Tensor]:
+    """The maps in an output without those that their names call something else; of these, those
+    that their names call maps of classes, if there are such."""
+    maps = maps_in(output)
+    others = {k: v for k, v in maps.items() if not OTHER_MAPS.search(k)} or maps
+    named = {k: v for k, v in others.items() if CLASSES.search(k)}
+    return named or others
+
+
 def segmentation_logits(output: object, size: Sequence[int] | None = None) -> torch.Tensor:
     """The logit map (N, K, h, w) in a model's output.
 
-    The map is the output itself. Of several maps (deep supervision, auxiliary heads) it is the
-    first with the size of the input, else the largest. In a dictionary or an object it lies under
-    `out` or `logits`. size: (H, W) of the input; without it the first map is taken. Raises
-    InputError where there is no map, or where the maps are not of classes but of objects.
+    The map is the output itself. In a dictionary or an object it lies under `out` or `logits`, else
+    under a name like `seg` or `mask`. Of several such maps (deep supervision, auxiliary heads) it
+    is the first with the size of the input, else the largest. size: (H, W) of the input; without it
+    the first map is taken. Raises InputError where there is no map, or an empty one, or where the
+    maps are not of classes but of objects.
     """
     if not isinstance(output, torch.Tensor):
         _check_classes(output, size)
-    maps = list(maps_in(output).values())
+    maps = list(_likely_maps(output).values())
     if not maps:
         raise InputError('the model must return a logit map (N, C, H, W) (wrap it so that it does)')
     if size is None:
@@ -119,6 +147,11 @@ def segmentation_logits(output: object, size: Sequence[int] | None = None) -> to
             )
     # Of several largest maps, `max` gives the first.
     largest = max(maps, key=lambda logits: logits.shape[-2] * logits.shape[-1])
+    if not largest.numel():
+        raise InputError(
+            f'the map of the network is empty, {tuple(largest.shape)}, for an input of '
+            f'{size[1]}×{size[0]} (use a larger --image_size)'
+        )
     return next((logits for logits in maps if tuple(logits.shape[-2:]) == tuple(size)), largest)
 
 
@@ -151,8 +184,9 @@ class ChosenMap(torch.nn.Module):
         maps = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 4}
         if self.name in maps:
             return maps[self.name]
-        if self.name.isdecimal() and int(self.name) < len(maps):
-            return list(maps.values())[int(self.name)]
+        number = int(self.name) if self.name.isdecimal() and self.name not in tensors else len(maps)
+        if number < len(maps):
+            return list(maps.values())[number]
         raise InputError(
             f'the network gives no map "{self.name}" (choose from {_listed(maps) or "none"})'
         )

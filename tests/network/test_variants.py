@@ -34,7 +34,26 @@ class Wrapped(nn.Module):
         return self.net(x)
 
 
-BUILDERS = {'EncoderDecoder': EncoderDecoder, 'Wrapped': Wrapped, 'build': build}
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 1, 3, padding=1)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](x)
+
+
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv1(x)
+
+
+BUILDERS = {'EncoderDecoder': EncoderDecoder, 'Wrapped': Wrapped, 'build': build,
+            'Blocks': Blocks, 'Flat': Flat}  # fmt: skip
 KERNEL = torch.randn(4, 4, 1, 1)
 
 REFUSED = [  # the network, tensors beside its own, and what the sentence holds
@@ -43,19 +62,28 @@ REFUSED = [  # the network, tensors beside its own, and what the sentence holds
     ('EncoderDecoder', {'encoder.0.lora_A.default.weight': KERNEL}, 'merge'),
     ('EncoderDecoder', {'adapter.down.weight': KERNEL}, 'merge'),
     ('Wrapped', {'net.decoder.scse.weight': KERNEL}, 'net.decoder.scse.weight'),
-    ('Wrapped', {'net.attention.weight': KERNEL}, 'net.attention.weight'),
     ('build', {'3.weight': KERNEL}, '3.weight'),
+    ('Blocks', {'blocks.1.weight': KERNEL}, 'blocks.1.weight'),
+    ('Flat', {'conv2.weight': KERNEL}, 'conv2.weight'),
+    ('EncoderDecoder', {'decoder.attention.weight': KERNEL.char()}, 'decoder.attention.weight'),
 ]
 NOTED = [
     ('EncoderDecoder', {'aux_classifier.0.weight': KERNEL}),
     ('EncoderDecoder', {'criterion.weight': torch.ones(2), 'classification_head.weight': KERNEL}),
     ('Wrapped', {'net.aux_head.weight': KERNEL}),
     ('Wrapped', {'loss.weight': torch.ones(2)}),
+    ('Wrapped', {'net.boundary_head.weight': KERNEL}),
+    ('EncoderDecoder', {'encoder.fc.weight': torch.ones(9, 4), 'encoder.fc.bias': torch.ones(9)}),
+    ('EncoderDecoder', {'decoder.aux_head.weight': KERNEL}),
+    ('Flat', {'refine.weight': KERNEL}),
 ]
 NOT_COUNTED = [
     ('EncoderDecoder', {'encoder.1.total_ops': torch.zeros(1, dtype=torch.float64)}),
     ('EncoderDecoder', {'decoder.relative_position_index': torch.arange(9)}),
     ('EncoderDecoder', {'decoder.1.num_batches_tracked': torch.tensor(3)}),
+    ('EncoderDecoder', {'encoder.0.attn_mask': KERNEL, 'decoder.rope.inv_freq': torch.ones(4)}),
+    ('EncoderDecoder', {'encoder.mean': torch.ones(3), 'encoder.1.min_val': torch.ones(1)}),
+    ('EncoderDecoder', {'decoder.0.weight_u': torch.ones(3), 'decoder.empty': torch.ones(0)}),
     ('build', {'1.num_batches_tracked': torch.tensor(3)}),
 ]
 
@@ -82,6 +110,22 @@ def test_weights_in_parts_that_the_network_has_are_refused_unless_allowed(load, 
     assert text in str(error.value) and '--allow_unused' in str(error.value)
     notes = load(name, beside, allow_unused=True).network_description.notes
     assert [note for note in notes if 'not used' in note and next(iter(beside)) in note]
+
+
+def test_what_lies_beside_the_place_of_the_network_is_counted(tmp_path):
+    state = {f'backbone.{name}': value for name, value in Flat().state_dict().items()}
+    torch.save({'state_dict': {**state, 'refine.weight': KERNEL}}, tmp_path / 'net.pth')
+    net = load_model(tmp_path / 'net.pth', 'cpu', model_factory=f'{__file__}:Flat')
+    assert [note for note in net.network_description.notes if 'refine.weight' in note]
+
+
+def test_a_place_that_holds_all_comes_before_a_place_that_lacks_some(tmp_path):
+    state = EncoderDecoder().state_dict()
+    part = {f'pretrained.{name}': value for name, value in state.items() if '.2.' not in name}
+    whole = {f'model.{name}': value + 1 for name, value in state.items()}
+    torch.save({**part, **whole}, tmp_path / 'net.pth')
+    net = load_model(tmp_path / 'net.pth', 'cpu', model_factory=f'{__file__}:EncoderDecoder')
+    assert torch.equal(net.decoder[0].weight, state['decoder.0.weight'] + 1)
 
 
 @pytest.mark.parametrize('name, beside', NOTED)
