@@ -5,10 +5,15 @@ convolutions without padding, only its middle. The operations of the network tel
 of a tensor has a scale and an offset: index j lies at `scale * j + offset` of the image's rows or
 columns, measured from centre to centre. They are carried from the image through kernels, strides
 and paddings to the map, and must agree where several ways meet.
+
+Where a kernel with a stride could as well lie on the blocks of pixels that its stride cuts, it is
+taken to do so: within a stride, training decides what a value stands for, and networks are trained
+on masks whose edges are those of the image.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +31,7 @@ from igseg.network.outputs import output_of, segmentation_logits
 class Axis:
     """Where the indices of an axis lie along the rows, or the columns, of the image."""
 
+    rows: bool  # whether it lies along the rows; else along the columns
     scale: float  # image pixels from an index to the next one
     offset: float  # of index 0
     grain: float  # the largest scale on the way: finer, positions are not known
@@ -36,8 +42,15 @@ class Axis:
 
     def slid(self, stride: float, first: float) -> Axis:
         """After a window that slides by `stride`, and whose first centre is at index `first`."""
+        block = stride / 2 - 0.5  # the first centre of blocks of `stride` indices
+        if abs(first - block) <= abs(block) + 1e-9:
+            first = block
         scale = self.scale * stride
-        return Axis(scale, self.at(first), max(self.grain, scale))
+        return Axis(self.rows, scale, self.at(first), max(self.grain, scale))
+
+    def start(self) -> float:
+        """The edge of the image's pixels before index 0: 0 is the edge of the image."""
+        return self.offset - self.scale / 2 + 0.5
 
 
 class _Lost:
@@ -51,13 +64,14 @@ Axes = tuple[AnyAxis, ...]  # of a tensor
 
 def _joined(axes: Sequence[AnyAxis], length: int) -> AnyAxis:
     """The axis of a result of this length in which axes meet place by place: the finest, if all
-    agree to the coarsest grain. (Strided convolutions keep the first pixel of each stride in place,
-    resizing the middle or the corners; this adds up to less than a grain.)"""
+    agree to the coarsest grain."""
     if any(axis is LOST for axis in axes):
         return LOST
     placed = [axis for axis in axes if isinstance(axis, Axis)]
     if not placed:
         return None
+    if len({axis.rows for axis in placed}) > 1:
+        return LOST
     finest = min(placed, key=lambda axis: axis.grain)
     for axis in placed:
         slack = max(finest.grain, axis.grain) + 1e-6
@@ -147,19 +161,13 @@ def _pooling(operation: Operation, places: Places) -> Axes:
 
 
 def _resized(operation: Operation, places: Places) -> Axes:
-    """An axis of `before` indices is stretched to `after` indices: from edge to edge, or, with
-    `align_corners`, from the first centre to the last."""
+    """An axis of `before` indices is stretched to `after` indices from edge to edge; with
+    `align_corners` too, as well as that can be known."""
     source = inputs_of(operation)[0]
-    axes, corners = _of_tensor(places, source), bool(operation.arguments.get('align_corners'))
-    placed = []
+    axes, placed = _of_tensor(places, source), []
     for number in (-2, -1):
-        before, after = source.length(number), operation.length(number)
-        if corners and after > 1:
-            stride, first = (before - 1) / (after - 1), 0.0
-        else:
-            stride = before / after
-            first = stride / 2 - 0.5
-        placed.append(_slid(axes[number], stride, first))
+        stride = source.length(number) / operation.length(number)
+        placed.append(_slid(axes[number], stride, stride / 2 - 0.5))
     return (*axes[:-2], *placed)
 
 
@@ -289,6 +297,19 @@ def _item(operation: Operation, places: Places) -> Axes:
     return places[inputs_of(operation)[0]]
 
 
+def _along(operation: Operation, places: Places) -> Axes:
+    """An operation that says along which axes it works, `dim` or `dims`: the others stay."""
+    name = 'dims' if 'dims' in operation.arguments else 'dim'
+    if operation.arguments.get(name) is None:
+        raise NotExportable('it works along all axes')
+    axes = _of_tensor(places, inputs_of(operation)[0])
+    along = {dim % len(axes) for dim in operation.numbers(name)}
+    if operation.shape is not None and len(operation.shape) == len(axes) - len(along):
+        return tuple(axis for n, axis in enumerate(axes) if n not in along)
+    return tuple((LOST if axis is not None else None) if n in along else axis
+                 for n, axis in enumerate(axes))  # fmt: skip
+
+
 def _unknown(operation: Operation, places: Places) -> Axes:
     """An operation that is not known here: what depends on places has none afterwards."""
     known = [places[source] for source in inputs_of(operation) if source.shape is not None]
@@ -324,20 +345,27 @@ RULES: dict[str, Rule] = {
                      '_softmax', 'log_softmax', 'prelu', 'dropout', 'feature_dropout', 'clone',
                      'contiguous', 'to', '_to_copy', 'detach', 'native_group_norm',
                      'native_layer_norm', '_native_batch_norm_legit_no_training', 'expand',
-                     'hardswish', 'log_sigmoid', 'alias'), _as_the_first),
+                     'hardswish', 'log_sigmoid', 'alias', 'channel_shuffle',
+                     'native_channel_shuffle'), _as_the_first),
 }  # fmt: skip
 
 
 def _axes_of(operation: Operation, places: Places) -> Axes:
     """The axes of an operation's result."""
-    rule = RULES.get(operation.kind)
-    if rule is None and torch.Tag.pointwise in getattr(operation.target, 'tags', ()):
-        rule = _place_by_place
-    if rule is not None:
-        axes, _ = attempt(partial(rule, operation, places), NotExportable, ValueError)
-        if axes is not None and len(axes) == len(operation.axes):
-            return axes
+    axes, _ = attempt(partial(_rule_of(operation), operation, places), NotExportable, ValueError)
+    if axes is not None and len(axes) == len(operation.axes):
+        return axes
     return _unknown(operation, places)
+
+
+def _rule_of(operation: Operation) -> Rule:
+    if operation.kind in RULES:
+        return RULES[operation.kind]
+    if torch.Tag.pointwise in getattr(operation.target, 'tags', ()):
+        return _place_by_place
+    tensors = [source for source in inputs_of(operation) if source.shape is not None]
+    says_axes = len(tensors) == 1 and {'dim', 'dims'} & operation.arguments.keys()
+    return _along if says_axes else _unknown
 
 
 def axes_of_output(graph: Graph) -> Axes:
@@ -345,7 +373,7 @@ def axes_of_output(graph: Graph) -> Axes:
     places: Places = {}
     for operation in graph.operations:
         if operation is graph.image:
-            places[operation] = (None, None, *(Axis(1.0, 0.0, 1.0) for _ in operation.axes[2:]))
+            places[operation] = (None, None, *(Axis(rows, 1.0, 0.0, 1.0) for rows in (True, False)))
         elif operation.shape is None:  # several results, or a number
             places[operation] = _of_several(operation, places)
         elif operation.target is None:  # a constant
@@ -357,11 +385,11 @@ def axes_of_output(graph: Graph) -> Axes:
 
 def _of_several(operation: Operation, places: Places) -> Axes:
     """The axes that all results of an operation share, if it gives several."""
-    rule = RULES.get(operation.kind)
-    if rule in (_pooling, _as_the_first):
-        axes, _ = attempt(partial(rule, operation, places), NotExportable, ValueError)
-        return axes or ()
-    return ()
+    rule = _rule_of(operation)
+    if rule not in (_pooling, _as_the_first, _along):
+        return ()
+    axes, _ = attempt(partial(rule, operation, places), NotExportable, ValueError)
+    return axes or ()
 
 
 # --------------------------------------------------------------------------- the place of the map
@@ -380,13 +408,13 @@ class _RawMap(nn.Module):
 
 def _span(axis: Axis, length: int, size: int) -> tuple[int, int]:
     """From which pixel of the image to which an axis with so many indices reaches, edge to edge;
-    (0, size) where that is the whole image as well as can be known. size: of the image."""
-    whole = Axis(size / length, (size / length - 1) / 2, 1.0)
-    slack = max(axis.grain, axis.scale, 0.5) / 2 + 1e-6
-    if all(abs(axis.at(end) - whole.at(end)) <= slack for end in (0, length - 1)):
+    (0, size) where that is the whole image, to an index. size: of the image."""
+    start, extent = axis.start(), axis.scale * length
+    slack = max(axis.scale, 1.0)
+    if axis.scale != 1 and abs(start) < slack and abs(start + extent - size) < slack:
         return 0, size
-    start = axis.offset - axis.scale / 2 + 0.5
-    return round(start), round(start + axis.scale * length)
+    first = math.floor(start + 0.5)
+    return first, first + round(extent)
 
 
 def place_of_map(
@@ -402,22 +430,24 @@ def place_of_map(
     begin = f'the map of the network has {own[1]}×{own[0]} pixels, its input {size[1]}×{size[0]}: '
     graph, reason = attempt(partial(trace, _RawMap(network), example), NotExportable)
     axes = (LOST, LOST) if graph is None else axes_of_output(graph)[-2:]
-    if not all(isinstance(axis, Axis) for axis in axes):
-        verb = 'enlarged' if own[0] <= size[0] and own[1] <= size[1] else 'fitted'
+    spans = [_span(axis, length, whole) for axis, length, whole in zip(axes, own, size, strict=True)
+             if isinstance(axis, Axis)]  # fmt: skip
+    pairs = zip(spans, size, strict=False)
+    meets = all(stop > 0 and start < whole for (start, stop), whole in pairs)
+    turned = [axis.rows for axis in axes if isinstance(axis, Axis)] == [False, True]
+    if len(spans) < 2 or turned or not meets:
         why = f' ({reason})' if reason else ''
         return None, (
-            f'{begin}it was {verb} to the whole input, since the operations of the network do not '
-            f'tell which part of the input it shows{why}'
+            f'{begin}it was fitted to the whole input, since the operations of the network do not '
+            f'tell which part of the input it shows{why}; where it shows a part, wrap the network '
+            'so that it pads its map'
         )
-    rows, columns = (
-        _span(axis, length, whole)
-        for axis, length, whole in zip(axes, own, size, strict=True)
-        if isinstance(axis, Axis)
-    )
+    rows, columns = spans
     if (rows, columns) == ((0, size[0]), (0, size[1])):
         return None, ''
+    beside = min(rows[0], columns[0]) > 0 or rows[1] < size[0] or columns[1] < size[1]
     return (rows, columns), (
         f'{begin}by its kernels, strides and paddings it shows rows {rows[0]} to {rows[1] - 1} and '
-        f'columns {columns[0]} to {columns[1] - 1} of the input, and lies there; pixels beside it '
-        'have no prediction'
+        f'columns {columns[0]} to {columns[1] - 1} of the input, and lies there'
+        + ('; pixels beside it have no prediction' if beside else '')
     )

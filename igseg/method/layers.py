@@ -17,10 +17,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from igseg.engine.engine import Crops
+from igseg.engine.geometry import place_of_map
 from igseg.engine.sampler import AtImage
 from igseg.errors import InputError
 from igseg.method.walk import Task
@@ -80,6 +80,23 @@ def layer_named(model: nn.Module, x: torch.Tensor, name: str) -> nn.Module:
     raise InputError(f'{reason} (choose from {names}, or another module that gives one map)')
 
 
+class UpToLayer(nn.Module):
+    """The part of a network up to a layer: images (N, C, H, W) -> output of the layer."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.model, self.layer = model, layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: list[torch.Tensor] = []
+        handle = self.layer.register_forward_hook(lambda *given: outputs.append(given[-1].clone()))
+        try:
+            output_of(self.model, x)
+        finally:
+            handle.remove()
+        return outputs[-1]
+
+
 class FromLayer(nn.Module):
     """The part of a network behind a layer: output of the layer (N, c, h, w) -> the logit map at
     the image's size. Everything that does not depend on the layer is computed from the image x."""
@@ -135,18 +152,22 @@ def at_layer(task: Task, name: str, baselines: bool = True) -> Iterator[Task]:
         all_activations = [activations, *(network.see(image.to(dtype))[1] for image in others)]
         engine.passes.forward += len(all_activations)
         x, *starts = (image.to(of_image) for image in all_activations)
+        place, _ = place_of_map(UpToLayer(model, layer), task.x.to(dtype), activations)
         targets = tuple(task.at_image.targets)
         at_image = AtImage(x, logits.to(of_image), targets, None, Crops(targets))
         yield replace(task, engine=engine, at_image=at_image, baselines=starts,
-                      pixels_of_pass=task.pixels)  # fmt: skip
+                      pixels_of_pass=task.pixels, place=place)  # fmt: skip
     finally:
         handle.remove()
 
 
-def enlarged_sum(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def enlarged_sum(
+    values: torch.Tensor, size: Sequence[int], place: Place | None = None
+) -> torch.Tensor:
     """A map (c, h, w), enlarged bilinearly to (c, H, W) with the same sum: each value is divided
-    among the pixels to which it contributes, in proportion to its weights there."""
-    resize = partial(F.interpolate, size=size, mode='bilinear', align_corners=False)
+    among the pixels to which it contributes, in proportion to its weights there. place: where the
+    map lies in the image; None: it shows the whole image. What lies beside the image is cut off."""
+    resize = partial(fitted, size=size, place=place)
     with torch.enable_grad():
         ones = torch.ones_like(values[None, :1]).requires_grad_()
         (footprint,) = torch.autograd.grad(resize(ones).sum(), ones)  # (1, 1, h, w)

@@ -16,7 +16,6 @@ from itertools import product
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from igseg.engine.sampler import AttributionPath, PathSampler
@@ -32,6 +31,8 @@ from igseg.method.method import Method, Multiplied, PathMethod
 from igseg.method.paths import BlurPath, DrawnPath, StraightPath, UnitVelocity
 from igseg.method.rules import MethodRule, Rule, Stratified
 from igseg.method.walk import Task, trend_of
+from igseg.network.kinds import Place
+from igseg.network.outputs import fitted
 
 # One gradient, at the image: no integral.
 AT_IMAGE = Rule('at the image', np.ones(1), np.ones(1), degree=0)
@@ -308,16 +309,19 @@ class LayerMethod(Method):
         with at_layer(task, self.layer) as layer_task:
             paths = (StraightPath(baseline, layer_task.x) for baseline in layer_task.baselines)
             results = layer_task.walk(paths).results()
-            return [_at_size(result, task.x.shape[-2:]) for result in results]
+            size, place = task.x.shape[-2:], layer_task.place
+            return [_at_size(result, size, place) for result in results]
 
 
-def _at_size(result: MethodResult, size: Sequence[int]) -> MethodResult:
-    """The result at a layer, enlarged to the size (H, W)."""
+def _at_size(result: MethodResult, size: Sequence[int], place: Place | None) -> MethodResult:
+    """The result at a layer, enlarged to the size (H, W) of the image, where it lies at `place`."""
     fine, uncertainty = result.attributions, result.uncertainty
     return replace(
         result,
-        attributions=enlarged_sum(fine.sum(dim=0, keepdim=True), size),
-        uncertainty=None if uncertainty is None else enlarged_sum(uncertainty[None], size)[0],
+        attributions=enlarged_sum(fine.sum(dim=0, keepdim=True), size, place),
+        uncertainty=None
+        if uncertainty is None
+        else enlarged_sum(uncertainty[None], size, place)[0],
         total=float(fine.double().sum()),
         fine=fine.cpu(),
     )
@@ -338,7 +342,7 @@ class GradCamMethod(LayerMethod):
             for mean in gradients:
                 weights = mean.integral[0].mean(dim=(1, 2), keepdim=True)  # (c, 1, 1)
                 layer_map = (weights * layer_task.x[0]).sum(dim=0, keepdim=True).relu()  # (1, h, w)
-                enlarged = F.interpolate(layer_map[None], task.x.shape[-2:], mode='bilinear')[0]
+                enlarged = fitted(layer_map[None], task.x.shape[-2:], layer_task.place)[0]
                 results.append(MethodResult(enlarged, 1, fine=layer_map.cpu()))
         return results
 

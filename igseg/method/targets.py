@@ -197,6 +197,11 @@ def pixel_target(context: TargetContext, argument: str) -> Target:
             f'Y from {top} to {top + height - 1})'
         )
     column, row = context.placement.to_model(x, y) if context.placement else (x, y)
+    if not (row < context.labels.shape[0] and column < context.labels.shape[1]):
+        raise InputError(
+            f'target pixel {x},{y}: the network gives one number for each image, not a map (use '
+            '--target image)'
+        )
     region = torch.zeros_like(context.labels, dtype=torch.bool)
     region[row, column] = True
     if not (region & context.network.inside(region)).any():
@@ -314,7 +319,8 @@ class Prediction:
             numbers = torch.where(network.inside(numbers), numbers, -1)  # does not count
         if numbers is not None and numbers.shape != masks.shape[-2:]:
             raise InputError(
-                f'truth has shape {tuple(numbers.shape)}, the prediction {tuple(masks.shape[-2:])}'
+                f'truth has shape {tuple(numbers.shape)}, the prediction {tuple(masks.shape[-2:])} '
+                '(leave out the truth, or give it in that shape)'
             )
         context = TargetContext(
             logits[0], masks, numbers, placement, network, question.min_object_area

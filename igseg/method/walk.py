@@ -27,6 +27,7 @@ from igseg.explanation import MethodResult, Trend, completeness_gap
 from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
 from igseg.method.rules import AnyRule, Integration, Stratified, first_nodes
 from igseg.network.description import NetworkDescription
+from igseg.network.kinds import Place
 from igseg.network.outputs import OutOfMemory, out_of_memory_is_one_error
 from igseg.network.score import Score
 
@@ -127,6 +128,7 @@ class Task:
     references: torch.Tensor | None = None  # (n, C, H, W): other images
     on_steps: Callable[[int], object] = lambda count: None  # called with the number of steps done
     pixels_of_pass: int | None = None  # of the network's input, if x is the output of a layer
+    place: Place | None = None  # where x lies in the image, if it is the output of a layer
     checks_gradient: bool = True  # whether to measure how far the gradient misses the score
 
     @property

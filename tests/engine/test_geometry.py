@@ -85,6 +85,12 @@ PLACED = {
     'stride': (lambda: nn.Sequential(nn.Conv2d(3, 2, 5), nn.Conv2d(2, 2, 4, 2), nn.Conv2d(2, 1, 5)),
                64, 7),
     'dilated': (lambda: same_place(3, 1, 3, dilation=4), 32, 4),
+    'strides without skips': (lambda: nn.Sequential(
+        *(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(4)),
+        *(nn.ConvTranspose2d(3, 3, 4, 2, 1) for _ in range(4)), nn.Conv2d(3, 1, 3)), 64, 1),
+    'FCN-16s': (lambda: nn.Sequential(
+        *(nn.MaxPool2d(2) for _ in range(4)), nn.ConvTranspose2d(3, 1, 32, 16)), 64, -8),
+    'gated': (lambda: nn.Sequential(nn.Conv2d(3, 4, 5), nn.GLU(1), nn.Conv2d(2, 1, 1)), 32, 2),
     'larger': (lambda: same_place(3, 1, 3, padding=5), 32, -4),
 }  # fmt: skip
 
@@ -95,6 +101,33 @@ def test_convolutions_without_padding_show_the_middle(kind):
     rows, note = place(build(), (size, size + 16))
     assert rows == ((rim, size - rim), (rim, size + 16 - rim))
     assert f'rows {rim} to {size - rim - 1}' in note
+
+
+def test_sides_that_no_stride_divides_begin_at_the_edge():
+    down = [nn.Conv2d(3, 3, 3, 2, 1) for _ in range(4)]
+    up = [nn.ConvTranspose2d(3, 3, 4, 2, 1) for _ in range(4)]
+    assert place(nn.Sequential(*down, *up), (56, 56))[0] == ((0, 64), (0, 64))
+
+
+def test_an_even_kernel_keeps_the_resolution():
+    where, _ = place(nn.Sequential(*(nn.Conv2d(3, 3, 2) for _ in range(3))), (32, 32))
+    assert where == ((2, 31), (2, 31))
+
+
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :1].transpose(2, 3)
+
+
+class Beside(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x[:, :1], (60, 0, 0, 0))[..., :50]
+
+
+@pytest.mark.parametrize('build', [Turned, Beside])
+def test_a_map_that_is_turned_or_beside_the_image_is_not_placed(build):
+    where, note = place(build(), (32, 48))
+    assert where is None and 'do not tell' in note
 
 
 def test_each_axis_has_its_own_place():
@@ -145,7 +178,7 @@ class Branches(nn.Module):
 @pytest.mark.parametrize('build', [Tokens, Branches])
 def test_what_the_operations_do_not_tell_is_said(build):
     where, note = place(build(), (32, 32))
-    assert where is None and 'enlarged to the whole input' in note
+    assert where is None and 'fitted to the whole input' in note
 
 
 def test_ways_that_disagree_are_told():
@@ -184,6 +217,15 @@ def test_targets_and_truth_count_only_where_the_map_lies():
     ):
         with pytest.raises(InputError, match=r'beside the map|is empty'):
             ig.explain(x, outside, **QUICK)
+
+
+@pytest.mark.parametrize('method', ['layer:downs.0', 'gradcam:convs.1', 'layer:last'])
+def test_the_map_of_a_layer_lies_where_the_layer_sees_the_image(method):
+    x = bright((60, 76), slice(26, 32), slice(44, 52))
+    explanation = IntegratedGradients(Valid(), 'cpu').explain(x, method=method, num_steps=4)
+    magnitude = explanation.attributions.abs().sum(dim=0)
+    on_object = magnitude[26:32, 44:52].sum() / magnitude.sum()
+    assert on_object > 0.9
 
 
 @pytest.mark.parametrize('method', ['guided', 'gradcam:last', 'layer:last', 'occlusion', 'blur'])
