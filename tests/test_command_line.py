@@ -290,7 +290,10 @@ def test_figures_are_redrawn_without_the_model(tmp_path):
         assert (np.asarray(Image.open(path)) == picture).all()
 
 
-@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ('number', 'status'),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)],
+)
 def test_interrupted_batch_keeps_a_summary_and_says_how_to_go_on(tmp_path, number, status):
     process = subprocess.Popen(
         [sys.executable, 'integrated_gradients.py', *SLOW_BATCH, '--num_samples', 'all',

@@ -209,7 +209,10 @@ def load_weights(
     if not checkpoint.unused:
         return []
     count = len(checkpoint.unused)
-    return [f'{count} tensors beside the weights are not used ({_names_text(checkpoint.unused)})']
+    verb = 's are' if count > 1 else ' is'
+    return [
+        f'{count} tensor{verb} left over beside the weights, not used ({_names_text(checkpoint.unused)})'
+    ]
 
 
 def runs_at(network: torch.nn.Module, channels: int, size: tuple[int, int]) -> bool:

@@ -232,7 +232,7 @@ def test_what_lies_beside_the_weights(folder):
     torch.save({'model': {**state, **beside}, 'ema': dict(state.items())}, folder / 'm.pth')
     loaded = load_model(folder / 'm.pth', 'cpu', model_factory=factory)
     notes = ' '.join(loaded.network_description.notes)
-    assert '3 tensors beside the weights are not used (aux.weight' in notes
+    assert '3 tensors are left over beside the weights, not used (aux.weight' in notes
     assert loaded.preprocessing.mean == (0.5,) and loaded.preprocessing.std == (0.25,)
     del state['down1.0.weight']
     torch.save(state, folder / 'm.pth')
