@@ -208,11 +208,9 @@ def load_weights(
     network.load_state_dict(stored, strict=False)
     if not checkpoint.unused:
         return []
-    count = len(checkpoint.unused)
+    count, names = len(checkpoint.unused), _names_text(checkpoint.unused)
     verb = 's are' if count > 1 else ' is'
-    return [
-        f'{count} tensor{verb} left over beside the weights, not used ({_names_text(checkpoint.unused)})'
-    ]
+    return [f'{count} tensor{verb} left over beside the weights, not used ({names})']
 
 
 def runs_at(network: torch.nn.Module, channels: int, size: tuple[int, int]) -> bool:
