@@ -12,7 +12,8 @@ are slower and give the same result.
                                          its arguments, what it writes and which memory it shares
     expression_of                        `SymInt.node.expr`: how a size follows from the number of
                                          images
-    TorchDispatchMode                    a mode that sees every operator; its module is private
+    OperatorMode                         `torch.utils._python_dispatch.TorchDispatchMode`, a mode
+                                         that sees every operator, and its `_should_skip_dynamo`
     packed_weight, convolve_packed       `torch.ops.mkldnn._reorder_convolution_weight` and
                                          `_convolution_pointwise`: weights in the order of oneDNN
 
@@ -26,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     import sympy
@@ -71,6 +72,15 @@ def arguments_of(operator: Operator) -> Iterator[tuple[str, object]]:
 def expression_of(size: torch.SymInt) -> sympy.Expr:
     """How a size follows from the number of images."""
     return size.node.expr
+
+
+class OperatorMode(TorchDispatchMode):
+    """A mode inside which `__torch_dispatch__` sees every operator."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Without this, torch imports its compiler for each such mode, which takes a second."""
+        return False
 
 
 # --------------------------------------------------------------------------- oneDNN

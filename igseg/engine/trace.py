@@ -24,7 +24,7 @@ from torch import nn
 
 from igseg.engine.private_torch import (
     Operator,
-    TorchDispatchMode,
+    OperatorMode,
     WithoutDefault,
     arguments_of,
     expression_of,
@@ -440,7 +440,7 @@ def _on_meta(operator: Operator, arguments: Mapping[str, object]) -> Any:
     return operator(**named)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(OperatorMode):
     """Records the operations of a network that runs on meta tensors inside this mode.
 
     The mode stands inside `torch.inference_mode`, where PyTorch shows it whole operators, such as
