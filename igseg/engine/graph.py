@@ -1,6 +1,6 @@
 """The graph of a network, which computes the whole output or only some boxes of it.
 
-    trace       the network as torch.export traces it, for any batch of images of one size
+    trace       the network as it was recorded, for any batch of images of one size
     rewrites    exact rewrites of the graph, which make it faster
     crops       which box of its inputs each operation needs for a box of its result
     this file   the order of what is computed for some boxes of the output (`Plan`)
