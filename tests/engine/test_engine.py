@@ -12,7 +12,7 @@ from torch import nn
 from igseg.engine import preparation, rewrites
 from igseg.engine.engine import Crops, GradientEngine, boxes_of, parts_of
 from igseg.engine.graph import NetworkGraph
-from igseg.engine.preparation import measure_deviation, prepared_copy
+from igseg.engine.preparation import prepared_copy
 from igseg.method.walk import mask_nodes
 from igseg.network.identity import fingerprint
 from igseg.network.score import Target
@@ -148,28 +148,6 @@ def test_what_cannot_be_copied_either_is_run_itself(brain):
     network = Stubborn(3, 1, 3).eval()
     copied, prepared = prepared_copy(network, brain)
     assert copied.network is network and prepared.no_graph
-
-
-def test_a_custom_gradient_is_not_lost(brain):
-    """Neither a recording nor an export would hold a custom backward."""
-
-    class Doubled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return 2 * gradient
-
-    class Network(nn.Conv2d):
-        def forward(self, x):
-            return Doubled.apply(super().forward(x))
-
-    network = Network(3, 1, 3).eval()
-    copied, prepared = prepared_copy(network, brain)
-    assert 'autograd.Function' in prepared.no_graph and not prepared.fell_back
-    assert max(measure_deviation(network, copied, brain)) < 1e-5
 
 
 def test_a_network_in_training_mode_is_prepared_for_evaluation_and_stays_in_training():

@@ -123,6 +123,10 @@ def test_what_cannot_be_recorded_is_refused(kind):
 def test_what_an_export_would_lose_is_not_exported(kind):
     with pytest.raises(NotExportable, match=r'no_grad.*autograd\.Function'):
         trace(network(NOT_RECORDED[kind]), X)
+    net = network(NOT_RECORDED[kind])
+    prepared, preparation = prepared_copy(net, X)
+    assert 'autograd.Function' in preparation.no_graph and not preparation.fell_back
+    assert max(measure_deviation(net, prepared, X)) < 1e-5
 
 
 @pytest.mark.parametrize('kind', ['a view changes', 'in place', 'detached', 'attention'])
