@@ -22,7 +22,7 @@ import torch
 from igseg.engine.engine import CHECKED_NODES, Crops, GradientEngine
 from igseg.engine.preparation import reduced_dtype
 from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
-from igseg.errors import NonFiniteError, attempt
+from igseg.errors import InputError, NonFiniteError, attempt
 from igseg.explanation import MethodResult, Trend, completeness_gap
 from igseg.method.integral import MeanIntegral, PathIntegral, integrate_targets
 from igseg.method.rules import AnyRule, Integration, Stratified, first_nodes
@@ -210,7 +210,8 @@ class Task:
         self, sampler: PathSampler, nodes: np.ndarray
     ) -> tuple[torch.dtype | None, float]:
         """The reduced type and the deviation of the map from float32. The type is None if the user
-        wants none, or if it is not accurate enough and the user leaves the choice (`auto`).
+        wants none, or if it is not accurate enough, or not possible, and the user leaves the choice
+        (`auto`). Raises InputError if a type that the user names is not possible.
 
         nodes: the nodes that are always evaluated."""
         integration = self.integration
@@ -218,7 +219,17 @@ class Task:
         if reduced is None or self.engine.dtype != torch.float32:
             return None, 0.0
         rows = {int(np.abs(nodes - alpha).argmin()) for alpha in CHECKED_NODES}
-        deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(rows)])
+        try:
+            deviation = sampler.check_precision(reduced, [float(nodes[k]) for k in sorted(rows)])
+        except NonFiniteError:
+            raise
+        except InputError as error:  # an operation of the network does not know this type
+            if integration.precision != 'auto':
+                raise InputError(
+                    f'precision {integration.precision}, which the network does not take (leave it '
+                    f'out): {error}'
+                ) from None
+            return None, 0.0
         limit = min(integration.precision_tolerance, (integration.tolerance or 1.0) / 2)
         refused = integration.precision == 'auto' and not deviation <= limit  # also where it is NaN
         return None if refused else reduced, deviation

@@ -8,7 +8,7 @@ import torch
 from helpers import relative_error
 from torch import nn
 
-from integrated_gradients import IntegratedGradients, Target
+from integrated_gradients import InputError, IntegratedGradients, Target
 
 
 def test_an_outer_autocast_does_not_matter(smooth_network, brain):
@@ -93,6 +93,30 @@ def test_auto_takes_reduced_precision_where_it_is_fast_and_accurate(
     assert chosen(False) == 'float32'
     assert chosen(True, precision_tolerance=1e-5) == 'float32'
     assert chosen(True, tolerance=1e-3) == 'float32'  # the map is to be more exact than that
+
+
+class Fourier(nn.Module):
+    """A network with an operation that has no reduced precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last(torch.fft.fft2(torch.complex(y, 0.5 * y)).real)
+
+
+def test_auto_leaves_a_type_that_the_network_does_not_take(monkeypatch, brain):
+    monkeypatch.setattr('igseg.engine.preparation.cpu_has_bfloat16', lambda: True)
+    ig = IntegratedGradients(Fourier().eval(), 'cpu')
+    chosen = ig.explain(brain, 'image', num_steps=5, precision='auto')
+    exact = ig.explain(brain, 'image', num_steps=5)
+    assert chosen.cost.precision == 'float32'
+    assert relative_error(chosen.attributions, exact.attributions) < 1e-5
+    with pytest.raises(InputError, match='precision bfloat16, which the network does not take'):
+        ig.explain(brain, 'image', num_steps=5, precision='bfloat16')
 
 
 def test_reduced_precision_of_a_gpu_follows_its_generation(monkeypatch):
