@@ -16,11 +16,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from igseg.engine.private_torch import (
     Operator,
@@ -455,19 +456,19 @@ class _Recorder(OperatorMode):
         self._by_tensor: dict[int, Operation] = {}
         self._kept: list[torch.Tensor] = []  # a tensor that is gone would give its identity away
         self._aliased: set[Operation] = set()  # operations that may share memory with others
-        self._of_image: set[Operation] = set()  # operations that depend on the image
+        self.of_image: set[Operation] = set()  # operations that depend on the image
 
     def add(
         self, operation: Operation, tensor: torch.Tensor | None = None, aliased: bool = False
     ) -> Operation:
         """Add an operation. tensor: its result. aliased: whether it may share memory."""
         self.operations.append(operation)
-        if operation.kind == 'image' or self._of_image.intersection(inputs_of(operation)):
+        if operation.kind == 'image' or self.of_image.intersection(inputs_of(operation)):
             if not torch.is_grad_enabled():
                 raise GradientOfItsOwn(
                     'parts of the network run under torch.no_grad, or as a torch.autograd.Function'
                 )
-            self._of_image.add(operation)
+            self.of_image.add(operation)
         if tensor is not None:
             self._by_tensor[id(tensor)] = operation
             self._kept.append(tensor)
@@ -479,10 +480,6 @@ class _Recorder(OperatorMode):
         operation = Operation('constant', None, {}, tuple(value.shape))
         self.constants[operation] = value
         return self.add(operation, meta, aliased=True)
-
-    def depends_on_image(self, operation: Operation) -> bool:
-        """Whether the result of an operation depends on the image."""
-        return operation in self._of_image
 
     def operation_of(self, tensor: torch.Tensor) -> Operation:
         """The operation that gave a tensor. A tensor with values is a constant."""
@@ -553,9 +550,22 @@ class _Recorder(OperatorMode):
         if (result.shape, result.dtype) != (written.shape, written.dtype):
             raise NotExportable(f'{kind} changes the shape or the type of a tensor in place')
         recorded = {name: _mapped(value, self.operation_of) for name, value in arguments.items()}
-        operation = Operation(kind.removesuffix('_'), same, recorded, tuple(result.shape))
-        self.add(operation, written)
+        shape = tuple(result.shape)
+        self.add(Operation(kind.removesuffix('_'), same, recorded, shape), written)
         return written
+
+
+class _WithoutAutocast(TorchFunctionMode):
+    """Refuses functions under autocast, which does nothing to meta tensors."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_autocast_enabled(self.device):
+            raise NotExportable('parts of the network run under autocast')
+        return func(*args, **(kwargs or {}))
 
 
 def _recording(network: nn.Module, example: torch.Tensor, count: int) -> _Recorder:
@@ -572,14 +582,18 @@ def _recording(network: nn.Module, example: torch.Tensor, count: int) -> _Record
         meta_network = copy.deepcopy(network, memo)
         x = torch.empty((count, *example.shape[1:]), dtype=example.dtype, device='meta')
         recorder.add(Operation('image', None, {}, tuple(x.shape)), x, aliased=True)
-        with recorder:
+        with recorder, _WithoutAutocast(example.device.type):
             result = meta_network(x)
         if not isinstance(result, torch.Tensor):
             raise NotExportable('the network gives more than one result')
         recorder.output = recorder.operation_of(result)
-        if not recorder.depends_on_image(recorder.output):
+        if recorder.output not in recorder.of_image:
             raise NotExportable('the network gives what does not depend on its input')
     return recorder
+
+
+def _line(summand: int, factor: int) -> Callable[[int], int]:
+    return lambda count: summand + factor * count
 
 
 class _Merge:
@@ -606,17 +620,15 @@ class _Merge:
         output = self._argument([recording.output for recording in self.recordings])
         assert isinstance(output, Operation)  # as in every recording
         image = next(operation for operation in first.operations if operation.kind == 'image')
-        sizes: dict[Operation, Callable[[int], int]] = {
-            operation: partial(_linear, *key) for key, operation in self.sizes.items()
-        }
+        sizes = {operation: _line(*key) for key, operation in self.sizes.items()}
         return Graph([*sizes, *first.operations], image, output, first.constants, sizes)
 
     def _check_constant(self, same: Sequence[Operation]) -> None:
         values = [r.constants[o] for r, o in zip(self.recordings, same, strict=True)]
+        first = values[0]
         for value in values[1:]:
-            if value.dtype != values[0].dtype or not (
-                value.data_ptr() == values[0].data_ptr() or torch.equal(value, values[0])
-            ):
+            alike = value.data_ptr() == first.data_ptr() or torch.equal(value, first)
+            if not alike or value.dtype != first.dtype:
                 raise NotExportable('a value depends on the number of images')
 
     def _linear_in_count(self, values: Sequence[int]) -> tuple[int, int]:
@@ -656,10 +668,6 @@ class _Merge:
             key = self._linear_in_count(values)
             return self.sizes.setdefault(key, Operation('size', None, {}, None))
         raise NotExportable('an argument depends on the number of images')
-
-
-def _linear(summand: int, factor: int, count: int) -> int:
-    return summand + factor * count
 
 
 def record(network: nn.Module, example: torch.Tensor, counts: Sequence[int] = RECORDED) -> Graph:
