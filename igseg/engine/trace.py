@@ -522,11 +522,10 @@ class _Recorder(OperatorMode):
             if shares_memory(func) or 'dropout' in kind or kind == 'type_as':
                 self._aliased |= {operation, *inputs_of(operation)[:1]}
             return
-        if not isinstance(result, (list, tuple)):
-            return
         operation, start = self.add(Operation(kind, func, arguments, None)), 0
         self._aliased |= {*inputs_of(operation)[:1]}
-        for index, part in enumerate(result):
+        parts = enumerate(result) if isinstance(result, (list, tuple)) else ()
+        for index, part in parts:
             if not isinstance(part, torch.Tensor):
                 continue
             item = Operation('getitem', _item_of, {'values': operation, 'index': index}, ())
