@@ -104,6 +104,7 @@ from igseg.program import print_any_name
 from igseg.results.export import Output
 from igseg.results.files import Description, make_output_folder
 from igseg.settings import OF_AN_EXPLANATION, Settings
+from igseg.start import run
 
 # --------------------------------------------------------------------------- the method
 
@@ -687,4 +688,4 @@ __all__ = [  # `import *` gives the names of this module that users write, and H
 ]  # fmt: skip
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run(main))
