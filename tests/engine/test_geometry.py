@@ -175,7 +175,11 @@ class Branches(nn.Module):
         return x[:, :1, ::2, ::2] * (2.0 if float(x.sum()) > 1e9 else 1.0)
 
 
-@pytest.mark.parametrize('build', [Tokens, Branches])
+def segformer() -> nn.Module:
+    return smp.Segformer('mit_b0', encoder_weights=None, upsampling=1)
+
+
+@pytest.mark.parametrize('build', [Tokens, Branches, segformer])
 def test_what_the_operations_do_not_tell_is_said(build):
     where, note = place(build(), (32, 32))
     assert where is None and 'fitted to the whole input' in note
