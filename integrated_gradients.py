@@ -291,8 +291,7 @@ class IntegratedGradients:
                 method.check_network(self.model, x.to(engine.dtype))
         with engine.running(x, self.facts.state):
             before = engine.forward_passes, engine.gradient_evaluations
-            with torch.no_grad():
-                logits = engine.run(x)  # (1, K, h, w)
+            logits = engine.predict(x)  # (1, K, h, w)
             network = replace(network, place=engine.place)
             prediction = Prediction.of(network, logits, question, given.truth, given.placement)
             crops = engine.compared_crops(x, logits, prediction.targets)

@@ -32,7 +32,7 @@ from rival_rules import NUIG_INTERVALS, nuig_rule, riemannopt_rule
 from tqdm import tqdm
 
 from igseg.data.samples import list_samples
-from igseg.engine.preparation import prepared_copy
+from igseg.engine.preparation import prepared_network
 from igseg.method.integral import Interval, PathIntegral, adaptive_rounds, run_alone, sum_rule
 from igseg.method.rules import ADAPTIVE, FIXED_RULES
 from igseg.network.loading import load_model
@@ -143,7 +143,7 @@ def load(model_path: str, size: int | None) -> tuple[torch.nn.Module, Preprocess
         stored = model.preprocessing
         fit = Preprocessing(size or stored.image_size, 'stretch', stored.mean, stored.std)
         example = torch.zeros(1, 3, fit.image_size, fit.image_size)
-        _prepared[model_path] = prepared_copy(model, example)[0], fit
+        _prepared[model_path] = prepared_network(model, example).network, fit
     return _prepared[model_path]
 
 

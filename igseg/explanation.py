@@ -38,7 +38,7 @@ class Cropping:
     boxes: int = 1  # of the output
     # Relative L2 difference of the logits from those of the whole map; None: nothing is cropped.
     logit_deviation: float | None = None
-    gradient_deviation: float | None = None  # None: measured on another image of this size
+    gradient_deviation: float | None = None  # the same for a gradient, on one image of this size
     fell_back: bool = False  # nothing is cropped, because the crops deviated too much
 
 

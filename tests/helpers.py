@@ -19,6 +19,8 @@ from runs import DEMO_DATA, DEMO_MODEL, ROOT, differences, family, tiny_model, t
 
 import integrated_gradients
 from igseg.analysis.summary import StatisticsFiles, read_table
+from igseg.engine.preparation import Network, prepared_network
+from igseg.explanation import Preparation
 from igseg.method.integral import (
     Enough,
     Evaluate,
@@ -205,3 +207,9 @@ class Scaled(torch.nn.Module):
 
     def forward(self, x):
         return self.formula(self.conv(x)) * self.factor
+
+
+def prepared_copy(network: torch.nn.Module, example: torch.Tensor) -> tuple[Network, Preparation]:
+    """What runs instead of a network, and how it was prepared."""
+    prepared = prepared_network(network, example)
+    return prepared.network, prepared.preparation

@@ -210,3 +210,40 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     assert stopped.value.code == 2
     said = 'error: no-such-module is not installed (run: pip install -r requirements.txt)\n'
     assert capsys.readouterr().err == said
+
+
+# ------------------------------------------------------------------ the compiler of PyTorch
+
+
+COMPILER_LATER = {
+    'compile': 'print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist())',
+    'export': 'print(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)) is None)',
+    'deterministic': 'torch.use_deterministic_algorithms(True); import torchvision; '
+    'print(torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [torch.ones(1, 4)], 1).shape)',
+    'a part of it': 'from torch._dynamo.exc import Unsupported; import torch._dynamo; '
+    'assert torch._dynamo.exc.Unsupported is Unsupported; print(Unsupported)',
+    'a setting': 'print(torch._dynamo.config.cache_size_limit)',
+}
+
+
+@pytest.mark.parametrize('use', COMPILER_LATER)
+def test_the_compiler_is_imported_when_it_is_used(use):
+    """A start of the program leaves it out, which saves a second."""
+    code = (
+        'import sys; from igseg.start import answer_first; '
+        f'answer_first([*{MODEL}, "--image_path", "demo/README.md"]); '
+        'import torch, segmentation_models_pytorch; '
+        'assert not hasattr(sys.modules["torch._dynamo"], "__file__"); '
+        f'{COMPILER_LATER[use]}; '
+        'assert sys.modules["torch._dynamo"].__spec__.name == "torch._dynamo"'
+    )
+    done = run('-c', code)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_whole_command_does_not_import_the_compiler(tmp_path):
+    image = ('--image_path', 'demo/Dataset_no_preprocessing/test/colin27_axial_079.jpg')
+    done = run('-X', 'importtime', 'integrated_gradients.py', *MODEL, *image, '--image_size', '64',
+               '--num_steps', '4', '--target', 'image', '--output_dir', str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 'timm' in slow_libraries(done.stderr) and 'torch._dynamo' not in done.stderr

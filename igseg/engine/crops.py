@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,11 @@ def slices_of(outer: Box, inner: Box) -> tuple[slice, ...]:
         else slice(i[0] - (o[0] if o else 0), i[1] - (o[0] if o else 0))
         for o, i in zip(outer, inner, strict=True)
     )  # fmt: skip
+
+
+def place_of(box: Box) -> tuple[EllipsisType | slice, ...]:
+    """The rows and columns of a box, as an index into a whole map (..., h, w)."""
+    return (..., *slices_of((None,) * len(box), box)[-2:])
 
 
 def length_of(span: Span, size: int | None) -> int:

@@ -16,14 +16,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import EllipsisType
 
 import cv2
 import numpy as np
 import torch
 from torch import nn
 
-from igseg.engine.crops import Box, slices_of
+from igseg.engine.crops import Box, place_of
 from igseg.engine.geometry import place_of_map
 from igseg.engine.graph import NetworkGraph, Plan
 from igseg.engine.memory import StepBatch
@@ -33,7 +32,8 @@ from igseg.engine.preparation import (
     ROUNDED_GRADIENT,
     LogitMap,
     Network,
-    prepared_copy,
+    Prepared,
+    prepared_network,
     reduced_copy,
     relative_difference,
     within,
@@ -119,11 +119,6 @@ def boxes_of(region: torch.Tensor) -> list[Box]:
     ]
 
 
-def place_of(box: Box) -> tuple[EllipsisType | slice, ...]:
-    """The rows and columns of a box, as an index into a whole map (..., h, w)."""
-    return (..., *slices_of((None,) * len(box), box)[-2:])
-
-
 @dataclass(frozen=True)
 class Crops:
     """Which boxes of the output are computed for some targets, and how the scores of the targets
@@ -191,7 +186,8 @@ class GradientEngine:
         self.output_note = ''  # which of several logit maps is explained; empty: there is only one
         self._reduced_copies: dict[torch.dtype, nn.Module] = {}  # of a network without a graph
         self._fingerprint: Fingerprint | None = None
-        self._prepared: dict[torch.Size, tuple[Network, Preparation]] = {}
+        self._prepared: dict[torch.Size, Prepared] = {}
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None  # an image and its logits
         # By the size of images: whether several may go through the network together.
         self._independence: dict[torch.Size, bool] = {}
         self._place_notes: dict[torch.Size, str] = {}  # where the map lies, in a sentence
@@ -236,7 +232,7 @@ class GradientEngine:
     @property
     def place_note(self) -> str:
         """The same in a sentence; empty where nothing was to be decided."""
-        sizes = [size for size, (network, _) in self._prepared.items() if network is self.network]
+        sizes = [size for size, p in self._prepared.items() if p.network is self.network]
         return self._place_notes.get(sizes[0], '') if sizes else ''
 
     @property
@@ -283,13 +279,26 @@ class GradientEngine:
             while len(self._prepared) >= MOST_GRAPHS:
                 del self._prepared[next(iter(self._prepared))]
             with explained_network(x.shape):
-                self._prepared[size] = self._new_copy(x.to(self.dtype))
-        if self._prepared[size][0] is not self.network:
-            self.network, self.preparation = self._prepared[size]
+                prepared = self._new_copy(x.to(self.dtype))
+            if prepared.logits is not None:
+                self._seen = x, prepared.logits.to(x.dtype)
+            if prepared.in_part is not None:
+                self._note_independence(size, prepared.in_part.independent)
+                self._gradient_deviations[size] = prepared.in_part.of_crops
+            self._prepared[size] = replace(prepared, logits=None)
+        prepared = self._prepared[size]
+        if prepared.network is not self.network:
+            self.network, self.preparation = prepared.network, prepared.preparation
             self.runs_reduced, self._reduced_copies = {}, {}
         self._fingerprint = now
 
-    def _new_copy(self, x: torch.Tensor) -> tuple[Network, Preparation]:
+    def _note_independence(self, size: torch.Size, independent: bool) -> None:
+        """Note whether images of a size may go through the network together."""
+        self._independence[size] = independent
+        if not independent:
+            self.step_batch.one_at_a_time()
+
+    def _new_copy(self, x: torch.Tensor) -> Prepared:
         size = x.shape[-2:]
         network = self.model.network if isinstance(self.model, LogitsOf) else self.model
         with torch.no_grad():
@@ -297,7 +306,7 @@ class GradientEngine:
         self.output_note = choice_among(output, size)
         logits = segmentation_logits(output, size)
         place, self._place_notes[x.shape[1:]] = place_of_map(network, x, logits)
-        return prepared_copy(self.model, x, place)
+        return prepared_network(self.model, x, place, logits)
 
     def crops(self, targets: Sequence[Score]) -> Crops:
         """Which part of the output is computed for some targets: boxes around their regions, if
@@ -320,26 +329,21 @@ class GradientEngine:
         self, x: torch.Tensor, logits: torch.Tensor, targets: Sequence[Score]
     ) -> Crops:
         """`crops`, compared with the whole map on an image x (1, C, H, W): the logits always, the
-        gradient on the first image of a size. If the crops deviate, the whole map is computed.
+        gradient on the first image of a size, unless it was compared on a part of the image as the
+        network was prepared. If the crops deviate, the whole map is computed.
 
         logits: the whole map, (1, K, h, w)."""
         crops, graph = self.crops(targets), self.network
         if crops.plan is None or not isinstance(graph, NetworkGraph):
             return crops
-        size, gradient = x.shape[1:], None
-        deviations = [self._crop_deviation(x, logits, crops.plan)]
+        size, logit = x.shape[1:], self._crop_deviation(x, logits, crops.plan)
         if size not in self._gradient_deviations:
-            gradient = self._gradient_deviation(x, crops, graph)
-            self._gradient_deviations[size] = gradient
-            deviations.append(gradient)
-        if not within(deviations, EQUIVALENCE_TOLERANCE):
-            cropping = Cropping(
-                logit_deviation=deviations[0], gradient_deviation=gradient, fell_back=True
-            )
+            self._gradient_deviations[size] = self._gradient_deviation(x, crops, graph)
+        gradient = self._gradient_deviations[size]
+        if not within([logit, gradient], EQUIVALENCE_TOLERANCE):
+            cropping = Cropping(logit_deviation=logit, gradient_deviation=gradient, fell_back=True)
             return Crops(crops.targets, cropping=cropping)
-        cropping = replace(
-            crops.cropping, logit_deviation=deviations[0], gradient_deviation=gradient
-        )
+        cropping = replace(crops.cropping, logit_deviation=logit, gradient_deviation=gradient)
         return replace(crops, cropping=cropping)
 
     def _crop_deviation(self, x: torch.Tensor, logits: torch.Tensor, plan: Plan) -> float:
@@ -372,6 +376,17 @@ class GradientEngine:
         double, _ = attempt(partial(deviation_in, torch.float64), Exception)
         graph.forget(torch.float64)
         return deviation if double is None or double > EXACT_TOLERANCE else double
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits of an image (1, C, H, W), as by `run` without gradients. Those of the image on
+        which the network was prepared are known already."""
+        seen, self._seen = self._seen, None
+        if seen is not None and seen[0] is x:
+            self.passes.forward += 1
+            check_finite(seen[1], 'the logits')
+            return seen[1]
+        with torch.no_grad():
+            return self.run(x)
 
     def run(
         self, x: torch.Tensor, reduced: torch.dtype | None = None, alphas: Sequence[float] = ()
@@ -422,9 +437,7 @@ class GradientEngine:
         if size not in self._independence:
             pair = torch.cat([x[:1], x[-1:]]).detach()
             independent, _ = attempt(partial(self._same_alone, pair, plan), InputError)
-            self._independence[size] = bool(independent)  # None: two images cannot be run
-            if not independent:
-                self.step_batch.one_at_a_time()
+            self._note_independence(size, bool(independent))  # None: two images cannot be run
         return self._independence[size]
 
     def _same_alone(self, pair: torch.Tensor, plan: Plan | None) -> bool:

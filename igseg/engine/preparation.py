@@ -4,12 +4,15 @@ reduced precision pays on which device, and a copy of a network in it."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from igseg.engine.crops import Box, place_of
 from igseg.engine.graph import NetworkGraph
 from igseg.engine.rewrites import Rewrites
 from igseg.engine.trace import NotExportable, record
@@ -21,7 +24,7 @@ from igseg.network.outputs import fitted, frozen, output_of, segmentation_logits
 EQUIVALENCE_TOLERANCE = 1e-4  # relative L2 difference; beyond it the original is used
 EXACT_TOLERANCE = 1e-9  # the same in double precision
 ROUNDED_GRADIENT = 0.02  # relative difference of a gradient that rounding alone may explain
-ARBITER_SIDE = 128  # side of the part of an image that is tried first in double precision
+PART_SIDE = 64  # side of the part of an image that is compared in double precision
 
 
 class LogitMap(nn.Module):
@@ -56,24 +59,61 @@ def within(deviations: Iterable[float], tolerance: float) -> bool:
     return all(deviation <= tolerance for deviation in deviations)
 
 
+# The logits of images, and for each image the gradient of the sum of its squared logits, in which
+# strong logits weigh most.
+Answer = tuple[torch.Tensor, torch.Tensor]
+
+
+def _answer(network: Network, batches: Iterable[torch.Tensor]) -> Answer:
+    """What a network says to images that go through it in these batches (N, C, H, W)."""
+    all_logits: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for batch in batches:
+        x, size = batch.detach().clone().requires_grad_(), batch.shape[-2:]
+        with torch.enable_grad():
+            logits = fitted(segmentation_logits(output_of(network, x), size), size)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # squares overflow
+            gradients += torch.autograd.grad(wide.square().sum(), x)
+        all_logits.append(logits.detach())
+    return torch.cat(all_logits), torch.cat(gradients)
+
+
+def _deviations(answer: Answer, expected: Answer) -> tuple[float, float]:
+    """Relative L2 differences of the logits and of the gradients."""
+    logits, gradient = map(relative_difference, answer, expected)
+    return logits, gradient
+
+
 def measure_deviation(
     original: Network, other: Network, example: torch.Tensor
 ) -> tuple[float, float]:
-    """Relative L2 difference between two networks: of the logits, and of the gradient of the sum
-    of their squares, in which strong logits weigh most."""
-    results = []
-    for network in (original, other):
-        x = example.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            size = x.shape[-2:]
-            logits = fitted(segmentation_logits(output_of(network, x), size), size)
-            (gradient,) = torch.autograd.grad(logits.float().square().sum(), x)
-        results.append((logits.detach(), gradient))
-    (logits, gradient), (other_logits, other_gradient) = results
-    return relative_difference(other_logits, logits), relative_difference(other_gradient, gradient)
+    """Relative L2 difference between two networks: of the logits, and of the gradient."""
+    expected = _answer(original, [example])
+    return _deviations(_answer(other, [example]), expected)
 
 
 # --------------------------------------------------------------------------- what runs instead
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a network and its graph deviate."""
+
+    deviations: tuple[float, float]  # of logits and gradient
+    of_crops: float  # of the gradient through crops of the graph, from that through the whole graph
+    same: bool  # whether the graph, and its crops, compute what the network computes
+    independent: bool  # whether this holds for several images in a batch
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What runs instead of a network on images of one size."""
+
+    network: Network  # the graph, a copy, or the network itself
+    preparation: Preparation
+    logits: torch.Tensor | None = None  # of the example, (1, K, h, w), from what runs
+    # What was seen on a small part of the example; None: the network takes no small images.
+    in_part: Comparison | None = None
 
 
 def _middle(x: torch.Tensor, side: int) -> torch.Tensor:
@@ -84,28 +124,60 @@ def _middle(x: torch.Tensor, side: int) -> torch.Tensor:
     return x[..., top : top + height, left : left + width]
 
 
-def _same_in_double_precision(
-    model: LogitMap, x: torch.Tensor, logits: float, gradient: float
-) -> bool:
-    """Whether the graph agrees with the original in double precision.
+def _images_near(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Images (count, C, H, W) near an image, with noise: where an image is flat, a ReLU may stand
+    at its kink."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((count, *x.shape[1:]), generator=generator)
+    return x + noise.to(x) * (float(x.std()) or 1.0)
 
-    In single precision, rounding alone may push a ReLU over its kink, above all where an image is
-    flat. The logits then agree, and the gradient differs little. In this case the middle of the
-    image is compared first, which takes a fraction of the time and memory. logits, gradient: the
-    deviations in single precision.
+
+def _deviation_of_crops(graph: NetworkGraph, images: torch.Tensor) -> float:
+    """How far the gradient of the squared logits in two boxes of the output deviates, where only
+    these boxes are computed, from that by the whole graph. images: (N, C, H, W)."""
+    height, width = (graph.graph.output.length(axis) for axis in (2, 3))
+    boxes: list[Box] = [
+        (None, None, (height // 4, height // 2 + 1), (width // 4, width // 2 + 1)),
+        (None, None, (height * 3 // 4, height), (width * 3 // 4, width)),
+    ]
+    counted = images.new_zeros(height, width)
+    for box in boxes:
+        counted[place_of(box)] = 1
+    gradients: list[torch.Tensor] = []
+    for plan in (graph.whole, graph.plan(boxes)):
+        x = images.clone().requires_grad_()
+        with torch.enable_grad():
+            maps = zip(plan.boxes, graph.run(x, plan), strict=True)
+            squares = [(logits * counted[place_of(box)]).square().sum() for box, logits in maps]
+            gradients += torch.autograd.grad(torch.stack(squares).sum(), x)
+    return relative_difference(gradients[1], gradients[0])
+
+
+def _compared_near(model: LogitMap, x: torch.Tensor, batches: Sequence[int]) -> Comparison:
+    """Compare a network with its graph on images near x (1, C, H, W).
+
+    batches: how many images the graph sees at once, while the network always sees a single image;
+    a further number is tried if with the one before it they differ. Raises any error of a network
+    that needs another size or type.
     """
-    likely = logits <= EQUIVALENCE_TOLERANCE and gradient <= ROUNDED_GRADIENT
-    likely = likely and model.place is None  # the place is that of the map of a whole image
-    for part in [_middle(x, ARBITER_SIDE), x] if likely else [x]:
-        try:
-            double, part = copy.deepcopy(model).double(), part.double()
-            # A graph for a single image says the same, and is made in a third of the time.
-            traced, _ = attempt(partial(record, double, part, (1,)), NotExportable)
-            deviations = measure_deviation(double, NetworkGraph(double, part, traced), part)
-        except Exception:  # the network needs another size or type, or cannot be copied
-            continue
-        return within(deviations, EXACT_TOLERANCE)
-    return False
+    tolerance = EXACT_TOLERANCE if x.dtype == torch.float64 else EQUIVALENCE_TOLERANCE
+    images = _images_near(x, max(batches))
+    expected = _answer(model, images.split(1))
+    for batch in batches:
+        # A graph for one number of images is made in a third of the time.
+        graph = NetworkGraph(model, x, record(model, x, (batch,)))
+        deviations = _deviations(_answer(graph, images.split(batch)), expected)
+        of_crops = _deviation_of_crops(graph, images[:batch])
+        if within((*deviations, of_crops), tolerance):
+            return Comparison(deviations, of_crops, True, batch > 1)
+    return Comparison(deviations, of_crops, False, False)
+
+
+def _compared_in_double(model: LogitMap, x: torch.Tensor, batches: Sequence[int]) -> Comparison:
+    """`_compared_near` in double precision on the CPU, where rounding hides no difference, and
+    pushes no ReLU over its kink. Raises any error of a network that cannot be copied, too."""
+    double = copy.deepcopy(model).cpu().double()
+    return _compared_near(double, x.detach().cpu().double(), batches)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -126,37 +198,75 @@ def _check_answers(model: nn.Module, example: torch.Tensor) -> None:
         )
 
 
-def prepared_copy(
-    network: nn.Module, example: torch.Tensor, place: Place | None = None
-) -> tuple[Network, Preparation]:
+def _compared_in_part(
+    model: LogitMap, graph: NetworkGraph, example: torch.Tensor, expected: torch.Tensor
+) -> Prepared | None:
+    """The graph, if its logits of the example are those expected, and if a small part of the
+    example shows that it computes what the network computes, gradient included. None: this does not
+    show it, as where the network takes no small images."""
+    if model.place is not None:  # it is that of the map of a whole image
+        return None
+    with torch.no_grad():
+        logits = graph(example)
+    deviation = relative_difference(logits, expected)
+    if not within([deviation], EQUIVALENCE_TOLERANCE):
+        return None
+    part = _middle(example, PART_SIDE)
+    for compare in (_compared_near, _compared_in_double):
+        compared, _ = attempt(partial(compare, model, part, (2, 1)), Exception)
+        if compared is None:
+            return None
+        if compared.same:
+            break
+    else:
+        return None
+    preparation = _preparation(graph, (deviation, compared.deviations[1]))
+    return Prepared(graph, preparation, logits, compared)
+
+
+def _preparation(
+    graph: NetworkGraph | None, deviations: tuple[float, float], **others: Any
+) -> Preparation:
+    rewrites = Rewrites(0, 0, 0) if graph is None else graph.rewrites
+    return Preparation(
+        rewrites.folded, rewrites.transposed, *deviations,
+        **{'fell_back': False, 'padded': rewrites.padded, **others},
+    )  # fmt: skip
+
+
+def prepared_network(
+    network: nn.Module,
+    example: torch.Tensor,
+    place: Place | None = None,
+    logits: torch.Tensor | None = None,
+) -> Prepared:
     """A network's graph, rewritten and compared with the original. Where there is no graph: a
     private copy of the network. Where graph or copy deviates: the original. All of them give the
     logit map at the size of the input.
 
     example: an input (1, C, H, W) in the network's precision. place: where the network's map lies
-    in the input; None: it shows the whole input.
+    in the input; None: it shows the whole input. logits: the network's logits of the example, where
+    they are known.
     """
-    model = LogitMap(network, place)
+    model, size = LogitMap(network, place), example.shape[-2:]
     with frozen(model):
         graph, reason = attempt(partial(NetworkGraph, model, example), NotExportable)
-        prepared = plain_copy(model) if graph is None else graph
         with torch.no_grad():
-            model(example)  # so that a network which counts its calls deviates from its graph
-        deviations = measure_deviation(model, prepared, example)
+            # Later, a network that counts its calls deviates from its graph.
+            expected = model(example) if logits is None else fitted(logits, size, place)
+        if graph is not None and (prepared := _compared_in_part(model, graph, example, expected)):
+            return prepared
+        prepared_model = plain_copy(model) if graph is None else graph
+        deviations = measure_deviation(model, prepared_model, example)
         fell_back = not within(deviations, EQUIVALENCE_TOLERANCE)
-        if not within(deviations[:1], EQUIVALENCE_TOLERANCE):
+        if fell_back and graph and example.dtype == torch.float32:
+            # Rounding alone may push a ReLU over its kink.
+            whole, _ = attempt(partial(_compared_in_double, model, example, (1,)), Exception)
+            fell_back = whole is None or not whole.same
+        if fell_back or not within(deviations[:1], EQUIVALENCE_TOLERANCE):
             _check_answers(model, example)
-        on_cpu = example.device.type == 'cpu' and example.dtype == torch.float32
-        if fell_back and graph and on_cpu:
-            fell_back = not _same_in_double_precision(model, example, *deviations)
-        if fell_back:
-            _check_answers(model, example)
-    rewrites = Rewrites(0, 0, 0) if graph is None else graph.rewrites
-    preparation = Preparation(
-        rewrites.folded, rewrites.transposed, *deviations, fell_back,
-        padded=rewrites.padded, no_graph=reason, place=place,
-    )  # fmt: skip
-    return model if fell_back else prepared, preparation
+    preparation = _preparation(graph, deviations, fell_back=fell_back, no_graph=reason, place=place)
+    return Prepared(model if fell_back else prepared_model, preparation)
 
 
 # --------------------------------------------------------------------------- reduced precision

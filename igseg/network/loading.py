@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from igseg.errors import InputError, one_line
 from igseg.network.checkpoint import Checkpoint, adapters_text, read_checkpoint
@@ -179,6 +180,17 @@ def _explained_mismatch(path: Path) -> Iterator[None]:
         ) from None
 
 
+class _WithoutInitialValues(TorchFunctionMode):
+    """Networks that are made inside this mode get no random initial values, which take long: all of
+    them are replaced by those of the checkpoint."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = kwargs or {}
+        if getattr(func, '__name__', '') in ('normal_', 'uniform_', 'trunc_normal_'):
+            return args[0] if args else arguments.get('tensor')
+        return func(*args, **arguments)
+
+
 def _smp_network(
     path: Path,
     weights_key: str | None,
@@ -205,7 +217,7 @@ def _smp_network(
             )
     architecture = architecture or _stored_name(stored, 'architecture')
     encoder = encoder or _stored_name(stored, 'encoder')
-    with _explained_mismatch(path):
+    with _explained_mismatch(path), _WithoutInitialValues():
         recognised = recognise(state, path, create_model, architecture, encoder, options)
         _check_options(user_options, recognised.architecture, recognised.encoder)
         model = create_model(recognised.architecture, recognised.encoder, classes,

@@ -6,13 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import relative_error
+from helpers import prepared_copy, relative_error
 from torch import nn
 
 from igseg.engine import preparation, rewrites
 from igseg.engine.engine import Crops, GradientEngine, boxes_of, parts_of
 from igseg.engine.graph import NetworkGraph
-from igseg.engine.preparation import prepared_copy
 from igseg.method.walk import mask_nodes
 from igseg.network.identity import fingerprint
 from igseg.network.score import Target
@@ -75,54 +74,63 @@ def test_a_graph_that_deviates_is_not_used(monkeypatch, demo_model, brain):
 
 @pytest.mark.parametrize('deviations', [(0.0, math.nan), (math.nan, 0.0)])
 def test_a_deviation_that_is_not_a_number_is_one(monkeypatch, x, deviations):
-    def measure(original, other, example):
-        return (0.0, 0.0) if original is other else deviations
-
-    monkeypatch.setattr(preparation, 'measure_deviation', measure)
+    monkeypatch.setattr(preparation, '_deviations', lambda answer, expected: deviations)
+    monkeypatch.setattr(preparation, '_check_answers', lambda model, example: None)
     for network, example in ((decoder(), x), (decoder().float(), x.float())):
         copied, prepared = prepared_copy(network, example)
         assert prepared.fell_back and copied.network is network
 
 
+def compared(monkeypatch, deviations) -> list[tuple[torch.dtype, int]]:
+    """The types and sides of images on which networks are compared from now on. deviations: of the
+    graph in single precision; in double precision they are measured."""
+    tried, answer, deviate = [], preparation._answer, preparation._deviations
+
+    def noted(network, batches):
+        batches = list(batches)
+        tried.append((batches[0].dtype, batches[0].shape[-1]))
+        return answer(network, batches)
+
+    def rounded(given, expected):
+        single = given[0].dtype == torch.float32 and given is not expected
+        return deviations if single else deviate(given, expected)
+
+    monkeypatch.setattr(preparation, '_answer', noted)
+    monkeypatch.setattr(preparation, '_deviations', rounded)
+    monkeypatch.setattr(preparation, '_check_answers', lambda model, example: None)
+    return tried
+
+
 def test_a_kink_that_rounding_moved_is_no_reason_to_fall_back(monkeypatch, brain):
     """Single precision may differ by more than the tolerance; double precision decides."""
-    measured = []
-
-    def measure(original, other, example):
-        measured.append((example.dtype, original is other))
-        rounds = example.dtype == torch.float32 and original is not other
-        return (1e-3, 1e-3) if rounds else (1e-13, 1e-13)
-
-    monkeypatch.setattr(preparation, 'measure_deviation', measure)
+    tried = compared(monkeypatch, (1e-3, 1e-3))
     _, prepared = prepared_copy(decoder().float(), brain)
-    assert measured == [(torch.float32, False), (torch.float32, True), (torch.float64, False)]
-    assert not prepared.fell_back and prepared.gradient_deviation == 1e-3
+    assert list(dict.fromkeys(tried)) == [(torch.float32, 64), (torch.float64, 64)]
+    assert not prepared.fell_back and prepared.gradient_deviation < 1e-9
 
 
 @pytest.mark.parametrize(
-    'off, taken, sides', [(1e-3, 1, [128]), (1e-3, 160, [128, 160]), (0.5, 1, [160])]
+    'off, least, expected',
+    [
+        (0.0, 1, [(torch.float32, 64)]),
+        (1e-3, 1, [(torch.float32, 64), (torch.float64, 64)]),
+        (0.0, 160, [(torch.float32, 64), (torch.float32, 160)]),
+        (1e-3, 160, [(torch.float32, 64), (torch.float32, 160), (torch.float64, 160)]),
+    ],
 )
-def test_double_precision_is_asked_on_a_part_where_that_is_enough(monkeypatch, off, taken, sides):
-    """off: deviation of the gradient in single precision. taken: the least side of images that the
-    network accepts."""
+def test_networks_are_compared_on_a_part_where_they_take_it(monkeypatch, off, least, expected):
+    """off: deviation of the gradient in single precision. least: side of images that the network
+    accepts."""
 
     class Picky(nn.Conv2d):
         def forward(self, x):
-            if x.shape[-1] < taken:
+            if x.shape[-1] < least:
                 raise ValueError('too small')
             return super().forward(x)
 
-    tried, measure = [], preparation.measure_deviation
-
-    def measured(original, other, example):
-        if example.dtype == torch.float64:
-            tried.append(example.shape[-1])
-            return measure(original, other, example)
-        return (1e-7, off if original is not other else 0.0)
-
-    monkeypatch.setattr(preparation, 'measure_deviation', measured)
+    tried = compared(monkeypatch, (1e-7, off))
     _, prepared = prepared_copy(Picky(3, 1, 3).eval(), torch.rand(1, 3, 160, 160))
-    assert tried[-1] == sides[-1] and set(tried) <= set(sides) and not prepared.fell_back
+    assert list(dict.fromkeys(tried)) == expected and not prepared.fell_back
 
 
 class Branching(nn.Conv2d):
@@ -235,7 +243,7 @@ def test_crops_that_deviate_are_not_used(monkeypatch, x):
         assert good.plan is not None and good.cropping.logit_deviation < 1e-12
         assert good.cropping.gradient_deviation < 1e-12
         again = engine.compared_crops(x, logits, [square(8, 5, 5)])
-        assert again.cropping.gradient_deviation is None  # measured once for a size
+        assert again.cropping.gradient_deviation == good.cropping.gradient_deviation
         bad = engine.compared_crops(x, logits + 0.01, [square(5, 5, 5)])
         assert bad.plan is None and bad.cropping.fell_back
 
@@ -249,6 +257,7 @@ def test_crops_whose_deviation_is_not_a_number_are_not_used(monkeypatch, x):
             if spoilt == 'logits':
                 logits[..., 50:55, 50:55] = math.nan  # in the second of two boxes
             else:
+                engine._gradient_deviations.clear()  # as if no part could be compared
                 patch.setattr(GradientEngine, spoilt, lambda *args: math.nan)
             crops = engine.compared_crops(x, logits, targets)
         assert crops.plan is None and crops.cropping.fell_back
