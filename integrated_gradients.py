@@ -581,7 +581,7 @@ def run_single(request: Request) -> int:
     """Explain one image and print its statistics."""
     settings, output = request.settings, request.output
     assert request.image_path is not None  # `parse` has checked it
-    say_cost(settings)
+    say_cost(settings, request.device)
     # A bad image is reported before the model is loaded.
     sample = single_sample(request.image_path, request.mask_path, request.data)
     sample.check(settings.reading)
@@ -603,7 +603,7 @@ def run_batch(request: Request, stop: StopSignals) -> int:
     """
     share = Group.of_torchrun() if started_by_torchrun() else Alone()
     if share.rank == 0:
-        say_cost(request.settings)
+        say_cost(request.settings, request.device)
     network = request.network(device_of_rank(request.device, share.size))
     output = request.output
     result = analyse_dataset(network, request.data, request.num_samples, request.settings, output,

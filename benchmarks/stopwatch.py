@@ -5,14 +5,15 @@
         --data_dir demo/Dataset_no_preprocessing --image_size 256
 
 Both run as processes of their own, from Enter to the last file, one after the other, --repeats
-times: same image, black baseline, mean logit over the predicted mask, --steps equal nodes, one
-figure (ours also writes the map, the statistics and the pictures of its page). With --images N, our
-batch against the script in a loop. Then, in this process, how long the preparation of the network
-takes. Writes benchmarks/results/stopwatch_NAME.md.
+times: same image, in which the network predicts a mask, black baseline, mean logit over the mask,
+--steps equal nodes, one figure (ours also writes the map, the statistics and the pictures of its
+page). With --images N, our batch against the script in a loop. Then, in this process, how long the
+preparation of the network takes. Writes benchmarks/results/stopwatch_NAME.md.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import torch
 from quadrature import benchmark_parser, cpu_name, shown
 from tqdm import tqdm
 
-from igseg.data.samples import list_samples
+from igseg.data.samples import Sample, list_samples
 from integrated_gradients import (
     IntegratedGradients,
     Settings,
@@ -100,7 +101,11 @@ def commands(arguments, images: Sequence[str], work: Path) -> dict[str, list[str
             'cpu', '--output_dir', str(work / 'ours'), '--overwrite', '--on_empty',
             'image']  # fmt: skip
     if len(images) > 1:
-        ours += ['--mode', 'batch', '--data_dir', arguments.data_dir, '--num_samples',
+        folder = work / 'images'
+        folder.mkdir()
+        for image in images:
+            shutil.copy(image, folder)
+        ours += ['--mode', 'batch', '--data_dir', str(folder), '--num_samples',
                  str(len(images))]  # fmt: skip
     else:
         ours += ['--image_path', images[0]]
@@ -110,12 +115,24 @@ def commands(arguments, images: Sequence[str], work: Path) -> dict[str, list[str
     return {'captum': captum_command, 'ours': ours}
 
 
-def preparation(arguments, image: Path) -> float:
+def with_mask(arguments) -> list[Sample]:
+    """--images samples, spread over the dataset, in which the network predicts a mask."""
+    model = load_model(arguments.model_path, 'cpu')
+    fit = input_preprocessing(model, Settings(image_size=256))
+    samples = []
+    for sample in choose_samples(list_samples(Path(arguments.data_dir)), 5 * arguments.images):
+        with torch.no_grad():
+            logits = model(fit.normalise(fit.resize_image(sample.image())))
+        if bool((logits > 0).any()):
+            samples.append(sample)
+    return choose_samples(samples, arguments.images)
+
+
+def preparation(arguments, sample: Sample) -> float:
     """Seconds until the network is prepared for an input, in this process."""
     settings = Settings(image_size=arguments.image_size)
     model = load_model(arguments.model_path, 'cpu')
     fit = input_preprocessing(model, settings)
-    (sample,) = [s for s in list_samples(Path(arguments.data_dir)) if s.image_path == image]
     x = fit.normalise(fit.resize_image(sample.image()))
     times = []
     for _ in range(arguments.repeats):
@@ -133,7 +150,7 @@ def main(command: Sequence[str]) -> int:
     parser.add_argument('--images', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=3)
     arguments = parser.parse_args(command)
-    samples = choose_samples(list_samples(Path(arguments.data_dir)), arguments.images)
+    samples = with_mask(arguments)
     images = [str(Path(sample.image_path).resolve()) for sample in samples]
     seconds: dict[str, list[float]] = {'captum': [], 'ours': []}
     with tempfile.TemporaryDirectory() as work:
@@ -142,7 +159,7 @@ def main(command: Sequence[str]) -> int:
             for tool, words in both.items():
                 seconds[tool].append(seconds_of(words))
     theirs, ours = (median(seconds[tool]) for tool in ('captum', 'ours'))
-    prepared = preparation(arguments, samples[0].image_path)
+    prepared = preparation(arguments, samples[0])
     count = f'{len(images)} images' if len(images) > 1 else 'one image'
     text = f"""# The whole command and a script with Captum: {arguments.name}
 

@@ -27,6 +27,8 @@ from igseg.results.files import FIGURES
 from igseg.setting import Setting, setting
 from igseg.settings import ATTRIBUTION, CHECKING, MODEL, PREPROCESSING, Settings
 
+NOTABLE_SLOWDOWN = 4.0  # of a reduced precision, from which on it is told
+
 WHAT = 'what to explain'
 
 
@@ -257,10 +259,20 @@ def answer(argv: Sequence[str] | None = None) -> None:
 # --------------------------------------------------------------------------- what is printed
 
 
-def say_cost(settings: Settings) -> None:
-    """If checks are wanted, print what they will cost before anything is computed."""
+def say_cost(settings: Settings, device: str) -> None:
+    """Before anything is computed, print what the checks will cost, if they are wanted, and that
+    the processor has no instructions for the precision that the user names."""
     if settings.evaluate:
         print(evaluation_cost(settings.evaluate), file=sys.stderr)
+    if settings.precision not in ('auto', 'float32'):
+        from igseg.engine.preparation import slowdown  # with torch, which is slow to import
+        from igseg.network.loading import resolve_device
+
+        times = slowdown(settings.precision, resolve_device(device))
+        if times > NOTABLE_SLOWDOWN:
+            print(f'note: on this processor a convolution in {settings.precision} takes '
+                  f'{times:.0f} times as long as in float32 (leave out --precision)',
+                  file=sys.stderr)  # fmt: skip
 
 
 def say_letters(output: Output, samples: Iterable[Sample]) -> None:

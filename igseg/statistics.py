@@ -147,7 +147,7 @@ class Measured:
         uncertainty = self.explanation.uncertainty
         if uncertainty is None or not self.summed.any():
             return None
-        return float(uncertainty.double().mean()) / float(self.summed.mean())
+        return float(uncertainty.cpu().double().mean()) / float(self.summed.mean())
 
     @cached_property
     def scores(self) -> dict[str, float | None]:

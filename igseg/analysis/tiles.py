@@ -142,7 +142,7 @@ class Tiling:
         """The share of a picture's target in the core of a tile, and the target of the tile: the
         mean over that part. None if the core has no part of the target."""
         weights = target.weights[:, tile.core_rows, tile.core_columns]
-        share = float(weights.double().sum())
+        share = float(weights.cpu().double().sum())
         if not weights.any():
             return 0.0, None
         tile_weights = target.weights.new_zeros((len(weights), *self.tile))
@@ -178,7 +178,9 @@ class Mosaic:
         all_channels = (slice(None), *place)
         attributions = part.attributions.cpu().float()
         self.attributions[all_channels] += share * attributions[shown]
-        self._squared_error += (share * _error_of(part, float(attributions.double().norm()))) ** 2
+        self._squared_error += (
+            share * _error_of(part, float(attributions.cpu().double().norm()))
+        ) ** 2
         if part.uncertainty is None:
             self._uncertainty_known = False
         else:
@@ -206,7 +208,7 @@ class Mosaic:
     @property
     def map_error(self) -> float | None:
         """Estimated relative L2 error of the map; None: unknown."""
-        size = float(self.attributions.double().norm())
+        size = float(self.attributions.cpu().double().norm())
         error = math.sqrt(self._squared_error) / size if size else math.nan
         return error if math.isfinite(error) else None
 
@@ -229,7 +231,7 @@ class Mosaic:
             start_score=self.baseline_score,
             map_error=self.map_error,
             uncertainty=self.uncertainty,
-            total=float(self.attributions.double().sum()),
+            total=float(self.attributions.cpu().double().sum()),
             score=self.score,
             gradient_deviation=self.gradient_deviation,
             gradient_cause=self.gradient_cause,
@@ -242,7 +244,7 @@ def _error_of(part: Explanation, size: float) -> float:
     if part.map_error is not None:
         return part.map_error * size
     if part.uncertainty is not None and not size:  # a tile that equals its baseline
-        return float(part.uncertainty.double().norm())
+        return float(part.uncertainty.cpu().double().norm())
     return math.nan
 
 

@@ -317,7 +317,9 @@ def _resizing_matrix(operation: Operation, axis: int, dtype: torch.dtype) -> tor
         scale = arguments[('scales_h', 'scales_w')[axis]]
         arguments['scales_h'], arguments['scales_w'] = scale, None
     length = inputs[0].length(2 + axis)
-    arguments[next(iter(arguments))] = torch.eye(length, dtype=dtype).view(1, length, length, 1)
+    arguments[next(iter(arguments))] = torch.eye(length, dtype=dtype, device='cpu').view(
+        1, length, length, 1
+    )
     assert operation.target is not None  # the operation is computed
     resized: torch.Tensor = operation.target(**arguments)
     return resized[0, :, :, 0].T

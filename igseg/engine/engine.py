@@ -25,7 +25,7 @@ from torch import nn
 from igseg.engine.crops import Box, place_of
 from igseg.engine.geometry import place_of_map
 from igseg.engine.graph import NetworkGraph, Plan
-from igseg.engine.memory import StepBatch
+from igseg.engine.memory import StepBatch, widest_type
 from igseg.engine.preparation import (
     EQUIVALENCE_TOLERANCE,
     EXACT_TOLERANCE,
@@ -371,7 +371,8 @@ class GradientEngine:
             return relative_difference(gradients[1], gradients[0])
 
         deviation = deviation_in(None)
-        if deviation <= EQUIVALENCE_TOLERANCE or self.dtype != torch.float32:
+        unknown = self.dtype != torch.float32 or widest_type(self.device) != torch.float64
+        if deviation <= EQUIVALENCE_TOLERANCE or unknown:
             return deviation
         double, _ = attempt(partial(deviation_in, torch.float64), Exception)
         graph.forget(torch.float64)

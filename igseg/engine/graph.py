@@ -38,6 +38,7 @@ from igseg.engine.crops import (
 )
 from igseg.engine.rewrites import Kernel, rewrite
 from igseg.engine.trace import Compute, Graph, Operation, Shape, trace
+from igseg.network.outputs import WITHOUT_GRADIENT
 
 # --------------------------------------------------------------------------- crops
 
@@ -285,6 +286,11 @@ class NetworkGraph:
     def whole(self) -> Plan:
         """The plan that computes the whole output."""
         return self.plan([whole(self.output_shape)])
+
+    @cached_property
+    def stops_gradients(self) -> bool:
+        """Whether an operation may pass no gradient on, or another one than its own."""
+        return any(operation.kind in WITHOUT_GRADIENT for operation in self.graph.operations)
 
     def plan(self, boxes: Sequence[Box]) -> Plan:
         """The plan that computes some boxes of the output."""

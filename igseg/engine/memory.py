@@ -110,6 +110,11 @@ class StepBatch:
             torch.cuda.synchronize(self.device)
 
 
+def widest_type(device: torch.device) -> torch.dtype:
+    """The widest floating type that a device has: MPS has no float64."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Peak memory so far, in bytes: of tensors on a GPU, else of this process; None: unknown."""
     if device.type == 'cuda':

@@ -250,7 +250,7 @@ def stratified_rounds(rule: Stratified, steps: int, enough: Enough | None = None
                 new_nodes = None
             total = total + sum(pair, start=torch.zeros(())) / (len(pair) * strata)
             half = (pair[-1] - pair[0]) / (2 * strata)  # half the difference, times the share
-            parts = half, half.sum(dim=1, keepdim=True), half.flatten(1).double().sum(dim=1)
+            parts = half, half.sum(dim=1, keepdim=True), half.flatten(1).sum(dim=1)
             moments = [m + part.square() for m, part in zip(moments, parts, strict=True)]
         running = PathIntegral(total / count, count * len(nodes))
         if len(nodes) > 1:

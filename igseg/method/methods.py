@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from igseg.engine.memory import widest_type
 from igseg.engine.sampler import AttributionPath, PathSampler
 from igseg.errors import InputError
 from igseg.explanation import (
@@ -228,7 +229,7 @@ class GuidedMethod(Method):
     ) -> tuple[torch.Tensor, list[float]]:
         """The map (C, H, W) of one path, and F at the start of every step and at the end."""
         steps, change = task.integration.steps, task.x - baseline
-        exact = torch.float32 if change.device.type == 'mps' else torch.float64
+        exact = widest_type(change.device)
         change = change.to(exact)
         progress = torch.zeros_like(change)  # of each input, from 0 (baseline) to 1 (image)
         total, scores = torch.zeros_like(change), []
@@ -322,7 +323,7 @@ def _at_size(result: MethodResult, size: Sequence[int], place: Place | None) -> 
         uncertainty=None
         if uncertainty is None
         else enlarged_sum(uncertainty[None], size, place)[0],
-        total=float(fine.double().sum()),
+        total=float(fine.cpu().double().sum()),
         fine=fine.cpu(),
     )
 

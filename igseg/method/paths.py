@@ -58,10 +58,10 @@ class DrawnPath:
 
 def cosines(side: int, like: torch.Tensor) -> torch.Tensor:
     """The orthonormal cosine transform (DCT-II) of `side` values, a matrix (side, side)."""
-    n = torch.arange(side, device=like.device, dtype=torch.float64)
+    n = torch.arange(side, device='cpu', dtype=torch.float64)
     basis: torch.Tensor = torch.cos(torch.pi / side * (n + 0.5) * n[:, None]) * (2 / side) ** 0.5
     basis[0] /= 2**0.5
-    return basis.to(like.dtype)
+    return basis.to(like)
 
 
 def _squared_frequencies(image: torch.Tensor) -> torch.Tensor:

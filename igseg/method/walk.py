@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from igseg.engine.engine import CHECKED_NODES, Crops, GradientEngine
+from igseg.engine.graph import NetworkGraph
 from igseg.engine.preparation import reduced_dtype
 from igseg.engine.sampler import AtImage, AttributionPath, PathSampler
 from igseg.errors import InputError, NonFiniteError, attempt
@@ -42,6 +43,7 @@ MOST_MASKS = 3
 # central differences of so small a part of the path that kinks (of ReLU) hardly matter.
 GRADIENT_PLACES = (0.25, 0.5, 0.75)
 GRADIENT_STEP = 1e-4
+CLEAR_DEVIATION = 0.02  # up to which a single node is enough
 SCORE_ROUNDING = 5e-6  # rounding error of F in single precision, relative to the largest |F|
 # A change of the score between two nodes that the gradient misses counts if it is so much larger
 # than the estimated error of the map, and than this share of all changes of the score; and if it
@@ -378,19 +380,31 @@ def gradient_deviations(sampler: PathSampler, map_errors: Sequence[float | None]
     errors of the maps; None: the second measure says nothing on this path.
     """
     nodes = _checked_nodes(sampler)
-    measured = sampler.measured_slopes(nodes, GRADIENT_STEP).numpy()  # (nodes, targets)
-    slopes = torch.stack([sampler.slopes[node] for node in nodes]).cpu().double().numpy()
-    scores = torch.stack(list(sampler.scores.values())).cpu().double().abs().nan_to_num(0.0)
-    noise = SCORE_ROUNDING * scores.amax(dim=0).numpy() / GRADIENT_STEP
-    larger = np.maximum(np.abs(measured), np.abs(slopes))
-    beyond = np.maximum(np.abs(measured - slopes) - noise, 0)
-    deviations = np.divide(beyond, larger, out=np.zeros_like(beyond), where=larger > 0)
+    network = sampler.engine.network
+    # Where no operation stops a gradient, a single node is enough, unless it deviates.
+    clear = isinstance(network, NetworkGraph) and not network.stops_gradients
+    deviations = _slope_deviations(sampler, nodes[len(nodes) // 2 :][:1] if clear else nodes)
+    if clear and not (deviations <= CLEAR_DEVIATION).all():
+        deviations = _slope_deviations(sampler, nodes)
     medians: list[float] = np.median(deviations, axis=0).tolist()
     if getattr(sampler.path, 'unit', False):  # the slopes are not those of the path
         return medians
     missed = [0.0 if error is None else _missed_share(sampler, target, error)
               for target, error in enumerate(map_errors)]  # fmt: skip
     return [max(pair) for pair in zip(medians, missed, strict=True)]
+
+
+def _slope_deviations(sampler: PathSampler, nodes: Sequence[float]) -> np.ndarray:
+    """The relative differences between the slopes by the gradient and by central differences,
+    beyond rounding: (nodes, targets)."""
+    measured = sampler.measured_slopes(nodes, GRADIENT_STEP).numpy()
+    slopes = torch.stack([sampler.slopes[node] for node in nodes]).cpu().double().numpy()
+    scores = torch.stack(list(sampler.scores.values())).cpu().double().abs().nan_to_num(0.0)
+    noise = SCORE_ROUNDING * scores.amax(dim=0).numpy() / GRADIENT_STEP
+    larger = np.maximum(np.abs(measured), np.abs(slopes))
+    beyond = np.maximum(np.abs(measured - slopes) - noise, 0)
+    relative: np.ndarray = np.divide(beyond, larger, out=np.zeros_like(beyond), where=larger > 0)
+    return relative
 
 
 def _checked_nodes(sampler: PathSampler) -> list[float]:

@@ -8,7 +8,10 @@ import torch
 from helpers import relative_error
 from torch import nn
 
-from integrated_gradients import InputError, IntegratedGradients, Target
+from igseg.command_line import say_cost
+from igseg.engine import preparation
+from igseg.engine.preparation import slowdown
+from integrated_gradients import InputError, IntegratedGradients, Settings, Target
 
 
 def test_an_outer_autocast_does_not_matter(smooth_network, brain):
@@ -148,3 +151,20 @@ def test_a_target_whose_map_is_zero_leaves_the_others_error_known():
     assert not explanations[0].attributions.any()
     assert all(math.isfinite(explanation.cost.precision_deviation) for explanation in explanations)
     assert explanations[1].map_error is not None
+
+
+def test_a_precision_without_instructions_is_told_before_the_work(monkeypatch, capsys):
+    settings = Settings(precision='bfloat16')
+    for times, told in ((300.0, True), (0.5, False)):
+        monkeypatch.setattr(preparation, 'slowdown', lambda precision, device, t=times: t)
+        say_cost(settings, 'cpu')
+        assert ('300 times as long' in capsys.readouterr().err) is told
+    say_cost(Settings(), 'cpu')
+    assert not capsys.readouterr().err
+
+
+def test_a_convolution_is_timed_only_where_a_precision_is_named():
+    cpu = torch.device('cpu')
+    assert slowdown('auto', cpu) == slowdown('float32', cpu) == 1
+    assert slowdown('bfloat16', torch.device('meta')) == 1
+    assert 0 < slowdown('bfloat16', cpu) < math.inf
