@@ -114,7 +114,8 @@ def json_writer(content: object) -> Callable[[Path], object]:
 
 def figure_writer(figure: Figure) -> Callable[[Path], object]:
     """The function that writes a matplotlib figure as PNG."""
-    return lambda path: figure.savefig(path, format='png')
+    # Packed more tightly, the file is a tenth smaller and takes a third longer.
+    return lambda path: figure.savefig(path, format='png', pil_kwargs={'compress_level': 3})
 
 
 def _picture_writer(array: np.ndarray) -> Callable[[Path], object]:
