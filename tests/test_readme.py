@@ -220,6 +220,15 @@ def test_the_readme_gives_the_speed_that_was_measured():
     assert all(row in PAGES['speed'] for row in rows)
 
 
+def test_the_page_gives_what_a_person_was_measured_to_wait_for():
+    rows = table(PAGES['speed'], '| | the script')
+    files = ('demo', 'reference_256', 'reference_640', 'demo_10_images')
+    assert len(rows) == len(files)
+    for file, (_, *figures, _preparation) in zip(files, rows, strict=True):
+        ((_, *seconds),) = measured(f'stopwatch_{file}.md', '| | Captum')
+        assert figures == seconds, file
+
+
 def test_the_readme_gives_the_shares_and_medians_of_methods_that_were_measured():
     planted: dict[str, list[int]] = {}
     for cells in measured('planted_methods.md', '| evidence |'):
