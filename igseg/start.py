@@ -49,10 +49,15 @@ class _Compiler(ModuleType):
     The compiler takes a second to import. This program compiles nothing, but timm, torchvision and
     PyTorch itself ask for these functions."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)  # for those who ask whether there is a compiler
+
     @staticmethod
-    def disable(function: object, *_: object, **__: object) -> object:
-        """Mark a function that must not be compiled: nothing is."""
-        return function
+    def disable(fn: object = None, *_: object, **__: object) -> object:
+        """Mark a function that must not be compiled: nothing is. Without a function, as a decorator
+        with arguments, it gives what marks one."""
+        return (lambda function: function) if fn is None else fn
 
     @staticmethod
     def is_compile_supported(device_type: str) -> object:

@@ -279,7 +279,7 @@ class GradientEngine:
             while len(self._prepared) >= MOST_GRAPHS:
                 del self._prepared[next(iter(self._prepared))]
             with explained_network(x.shape):
-                prepared = self._new_copy(x.to(self.dtype))
+                prepared = self._new_copy(x.to(self.dtype), now)
             if prepared.logits is not None:
                 self._seen = x, prepared.logits.to(x.dtype)
             if prepared.in_part is not None:
@@ -298,15 +298,16 @@ class GradientEngine:
         if not independent:
             self.step_batch.one_at_a_time()
 
-    def _new_copy(self, x: torch.Tensor) -> Prepared:
+    def _new_copy(self, x: torch.Tensor, now: Fingerprint) -> Prepared:
         size = x.shape[-2:]
         network = self.model.network if isinstance(self.model, LogitsOf) else self.model
         with torch.no_grad():
             output = output_of(network, x)
+        steady = fingerprint(self.model) == now
         self.output_note = choice_among(output, size)
         logits = segmentation_logits(output, size)
         place, self._place_notes[x.shape[1:]] = place_of_map(network, x, logits)
-        return prepared_network(self.model, x, place, logits)
+        return prepared_network(self.model, x, place, logits if steady else None)
 
     def crops(self, targets: Sequence[Score]) -> Crops:
         """Which part of the output is computed for some targets: boxes around their regions, if

@@ -274,6 +274,8 @@ class NetworkGraph:
         """network: frozen, in evaluation mode, with one tensor as result. example: (1, C, H, W).
         traced: the network's graph, where it is known."""
         self.graph = trace(network, example) if traced is None else traced
+        # The operators in their order, before the rewrites.
+        self.recorded = tuple(o.target for o in self.graph.operations if o.target is not None)
         self.rewrites = rewrite(self.graph)
         self._constants: dict[torch.dtype | None, Constants] = {}
 

@@ -23,7 +23,7 @@ modules keep their hooks: no public function gives them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +67,21 @@ def arguments_of(operator: Operator) -> Iterator[tuple[str, object]]:
     for argument in operator._schema.arguments:
         has_default = argument.has_default_value()
         yield argument.name, argument.default_value if has_default else WithoutDefault
+
+
+def named_arguments(
+    target: Operator, args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    """All arguments of a call by their names."""
+    named = {}
+    for number, (name, default) in enumerate(arguments_of(target)):
+        if number < len(args):
+            named[name] = args[number]
+        elif name in kwargs:
+            named[name] = kwargs[name]
+        elif default is not WithoutDefault:
+            named[name] = default
+    return named
 
 
 def expression_of(size: torch.SymInt) -> sympy.Expr:

@@ -16,7 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,10 +26,9 @@ from torch.overrides import TorchFunctionMode
 from igseg.engine.private_torch import (
     Operator,
     OperatorMode,
-    WithoutDefault,
-    arguments_of,
     expression_of,
     name_of,
+    named_arguments,
     same_overload,
     shares_memory,
     writes_in_place,
@@ -184,6 +183,7 @@ class Graph:
     # maps over which it slides.
     kernels: dict[Operation, tuple[Sliding, Shape]] = field(default_factory=dict)
     not_recorded: str | None = None  # why it comes from `torch.export`; None: it was recorded
+    asks_for_gradients: bool = False  # whether the code looks whether a tensor needs a gradient
 
     def readers(self) -> dict[Operation, list[Operation]]:
         """For each operation those that read it. The output counts as a reader of itself."""
@@ -278,21 +278,6 @@ def _operation_of(
     return Operation(kind, target, arguments, _shape_of(node))
 
 
-def _named_arguments(
-    target: Operator, args: Sequence[object], kwargs: Mapping[str, object]
-) -> dict[str, object]:
-    """All arguments of a call by their names."""
-    named = {}
-    for number, (name, default) in enumerate(arguments_of(target)):
-        if number < len(args):
-            named[name] = args[number]
-        elif name in kwargs:
-            named[name] = kwargs[name]
-        elif default is not WithoutDefault:
-            named[name] = default
-    return named
-
-
 class _Import:
     """Turns an exported program, in which nothing works in place any more, into a Graph."""
 
@@ -354,7 +339,7 @@ class _Import:
         elif isinstance(target, Operator):
             args = [self._argument(value) for value in node.args]
             kwargs = {name: self._argument(value) for name, value in node.kwargs.items()}
-            arguments = _named_arguments(target, args, kwargs)
+            arguments = named_arguments(target, args, kwargs)
             if writes_in_place(target):
                 raise NotExportable(f'{name_of(target)} changes a tensor in place')
             self._add(node, _operation_of(node, name_of(target), target, arguments))
@@ -425,6 +410,7 @@ def export(network: nn.Module, example: torch.Tensor) -> Graph:
 # --------------------------------------------------------------------------- recording
 
 RECORDED = (2, 3, 5)  # numbers of images; a size that is linear in these is so in all
+NEEDS_GRADIENT = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 WITHOUT_CHANCE = {'train': False, 'training': False, 'dropout_p': 0.0}  # nothing random is done
 
 
@@ -457,6 +443,7 @@ class _Recorder(OperatorMode):
         self._kept: list[torch.Tensor] = []  # a tensor that is gone would give its identity away
         self._aliased: set[Operation] = set()  # operations that may share memory with others
         self.of_image: set[Operation] = set()  # operations that depend on the image
+        self.asked = False  # see `Graph.asks_for_gradients`
 
     def add(
         self, operation: Operation, tensor: torch.Tensor | None = None, aliased: bool = False
@@ -493,7 +480,7 @@ class _Recorder(OperatorMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        arguments = _named_arguments(func, args, kwargs or {})
+        arguments = named_arguments(func, args, kwargs or {})
         if torch.Tag.nondeterministic_seeded in func.tags and not any(
             arguments.get(name, True) == value for name, value in WITHOUT_CHANCE.items()
         ):
@@ -544,7 +531,7 @@ class _Recorder(OperatorMode):
         same = same_overload(func, kind.removesuffix('_')) if kind.endswith('_') else None
         if same is None or not written.is_meta or self.operation_of(written) in self._aliased:
             raise NotExportable(f'{kind} changes a tensor in place')
-        arguments = _named_arguments(same, list(arguments.values()), {})
+        arguments = named_arguments(same, list(arguments.values()), {})
         result = _on_meta(same, arguments)
         if (result.shape, result.dtype) != (written.shape, written.dtype):
             raise NotExportable(f'{kind} changes the shape or the type of a tensor in place')
@@ -554,14 +541,16 @@ class _Recorder(OperatorMode):
         return written
 
 
-class _WithoutAutocast(TorchFunctionMode):
-    """Refuses functions under autocast, which does nothing to meta tensors."""
+class _Watch(TorchFunctionMode):
+    """Refuses functions under autocast, which does nothing to meta tensors, and notes whether the
+    code looks for gradients, which meta tensors do not need."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.asked = device, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.asked |= func == NEEDS_GRADIENT
         if torch.is_autocast_enabled(self.device):
             raise NotExportable('parts of the network run under autocast')
         return func(*args, **(kwargs or {}))
@@ -581,8 +570,9 @@ def _recording(network: nn.Module, example: torch.Tensor, count: int) -> _Record
         meta_network = copy.deepcopy(network, memo)
         x = torch.empty((count, *example.shape[1:]), dtype=example.dtype, device='meta')
         recorder.add(Operation('image', None, {}, tuple(x.shape)), x, aliased=True)
-        with recorder, _WithoutAutocast(example.device.type):
+        with recorder, _Watch(example.device.type) as watch:
             result = meta_network(x)
+        recorder.asked = watch.asked
         if not isinstance(result, torch.Tensor):
             raise NotExportable('the network gives more than one result')
         recorder.output = recorder.operation_of(result)
@@ -591,8 +581,8 @@ def _recording(network: nn.Module, example: torch.Tensor, count: int) -> _Record
     return recorder
 
 
-def _line(summand: int, factor: int) -> Callable[[int], int]:
-    return lambda count: summand + factor * count
+def _on_line(summand: int, factor: int, count: int) -> int:
+    return summand + factor * count
 
 
 class _Merge:
@@ -619,8 +609,10 @@ class _Merge:
         output = self._argument([recording.output for recording in self.recordings])
         assert isinstance(output, Operation)  # as in every recording
         image = next(operation for operation in first.operations if operation.kind == 'image')
-        sizes = {operation: _line(*key) for key, operation in self.sizes.items()}
-        return Graph([*sizes, *first.operations], image, output, first.constants, sizes)
+        sizes: dict[Operation, Callable[[int], int]]
+        sizes = {o: partial(_on_line, *key) for key, o in self.sizes.items()}
+        return Graph([*sizes, *first.operations], image, output, first.constants, sizes,
+                     asks_for_gradients=first.asked)  # fmt: skip
 
     def _check_constant(self, same: Sequence[Operation]) -> None:
         values = [r.constants[o] for r, o in zip(self.recordings, same, strict=True)]

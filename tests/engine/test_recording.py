@@ -9,8 +9,9 @@ from torch import nn
 from igseg.engine import graph as graphs
 from igseg.engine import trace as tracing
 from igseg.engine.graph import NetworkGraph
-from igseg.engine.preparation import measure_deviation
+from igseg.engine.preparation import measure_deviation, prepared_network
 from igseg.engine.trace import NotExportable, export, record, trace
+from igseg.errors import InputError
 
 X = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -181,3 +182,54 @@ def test_a_network_is_recorded_three_times_and_never_exported(monkeypatch):
     monkeypatch.setattr(tracing, 'export', None)
     prepared_copy(network(RECORDED['in place']), X)
     assert counts[:3] == [2, 3, 5] and counts[3:] == [2]
+
+
+# ------------------------------------------------------------------ what small images do not show
+
+
+def large(x):
+    return x.shape[-1] > 100
+
+
+def hooked_where_large(net, x):
+    y = net.conv(x)
+    if large(x) and y.requires_grad:
+        y.register_hook(lambda gradient: gradient * 0.1)
+    return y.relu()
+
+
+def normed_where_large(net, x):
+    y = net.conv(x)
+    return F.batch_norm(y, None, None, training=True) if large(x) else y
+
+
+def test_what_happens_to_large_gradients_only_is_compared_at_full_size():
+    x = torch.randn(1, 3, 120, 120, generator=torch.Generator().manual_seed(0))
+    by_code = network(hooked_where_large)
+    by_module = network(lambda net, x: net.conv(x))
+    by_module.conv.register_full_backward_hook(
+        lambda module, grads, _: (grads[0] * 0.1,) if large(grads[0]) else None
+    )
+    for net in (by_code, by_module):
+        prepared, preparation = prepared_copy(net, x)
+        assert preparation.fell_back and preparation.gradient_deviation > 0.5
+        assert max(measure_deviation(net, prepared, x)) < 1e-5
+
+
+def test_another_way_of_large_images_is_compared_at_full_size():
+    x = torch.randn(1, 3, 120, 120, generator=torch.Generator().manual_seed(0))
+    assert prepared_network(network(normed_where_large), x).in_part is None
+    in_part = prepared_network(network(normed_where_large), x[..., :80, :80]).in_part
+    assert in_part.same and in_part.independent
+
+
+@pytest.mark.parametrize('start', [0, 1])
+def test_a_network_that_alternates_is_refused(start):
+    def alternating(net, x):
+        net.count += 1
+        return net.conv(x) * (1 + net.count % 2)
+
+    net = network(alternating)
+    net.count = start
+    with pytest.raises(InputError, match='another answer each time'):
+        prepared_copy(net, X)
