@@ -1,6 +1,7 @@
 """MPS has no float64: sums in double belong on the CPU. A stand-in for the device, since it is
 missing here: a tensor lies on it unless `.cpu()` or `device='cpu'` gave it."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from igseg.engine import engine as engines
 from igseg.method import methods
 from igseg.method.choice import METHODS
-from integrated_gradients import IntegratedGradients
+from integrated_gradients import IntegratedGradients, Settings, explain_image
 
 
 class WithoutDouble(TorchFunctionMode):
@@ -65,3 +66,13 @@ def test_no_way_needs_float64_on_the_device(way, monkeypatch):
     with WithoutDouble(x, *ig.model.parameters()) as device:
         ig.explain(x, 'image', references=X.flip(0, 2), **WAYS[way])
     assert device.seen > 100
+
+
+def test_tiles_need_no_float64_on_the_device(monkeypatch):
+    monkeypatch.setattr(engines, 'widest_type', lambda device: torch.float32)
+    ig = IntegratedGradients(network(), 'cpu')
+    image = np.random.default_rng(0).integers(0, 255, (96, 80, 3), np.uint8)
+    settings = Settings(tile=64, target='image', num_steps=4, rule='midpoint')
+    with WithoutDouble(*ig.model.parameters()) as device:
+        ((explanation, _),) = explain_image(ig, image, settings)
+    assert device.seen > 100 and explanation.tiles.count > 1
