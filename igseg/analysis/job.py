@@ -156,6 +156,8 @@ class Group:
         new = []
         while self._collected < self.store.add('reported', 0):
             key = f'outcome {self._collected}'
+            if not self.store.check([key]):  # not written yet; `get` alone would not hear a signal,
+                break  # and would wait for ever for a rank that ended in this moment
             fields = json.loads(self.store.get(key))
             new.append(Outcome(**fields | {'rows': tuple(fields['rows'])}))
             self.store.delete_key(key)

@@ -259,15 +259,18 @@ def prepared_network(
 
     example: an input (1, C, H, W) in the network's precision. place: where the network's map lies
     in the input; None: it shows the whole input. logits: the network's logits of the example, where
-    they are known.
+    they are known, and where the network stayed as it was when it gave them.
     """
     model, size = LogitMap(network, place), example.shape[-2:]
     with frozen(model):
         graph, reason = attempt(partial(NetworkGraph, model, example), NotExportable)
         with torch.no_grad():
-            before = fingerprint(network)
-            expected = model(example) if logits is None else fitted(logits, size, place)
-            steady = fingerprint(network) == before  # else it counts its calls, for instance
+            steady = True
+            if logits is None:
+                before, expected = fingerprint(network), model(example)
+                steady = fingerprint(network) == before  # else it counts its calls, for instance
+            else:
+                expected = fitted(logits, size, place)
         if not steady:
             _check_answers(model, example)
         if (

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from helpers import PATIENCE, PLAIN_BATCH, ROOT, SLOW_BATCH, torchrun, wait_until
+from torch.distributed import HashStore
+
+from igseg.analysis.job import Group
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,11 @@ def test_ctrl_c_under_torchrun_leaves_a_summary(tmp_path, monkeypatch):
     content = json.loads((tmp_path / 'summary.json').read_text())
     assert 3 <= len(content['images']) < 60 and not content['failed'], said
     assert not list(tmp_path.rglob('.tmp*')) and not (tmp_path / '.lock').exists()
+
+
+def test_an_outcome_that_a_rank_did_not_write_any_more_is_not_waited_for():
+    """A rank reserves its place first; Ctrl-C may end it before it writes."""
+    store = HashStore()
+    group = Group(store, 0, 2)
+    store.add('reported', 1)
+    assert group.collect() == []

@@ -50,8 +50,9 @@ def test_all_weights_are_summed_once_for_an_image(sums, tmp_path):
     settings = Settings(num_steps=2, target='image', evaluate='quick')
     samples, before = list_samples(tmp_path / 'images'), len(sums)
     analyse_batch(ig, samples, settings, tmp_path / 'out', figures='none')
-    # Beside the images: once for the run, and once where the network is prepared.
-    assert len(sums) - before == len(samples) + 2
+    # Beside the images: once for the run, and twice where the network is prepared, which shows
+    # whether it changes when it is asked.
+    assert len(sums) - before == len(samples) + 3
 
 
 def test_changed_weights_are_noticed_with_the_next_image():
