@@ -178,9 +178,7 @@ class Mosaic:
         all_channels = (slice(None), *place)
         attributions = part.attributions.cpu().float()
         self.attributions[all_channels] += share * attributions[shown]
-        self._squared_error += (
-            share * _error_of(part, float(attributions.cpu().double().norm()))
-        ) ** 2
+        self._squared_error += (share * _error_of(part, float(attributions.double().norm()))) ** 2
         if part.uncertainty is None:
             self._uncertainty_known = False
         else:

@@ -23,12 +23,6 @@ ATTRIBUTE, PREPROCESSING = 'network_description', 'preprocessing'
 
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
-
-def has_backward_hooks(module: torch.nn.Module) -> bool:
-    """Whether hooks of a module see, and may change, its gradients."""
-    return any(getattr(module, name, None) for name in HOOKS if 'backward' in name)
-
-
 MODULE_PARTS = {*vars(torch.nn.Module()), ATTRIBUTE, PREPROCESSING}  # no settings of the user
 
 # What `fingerprint` gives: equal while a network stays as it is.
@@ -37,6 +31,11 @@ Fingerprint = tuple[object, ...]
 # Types of values that enter digests and fingerprints as they are.
 VALUE_TYPES = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device,
                PurePath, np.generic, slice, range)  # fmt: skip
+
+
+def has_backward_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks of a module see, and may change, its gradients."""
+    return any(getattr(module, name, None) for name in HOOKS if 'backward' in name)
 
 
 def _attributes(module: torch.nn.Module) -> tuple[dict, dict]:
